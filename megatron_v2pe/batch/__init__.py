@@ -1,0 +1,1 @@
+"""What travels between data, parallel and train."""

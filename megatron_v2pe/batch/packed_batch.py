@@ -1,0 +1,114 @@
+"""A pack on its way from the loader to the model: global arrays first, a rank's share after.
+
+    data.loader --PackedBatch--> parallel.shard_batch --LocalBatch--> models.internvl
+
+Shape legend: t tokens of the pack (padding included), N documents, n tiles, S tile size in pixels,
+l local tokens (t / cp_size), r local rows of the embedding (l, or l / tp_size with sequence parallelism).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """One micro batch: one pack of documents, in numpy, as the loader makes it.
+
+    Attributes:
+        tokens: int64 [t], token ids; padding holds the pad id.
+        labels: int64 [t], the target of each token, that is the next token of the same document, or
+            IGNORE_INDEX. Shifted here, before any shard is cut.
+        loss_weights: float32 [t], weight of each target; 0 where the label is IGNORE_INDEX.
+        layout: documents, spans and strides; `layout.cu_seqlens` bounds the padded documents.
+        num_tiles: tiles of the whole pack.
+        tile_range: half-open range of tiles whose pixels this rank decodes; tiles are numbered over the
+            pack in order of appearance.
+        tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
+        sample_ids: identity of each document, for error messages.
+    """
+
+    tokens: Int64Array
+    labels: Int64Array
+    loss_weights: NDArray[np.float32]
+    layout: PackLayout
+    num_tiles: int
+    tile_range: tuple[int, int]
+    tiles: NDArray[np.uint8]
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureRoute:
+    """How feature rows travel from the ranks that encode tiles to the ranks that own the tokens.
+
+    Attributes:
+        send_rows: int64 [sent], rows of the local features (tile-major) in order of destination rank.
+        send_splits: rows sent to each rank of the routing group.
+        receive_splits: rows received from each rank of the routing group.
+        slots: int64 [received], row of the local embedding that each received row replaces.
+    """
+
+    send_rows: Tensor
+    send_splits: tuple[int, ...]
+    receive_splits: tuple[int, ...]
+    slots: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalBatch:
+    """A rank's share of a micro batch, as tensors on its device.
+
+    Attributes:
+        tokens: int64 [1, l].
+        labels: int64 [1, l], shifted before the cut.
+        loss_weights: float32 [1, l].
+        position_units: int64 [l], positions in units of 1/tokens_per_tile.
+        rope_length: largest whole position of the whole pack plus one.
+        cu_seqlens: int32 [N+1], global padded document boundaries.
+        max_seqlen: longest padded document in tokens, global.
+        pixels: [n_local, 3, S, S] normalised tiles of this rank in the model's dtype; None on ranks
+            that hold no vision tower.
+        route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
+        kv_cache: keys and values of earlier tokens, in decoding only.
+    """
+
+    tokens: Tensor
+    labels: Tensor | None
+    loss_weights: Tensor | None
+    position_units: Tensor
+    rope_length: int
+    cu_seqlens: Tensor
+    max_seqlen: int
+    pixels: Tensor | None
+    route: FeatureRoute | None
+    kv_cache: Any = None
+
+
+def deal_tiles(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """Contiguous share of a rank when tiles are dealt evenly: counts differ by at most one.
+
+    Example: 7 tiles over 3 ranks are [0, 3), [3, 5), [5, 7).
+    """
+    share, rest = divmod(num_tiles, num_ranks)
+    start = rank * share + min(rank, rest)
+    return start, start + share + (rank < rest)
+
+
+def normalize_tiles(tiles: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [n, 3, S, S] to float32 (x/255 - mean) / std, channel by channel, as the release's transform."""
+    shape = (1, 3, 1, 1)
+    scaled = tiles.to(torch.float32).div_(255.0)
+    mean_t = torch.tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
+    std_t = torch.tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
+    return scaled.sub_(mean_t).div_(std_t)

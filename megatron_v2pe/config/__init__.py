@@ -1,0 +1,1 @@
+"""Run configuration and checkpoint architecture as frozen dataclasses; never imports torch."""

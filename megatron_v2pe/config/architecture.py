@@ -1,0 +1,206 @@
+"""What a Hugging Face InternVL2 folder says about its model, read from `config.json` and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_v2pe.core.errors import CheckpointError
+
+LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionArchitecture:
+    """InternViT. Sizes in tokens, channels, pixels."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    image_size: int
+    patch_size: int
+    norm_type: Literal["layer_norm", "rms_norm"]
+    norm_eps: float
+    qkv_bias: bool
+    qk_normalization: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageArchitecture:
+    """Decoder-only language model with rotary positions and grouped-query attention."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling_type: Literal["none", "linear", "dynamic"]
+    rope_scaling_factor: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    pad_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVLArchitecture:
+    """A whole InternVL2 model.
+
+    Attributes:
+        image_size: tile size S in pixels (`force_image_size`, or the vision tower's own).
+        position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
+        position_stride: `rope_pos_id_stride`, 0 when absent.
+        dtype: `torch_dtype` of the checkpoint's weights.
+    """
+
+    vision: VisionArchitecture
+    language: LanguageArchitecture
+    image_size: int
+    downsample_ratio: float
+    pixel_shuffle_version: Literal["v1", "v2"]
+    select_layer: int
+    template: str
+    position_mode: Literal["default", "v2pe_fixed", "v2pe_random"]
+    position_stride: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
+        return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+
+
+class _Section:
+    """A json object that names itself in errors."""
+
+    def __init__(self, values: dict[str, Any], path: str) -> None:
+        self._values, self._path = values, path
+
+    def need(self, key: str) -> Any:
+        if key not in self._values:
+            raise CheckpointError(f"{self._path}: key {key!r} is missing; is this an InternVL2 config.json?")
+        return self._values[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def choice(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+        value = self.get(key, default)
+        if value not in allowed:
+            known = ", ".join(map(repr, allowed))
+            raise CheckpointError(f"{self._path}: {key} is {value!r}, known values are {known}")
+        return value
+
+    def section(self, key: str) -> _Section:
+        value = self.need(key)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self._path}: {key} must be an object, found {type(value).__name__}")
+        return _Section(value, f"{self._path}: {key}")
+
+
+def read_architecture(folder: str | Path) -> InternVLArchitecture:
+    """Read `config.json` of a Hugging Face InternVL2 folder.
+
+    Raises:
+        CheckpointError: the file is missing or not json, a key is missing, or the family is unknown.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid json ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a json object")
+    return parse_architecture(values, str(path))
+
+
+def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:
+    """Build the architecture from the contents of a config.json; see `read_architecture`."""
+    top = _Section(values, path)
+    if top.get("model_type", "") != "internvl_chat":
+        raise CheckpointError(
+            f"{path}: model_type is {top.get('model_type', None)!r}, only 'internvl_chat' (InternVL2) is supported"
+        )
+    mode_names = {
+        "default": "default",
+        "v2pe_fix": "v2pe_fixed",
+        "v2pe_rnd": "v2pe_random",
+        "v2pe_fixed": "v2pe_fixed",
+        "v2pe_random": "v2pe_random",
+    }
+    mode = mode_names[top.choice("rope_pos_id_version", "default", tuple(mode_names))]
+    vision = top.section("vision_config")
+    image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
+    return InternVLArchitecture(
+        vision=_parse_vision(vision),
+        language=_parse_language(top.section("llm_config"), is_v2pe=mode != "default"),
+        image_size=image_size,
+        downsample_ratio=float(top.get("downsample_ratio", 0.5)),
+        pixel_shuffle_version=top.choice("ps_version", "v1", ("v1", "v2")),
+        select_layer=int(top.get("select_layer", -1)),
+        template=str(top.get("template", "")),
+        position_mode=mode,  # type: ignore[arg-type]
+        position_stride=int(top.get("rope_pos_id_stride", 0)),
+        dtype=top.choice("torch_dtype", "bfloat16", ("float32", "bfloat16", "float16")),
+    )
+
+
+def _parse_vision(vision: _Section) -> VisionArchitecture:
+    return VisionArchitecture(
+        hidden_size=int(vision.need("hidden_size")),
+        num_layers=int(vision.need("num_hidden_layers")),
+        num_heads=int(vision.need("num_attention_heads")),
+        ffn_size=int(vision.need("intermediate_size")),
+        image_size=int(vision.get("image_size", 448)),
+        patch_size=int(vision.get("patch_size", 14)),
+        norm_type=vision.choice("norm_type", "rms_norm", ("layer_norm", "rms_norm")),
+        norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
+        qkv_bias=bool(vision.get("qkv_bias", False)),
+        qk_normalization=bool(vision.get("qk_normalization", True)),
+    )
+
+
+def _parse_language(language: _Section, *, is_v2pe: bool) -> LanguageArchitecture:
+    names = language.get("architectures", ["?"])
+    if names[0] not in LANGUAGE_ARCHITECTURES:
+        raise CheckpointError(
+            f"{language._path}: architecture {names[0]!r} is not supported; known: {', '.join(LANGUAGE_ARCHITECTURES)}"
+        )
+    # A V2PE checkpoint rotates by plain frequencies: the release sets the type to 'v2pe' in memory and even saves
+    # it (its defect D2), while InternVL2's own configs carry dynamic NTK, which V2PE switches off.
+    scaling = language.get("rope_scaling", {}) or {}
+    kind = "none" if is_v2pe or scaling.get("type") == "v2pe" else scaling.get("type", "none")
+    if kind not in ("none", "linear", "dynamic"):
+        raise CheckpointError(f"{language._path}: rope_scaling.type {kind!r} is unknown; known: linear, dynamic, v2pe")
+    return LanguageArchitecture(
+        architecture=names[0],
+        hidden_size=int(language.need("hidden_size")),
+        num_layers=int(language.need("num_hidden_layers")),
+        num_heads=int(language.need("num_attention_heads")),
+        num_kv_heads=int(language.get("num_key_value_heads", language.need("num_attention_heads"))),
+        ffn_size=int(language.need("intermediate_size")),
+        vocab_size=int(language.need("vocab_size")),
+        norm_eps=float(language.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(language.get("rope_theta", 10000.0)),
+        rope_scaling_type=kind,
+        rope_scaling_factor=float(scaling.get("factor", 1.0)),
+        max_position_embeddings=int(language.get("max_position_embeddings", 2048)),
+        tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
+        attention_bias=bool(language.get("bias", False)),
+        pad_token_id=int(language.get("pad_token_id", 0)),
+    )

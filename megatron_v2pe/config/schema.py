@@ -1,0 +1,263 @@
+"""The whole run configuration on one screen; each field is documented under its name.
+
+Local rules are checked in `__post_init__`, rules across sections and against the checkpoint in
+`validate.py`. Objects never change after loading; derived values live elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_v2pe.core.errors import ConfigError
+
+
+def _require(condition: bool, path: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path} is {value!r}, but {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint is trained, and which parts of it."""
+
+    checkpoint: str = ""
+    """Folder written by `import-hf`, or a step folder of an earlier run; weights only are taken from it."""
+    freeze_language: bool = False
+    """Keep the language model's weights as they are."""
+    freeze_projector: bool = False
+    """Keep the projector's weights as they are."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute decoder layers in the backward pass instead of keeping their activations."""
+    loss_chunk_tokens: int = 4096
+    """Supervised tokens whose logits exist at a time."""
+
+    def __post_init__(self) -> None:
+        _require(self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """How the vision tower is trained."""
+
+    freeze: bool = False
+    """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
+    drop_path_rate: float = 0.0
+    """Largest stochastic depth rate; rises linearly from 0 over the layers. The release trains with 0.1."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute vision layers in the backward pass."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the parallel axes; the data-parallel size is what remains of the world."""
+
+    tp: int = 1
+    """Tensor parallel size; must divide attention heads and KV heads."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    cp: int = 1
+    """Context parallel size: ranks that share one sequence."""
+    sequence_parallel: bool = False
+    """Split activations between layers over the tensor parallel ranks."""
+    first_stage_layers: int = 0
+    """Decoder layers of the first pipeline stage, which also holds the vision tower; 0 splits evenly."""
+    attention_backend: Literal["auto", "native", "transformer_engine"] = "auto"
+    """`auto` takes Transformer Engine where it is installed and a GPU is present, else `native`."""
+    cp_comm_type: Literal["p2p"] = "p2p"
+    """How keys and values travel between context parallel ranks: p2p is a ring."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "cp"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            self.first_stage_layers >= 0, "parallel.first_stage_layers", self.first_stage_layers, "must be >= 0"
+        )
+        if self.sequence_parallel and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
+                "set parallel.tp to 2 or more, or sequence_parallel to false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumStage:
+    """From a step on, only samples up to a length are drawn."""
+
+    from_step: int = 0
+    """First step (0-based) of this stage."""
+    max_sample_tokens: int = 0
+    """Longest sample that this stage draws; 0 means data.max_sample_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how images are tiled, how samples are packed."""
+
+    meta: str = ""
+    """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
+    template: str = ""
+    """Chat template; empty takes the checkpoint's own (`template` of its config.json)."""
+    max_pack_tokens: int = 4096
+    """Token budget of a pack, padding of documents excluded."""
+    max_pack_tiles: int = 1024
+    """Tile budget of a pack."""
+    max_sample_tokens: int = 4096
+    """Longest sample; longer text is truncated on the right, a cut through an image makes the sample bad."""
+    dynamic_image_size: bool = True
+    """Cut images into a grid of tiles; false resizes each image to one tile."""
+    min_dynamic_patch: int = 1
+    """Fewest tiles of an image, thumbnail excluded."""
+    max_dynamic_patch: int = 12
+    """Most tiles of an image, thumbnail excluded; a data set may override it."""
+    dynamic_max_patch: bool = False
+    """Divide max_dynamic_patch by the number of images of a sample."""
+    use_thumbnail: bool = True
+    """Append the whole image as a last tile when it was cut into several."""
+    pad2square: bool = False
+    """Pad an image to a square with the mean colour before resizing (only when it is not augmented)."""
+    normalize_type: Literal["imagenet", "clip", "siglip"] = "imagenet"
+    """Mean and standard deviation of the pixel normalisation."""
+    loss_reduction: Literal["token", "sample", "square"] = "square"
+    """Weight of a supervised token of a sample with x of them: 1, 1/x, or 1/sqrt(x)."""
+    shuffle: bool = True
+    """Shuffle samples before packing, anew each epoch."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    max_bad_samples: float = 0.001
+    """Share of samples that may be skipped as bad before the run stops."""
+    max_image_pixels: int = 178_956_970
+    """Largest width x height that is decoded."""
+    cache_dir: str = ""
+    """Where measured lengths are kept; empty means `<runtime.run_dir>/data_cache`."""
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Stages by sample length; empty draws from all samples at every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
+            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
+        _require(
+            1 <= self.min_dynamic_patch, "data.min_dynamic_patch", self.min_dynamic_patch, "must be at least 1"
+        )
+        _require(0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
+        steps = [stage.from_step for stage in self.curriculum]
+        _require(
+            steps == sorted(set(steps)) and (not steps or steps[0] == 0),
+            "data.curriculum",
+            steps,
+            "from_step must start at 0 and rise",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """Variable Visual Position Encoding."""
+
+    mode: Literal["default", "v2pe_fixed", "v2pe_random"] = "default"
+    """`default`: a visual token counts as a text token. The release's `v2pe_fix`, `v2pe_rnd` are accepted."""
+    stride: int = 0
+    """Units of 1/tokens_per_tile that a visual token advances in `v2pe_fixed`; 1..tokens_per_tile."""
+    rope_precision: Literal["exact", "reference"] = "exact"
+    """`exact`: float64 angles; `reference`: the release's float32 products, for comparisons."""
+
+    def __post_init__(self) -> None:
+        if self.mode == "v2pe_fixed":
+            _require(self.stride >= 1, "position.stride", self.stride, "v2pe_fixed needs a stride of at least 1")
+        else:
+            _require(self.stride == 0, "position.stride", self.stride, "only position.mode v2pe_fixed takes a stride")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay."""
+
+    steps: int = 1000
+    """Optimizer updates of the run; the schedule ends here."""
+    global_batch_size: int = 1
+    """Packs of one update over all data parallel ranks."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; not applied to biases and one-dimensional weights unless decay_all."""
+    decay_all: bool = False
+    """Decay every parameter, as the release's ZeRO configuration does."""
+    beta1: float = 0.9
+    """First moment decay."""
+    beta2: float = 0.999
+    """Second moment decay."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size"):
+            _require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "must be at least 1")
+        _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
+        _require(
+            0 <= self.warmup_steps <= self.steps, "optim.warmup_steps", self.warmup_steps, "must lie in [0, optim.steps]"
+        )
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("weight_decay", "clip_grad"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
+        _require(self.eps > 0, "optim.eps", self.eps, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved and what it resumes from."""
+
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of runtime.run_dir, when there is one."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where the run writes, in which precision it computes, how it reports."""
+
+    run_dir: str = ""
+    """Folder of this run: resolved config, checkpoints, metrics.jsonl, tensorboard/."""
+    seed: int = 42
+    """Seed of data order, strides, drop path."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
+    log_every: int = 1
+    """Steps between heartbeat lines."""
+    tensorboard: bool = True
+    """Write curves to <run_dir>/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        _require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -1,0 +1,1 @@
+"""Benchmarks, golden checks, reports."""

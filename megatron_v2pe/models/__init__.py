@@ -1,0 +1,1 @@
+"""InternVL2 on megatron-core: vision, projector, language, splice, loss."""

@@ -1,0 +1,1 @@
+"""Ranks, groups, sharding and context-parallel attention."""

@@ -1,0 +1,1 @@
+"""Forward step, optimizer step, loop, metrics."""

@@ -1,0 +1,1 @@
+"""Variable Visual Position Encoding as pure functions: layout, strides, positions, rotary angles."""
