@@ -24,7 +24,9 @@ def _fill_range(layout: SampleLayout, start: int, stop: int, out: Int64Array) ->
     lengths = layout.num_tiles * tokens_per_tile
     ends = layout.image_starts + lengths
     first = int(np.searchsorted(ends, start, side="right"))  # first image that ends after start
-    last = int(np.searchsorted(layout.image_starts, stop, side="left"))  # first image that starts at stop or later
+    last = int(
+        np.searchsorted(layout.image_starts, stop, side="left")
+    )  # first image that starts at stop or later
 
     # Steps into each token of the range; text steps are T, visual tokens step by their stride.
     out[:] = tokens_per_tile
@@ -96,7 +98,10 @@ def visual_rows(layout: PackLayout, ranges: Int64Array) -> tuple[Int64Array, Int
         [doc.image_starts + base for doc, base in zip(layout.documents, layout.cu_seqlens[:-1], strict=True)]
         + [np.zeros(0, np.int64)]
     )
-    lengths = np.concatenate([doc.num_tiles for doc in layout.documents] + [np.zeros(0, np.int64)]) * tokens_per_tile
+    lengths = (
+        np.concatenate([doc.num_tiles for doc in layout.documents] + [np.zeros(0, np.int64)])
+        * tokens_per_tile
+    )
     first_rows = np.cumsum(lengths) - lengths
     ends = starts + lengths
     slots: list[Int64Array] = []

@@ -81,7 +81,9 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
         ValueError: fractional positions for a module that cannot take them, or a wrong dtype.
     """
     if position_units.dtype != torch.int64:
-        raise ValueError(f"positions are int64 counts of 1/{spec.tokens_per_tile}, got {position_units.dtype}")
+        raise ValueError(
+            f"positions are int64 counts of 1/{spec.tokens_per_tile}, got {position_units.dtype}"
+        )
     if not spec.fractional and bool((position_units % spec.tokens_per_tile).any()):
         raise ValueError(
             "fractional positions reached a rotary module without V2PE; set position.mode to v2pe_fixed or "
@@ -94,6 +96,24 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
             positions = positions / spec.factor
         frequencies = inverse_frequencies(spec, rope_length, dtype=torch.float32).to(positions.device)
         return torch.outer(positions, frequencies)
-    frequencies = inverse_frequencies(spec, rope_length).to(position_units.device) * (scale / spec.tokens_per_tile)
+    frequencies = inverse_frequencies(spec, rope_length).to(position_units.device) * (
+        scale / spec.tokens_per_tile
+    )
     angles = torch.outer(position_units.double(), frequencies)
     return torch.remainder(angles, 2.0 * math.pi).float()
+
+
+def apply_rotary(x_thd: Tensor, angles: Tensor) -> Tensor:
+    """Rotate heads by their token's angles: x*cos + rotate_half(x)*sin, NeoX halves.
+
+    Args:
+        x_thd: [t, h, d], queries or keys in the compute dtype.
+        angles: float32 [t, d/2] from `rope_angles`.
+
+    Returns:
+        [t, h, d] in the dtype of `x_thd`; computed in float32 (float64 for float64 input).
+    """
+    working = torch.float64 if x_thd.dtype == torch.float64 else torch.float32
+    cos, sin = (table.to(working).unsqueeze(1) for table in (angles.cos(), angles.sin()))  # [t, 1, d/2]
+    first, second = x_thd.to(working).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)

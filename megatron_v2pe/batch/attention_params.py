@@ -1,0 +1,26 @@
+"""What the attention core needs to know about a micro batch, beyond queries, keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class V2PEPackedSeqParams(PackedSeqParams):
+    """mcore's packed-sequence parameters with the rotary angles of the local tokens.
+
+    The attention core rotates queries and keys itself, so that mcore's thd rotary, which re-slices its table
+    by the context parallel rank, never sees a position. mcore carries this object to every layer untouched.
+
+    Attributes:
+        rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
+        kv_cache: keys and values of earlier tokens (decoding), with
+            `extend(layer_number, key, value) -> (key, value)`; None in training.
+    """
+
+    rotary_angles: Tensor | None = None
+    kv_cache: Any = None
