@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Set up .venv and run the checks:   bash tests/run.sh [pytest args]
+#
+# Without arguments: ruff, mypy, import contracts, then the whole test suite on two workers.
+# With arguments: pytest with just those, for instance  bash tests/run.sh tests/unit -k stride
+set -u
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root" || exit 1
+# shellcheck source=tools/venv.sh
+source tools/venv.sh
+ensure_venv "$root" || exit 1
+
+# One thread per process: several ranks share the cores, and more threads only make them wait.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+failed=()
+
+check() { # NAME COMMAND...
+    local name="$1" started=$SECONDS
+    shift
+    echo "[run] $name: $*" >&2
+    if "$@"; then
+        echo "[run] $name: ok, $((SECONDS - started)) s" >&2
+    else
+        echo "[run] $name: FAILED" >&2
+        failed+=("$name")
+    fi
+}
+
+if [ $# -gt 0 ]; then
+    exec "$VENV_PYTHON" -m pytest "$@"
+fi
+check "lint" "$VENV_PYTHON" -m ruff check .
+check "format" "$VENV_PYTHON" -m ruff format --check .
+check "types" "$VENV_PYTHON" -m mypy
+check "imports" "$root/.venv/bin/lint-imports"
+check "tests" "$VENV_PYTHON" -m pytest -n 2
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "[run] failed: ${failed[*]}" >&2
+    exit 1
+fi
+echo "[run] all checks passed in $SECONDS s" >&2
