@@ -18,9 +18,11 @@ class V2PEPackedSeqParams(PackedSeqParams):
 
     Attributes:
         rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
+        round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
         kv_cache: keys and values of earlier tokens (decoding), with
             `extend(layer_number, key, value) -> (key, value)`; None in training.
     """
 
     rotary_angles: Tensor | None = None
+    round_rotary: bool = False
     kv_cache: Any = None

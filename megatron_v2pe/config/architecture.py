@@ -121,7 +121,9 @@ def read_architecture(folder: str | Path) -> InternVLArchitecture:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint") from None
+        raise CheckpointError(
+            f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not valid json ({error})") from None
     if not isinstance(values, dict):
@@ -186,7 +188,9 @@ def _parse_language(language: _Section, *, is_v2pe: bool) -> LanguageArchitectur
     scaling = language.get("rope_scaling", {}) or {}
     kind = "none" if is_v2pe or scaling.get("type") == "v2pe" else scaling.get("type", "none")
     if kind not in ("none", "linear", "dynamic"):
-        raise CheckpointError(f"{language._path}: rope_scaling.type {kind!r} is unknown; known: linear, dynamic, v2pe")
+        raise CheckpointError(
+            f"{language._path}: rope_scaling.type {kind!r} is unknown; known: linear, dynamic, v2pe"
+        )
     return LanguageArchitecture(
         architecture=names[0],
         hidden_size=int(language.need("hidden_size")),

@@ -33,7 +33,9 @@ class ModelConfig:
     """Supervised tokens whose logits exist at a time."""
 
     def __post_init__(self) -> None:
-        _require(self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive")
+        _require(
+            self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class VisionConfig:
     """Recompute vision layers in the backward pass."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)")
+        _require(
+            0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,10 @@ class ParallelConfig:
         for name in ("tp", "pp", "cp"):
             _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         _require(
-            self.first_stage_layers >= 0, "parallel.first_stage_layers", self.first_stage_layers, "must be >= 0"
+            self.first_stage_layers >= 0,
+            "parallel.first_stage_layers",
+            self.first_stage_layers,
+            "must be >= 0",
         )
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError(
@@ -140,9 +147,14 @@ class DataConfig:
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         _require(
-            1 <= self.min_dynamic_patch, "data.min_dynamic_patch", self.min_dynamic_patch, "must be at least 1"
+            1 <= self.min_dynamic_patch,
+            "data.min_dynamic_patch",
+            self.min_dynamic_patch,
+            "must be at least 1",
         )
-        _require(0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]")
+        _require(
+            0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]"
+        )
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
         steps = [stage.from_step for stage in self.curriculum]
         _require(
@@ -166,9 +178,16 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         if self.mode == "v2pe_fixed":
-            _require(self.stride >= 1, "position.stride", self.stride, "v2pe_fixed needs a stride of at least 1")
+            _require(
+                self.stride >= 1, "position.stride", self.stride, "v2pe_fixed needs a stride of at least 1"
+            )
         else:
-            _require(self.stride == 0, "position.stride", self.stride, "only position.mode v2pe_fixed takes a stride")
+            _require(
+                self.stride == 0,
+                "position.stride",
+                self.stride,
+                "only position.mode v2pe_fixed takes a stride",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +223,10 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
         _require(
-            0 <= self.warmup_steps <= self.steps, "optim.warmup_steps", self.warmup_steps, "must lie in [0, optim.steps]"
+            0 <= self.warmup_steps <= self.steps,
+            "optim.warmup_steps",
+            self.warmup_steps,
+            "must lie in [0, optim.steps]",
         )
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")

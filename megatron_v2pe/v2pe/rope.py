@@ -103,17 +103,22 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
     return torch.remainder(angles, 2.0 * math.pi).float()
 
 
-def apply_rotary(x_thd: Tensor, angles: Tensor) -> Tensor:
+def apply_rotary(x_thd: Tensor, angles: Tensor, *, round_tables: bool = False) -> Tensor:
     """Rotate heads by their token's angles: x*cos + rotate_half(x)*sin, NeoX halves.
 
     Args:
         x_thd: [t, h, d], queries or keys in the compute dtype.
         angles: float32 [t, d/2] from `rope_angles`.
+        round_tables: round cos and sin to the dtype of `x_thd` first, as the release does in bf16
+            (`rope_precision: reference`; the release's defect D9).
 
     Returns:
         [t, h, d] in the dtype of `x_thd`; computed in float32 (float64 for float64 input).
     """
     working = torch.float64 if x_thd.dtype == torch.float64 else torch.float32
-    cos, sin = (table.to(working).unsqueeze(1) for table in (angles.cos(), angles.sin()))  # [t, 1, d/2]
+    tables = (angles.cos(), angles.sin())
+    if round_tables:
+        tables = (tables[0].to(x_thd.dtype), tables[1].to(x_thd.dtype))
+    cos, sin = (table.to(working).unsqueeze(1) for table in tables)  # [t, 1, d/2]
     first, second = x_thd.to(working).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)

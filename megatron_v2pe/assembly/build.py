@@ -1,0 +1,170 @@
+"""Build this rank's part of the model. The order of `build_model` is the whole parallel recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+from megatron_v2pe.assembly.kernels import choose_kernels
+from megatron_v2pe.assembly.mcore_config import (
+    language_config,
+    padded_vocab_size,
+    projector_config,
+    rope_spec,
+    vision_config,
+)
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.models.language import LanguageModel
+from megatron_v2pe.models.layer_specs import Kernels
+from megatron_v2pe.models.loss import HeadPorts
+from megatron_v2pe.models.projector import Projector
+from megatron_v2pe.models.vision import InternViT
+from megatron_v2pe.parallel.feature_router import FeatureRouter
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+
+
+def build_model(
+    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks
+) -> list[InternVL]:
+    """Build this rank's model chunks, without weights; the caller loads a checkpoint into them.
+
+    Returns:
+        One chunk per virtual pipeline stage of this rank (one, as long as there are none).
+    """
+    kernels = choose_kernels(config.parallel.attention_backend)
+    decoder_config = language_config(config, arch, plan)
+    language = _build_language(config, arch, decoder_config, kernels=kernels, plan=plan, ranks=ranks)
+    vision, projector = None, None
+    if ranks.is_first_stage:
+        vision = _build_vision(config, arch, kernels=kernels, ranks=ranks)
+        projector = _build_projector(config, arch, kernels=kernels, ranks=ranks)
+        for part in (vision, projector):
+            _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
+    model = InternVL(
+        decoder_config,
+        vision=vision,
+        projector=projector,
+        language=language,
+        tile_size=arch.image_size,
+        route_features=FeatureRouter(ranks.tile_group),
+        replica_group=ranks.vision_replica_group,
+    )
+    freeze(model, config)
+    return [model]
+
+
+def _build_language(
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    decoder_config: Any,
+    *,
+    kernels: Kernels,
+    plan: ParallelPlan,
+    ranks: Ranks,
+) -> LanguageModel:
+    padded = padded_vocab_size(arch.language.vocab_size, plan.tp)
+    return LanguageModel(
+        decoder_config,
+        kernels=kernels,
+        rope=rope_spec(config, arch),
+        vocab_size=arch.language.vocab_size,
+        padded_vocab_size=padded,
+        loss_chunk_tokens=config.model.loss_chunk_tokens,
+        head_ports=head_ports(plan, ranks, rows_per_rank=padded // plan.tp),
+        share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
+        groups=ranks.groups,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+    )
+
+
+def _build_vision(
+    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, ranks: Ranks
+) -> InternViT:
+    return InternViT(
+        vision_config(config, arch),
+        kernels=kernels,
+        image_size=arch.vision.image_size,
+        patch_size=arch.vision.patch_size,
+        drop_path_rate=config.vision.drop_path_rate,
+        groups=ranks.singleton_groups,
+    )
+
+
+def _build_projector(
+    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, ranks: Ranks
+) -> Projector:
+    return Projector(
+        projector_config(config, arch),
+        kernels=kernels,
+        vision_channels=arch.vision.hidden_size,
+        ratio=arch.downsample_ratio,
+        version=arch.pixel_shuffle_version,
+        groups=ranks.singleton_groups,
+    )
+
+
+def _mark_replicated_over_tp(part: torch.nn.Module, *, sum_over_tp: bool) -> None:
+    """Tell mcore that tp ranks hold copies of this part.
+
+    Its linears claim to be tensor parallel even at size 1, which would count their norm once per tp rank.
+    With sequence parallelism the tp ranks encode different tiles, so their gradients are summed; without it
+    they encode the same tiles and hold the same gradients.
+    """
+    for parameter in part.parameters():
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        parameter.sequence_parallel = sum_over_tp  # type: ignore[attr-defined]
+
+
+def head_ports(plan: ParallelPlan, ranks: Ranks, *, rows_per_rank: int) -> HeadPorts:
+    """Collectives of the vocabulary-parallel head; serial when tp is 1."""
+    if plan.tp == 1:
+        return HeadPorts()
+    group = ranks.groups.tp
+    gather: Callable[[Tensor], Tensor] = partial(mappings.copy_to_tensor_model_parallel_region, group=group)
+    if plan.sequence_parallel:
+        gather = partial(
+            mappings.gather_from_sequence_parallel_region, tensor_parallel_output_grad=True, group=group
+        )
+    return HeadPorts(
+        first_word=ranks.tp_rank * rows_per_rank,
+        gather_hidden=gather,
+        reduce_max=partial(_all_reduce, op=dist.ReduceOp.MAX, group=group),
+        reduce_sum=partial(_all_reduce, op=dist.ReduceOp.SUM, group=group),
+    )
+
+
+def _all_reduce(x: Tensor, *, op: Any, group: Any) -> Tensor:
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def freeze(model: InternVL, config: RunConfig) -> None:
+    """Stop gradients of the parts that the run keeps as they are.
+
+    Raises:
+        ConfigError: every part is frozen, so that nothing would be trained.
+    """
+    frozen = {
+        "vision": config.vision.freeze,
+        "projector": config.model.freeze_projector,
+        "language": config.model.freeze_language,
+    }
+    if all(frozen.values()):
+        raise ConfigError(
+            "vision.freeze, model.freeze_projector and model.freeze_language are all true, so nothing would be "
+            "trained; set one of them to false"
+        )
+    for name, part in model.parts().items():
+        if frozen[name]:
+            for parameter in part.parameters():
+                parameter.requires_grad = False

@@ -1,0 +1,48 @@
+"""Which back end runs the layers: Transformer Engine, or mcore's local layers with native attention."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Literal
+
+import torch
+
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.layer_specs import Kernels, local_kernels, transformer_engine_kernels
+from megatron_v2pe.parallel.attention.native import NativeContextAttention
+
+logger = logging.getLogger(__name__)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed; nothing of it is imported."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def choose_kernels(backend: Literal["auto", "native", "transformer_engine"]) -> Kernels:
+    """Modules for `parallel.attention_backend`.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for by name and cannot run here.
+    """
+    available = torch.cuda.is_available() and has_transformer_engine()
+    if backend == "transformer_engine" and not available:
+        raise ConfigError(
+            "parallel.attention_backend is 'transformer_engine', but "
+            + ("Transformer Engine is not installed" if torch.cuda.is_available() else "this host has no GPU")
+            + "; install the extra 'gpu' on a GPU host, or set parallel.attention_backend to native or auto"
+        )
+    if backend == "native" or not available:
+        if backend == "auto" and torch.cuda.is_available():
+            logger.warning("Transformer Engine is not installed: running the slower native attention")
+        return local_kernels(
+            language_attention=NativeContextAttention, vision_attention=NativeContextAttention
+        )
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    from megatron_v2pe.parallel.attention.te import RotaryTEAttention
+
+    return transformer_engine_kernels(
+        language_attention=RotaryTEAttention, vision_attention=TEDotProductAttention
+    )

@@ -1,0 +1,135 @@
+"""From a checkpoint's architecture and a run's plan to mcore's `TransformerConfig`, one for each part.
+
+This file and `models/layer_specs.py` are where mcore's configuration is touched. Fields that are set for a
+reason other than the model itself carry that reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.topology import ParallelPlan
+from megatron_v2pe.v2pe.rope import RopeSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+VOCAB_MULTIPLE = 64  # rows of a GEMM on tensor cores; times tp so that every rank's share is one
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of embedding and head: the vocabulary rounded up to a multiple of 64 * tp."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def _common(dtype: torch.dtype) -> dict[str, Any]:
+    return dict(
+        # Weights always come from a checkpoint; mcore only has to allocate them.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # mcore's fused kernels for local layers need apex or CUDA; Transformer Engine brings its own.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        # Gradients are summed over data and context parallel ranks and divided once, by the global weight.
+        calculate_per_token_loss=True,
+    )
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    if kind == "none":
+        return {}
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
+    """mcore's configuration of the decoder."""
+    language = arch.language
+    first = {"num_layers_in_first_pipeline_stage": config.parallel.first_stage_layers or None}
+    return TransformerConfig(
+        **_common(DTYPES[config.runtime.dtype]),
+        **_recompute(config.model.recompute),
+        **(first if plan.pp > 1 else {}),
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_heads,
+        num_query_groups=language.num_kv_heads,
+        kv_channels=language.head_dim,
+        ffn_hidden_size=language.ffn_size,
+        layernorm_epsilon=language.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        context_parallel_size=plan.cp,
+        sequence_parallel=plan.sequence_parallel,
+        cp_comm_type=config.parallel.cp_comm_type,
+        # Packs differ in length between micro batches. mcore ties this to a MoE setting even for dense models.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+    )
+
+
+def vision_config(config: RunConfig, arch: InternVLArchitecture) -> TransformerConfig:
+    """mcore's configuration of the vision tower: whole on every rank, tiles dealt over the ranks."""
+    vision = arch.vision
+    return TransformerConfig(
+        **_common(DTYPES[config.runtime.dtype]),
+        **_recompute(config.vision.recompute),
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.hidden_size // vision.num_heads,
+        ffn_hidden_size=vision.ffn_size,
+        layernorm_epsilon=vision.norm_eps,
+        normalization="LayerNorm" if vision.norm_type == "layer_norm" else "RMSNorm",
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        add_qkv_bias=vision.qkv_bias,
+    )
+
+
+def projector_config(config: RunConfig, arch: InternVLArchitecture) -> TransformerConfig:
+    """mcore's configuration of the projector; its norm is a LayerNorm whatever the tower's is."""
+    hidden = arch.language.hidden_size
+    return TransformerConfig(
+        **_common(DTYPES[config.runtime.dtype]),
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=arch.language.num_heads,
+        ffn_hidden_size=hidden,
+        layernorm_epsilon=1e-5,
+        normalization="LayerNorm",
+        activation_func=F.gelu,
+        add_bias_linear=True,
+    )
+
+
+def rope_spec(config: RunConfig, arch: InternVLArchitecture) -> RopeSpec:
+    """Rotary embedding of the run: V2PE rotates by plain frequencies, `default` as the checkpoint says."""
+    language = arch.language
+    is_v2pe = config.position.mode != "default" or arch.position_mode != "default"
+    return RopeSpec(
+        dim=language.head_dim,
+        base=language.rope_theta,
+        scaling="none" if is_v2pe else language.rope_scaling_type,
+        factor=language.rope_scaling_factor,
+        max_positions=language.max_position_embeddings,
+        tokens_per_tile=arch.tokens_per_tile,
+        precision=config.position.rope_precision,
+        fractional=is_v2pe,
+    )

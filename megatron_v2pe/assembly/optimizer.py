@@ -1,0 +1,97 @@
+"""Data parallelism, optimizer and learning rate schedule around a built model.
+
+chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOptimizer(Adam) -> cosine schedule
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_v2pe.assembly.fused_adam import install_fused_adam
+from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.config.schema import OptimConfig, RunConfig
+from megatron_v2pe.models.internvl import InternVL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What an optimizer step needs.
+
+    Attributes:
+        chunks: bare model chunks, for checkpoints and logits.
+        wrapped: the same chunks under data parallelism, for the schedule.
+        optimizer: mcore's distributed optimizer.
+        scheduler: learning rate and weight decay by step.
+    """
+
+    chunks: list[InternVL]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def wrap_for_training(chunks: list[InternVL], config: RunConfig) -> Trainer:
+    """Wrap model chunks whose weights are loaded; master weights are copied from them here."""
+    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("amp_C") is None:
+        # mcore's fallback, torch's Adam, shares one step count between parameters after a resume.
+        install_fused_adam()
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
+    optimizer = build_optimizer(wrapped, config)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return Trainer(
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim),
+    )
+
+
+def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
+    """Adam, its state sharded over data and context parallel ranks."""
+    optim = config.optim
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=config.runtime.dtype == "bfloat16",
+        params_dtype=DTYPES[config.runtime.dtype],
+        use_distributed_optimizer=True,
+    )
+    # mcore's default leaves biases and one-dimensional weights without decay; {} decays everything.
+    return get_megatron_optimizer(optimizer_config, wrapped, config_overrides={} if optim.decay_all else None)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then a cosine to min_lr at the last step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=optim.steps,
+        lr_decay_style="cosine",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=optim.steps,
+        wd_incr_style="constant",
+        # A resumed run keeps its own numbers: optim.steps may grow between runs.
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,171 @@
+"""Greedy generation: one prefill over the prompt, then one token at a time over a KV cache.
+
+    prompt tokens + tiles --prefill--> last hidden --logits--> argmax --+
+                                           ^                            |
+                                           +---- decode, position + 1 --+
+
+A generated token is text: it advances the position by 1 from the prompt's last one, whatever the strides of
+the prompt's images. Dynamic NTK keeps the prompt's base for the whole answer, so that cached keys and new
+queries agree (the release changes the base in mid-generation, its defect D7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_v2pe.assembly.build import build_model
+from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch
+from megatron_v2pe.checkpoint.folder import open_checkpoint
+from megatron_v2pe.checkpoint.train_state import load_model_weights
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.schema import PositionConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.inference.kv_cache import KVCache
+from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.shard_batch import shard_batch
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed
+from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, pack_layout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """What is asked.
+
+    Attributes:
+        tokens: int64 [t], prompt tokens, visual tokens in place.
+        layout: where the images are, and the stride of each.
+        tiles: uint8 [n, 3, S, S] pixels, or float32 when they are normalised already.
+    """
+
+    tokens: Int64Array
+    layout: SampleLayout
+    tiles: NDArray[np.uint8] | NDArray[np.float32]
+
+
+class Engine:
+    """A model that answers, on one rank.
+
+    Args:
+        model: the whole model, weights loaded.
+        arch: its architecture.
+        plan: layout of ranks (all sizes 1).
+        ranks: this rank's groups.
+        dtype: compute dtype.
+        mean: channel means of the pixel normalisation.
+        std: channel standard deviations.
+    """
+
+    def __init__(
+        self,
+        model: InternVL,
+        arch: InternVLArchitecture,
+        *,
+        plan: ParallelPlan,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.model, self.arch = model.eval(), arch
+        self.plan, self.ranks = plan, ranks
+        self.dtype, self.mean, self.std = dtype, mean, std
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        mode: Literal["default", "v2pe_fixed"],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Engine:
+        """Build a one-rank engine from a checkpoint folder.
+
+        Args:
+            checkpoint: folder written by `import-hf` or by a run.
+            mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
+                rotates by plain frequencies and takes any stride.
+            mean: channel means of the pixel normalisation.
+            std: channel standard deviations.
+            dtype: compute dtype.
+        """
+        folder = open_checkpoint(checkpoint)
+        arch = read_architecture(folder.hf)
+        # The stride of a run's config is a default for data; here every prompt brings its own strides.
+        position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
+        config = RunConfig(position=position, runtime=RuntimeConfig(dtype=dtype))
+        plan = ParallelPlan()
+        ranks = init_distributed(plan, seed=config.runtime.seed)
+        chunks = build_model(config, arch, plan=plan, ranks=ranks)
+        load_model_weights(folder, chunks, ranks)
+        return cls(chunks[0], arch, plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
+
+    def _prefill_batch(self, prompt: Prompt) -> LocalBatch:
+        layout = pack_layout([prompt.layout])
+        packed = PackedBatch(
+            tokens=prompt.tokens,
+            labels=np.full(len(prompt.tokens), IGNORE_INDEX, dtype=np.int64),
+            loss_weights=np.zeros(len(prompt.tokens), dtype=np.float32),
+            layout=layout,
+            num_tiles=len(prompt.tiles),
+            tile_range=(0, len(prompt.tiles)),
+            tiles=prompt.tiles,  # type: ignore[arg-type]  # float tiles pass through unnormalised
+            sample_ids=("prompt",),
+        )
+        local = shard_batch(
+            packed,
+            plan=self.plan,
+            ranks=self.ranks,
+            device=self.device,
+            dtype=self.dtype,
+            mean=self.mean,
+            std=self.std,
+        )
+        return dataclasses.replace(local, labels=None, loss_weights=None)
+
+    def _decode_batch(self, token: int, position: int, rope_length: int, num_tokens: int) -> LocalBatch:
+        units = torch.tensor([position * self.arch.tokens_per_tile], device=self.device)
+        return LocalBatch(
+            tokens=torch.tensor([[token]], device=self.device),
+            labels=None,
+            loss_weights=None,
+            position_units=units,
+            rope_length=rope_length,
+            cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
+            max_seqlen=num_tokens,
+            pixels=None,
+            route=None,
+        )
+
+    @torch.no_grad()
+    def stream(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
+        """Yield greedy tokens one by one; a stop token ends the answer and is not yielded."""
+        cache = KVCache(len(prompt.tokens) + max_new_tokens)
+        batch = dataclasses.replace(self._prefill_batch(prompt), kv_cache=cache)
+        position = prompt.layout.next_position
+        for count in range(max_new_tokens):
+            hidden = self.model(batch)
+            token = int(self.model.logits(hidden[-1:]).argmax(-1))
+            if token in stop_ids:
+                return
+            yield token
+            batch = dataclasses.replace(
+                self._decode_batch(
+                    token, position + count, batch.rope_length, len(prompt.tokens) + count + 1
+                ),
+                kv_cache=cache,
+            )
+
+    def generate(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> list[int]:
+        """Greedy answer as token ids, without the stop token."""
+        return list(self.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids))

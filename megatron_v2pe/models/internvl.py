@@ -1,0 +1,120 @@
+"""InternVL2: encode tiles, send features to the tokens' owners, splice, decode.
+
+Shape legend: n tiles of this rank, K visual tokens per tile, H hidden, r rows of the local embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_v2pe.batch.packed_batch import FeatureRoute, LocalBatch
+from megatron_v2pe.models.language import LanguageModel
+from megatron_v2pe.models.projector import Projector, features_to_rows
+from megatron_v2pe.models.splice import splice
+from megatron_v2pe.models.vision import InternViT
+
+
+def keep_rows(features: Tensor, route: FeatureRoute) -> Tensor:
+    """The serial router: all rows are needed here, in the order of their slots."""
+    return features[route.send_rows]
+
+
+class InternVL(MegatronModule):
+    """One pipeline stage of the model (the whole model when there is one stage).
+
+    Args:
+        config: mcore's configuration of the decoder; schedules and DDP read it.
+        vision: tower of the first stage, None elsewhere.
+        projector: projector of the first stage, None elsewhere.
+        language: this stage's part of the decoder.
+        route_features: port, (features [n*K, H], route) -> [v, H]; differentiable. All ranks of the
+            routing group must call it for every micro batch, with or without tiles.
+        replica_group: ranks that hold copies of the vision tower; checkpoints write one of them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vision: InternViT | None,
+        projector: Projector | None,
+        language: LanguageModel,
+        tile_size: int,
+        route_features: Callable[[Tensor, FeatureRoute], Tensor] = keep_rows,
+        replica_group: Any = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision, self.projector, self.language = vision, projector, language
+        self.tile_size = tile_size
+        self.route_features = route_features
+        self.replica_group = replica_group
+        # What mcore's schedules, DDP and gradient finalisation ask of a top-level module.
+        self.pre_process, self.post_process = language.pre_process, language.post_process
+        self.vp_stage = language.vp_stage
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.model_type = ModelType.encoder_or_decoder
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised tiles [n, 3, S, S] to feature rows [n*K, H].
+
+        A rank without tiles encodes a blank one and keeps none of its rows: its parameters still get
+        (zero) gradients and its backward pass still meets the others' in the routing collective.
+        """
+        if self.vision is None or self.projector is None:
+            raise RuntimeError("this pipeline stage holds no vision tower")
+        num_tiles = len(pixels)
+        if num_tiles == 0:
+            pixels = pixels.new_zeros(1, 3, self.tile_size, self.tile_size)
+        return features_to_rows(self.projector(self.vision(pixels))[:num_tiles])
+
+    def forward(self, batch: LocalBatch) -> Tensor:
+        """See `LanguageModel.forward` for what is returned."""
+        decoder_input = None
+        if self.pre_process:
+            embedding = self.language.embed(batch.tokens)
+            if batch.pixels is not None and batch.route is not None:
+                rows = self.route_features(self.encode(batch.pixels), batch.route)
+                embedding = splice(embedding, rows, batch.route.slots)
+            decoder_input = embedding
+        return self.language(batch, decoder_input)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, 1, H] to logits [n, vocab_size]."""
+        return self.language.logits(hidden)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before (mcore's schedule calls this)."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Weight that tied embedding and head share (mcore sums its gradient over both stages)."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Shards of this stage for mcore's checkpoints.
+
+        Vision and projector are copied over tp as well as over dp and cp, so their replica group is wider
+        than the decoder's; without it mcore finds the same shard written twice.
+        """
+        shards = self.language.sharded_state_dict(f"{prefix}language.", (), metadata)
+        wider = dict(metadata or {})
+        if self.replica_group is not None:
+            wider["dp_cp_group"] = self.replica_group
+        for name, part in (("vision", self.vision), ("projector", self.projector)):
+            if part is not None:
+                shards.update(part.sharded_state_dict(f"{prefix}{name}.", (), wider))
+        return shards
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """The parts that this stage holds, by the names that freezing and reports use."""
+        named = {"vision": self.vision, "projector": self.projector, "language": self.language}
+        return {name: part for name, part in named.items() if part is not None}

@@ -1,0 +1,150 @@
+"""The decoder-only language model: mcore's GPT with V2PE positions and a chunked head.
+
+    hidden = embedding(tokens)                              first stage; visual rows are spliced in by InternVL
+    hidden = layer(hidden, angles(positions))  x num_layers
+    losses = cross_entropy(head(norm(hidden)), labels)      last stage
+
+Rotary angles are computed from the local tokens' positions on each stage and travel to the attention core
+inside the packed parameters; mcore itself is told that there are no position embeddings.
+
+Shape legend: l local tokens (after the context parallel cut), r rows (l, or l / tp_size between layers with
+sequence parallelism), H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.batch.packed_batch import LocalBatch
+from megatron_v2pe.models.layer_specs import Kernels, language_layer_spec
+from megatron_v2pe.models.loss import HeadPorts, cross_entropy
+from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles
+
+
+class LanguageModel(GPTModel):
+    """GPT whose positions are given, per token, as int64 counts of 1/T.
+
+    Args:
+        config: mcore's configuration of the decoder.
+        kernels: modules of the back end.
+        rope: rotary embedding of the checkpoint.
+        vocab_size: words of the vocabulary.
+        padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
+        loss_chunk_tokens: supervised rows whose logits exist at a time.
+        head_ports: collectives of the head.
+        groups: mcore's process groups.
+        stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        kernels: Kernels,
+        rope: RopeSpec,
+        vocab_size: int,
+        padded_vocab_size: int,
+        loss_chunk_tokens: int,
+        head_ports: HeadPorts,
+        share_embeddings_and_output_weights: bool,
+        groups: ProcessGroupCollection | None,
+        **stage: Any,
+    ) -> None:
+        num_layers = get_num_layers_to_build(config, vp_stage=stage.get("vp_stage"))
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(
+                layer_specs=[language_layer_spec(kernels)] * num_layers, layer_norm=kernels.norm
+            ),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=0,  # only read by learned positions, which this model does not have
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            pg_collection=groups,
+            **stage,
+        )
+        self.rope, self.head_ports = rope, head_ports
+        self.num_words, self.loss_chunk_tokens = vocab_size, loss_chunk_tokens
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[1, l] token ids to [r, 1, H]."""
+        return self.embedding(input_ids=tokens, position_ids=None)
+
+    def attention_params(self, batch: LocalBatch) -> V2PEPackedSeqParams:
+        """Documents and rotary angles of a micro batch, one object for all layers.
+
+        `cu_seqlens` equal the padded ones: padding counts as real tokens, which causal attention never
+        lets earlier tokens see. (Automatic padding detection is wrong in Transformer Engine 2.11.)
+        """
+        return V2PEPackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            cu_seqlens_q_padded=batch.cu_seqlens,
+            cu_seqlens_kv_padded=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+            rotary_angles=rope_angles(batch.position_units, self.rope, rope_length=batch.rope_length),
+            round_rotary=self.rope.precision == "reference",
+            kv_cache=batch.kv_cache,
+        )
+
+    def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            batch: this rank's share of a micro batch.
+            decoder_input: [r, 1, H] on the first stage, None on later ones (set by `set_input_tensor`).
+
+        Returns:
+            Hidden states [r, 1, H]; on the last stage after the final norm, or, when the batch has labels,
+            the cross entropy of each local token, float32 [1, l], 0 where there is no label.
+        """
+        if self._needs_gradient_entry(decoder_input):
+            decoder_input = decoder_input.detach().requires_grad_()
+        hidden = self.decoder(
+            hidden_states=decoder_input, attention_mask=None, packed_seq_params=self.attention_params(batch)
+        )
+        if not self.post_process or batch.labels is None:
+            return hidden
+        return self.token_losses(hidden, batch.labels)
+
+    def _needs_gradient_entry(self, decoder_input: Tensor | None) -> bool:
+        """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
+        if decoder_input is None or decoder_input.requires_grad or not torch.is_grad_enabled():
+            return False
+        return self.training and self.config.recompute_granularity is not None
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Final hidden states [r, 1, H] and labels [1, l] to losses [1, l]; unlabelled tokens get 0."""
+        labels = labels.squeeze(0)
+        supervised = (labels >= 0).nonzero().squeeze(1)
+        rows = self.head_ports.gather_hidden(hidden).squeeze(1)[supervised]
+        losses = cross_entropy(
+            rows,
+            self.head_weight(),
+            labels[supervised],
+            vocab_size=self.num_words,
+            chunk=self.loss_chunk_tokens,
+            ports=self.head_ports,
+        )
+        return losses.new_zeros(len(labels)).index_copy(0, supervised, losses).unsqueeze(0)
+
+    def head_weight(self) -> Tensor:
+        """Output projection [V, H] of this rank; the embedding where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, 1, H] to logits [n, vocab_size], gathered over tp."""
+        output, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
+        return output.squeeze(1)[:, : self.num_words]

@@ -1,0 +1,111 @@
+"""Which module fills which role of a transformer layer: Transformer Engine's, or mcore's local ones.
+
+Both name their parameters alike (separate norms, no norm fused into a linear), so a checkpoint does not
+know which of the two wrote it. The attention core is an argument: it belongs to the parallel plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_v2pe.models.norms import Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Modules of one back end.
+
+    Attributes:
+        norm: normalisation of the layers and of the final norm.
+        column_linear: linear that splits its output over tp.
+        row_linear: linear that splits its input over tp.
+        language_attention: attention core of the decoder (causal, packed, context parallel, rotary inside).
+        vision_attention: attention core of the vision tower (bidirectional).
+    """
+
+    norm: Any
+    column_linear: Any
+    row_linear: Any
+    language_attention: Any
+    vision_attention: Any
+
+
+def local_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
+    """mcore's torch linears and our norms; CPU, and GPUs without Transformer Engine."""
+    return Kernels(
+        norm=Norm,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        language_attention=language_attention,
+        vision_attention=vision_attention,
+    )
+
+
+def transformer_engine_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
+    """Transformer Engine's linears and norms through mcore; needs CUDA and the extra `gpu`."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return Kernels(
+        norm=TENorm,
+        column_linear=TEColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        language_attention=language_attention,
+        vision_attention=vision_attention,
+    )
+
+
+def _attention(kernels: Kernels, *, core: Any, mask: AttnMaskType) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=kernels.column_linear, core_attention=core, linear_proj=kernels.row_linear
+        ),
+    )
+
+
+def mlp_submodules(kernels: Kernels) -> MLPSubmodules:
+    """Linears of an MLP."""
+    return MLPSubmodules(linear_fc1=kernels.column_linear, linear_fc2=kernels.row_linear)
+
+
+def _layer(
+    kernels: Kernels, *, module: type, core: Any, mask: AttnMaskType, params: dict[str, Any] | None = None
+) -> ModuleSpec:
+    return ModuleSpec(
+        module=module,
+        params=params or {},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=kernels.norm,
+            self_attention=_attention(kernels, core=core, mask=mask),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=kernels.norm,
+            # The exact class MLP: mcore hands its tp group to no other (transformer_layer.py, "Module 8").
+            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(kernels)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def language_layer_spec(kernels: Kernels) -> ModuleSpec:
+    """Pre-norm decoder layer."""
+    return _layer(kernels, module=TransformerLayer, core=kernels.language_attention, mask=AttnMaskType.causal)
+
+
+def vision_layer_spec(kernels: Kernels, *, layer: type, **params: Any) -> ModuleSpec:
+    """Pre-norm bidirectional layer of class `layer`, built with `params` (LayerScale, drop path)."""
+    mask = AttnMaskType.no_mask
+    return _layer(kernels, module=layer, core=kernels.vision_attention, mask=mask, params=params)

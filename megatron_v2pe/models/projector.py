@@ -1,0 +1,83 @@
+"""From vision channels to language channels: pixel shuffle, norm, two-layer MLP (release: `mlp1`).
+
+Shape legend: n tiles, g patches of a tile's side, C vision channels, K visual tokens of a tile
+(g*g/4 at ratio 0.5), H language channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_v2pe.models.layer_specs import Kernels, mlp_submodules
+
+
+def pixel_shuffle(x_ngc: Tensor, *, ratio: float, version: Literal["v1", "v2"]) -> Tensor:
+    """Trade resolution for channels: [n, g, g, C] to [n, K, C/ratio^2].
+
+    v2: token (y, x) concatenates the patches (2y, 2x), (2y, 2x+1), (2y+1, 2x), (2y+1, 2x+1) at ratio 0.5.
+    v1 holds the same vectors on the transposed grid (release: `pixel_shuffle`, `ps_version`).
+    """
+    n, height, width, channels = x_ngc.shape
+    step = round(1 / ratio)
+    x = x_ngc.reshape(n, height // step, step, width // step, step, channels)
+    x = x.permute(0, 1, 3, 2, 4, 5)  # [n, y, dy, x, dx, C] -> [n, y, x, dy, dx, C]
+    if version == "v1":
+        x = x.transpose(1, 2)
+    return x.reshape(n, -1, step * step * channels)
+
+
+class Projector(MegatronModule):
+    """LayerNorm, linear, GELU, linear.
+
+    Args:
+        config: mcore's configuration; `hidden_size` is the language model's H.
+        kernels: modules of the back end.
+        vision_channels: C.
+        ratio: downsample ratio of the pixel shuffle.
+        version: order of the pixel shuffle.
+        groups: singleton process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        kernels: Kernels,
+        vision_channels: int,
+        ratio: float,
+        version: Literal["v1", "v2"],
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = groups.tp
+        self.ratio, self.version = ratio, version
+        input_size = vision_channels * round(1 / ratio) ** 2
+        self.norm = kernels.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(
+            config,
+            mlp_submodules(kernels),
+            input_size=input_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, hidden_npc: Tensor) -> Tensor:
+        """Vision hidden states [n, 1 + g*g, C], class token first, to features [n, K, H]."""
+        patches = hidden_npc[:, 1:]
+        side = round(patches.shape[1] ** 0.5)
+        x = patches.reshape(len(patches), side, side, -1)  # [n, g*g, C] -> [n, g, g, C]
+        x = pixel_shuffle(x, ratio=self.ratio, version=self.version)
+        output, bias = self.mlp(self.norm(x))
+        return output if bias is None else output + bias
+
+
+def features_to_rows(features_nkh: Tensor) -> Tensor:
+    """[n, K, H] to [n*K, H]: feature rows, numbered tile by tile."""
+    return torch.flatten(features_nkh, 0, 1)

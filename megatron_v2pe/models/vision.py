@@ -1,0 +1,129 @@
+"""InternViT: patches, a class token, learned positions, bidirectional layers with LayerScale.
+
+    x = [class, conv(pixels)] + positions
+    x = x + drop_path(attention(norm1(x)) * ls1)         for each layer
+    x = x + drop_path(mlp(norm2(x)) * ls2)
+    no final norm                                         (release: InternVisionModel)
+
+Shape legend: n tiles, P patches of a tile, C channels, S tile size in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_v2pe.models.layer_specs import Kernels, vision_layer_spec
+
+BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Zero whole tiles of [P, n, C] with probability `rate`, scaling the others by 1/(1-rate)."""
+    keep = 1.0 - rate
+    mask = x.new_empty(1, x.shape[1], 1).bernoulli_(keep).div_(keep)
+    return x * mask
+
+
+class InternViTLayer(TransformerLayer):
+    """mcore's layer with LayerScale (`ls1`, `ls2`) and drop path in place of bias-dropout-add.
+
+    Args:
+        drop_path_rates: stochastic depth rate of each layer of the tower.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, drop_path_rates: tuple[float, ...], **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.ls1 = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+        self.ls2 = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+        self.drop_path_rate = drop_path_rates[self.layer_number - 1]
+        self.self_attn_bda = partial(self._scale_drop_add, "ls1")
+        self.mlp_bda = partial(self._scale_drop_add, "ls2")
+
+    def _scale_drop_add(self, scale_name: str, training: bool, fused: bool) -> BiasDropoutAdd:
+        """What mcore calls instead of bias-dropout-add; `fused` is mcore's and has no meaning here."""
+
+        def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+            x, bias = output_with_bias
+            x = x if bias is None else x + bias
+            x = x * getattr(self, scale_name)
+            if training and self.drop_path_rate > 0:
+                x = drop_path(x, self.drop_path_rate)
+            return residual + x
+
+        return apply
+
+
+class InternViT(MegatronModule):
+    """The vision tower, whole on each rank (tensor parallel size 1 of its own groups).
+
+    Args:
+        config: mcore's configuration of the tower.
+        kernels: modules of the back end.
+        image_size: size in pixels that the position table was made for.
+        patch_size: pixels of a patch's side.
+        drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
+        groups: singleton process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        kernels: Kernels,
+        image_size: int,
+        patch_size: int,
+        drop_path_rate: float,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = groups.tp
+        self.patch_size, self.grid = patch_size, image_size // patch_size
+        channels, dtype = config.hidden_size, config.params_dtype
+        self.patch_embedding = torch.nn.Conv2d(3, channels, patch_size, patch_size, dtype=dtype)
+        self.class_embedding = torch.nn.Parameter(torch.zeros(1, 1, channels, dtype=dtype))
+        self.position_embedding = torch.nn.Parameter(torch.zeros(1, self.grid**2 + 1, channels, dtype=dtype))
+        rates = tuple(torch.linspace(0, drop_path_rate, config.num_layers).tolist())
+        spec = vision_layer_spec(kernels, layer=InternViTLayer, drop_path_rates=rates)
+        self.encoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=None),
+            post_layer_norm=False,
+            pg_collection=groups,
+        )
+
+    def _positions(self, grid: int) -> Tensor:
+        """Position table [1, grid^2 + 1, C], resized bicubically in float32 for another tile size."""
+        if grid == self.grid:
+            return self.position_embedding
+        class_row, patch_rows = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        image = patch_rows.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # [1, C, g, g]
+        image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+        patch_rows = image.flatten(2).transpose(1, 2).to(patch_rows.dtype)  # [1, grid^2, C]
+        return torch.cat([class_row, patch_rows], dim=1)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """[n, 3, S, S] to [n, 1 + P, C]: class token, then patches row by row, positions added."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [n, C, g, g] -> [n, P, C]
+        x = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
+        return x + self._positions(pixels.shape[-1] // self.patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [n, 3, S, S] to hidden states [n, 1 + P, C], class token first."""
+        x_snc = self.embed(pixels).transpose(0, 1).contiguous()  # [n, 1+P, C] -> [1+P, n, C]
+        if self.config.recompute_granularity and torch.is_grad_enabled() and not x_snc.requires_grad:
+            # Re-entrant recompute gives no gradients at all when its input needs none (frozen patches).
+            x_snc = x_snc.detach().requires_grad_()
+        return self.encoder(hidden_states=x_snc, attention_mask=None).transpose(0, 1)

@@ -1,0 +1,70 @@
+"""What mcore's pipeline schedule calls for each micro batch: cut, run this stage, weigh the losses.
+
+    PackedBatch --shard_batch--> LocalBatch --InternVL--> losses [1, l] --weights--> sum   (last stage)
+
+The schedule is told nothing of weights: it counts in int32. The float weights are summed here and handed to
+mcore's gradient finalisation in the schedule's place (`finalize`), which divides by their global sum once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch
+from megatron_v2pe.models.loss import weighted_sum
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+@dataclass(kw_only=True)
+class MicroBatchRunner:
+    """One optimizer step's view of the micro batches.
+
+    Attributes:
+        shard: cuts a pack for this rank; see `parallel.shard_batch`.
+        device: where the weight sum is kept.
+        weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.
+    """
+
+    shard: Callable[[PackedBatch], LocalBatch]
+    device: torch.device
+    weight_sum: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the weights of the step before."""
+        self.weight_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, LossFunction]:
+        """Run one micro batch through this stage; mcore calls the returned function on the last one."""
+        batch = self.shard(next(batches))
+        return model(batch), partial(self._loss, batch)
+
+    def _loss(self, batch: LocalBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if batch.loss_weights is None:
+            raise RuntimeError("training batches carry loss weights")
+        total = weighted_sum(losses, batch.loss_weights)
+        self.weight_sum += batch.loss_weights.sum(dtype=torch.float64)
+        # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
+        return total, torch.zeros((), dtype=torch.int, device=losses.device), {"loss_sum": total.detach()}
+
+    def finalize(self, model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Reduce gradients over all ranks, then divide them by the global weight sum."""
+        finalize_model_grads(model, self.weight_sum, **kwargs)
+
+
+def attach(runner: MicroBatchRunner, wrapped: list[Any]) -> None:
+    """Let mcore's schedules call `runner.finalize` after the last backward."""
+    for chunk in wrapped:
+        config = get_attr_wrapped_model(chunk, "config")
+        config.finalize_model_grads_func = runner.finalize

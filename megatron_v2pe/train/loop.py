@@ -1,0 +1,207 @@
+"""The training loop: open, build, resume, then for each step: data, update, metrics, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_v2pe.assembly.build import build_model
+from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
+from megatron_v2pe.batch.packed_batch import PackedBatch
+from megatron_v2pe.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_v2pe.checkpoint.retention import newest_checkpoint
+from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.train_state import load_checkpoint, load_model_weights, save_checkpoint
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.load import dump_run_config
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.validate import validate
+from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.data.images import NORMALIZATIONS
+from megatron_v2pe.data.loader import TrainLoader
+from megatron_v2pe.parallel.shard_batch import shard_batch
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
+from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, peak_memory_gib
+from megatron_v2pe.train.step import StepReport, train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
+        FloatingPointError: the loss became non-finite.
+    """
+    weights = open_checkpoint(config.model.checkpoint)
+    arch = read_architecture(weights.hf)
+    plan = resolve(config.parallel, launcher().world_size)
+    validate(config, arch, launcher().world_size)
+    resume_from = _resume_point(config)
+    ranks = init_distributed(plan, seed=config.runtime.seed)
+    run = Run(config, arch, weights, plan=plan, ranks=ranks)
+    run.start(resume_from)
+    run.steps()
+    shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
+
+
+def _resume_point(config: RunConfig) -> Path | None:
+    """Newest complete checkpoint of the run folder; the folder is made, so that it is known to be writable."""
+    run_dir = Path(config.runtime.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if launcher().rank == 0:
+            write_atomic(run_dir / "config.yaml", dump_run_config(config))
+    except OSError as error:
+        raise ConfigError(
+            f"runtime.run_dir is {config.runtime.run_dir!r}, which cannot be written ({error.strerror}); "
+            "choose a folder that you may write to"
+        ) from None
+    newest = newest_checkpoint(run_dir)
+    if newest is not None and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume is false, but {newest} exists; set it to true to continue that run, or give this "
+            "one its own runtime.run_dir"
+        )
+    return newest
+
+
+class Run:
+    """A training run on one rank.
+
+    Args:
+        config: the run.
+        arch: architecture of the checkpoint.
+        weights: checkpoint whose weights a fresh run starts from.
+        plan: sizes of the parallel axes.
+        ranks: this rank's place in them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arch: InternVLArchitecture,
+        weights: CheckpointFolder,
+        *,
+        plan: ParallelPlan,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.arch, self.weights = config, arch, weights
+        self.plan, self.ranks = plan, ranks
+        self.run_dir = Path(config.runtime.run_dir)
+        self.trainer: Trainer
+        self.state: RunState
+
+    def start(self, resume_from: Path | None) -> None:
+        """Build the model and bring it, the optimizer and the data to where the run stands."""
+        chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
+        if resume_from is None:
+            load_model_weights(self.weights, chunks, self.ranks)
+        self.trainer = wrap_for_training(chunks, self.config)
+        self.state = RunState(step=0)
+        if resume_from is not None:
+            self.state = load_checkpoint(resume_from, self.trainer, self.ranks)
+            logger.info("resumed from %s at step %d", resume_from, self.state.step)
+        mean, std = NORMALIZATIONS[self.config.data.normalize_type]
+        shard = partial(
+            shard_batch,
+            plan=self.plan,
+            ranks=self.ranks,
+            device=self.ranks.device,
+            dtype=DTYPES[self.config.runtime.dtype],
+            mean=mean,
+            std=std,
+        )
+        self.runner = MicroBatchRunner(shard=shard, device=self.ranks.device)
+        attach(self.runner, self.trainer.wrapped)
+        self.loader = TrainLoader(
+            self.config,
+            self.arch,
+            self.weights.hf,
+            dp_rank=self.ranks.dp_rank,
+            dp_size=self.plan.dp,
+            tile_rank=self.ranks.tile_rank,
+            tile_ranks=self.plan.tile_ranks,
+            holds_vision=self.ranks.is_first_stage,
+            pad_to_multiple=self.plan.pad_to_multiple,
+            start_step=self.state.step,
+        )
+
+    def steps(self) -> None:
+        """Train from the current step to the last."""
+        log = MetricsLog(
+            self.run_dir,
+            rank=self.ranks.rank,
+            tensorboard=self.config.runtime.tensorboard,
+            log_every=self.config.runtime.log_every,
+            total_steps=self.config.optim.steps,
+            first_step=self.state.step + 1,
+        )
+        for batches, data_seconds in timed(self.loader):
+            report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
+            self.state = self.state.advanced()
+            log.write(self._metrics(report, batches, data_seconds))
+            if self._is_save_due():
+                self._save()
+            if self.state.step >= self.config.optim.steps:
+                break
+        log.close()
+
+    def _metrics(
+        self, report: StepReport, batches: Sequence[PackedBatch], data_seconds: float
+    ) -> StepMetrics:
+        counts = count_batches(batches, self.arch, ranks=self.ranks, device=self.ranks.device)
+        wall = report.seconds + data_seconds
+        return StepMetrics(
+            step=self.state.step,
+            loss=report.loss,
+            grad_norm=report.grad_norm,
+            lr=report.lr,
+            tokens=counts.tokens,
+            visual_tokens=counts.visual_tokens,
+            samples=counts.samples,
+            tokens_per_s=counts.tokens / wall,
+            tflops_per_rank=counts.flops / wall / 1e12 / self.ranks.world_size,
+            step_s=report.seconds,
+            data_s=data_seconds,
+            peak_mem_gib=peak_memory_gib(),
+        )
+
+    def _is_save_due(self) -> bool:
+        every = self.config.checkpoint.save_every
+        return self.state.step == self.config.optim.steps or (every > 0 and self.state.step % every == 0)
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        for chunk in self.trainer.wrapped:
+            # With overlapped parameter gathering the buffers may still hold the weights of the step before.
+            chunk.start_param_sync(force_sync=True)
+        folder = save_checkpoint(
+            self.run_dir,
+            self.trainer,
+            self.state,
+            self.ranks,
+            hf_folder=self.weights.hf,
+            position=self.config.position,
+            keep=self.config.checkpoint.keep,
+        )
+        logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
+
+
+def timed(loader: TrainLoader) -> Iterator[tuple[list[PackedBatch], float]]:
+    """Batches of each step with the seconds that were spent waiting for them."""
+    iterator = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batches = next(iterator, None)
+        if batches is None:
+            return
+        yield batches, time.perf_counter() - started
