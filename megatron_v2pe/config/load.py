@@ -1,0 +1,183 @@
+"""From a YAML file and `section.key=value` overrides to a `RunConfig`, and back.
+
+    run.yaml --OmegaConf--> untyped tree --names, curriculum--> structured merge --> frozen dataclasses
+    overrides, one by one, take the same way
+
+OmegaConf appears in this file only, so that it can be replaced in a day. What it raises is turned into
+`ConfigError` here: where the mistake was made, the full key, the rule, the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_v2pe.config.schema import CurriculumStage, RunConfig
+from megatron_v2pe.core.errors import ConfigError
+
+# The release writes rope_pos_id_version; both spellings are taken, ours is stored.
+_RELEASE_MODES = {"v2pe_fix": "v2pe_fixed", "v2pe_rnd": "v2pe_random"}
+_COMMAND_LINE = "command line"
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file and apply overrides in order.
+
+    Args:
+        path: YAML file whose top-level keys are sections of `RunConfig`.
+        overrides: `section.key=value`, the value in YAML: `optim.lr=5e-6`,
+            `data.curriculum=[{from_step: 0, max_sample_tokens: 512}]`.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, a key is unknown, a value has the wrong type or
+            breaks a rule of its section; the message names file or command line, key and way out.
+    """
+    merged: Any = OmegaConf.structured(RunConfig)
+    curriculum: tuple[CurriculumStage, ...] | None = None
+    sources = [(str(path), _read_yaml(Path(path)))]
+    sources += [(_COMMAND_LINE, _parse_override(text)) for text in overrides]
+    for source, tree in sources:
+        stages = _take_curriculum(tree, source)
+        curriculum = curriculum if stages is None else stages
+        merged = _merge(merged, tree, source)
+    try:
+        config = OmegaConf.to_object(merged)
+        assert isinstance(config, RunConfig)
+        if curriculum is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, curriculum=curriculum))
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' with overrides' if overrides else ''}: {error}") from None
+    except OmegaConfBaseException as error:
+        _raise_as_config_error(error, str(path))
+    return config
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML; `load_run_config` of it gives an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+
+
+def known_keys() -> list[str]:
+    """Full names of all fields, `section.key`, in the order of the schema."""
+    return [
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, all the way down: YAML has one kind of sequence."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a run's YAML file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: must hold sections (model:, data:, ...), found a list")
+    return _to_dict(tree)
+
+
+def _parse_override(text: str) -> dict[Any, Any]:
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value")
+    try:
+        return _to_dict(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{_COMMAND_LINE}: the value of {text!r} is not valid YAML ({reason})") from None
+
+
+def _to_dict(tree: DictConfig) -> dict[Any, Any]:
+    """Plain containers, interpolations (`${data.meta}`) kept as they are written."""
+    plain = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _merge(base: Any, tree: dict[Any, Any], source: str) -> Any:
+    """Structured merge of an untyped tree; OmegaConf checks names and types."""
+    for section, values in tree.items():
+        if section in RunConfig.__dataclass_fields__ and not isinstance(values, dict):
+            raise ConfigError(
+                f"{source}: {section} is a section and needs keys below it, such as {_example(section)}"
+            )
+        for key in values if isinstance(values, dict) else ():
+            if values[key] == "???":  # OmegaConf's mark for a missing value, which its merge passes over
+                raise ConfigError(f"{source}: {section}.{key} is '???'; give a value")
+    position = tree.get("position", {})
+    if isinstance(position.get("mode"), str):
+        position["mode"] = _RELEASE_MODES.get(position["mode"], position["mode"])
+    try:
+        return OmegaConf.merge(base, OmegaConf.create(tree))
+    except OmegaConfBaseException as error:
+        _raise_as_config_error(error, source)
+
+
+def _take_curriculum(tree: dict[Any, Any], source: str) -> tuple[CurriculumStage, ...] | None:
+    """Remove data.curriculum from the tree and build it: OmegaConf 2.4 does not type a tuple's elements."""
+    data = tree.get("data")
+    if not isinstance(data, dict) or "curriculum" not in data:
+        return None
+    rows = data.pop("curriculum")
+    if not isinstance(rows, list):
+        raise ConfigError(
+            f"{source}: data.curriculum is {rows!r}, but must be a list of stages such as "
+            "[{from_step: 0, max_sample_tokens: 512}]"
+        )
+    return tuple(_stage(row, f"data.curriculum[{index}]", source) for index, row in enumerate(rows))
+
+
+def _stage(row: Any, path: str, source: str) -> CurriculumStage:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{source}: {path} is {row!r}, but needs keys: from_step, max_sample_tokens")
+    try:
+        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CurriculumStage), row))
+    except OmegaConfBaseException as error:
+        _raise_as_config_error(error, source, prefix=f"{path}.")
+    assert isinstance(stage, CurriculumStage)
+    return stage
+
+
+def _raise_as_config_error(error: OmegaConfBaseException, source: str, *, prefix: str = "") -> NoReturn:
+    key = prefix + (error.full_key or "")
+    if isinstance(error, ConfigKeyError):
+        raise ConfigError(f"{source}: unknown key {key}{_nearest(key, prefix)}") from None
+    raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _nearest(key: str, prefix: str) -> str:
+    """`; did you mean ...?`: the same name in another section first, then the closest spelling."""
+    if prefix:
+        candidates = [prefix + field.name for field in dataclasses.fields(CurriculumStage)]
+    else:
+        sections = [field.name for field in dataclasses.fields(RunConfig)]
+        candidates = known_keys() if "." in key else sections + known_keys()
+    same_name = [name for name in candidates if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = same_name or difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "; docs/configuration.md lists all keys"
+
+
+def _example(section: Any) -> str:
+    return next(name for name in known_keys() if name.startswith(f"{section}."))

@@ -1,0 +1,153 @@
+"""Rules between sections, against the checkpoint, and against the number of ranks.
+
+They run on every rank before the first collective, so that a mistake is one message and not a hang. Rules
+of a single section are in `schema.py`.
+"""
+
+from __future__ import annotations
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError
+
+
+def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> None:
+    """Check a run's configuration as a whole.
+
+    Args:
+        config: the run.
+        arch: architecture of `model.checkpoint`.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: names the field, its value, the rule with its factors, and a way out.
+    """
+    check_required(config)
+    check_model_split(config.parallel, arch)
+    check_pipeline(config.parallel, arch.language.num_layers)
+    check_world(config, world_size)
+    check_positions(config, arch.tokens_per_tile)
+    check_lengths(config.data)
+    check_something_is_trained(config)
+
+
+def check_required(config: RunConfig) -> None:
+    """Fields without a usable default."""
+    hints = {
+        "model.checkpoint": (config.model.checkpoint, "the folder that `megatron-v2pe import-hf` wrote"),
+        "data.meta": (config.data.meta, "a json file that names the data sets"),
+        "runtime.run_dir": (config.runtime.run_dir, "the folder this run writes to"),
+    }
+    for name, (value, meaning) in hints.items():
+        if not value:
+            raise ConfigError(f"{name} is empty, but every run needs it: {meaning}; set {name}=PATH")
+
+
+def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
+    """Tensor parallelism cuts heads, KV heads and feed-forward rows of the language model evenly."""
+    language = arch.language
+    sizes = {
+        "attention heads": language.num_heads,
+        "KV heads": language.num_kv_heads,
+        "feed-forward channels": language.ffn_size,
+    }
+    for what, size in sizes.items():
+        if size % parallel.tp:
+            raise ConfigError(
+                f"parallel.tp is {parallel.tp}, but must divide the {size} {what} of the language model; "
+                f"possible: {_divisors(size)}"
+            )
+
+
+def check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:
+    """Pipeline stages hold whole decoder layers, equally many on all stages after a given first."""
+    pp, first = parallel.pp, parallel.first_stage_layers
+    if first == 0:
+        if num_layers % pp:
+            raise ConfigError(
+                f"parallel.pp is {pp}, but must divide the {num_layers} decoder layers; possible: "
+                f"{_divisors(num_layers)}, or set parallel.first_stage_layers"
+            )
+        return
+    if pp == 1:
+        raise ConfigError(
+            f"parallel.first_stage_layers is {first}, but parallel.pp is 1 and there is only one stage; "
+            "set it to 0"
+        )
+    if first >= num_layers or (num_layers - first) % (pp - 1):
+        possible = [
+            n for n in range(1, num_layers) if (num_layers - n) % (pp - 1) == 0 and num_layers - n >= pp - 1
+        ]
+        raise ConfigError(
+            f"parallel.first_stage_layers is {first}, but the other {num_layers - first} of {num_layers} "
+            f"decoder layers must split evenly over {pp - 1} stages; possible: {_few(possible)}"
+        )
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Ranks fill whole model replicas, and a step's packs fill whole rounds over the replicas."""
+    parallel = config.parallel
+    replica = parallel.tp * parallel.pp * parallel.cp
+    if world_size % replica:
+        raise ConfigError(
+            f"the world has {world_size} ranks, but parallel.tp x parallel.pp x parallel.cp = "
+            f"{parallel.tp} x {parallel.pp} x {parallel.cp} = {replica} must divide it; start a multiple of "
+            f"{replica} ranks or make an axis smaller"
+        )
+    dp_size = world_size // replica
+    if config.optim.global_batch_size % dp_size:
+        below = config.optim.global_batch_size // dp_size * dp_size
+        choices = [str(size) for size in (below, below + dp_size) if size]
+        raise ConfigError(
+            f"optim.global_batch_size is {config.optim.global_batch_size}, but the {dp_size} data parallel "
+            f"ranks ({world_size} ranks / {replica}) must divide it; nearest: {' or '.join(choices)}"
+        )
+
+
+def check_positions(config: RunConfig, tokens_per_tile: int) -> None:
+    """A stride is a whole number of 1/tokens_per_tile and never more than a text token's step."""
+    if config.position.stride > tokens_per_tile:
+        raise ConfigError(
+            f"position.stride is {config.position.stride}, but must lie in 1..{tokens_per_tile}: this "
+            f"checkpoint has {tokens_per_tile} visual tokens per tile, and that many is the default step"
+        )
+
+
+def check_lengths(data: DataConfig) -> None:
+    """The longest sample fits into a pack; tile limits and curriculum stages are within their bounds."""
+    if data.max_sample_tokens > data.max_pack_tokens:
+        raise ConfigError(
+            f"data.max_sample_tokens is {data.max_sample_tokens}, but a pack holds data.max_pack_tokens = "
+            f"{data.max_pack_tokens}; lower the first or raise the second"
+        )
+    if data.min_dynamic_patch > data.max_dynamic_patch:
+        raise ConfigError(
+            f"data.min_dynamic_patch is {data.min_dynamic_patch}, but must not exceed "
+            f"data.max_dynamic_patch = {data.max_dynamic_patch}"
+        )
+    for index, stage in enumerate(data.curriculum):
+        if stage.max_sample_tokens > data.max_sample_tokens:
+            raise ConfigError(
+                f"data.curriculum[{index}].max_sample_tokens is {stage.max_sample_tokens}, but samples are "
+                f"cut at data.max_sample_tokens = {data.max_sample_tokens}; raise that or lower the stage "
+                "(0 means no limit)"
+            )
+
+
+def check_something_is_trained(config: RunConfig) -> None:
+    """At least one part of the model is not frozen."""
+    if config.model.freeze_language and config.model.freeze_projector and config.vision.freeze:
+        raise ConfigError(
+            "model.freeze_language, model.freeze_projector and vision.freeze are all true, but then "
+            "nothing is trained; set one of them to false"
+        )
+
+
+def _divisors(size: int) -> str:
+    return _few([number for number in range(1, size + 1) if size % number == 0])
+
+
+def _few(numbers: list[int]) -> str:
+    """At most eight of the numbers: the small ones are those that a user wants."""
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (", ..." if len(numbers) > 8 else "") if numbers else "none"

@@ -1,0 +1,75 @@
+"""The only reader of the process environment.
+
+Launchers (torchrun, srun with torchrun) describe a rank in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Everything else is configuration and belongs into the run's YAML file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_v2pe.core.errors import ConfigError
+
+_LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """What the launcher says about this process.
+
+    Attributes:
+        rank: 0..world_size-1 over all nodes.
+        world_size: processes of the run.
+        local_rank: rank on this node, the index of its GPU.
+        master: "address:port" of the rendezvous, None when no launcher was used.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master: str | None = None
+
+
+def launcher(environ: Mapping[str, str] | None = None) -> Launcher:
+    """Read the launcher's variables; a process without any of RANK and WORLD_SIZE is a world of one.
+
+    Args:
+        environ: variables to read; the process's own when None.
+
+    Raises:
+        ConfigError: only some of the variables are set, or one is not a number in range.
+    """
+    values = os.environ if environ is None else environ
+    if "RANK" not in values and "WORLD_SIZE" not in values:
+        return Launcher()
+    missing = [name for name in _LAUNCHER_NAMES if name not in values]
+    if missing:
+        raise ConfigError(
+            f"environment: {', '.join(missing)} not set while RANK or WORLD_SIZE is; start with torchrun, "
+            "or unset all of them for a single process"
+        )
+    rank, world_size, local_rank = (_number(values, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < world_size:
+        raise ConfigError(f"environment: RANK is {rank}, but must lie in 0..WORLD_SIZE-1 = {world_size - 1}")
+    master = f"{values['MASTER_ADDR']}:{_number(values, 'MASTER_PORT')}"
+    return Launcher(rank=rank, world_size=world_size, local_rank=local_rank, master=master)
+
+
+def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:
+    """Id of the SLURM job this process belongs to, None outside of one."""
+    return (os.environ if environ is None else environ).get("SLURM_JOB_ID")
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """A copy of the environment for a process that we start, without this rank's launcher variables."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}
+    return {**kept, **changes}
+
+
+def _number(values: Mapping[str, str], name: str) -> int:
+    text = values[name]
+    if not text.isdecimal():
+        raise ConfigError(f"environment: {name} is {text!r}, but must be a whole number")
+    return int(text)

@@ -1,0 +1,180 @@
+"""config.validate: for each rule one configuration that is refused and one that passes."""
+
+import dataclasses
+
+import pytest
+
+from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.schema import (
+    CurriculumStage,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PositionConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
+from megatron_v2pe.config.validate import validate
+from megatron_v2pe.core.errors import ConfigError
+
+# 8 heads, 4 KV heads, 6 layers, 16 visual tokens per tile (8x8 patches, halved twice).
+ARCH = parse_architecture(
+    {
+        "model_type": "internvl_chat",
+        "force_image_size": 112,
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "patch_size": 14,
+        },
+        "llm_config": {
+            "architectures": ["InternLM2ForCausalLM"],
+            "hidden_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 96,
+            "vocab_size": 128,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        },
+    }
+)
+BASE = RunConfig(
+    model=ModelConfig(checkpoint="ckpt"),
+    data=DataConfig(meta="meta.json"),
+    runtime=RuntimeConfig(run_dir="run"),
+)
+
+
+def run(world_size=1, **sections):
+    validate(dataclasses.replace(BASE, **sections), ARCH, world_size)
+
+
+def test_the_base_passes():
+    assert ARCH.tokens_per_tile == 16
+    run()
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "name"),
+    [
+        ("model", ModelConfig(), "model.checkpoint"),
+        ("data", DataConfig(), "data.meta"),
+        ("runtime", RuntimeConfig(), "runtime.run_dir"),
+    ],
+)
+def test_required_fields(section, value, name):
+    with pytest.raises(ConfigError, match=f"{name} is empty, but every run needs it.*set {name}=PATH"):
+        run(**{section: value})
+
+
+def test_kv_heads_by_tp():
+    with pytest.raises(
+        ConfigError, match=r"parallel.tp is 8, but must divide the 4 KV heads.*possible: 1, 2, 4$"
+    ):
+        run(8, parallel=ParallelConfig(tp=8))
+    run(4, parallel=ParallelConfig(tp=4))
+
+
+def test_heads_by_tp():
+    with pytest.raises(ConfigError, match=r"parallel.tp is 3, but must divide the 8 attention heads"):
+        run(3, parallel=ParallelConfig(tp=3))
+
+
+def test_feed_forward_by_tp():
+    arch = dataclasses.replace(ARCH, language=dataclasses.replace(ARCH.language, ffn_size=97))
+    config = dataclasses.replace(BASE, parallel=ParallelConfig(tp=2))
+    with pytest.raises(ConfigError, match=r"must divide the 97 feed-forward channels"):
+        validate(config, arch, 2)
+    validate(config, ARCH, 2)
+
+
+def test_layers_by_pp():
+    with pytest.raises(
+        ConfigError, match=r"parallel.pp is 4, but must divide the 6 decoder layers; possible: 1, 2, 3, 6"
+    ):
+        run(4, parallel=ParallelConfig(pp=4))
+    run(3, parallel=ParallelConfig(pp=3))
+
+
+@pytest.mark.parametrize(
+    ("pp", "first", "words"),
+    [
+        (1, 2, "parallel.pp is 1 and there is only one stage"),
+        (3, 3, "the other 3 of 6 decoder layers must split evenly over 2 stages; possible: 2, 4$"),
+        (2, 6, "the other 0 of 6"),
+        (2, 7, "the other -1 of 6"),
+    ],
+)
+def test_first_stage_layers_refused(pp, first, words):
+    with pytest.raises(ConfigError, match=words):
+        run(pp, parallel=ParallelConfig(pp=pp, first_stage_layers=first))
+
+
+@pytest.mark.parametrize(("pp", "first"), [(2, 1), (3, 2), (3, 4), (4, 3)])
+def test_first_stage_layers_accepted(pp, first):
+    run(pp, parallel=ParallelConfig(pp=pp, first_stage_layers=first), optim=OptimConfig(global_batch_size=1))
+
+
+def test_world_by_replica():
+    axes = ParallelConfig(tp=2, cp=2)
+    with pytest.raises(ConfigError, match=r"the world has 6 ranks.*2 x 1 x 2 = 4 must divide it"):
+        run(6, parallel=axes)
+    run(8, parallel=axes, optim=OptimConfig(global_batch_size=2))
+
+
+def test_global_batch_by_dp():
+    with pytest.raises(
+        ConfigError, match=r"optim.global_batch_size is 6, but the 4 data parallel.*nearest: 4 or 8"
+    ):
+        run(4, optim=OptimConfig(global_batch_size=6))
+    with pytest.raises(ConfigError, match=r"global_batch_size is 1, .*nearest: 4$"):
+        run(4, optim=OptimConfig(global_batch_size=1))
+    run(4, optim=OptimConfig(global_batch_size=8))
+
+
+def test_stride_by_tokens_per_tile():
+    with pytest.raises(ConfigError, match=r"position.stride is 17, but must lie in 1..16"):
+        run(position=PositionConfig(mode="v2pe_fixed", stride=17))
+    run(position=PositionConfig(mode="v2pe_fixed", stride=16))
+
+
+def test_v2pe_on_a_dynamic_ntk_checkpoint_is_allowed():
+    # The release switches the checkpoint's scaling off when V2PE is on, and so does training here.
+    assert ARCH.language.rope_scaling_type == "dynamic"
+    run(position=PositionConfig(mode="v2pe_random"))
+
+
+def test_sample_by_pack():
+    with pytest.raises(ConfigError, match=r"data.max_sample_tokens is 65, .*data.max_pack_tokens = 64"):
+        run(data=DataConfig(meta="m", max_pack_tokens=64, max_sample_tokens=65))
+    run(data=DataConfig(meta="m", max_pack_tokens=64, max_sample_tokens=64))
+
+
+def test_tile_limits():
+    with pytest.raises(ConfigError, match=r"data.min_dynamic_patch is 3, but must not exceed"):
+        run(data=DataConfig(meta="m", min_dynamic_patch=3, max_dynamic_patch=2))
+    run(data=DataConfig(meta="m", min_dynamic_patch=2, max_dynamic_patch=2))
+
+
+def test_curriculum_within_the_longest_sample():
+    def data(longest):
+        return DataConfig(
+            meta="m", max_sample_tokens=64, curriculum=(CurriculumStage(max_sample_tokens=longest),)
+        )
+
+    with pytest.raises(ConfigError, match=r"data.curriculum\[0\].max_sample_tokens is 65"):
+        run(data=data(65))
+    run(data=data(64))
+    run(data=data(0))
+
+
+def test_something_is_trained():
+    frozen = ModelConfig(checkpoint="c", freeze_language=True, freeze_projector=True)
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        run(model=frozen, vision=VisionConfig(freeze=True))
+    run(model=frozen, vision=VisionConfig(freeze=False))

@@ -1,0 +1,46 @@
+"""core.env: what the launcher says, and what is refused."""
+
+import pytest
+
+from megatron_v2pe.core.env import Launcher, child_environment, launcher, slurm_job
+from megatron_v2pe.core.errors import ConfigError
+
+FULL = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+def test_torchrun_variables():
+    assert launcher(FULL) == Launcher(rank=3, world_size=8, local_rank=1, master="node0:29500")
+
+
+def test_no_launcher_is_a_world_of_one():
+    assert launcher({"MASTER_ADDR": "left over"}) == Launcher(rank=0, world_size=1, local_rank=0, master=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE not set"),
+        ({"MASTER_PORT": None}, "MASTER_PORT not set"),
+        ({"RANK": "8"}, "RANK is 8"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
+    ],
+)
+def test_inconsistent_variables_are_refused(change, words):
+    values = {name: value for name, value in {**FULL, **change}.items() if value is not None}
+    with pytest.raises(ConfigError, match=words):
+        launcher(values)
+
+
+def test_slurm_job():
+    assert slurm_job({"SLURM_JOB_ID": "17"}) == "17"
+    assert slurm_job({}) is None
+
+
+def test_child_environment_drops_the_rank(monkeypatch):
+    for name, value in FULL.items():
+        monkeypatch.setenv(name, value)
+    child = child_environment(OMP_NUM_THREADS="1")
+    assert child["OMP_NUM_THREADS"] == "1"
+    assert not set(FULL) & set(child)
+    assert "PATH" in child
