@@ -1,0 +1,112 @@
+"""AdamW that keeps its step count in the parameter group, for hosts without Transformer Engine and apex.
+
+megatron-core's distributed optimizer is written for their FusedAdam. With torch's AdamW in its place it
+cannot resume: the step lives in the state of each parameter, it is looked for before the first update has
+made it, and after a load all parameters share one step tensor, which every parameter's update then advances
+once. The loss right after such a resume is still right; the one after that is wrong.
+
+    m <- b1 m + (1-b1) g        v <- b2 v + (1-b2) g^2
+    p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + eps)        c = 1 - b^step
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam over lists of tensors, with the state layout and arguments of apex's FusedAdam.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay of both moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled (AdamW) with `adam_w_mode`, else added to the gradient.
+        adam_w_mode: see `weight_decay`.
+        bias_correction: divide the moments by 1 - beta^step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction
+        )
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["params"]:  # an empty group keeps no step, as apex has it
+                group["step"] = group.get("step", 0) + 1
+                self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
+        gradients: list[Tensor] = [weight.grad for weight in weights if weight.grad is not None]
+        first, second = self._moments(weights)
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        correction1, correction2 = 1.0, 1.0
+        if group["bias_correction"]:
+            correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+        if decay and self.adam_w_mode:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+        elif decay:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        divisor = torch._foreach_sqrt(second)
+        torch._foreach_div_(divisor, math.sqrt(correction2))
+        torch._foreach_add_(divisor, group["eps"])
+        torch._foreach_addcdiv_(weights, first, divisor, -lr / correction1)
+
+    def _moments(self, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        for weight in weights:
+            state = self.state[weight]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(weight)
+                state["exp_avg_sq"] = torch.zeros_like(weight)
+        states = [self.state[weight] for weight in weights]
+        return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+
+
+def install_fused_adam() -> bool:
+    """Make megatron-core use `FusedAdam` if it fell back to torch's optimizers. Returns whether it had to.
+
+    mcore then takes the branches that it takes with apex, in building, saving and loading alike.
+    """
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return optimizer.Adam is FusedAdam
+    optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return True

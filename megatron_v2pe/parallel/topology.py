@@ -1,0 +1,214 @@
+"""Which rank does what: sizes of the parallel axes, this rank's place on each, and the process groups.
+
+Ranks are one grid, tp innermost: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp. megatron-core
+makes the groups as slices of that grid; this file asks for them once, so that nothing else has to.
+
+    ParallelConfig + world size --resolve--> ParallelPlan --init_distributed--> Ranks
+                                             (pure numbers)                     (this process, groups)
+
+Example: 8 ranks as tp2 cp2 dp1 pp2. Rank 5 is pp 1, dp 0, cp 0, tp 1; its tp group is 4, 5, its cp group
+5, 7, its pp group 1, 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_v2pe.config.schema import ParallelConfig
+from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import ConfigError
+
+RANK_ORDER = "tp-cp-ep-dp-pp"  # ep, the experts' axis, has size 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """Sizes of the parallel axes, resolved against the world size. Numbers only.
+
+    Attributes:
+        tp: tensor parallel size.
+        pp: pipeline parallel size.
+        cp: context parallel size.
+        dp: data parallel size, what remains of the world.
+        sequence_parallel: activations between layers are split over tp.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """Every document is padded to a multiple of this many tokens.
+
+        2*cp equal chunks for the zigzag, whose local part splits over tp when sequence parallelism does.
+        """
+        chunks = 2 * self.cp if self.cp > 1 else 1
+        return chunks * (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def tile_ranks(self) -> int:
+        """Ranks of the first stage that share the tiles of a pack.
+
+        tp ranks encode different tiles under sequence parallelism, where each owns a slice of the tokens;
+        without it they all need all features of their cp shard, so they encode the same tiles.
+        """
+        return self.cp * (self.tp if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranks:
+    """This process's place on each axis, and its groups.
+
+    Attributes:
+        rank: rank in the world.
+        world_size: ranks of the world.
+        tp_rank: place on the tensor parallel axis.
+        pp_rank: pipeline stage.
+        cp_rank: place on the context parallel axis.
+        dp_rank: place on the data parallel axis.
+        is_first_stage: this rank holds vision tower, projector and embedding.
+        is_last_stage: this rank holds the head and computes the loss.
+        device: where this rank's tensors live.
+        groups: mcore's collection for the language model: tp, cp, pp, dp, dp_cp, tp_cp, embd and the rest.
+        singleton_groups: collection of groups of this rank alone, for parts that are whole on every rank.
+        tile_rank: which share of a pack's tiles this rank encodes, 0..plan.tile_ranks-1.
+        tile_group: ranks that exchange image features: tp x cp (rank = cp_rank * tp + tp_rank) with sequence
+            parallelism, cp alone without.
+        vision_replica_group: ranks of this stage that hold copies of the vision tower: tp x cp x dp.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    is_first_stage: bool
+    is_last_stage: bool
+    device: torch.device
+    groups: ProcessGroupCollection
+    singleton_groups: ProcessGroupCollection
+    tile_rank: int
+    tile_group: Any
+    vision_replica_group: Any
+
+
+def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
+    """Sizes of all axes for a world of `world_size` ranks.
+
+    Raises:
+        ConfigError: the world is not a whole number of model replicas.
+    """
+    replica = config.tp * config.pp * config.cp
+    if world_size % replica:
+        raise ConfigError(
+            f"parallel.tp * parallel.pp * parallel.cp = {config.tp} * {config.pp} * {config.cp} = {replica} "
+            f"must divide the world size {world_size}; start a multiple of {replica} ranks, or make one of the "
+            "three smaller"
+        )
+    return ParallelPlan(
+        tp=config.tp,
+        pp=config.pp,
+        cp=config.cp,
+        dp=world_size // replica,
+        sequence_parallel=config.sequence_parallel,
+    )
+
+
+def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30) -> Ranks:
+    """Join the other ranks, make the groups, seed the generators. Collective: every rank must call it.
+
+    One rank needs no launcher; more are found through torchrun's environment. A default process group that
+    exists already is used as it is. After `shutdown` it may be called again in the same process.
+
+    Args:
+        plan: sizes of the axes; their product must be the world size.
+        seed: seed of the default generator (equal on all ranks of a stage) and of mcore's tracked ones.
+        timeout_minutes: how long a collective may wait for its peers, also while groups are made.
+    """
+    device = _local_device()
+    if not dist.is_initialized():
+        _join_world(device, timeout_minutes)
+    if dist.get_world_size() != plan.world_size:
+        raise ConfigError(
+            f"the plan tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp} is for {plan.world_size} "
+            f"ranks, but {dist.get_world_size()} were started; start that many"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        context_parallel_size=plan.cp,
+        distributed_timeout_minutes=timeout_minutes,
+        order=RANK_ORDER,
+        create_gloo_process_groups=False,
+    )
+    # Stages draw differently, as Megatron has it; tp ranks differ inside mcore's tracked generator only.
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    return _ranks(plan, device, timeout_minutes)
+
+
+def shutdown() -> None:
+    """Wait for the other ranks, then leave. After an error do not call it: the peers may never arrive."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", launcher().local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_world(device: torch.device, timeout_minutes: int) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if launcher().world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+
+
+def _ranks(plan: ParallelPlan, device: torch.device, timeout_minutes: int) -> Ranks:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Made by its one member alone: asking the whole world for a group of each rank takes minutes at scale.
+    alone = dist.new_group(
+        [dist.get_rank()], timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True
+    )
+    tile_group = groups.tp_cp if plan.sequence_parallel else groups.cp
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        pp_rank=groups.pp.rank(),
+        cp_rank=groups.cp.rank(),
+        dp_rank=groups.dp.rank(),
+        is_first_stage=groups.pp.rank() == 0,
+        is_last_stage=groups.pp.rank() == plan.pp - 1,
+        device=device,
+        groups=groups,
+        singleton_groups=ProcessGroupCollection(tp=alone, cp=alone, pp=alone, tp_cp=alone),
+        tile_rank=tile_group.rank(),
+        tile_group=tile_group,
+        vision_replica_group=groups.tp_dp_cp,
+    )
