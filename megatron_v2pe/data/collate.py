@@ -1,0 +1,101 @@
+"""Documents to one pack: shifted labels, loss weights, padding per document, this rank's pixels.
+
+    document   tokens  a b c d        labels (unshifted)  . . c d
+    pack       tokens  a b c d p p    labels              . c d . . .     weights  0 w w 0 0 0
+
+Labels are shifted here, inside each document, so that whatever is cut later (context parallel shards) keeps
+every pair of token and target; the release shifts after the cut (its defect D36).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.encode import EncodedSample
+from megatron_v2pe.data.images import load_tile_range
+from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
+
+_EXPONENTS = {"token": 0.0, "square": -0.5, "sample": -1.0}
+
+
+def token_weights(labels: Int64Array, *, loss_reduction: str) -> NDArray[np.float32]:
+    """Weight of each supervised token of one sample.
+
+    Args:
+        labels: int64 [t], unshifted labels of the whole sample.
+        loss_reduction: `token`, `sample` or `square`: 1, 1/x or 1/sqrt(x) for x supervised tokens.
+
+    Returns:
+        float32 [t], 0 where the label is IGNORE_INDEX.
+    """
+    supervised = labels != IGNORE_INDEX
+    weights = np.zeros(len(labels), dtype=np.float32)
+    if supervised.any():
+        weights[supervised] = float(supervised.sum()) ** _EXPONENTS[loss_reduction]
+    return weights
+
+
+def shift_left(values: NDArray, *, fill: float) -> NDArray:
+    """What stands at t+1 moves to t; the last place is filled. Same shape and dtype."""
+    return np.append(values[1:], np.asarray(fill, dtype=values.dtype))
+
+
+def collate_pack(
+    samples: Sequence[EncodedSample],
+    *,
+    pad_to_multiple: int,
+    pad_token_id: int,
+    loss_reduction: str,
+    image_size: int,
+    tile_range_of: Callable[[int], tuple[int, int]] = lambda num_tiles: (0, num_tiles),
+) -> PackedBatch:
+    """Make one micro batch of documents.
+
+    Args:
+        samples: the documents, in order.
+        pad_to_multiple: each document is padded to a multiple of this many tokens.
+        pad_token_id: token of the padding; never supervised.
+        loss_reduction: see `token_weights`.
+        image_size: tile size S in pixels.
+        tile_range_of: tiles of the pack -> half-open range whose pixels are wanted; only the images of that
+            range are opened.
+
+    Returns:
+        the pack, with uint8 pixels of the wanted tiles.
+
+    Raises:
+        DataError: nothing in the pack is supervised (the loss would be 0/0), or an image cannot be read. The
+            first depends on tokens alone, so all ranks that share the pack agree on it.
+    """
+    layout = pack_layout([sample.layout for sample in samples], pad_to_multiple=pad_to_multiple)
+    tokens = np.full(layout.num_tokens, pad_token_id, dtype=np.int64)
+    labels = np.full(layout.num_tokens, IGNORE_INDEX, dtype=np.int64)
+    weights = np.zeros(layout.num_tokens, dtype=np.float32)
+    for sample, start in zip(samples, layout.cu_seqlens[:-1].tolist(), strict=True):
+        end = start + len(sample.tokens)
+        tokens[start:end] = sample.tokens
+        labels[start:end] = shift_left(sample.labels, fill=IGNORE_INDEX)
+        weights[start:end] = shift_left(token_weights(sample.labels, loss_reduction=loss_reduction), fill=0.0)
+    sample_ids = tuple(sample.sample_id for sample in samples)
+    if not weights.any():
+        raise DataError(
+            f"samples {', '.join(sample_ids)}: no token of this pack is supervised, so its loss is not defined; "
+            "remove samples without an answer"
+        )
+    tile_range = tile_range_of(layout.num_tiles)
+    refs = [ref for sample in samples for ref in sample.image_refs]
+    return PackedBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_weights=weights,
+        layout=layout,
+        num_tiles=layout.num_tiles,
+        tile_range=tile_range,
+        tiles=load_tile_range(refs, image_size=image_size, tile_range=tile_range),
+        sample_ids=sample_ids,
+    )

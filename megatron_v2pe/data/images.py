@@ -1,0 +1,227 @@
+"""Image files: bounded, inside their folder, and opened as late as possible.
+
+    header (size, format) -> index        decode -> resize -> cut -> uint8 tiles of this rank's share only
+
+Every failure is a DataError that names the file. Images are taken as the release takes them: first frame,
+no EXIF rotation, `convert("RGB")`, bicubic resizing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.tiling import TileGrid
+
+UInt8Array = NDArray[np.uint8]
+NormalizeType = Literal["imagenet", "clip", "siglip"]
+Channels = tuple[float, float, float]
+
+NORMALIZATION: dict[NormalizeType, tuple[Channels, Channels]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# What Pillow raises for files that are not images, are cut off, or carry broken compressed data.
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, IndexError)
+# Last bytes of a complete file; any other ending is settled by decoding the file once.
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRef:
+    """One image of a sample and how it is cut; no pixels.
+
+    Attributes:
+        path: file.
+        size: (width, height) that the grid was chosen for; a file that changed since is refused.
+        grid: its tiles.
+        pad_color: fill of the square that the image is padded to before resizing; None does not pad.
+        jpeg_qualities: re-encode each tile (the whole image when it is one tile without grid) as JPEG of
+            that quality, the release's augmentation; empty does not.
+        max_pixels: largest width x height that is decoded.
+    """
+
+    path: str
+    size: tuple[int, int]
+    grid: TileGrid
+    pad_color: tuple[int, int, int] | None = None
+    jpeg_qualities: tuple[int, ...] = ()
+    max_pixels: int = 178_956_970
+
+
+def resolve_path(root: str, name: str, *, where: str) -> str:
+    """File `name` inside folder `root`.
+
+    Args:
+        root: folder of the data set's images; empty means that names are complete paths.
+        name: path as the annotation gives it.
+        where: place of the annotation, for the message.
+
+    Raises:
+        DataError: the name is absolute or climbs out of `root`, or is a URL.
+    """
+    if "://" in name or "\0" in name:
+        raise DataError(f"{where}: image {name!r} is not a local file; copy it below the data set's root")
+    if not root:
+        return name
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"{where}: image {name!r} lies outside the data set's root {root!r}; give a path inside the root"
+        )
+    return os.path.join(root, inside)
+
+
+@contextmanager
+def _opened(path: str, *, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image (header only until it is used) and turn every Pillow failure into a DataError."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own bound is checked just below
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{path}: {width} x {height} = {width * height} pixels exceed data.max_image_pixels = "
+                    f"{max_pixels}; scale the image down or raise the limit"
+                )
+            yield image
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image; check the data set's root and the annotation") from None
+    except _PILLOW_ERRORS as error:
+        raise DataError(
+            f"{path}: cannot be read as an image ({error}); repair or remove the sample"
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def image_size(path: str, *, max_pixels: int) -> tuple[int, int]:
+    """(width, height) from the file's header.
+
+    Raises:
+        DataError: missing, not an image, or larger than `max_pixels`.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        return image.size
+
+
+def check_image(path: str, *, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of an image that is complete as far as its ending tells.
+
+    A JPEG or PNG that ends with its end mark is taken as complete; anything else is decoded once.
+
+    Raises:
+        DataError: missing, not an image, truncated, or larger than `max_pixels`.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        mark = _END_MARKS.get(image.format or "")
+        if mark is None or _tail(path, len(mark)) != mark:
+            image.load()
+        return image.size
+
+
+def _tail(path: str, num_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read()
+
+
+def mean_color(normalize_type: NormalizeType) -> tuple[int, int, int]:
+    """The mean of the normalisation as an 8-bit colour, rounded down as in the release."""
+    red, green, blue = (int(channel * 255) for channel in NORMALIZATION[normalize_type][0])
+    return red, green, blue
+
+
+def load_tiles(ref: ImageRef, *, image_size: int, first: int = 0, last: int | None = None) -> UInt8Array:
+    """Decode an image and cut some of its tiles.
+
+    Args:
+        ref: image and grid.
+        image_size: tile size S in pixels.
+        first: first tile wanted.
+        last: one past the last tile wanted; None is all.
+
+    Returns:
+        uint8 [last - first, 3, S, S], row by row, the thumbnail last.
+
+    Raises:
+        DataError: see `image_size`; also a file whose size changed since it was indexed.
+    """
+    last = ref.grid.num_tiles if last is None else last
+    with _opened(ref.path, max_pixels=ref.max_pixels) as opened:
+        if opened.size != ref.size:
+            raise DataError(
+                f"{ref.path}: is {opened.size[0]} x {opened.size[1]}, but was {ref.size[0]} x {ref.size[1]} when "
+                "lengths were measured; remove data.cache_dir so that they are measured again"
+            )
+        image = opened.convert("RGB")
+        if ref.pad_color is not None:
+            image = _pad_to_square(image, ref.pad_color)
+    return _cut(image, ref, size=image_size, first=first, last=last)
+
+
+def _cut(image: Image.Image, ref: ImageRef, *, size: int, first: int, last: int) -> UInt8Array:
+    """Tiles first..last-1 of a decoded image as uint8 [n, 3, S, S]."""
+    num_cells = ref.grid.columns * ref.grid.rows
+    if num_cells == 1 and ref.jpeg_qualities:
+        image = _reencode(image, ref.jpeg_qualities[0])
+    tiles: list[Image.Image] = []
+    if first < num_cells:
+        resized = image.resize((size * ref.grid.columns, size * ref.grid.rows), Image.Resampling.BICUBIC)
+        for cell in range(first, min(last, num_cells)):
+            row, column = divmod(cell, ref.grid.columns)
+            tiles.append(resized.crop((column * size, row * size, (column + 1) * size, (row + 1) * size)))
+    if last > num_cells:
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    if num_cells > 1 and ref.jpeg_qualities:
+        tiles = [_reencode(tile, ref.jpeg_qualities[first + i]) for i, tile in enumerate(tiles)]
+    out = np.empty((len(tiles), 3, size, size), dtype=np.uint8)
+    for index, tile in enumerate(tiles):
+        out[index] = np.asarray(tile).transpose(2, 0, 1)  # [S, S, 3] -> [3, S, S]
+    return out
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Centre the image in a square of `color`."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _reencode(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def load_tile_range(refs: Sequence[ImageRef], *, image_size: int, tile_range: tuple[int, int]) -> UInt8Array:
+    """Tiles `tile_range` of a list of images, numbered over the list; other images are not opened.
+
+    Returns:
+        uint8 [stop - start, 3, S, S].
+    """
+    start, stop = tile_range
+    out = np.empty((stop - start, 3, image_size, image_size), dtype=np.uint8)
+    base = 0
+    for ref in refs:
+        low, high = max(start, base), min(stop, base + ref.grid.num_tiles)
+        if low < high:
+            out[low - start : high - start] = load_tiles(
+                ref, image_size=image_size, first=low - base, last=high - base
+            )
+        base += ref.grid.num_tiles
+    return out
