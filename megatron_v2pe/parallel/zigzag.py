@@ -1,0 +1,77 @@
+"""Which tokens a context parallel rank holds: pure integers, no process group.
+
+Causal attention makes late tokens dearer than early ones. Each document is therefore cut into 2*cp equal
+chunks and rank r takes chunks r and 2*cp-1-r, one cheap and one dear, so that all ranks do the same work:
+
+    document of 8 tokens, cp 2        rank 0: 0 1 . . . . 6 7        rank 1: . . 2 3 4 5 . .
+
+Documents are cut one by one. Cutting the pack as one row instead (as the release does) would balance the row,
+but leave a rank with pieces of documents that attention kernels then take for whole ones.
+
+The same index cuts tokens, labels, weights, positions and image slots; everything about a shard follows from
+`shard_ranges`, which has two rows for each document whatever its length.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_v2pe.v2pe.layout import Int64Array
+
+
+def shard_ranges(cu_seqlens: Int64Array, *, cp_size: int, cp_rank: int) -> Int64Array:
+    """Token ranges of the pack that a rank holds, in the order in which it holds them.
+
+    Args:
+        cu_seqlens: int64 [N+1], boundaries of the padded documents.
+        cp_size: ranks that share the pack.
+        cp_rank: 0..cp_size-1.
+
+    Returns:
+        int64 [2N, 2], half-open ranges, two chunks for each document; [N, 2] whole documents for cp_size 1.
+
+    Raises:
+        ValueError: a document's padded length is not a multiple of 2 * cp_size.
+
+    Example:
+        cu_seqlens [0, 8, 12], cp_size 2, cp_rank 1: [[2, 4], [4, 6], [9, 10], [10, 11]].
+    """
+    starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
+    if cp_size == 1:
+        return np.stack([starts, cu_seqlens[1:]], axis=1)
+    chunks, rest = np.divmod(lengths, 2 * cp_size)
+    if rest.any():
+        document = int(np.flatnonzero(rest)[0])
+        raise ValueError(
+            f"document {document} has {lengths[document]} tokens, but context parallel size {cp_size} needs a "
+            f"multiple of {2 * cp_size}; pad documents to ParallelPlan.pad_to_multiple"
+        )
+    early = starts + cp_rank * chunks
+    late = starts + (2 * cp_size - 1 - cp_rank) * chunks
+    firsts = np.stack([early, late], axis=1)  # [N, 2 chunks]
+    return np.stack([firsts, firsts + chunks[:, None]], axis=2).reshape(-1, 2)  # [N, 2, 2] -> [2N, 2]
+
+
+def shard_indices(cu_seqlens: Int64Array, *, cp_size: int, cp_rank: int) -> Int64Array:
+    """Index into the pack of each token that a rank holds, int64 [t / cp_size]. See `shard_ranges`.
+
+    Example:
+        cu_seqlens [0, 8, 12], cp_size 2, cp_rank 0: [0, 1, 6, 7, 8, 11].
+    """
+    ranges = shard_ranges(cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
+    lengths = ranges[:, 1] - ranges[:, 0]
+    # Each range counts up from its start: a running index, shifted at the first token of each range.
+    shifts = ranges[:, 0] - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shifts, lengths)
+
+
+def contiguous_indices(num_tokens: int, *, cp_size: int, cp_rank: int) -> Int64Array:
+    """The cp_rank-th of cp_size equal pieces of a row, the layout of head-parallel (Ulysses) attention.
+
+    Raises:
+        ValueError: the row does not split evenly.
+    """
+    share, rest = divmod(num_tokens, cp_size)
+    if rest:
+        raise ValueError(f"{num_tokens} tokens do not split into {cp_size} equal pieces")
+    return np.arange(cp_rank * share, (cp_rank + 1) * share, dtype=np.int64)
