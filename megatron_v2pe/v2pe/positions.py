@@ -14,6 +14,7 @@ sum of steps, so cost and memory follow the local tokens and the images they tou
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, SampleLayout
 
@@ -117,6 +118,28 @@ def visual_rows(layout: PackLayout, ranges: Int64Array) -> tuple[Int64Array, Int
         local += stop - start
     empty = np.zeros(0, dtype=np.int64)
     return np.concatenate([*slots, empty]), np.concatenate([*rows, empty])
+
+
+def release_padded_positions(
+    units: Int64Array, *, keep: NDArray[np.bool_], tokens_per_tile: int
+) -> Int64Array:
+    """Positions as the release gives them when tokens are masked, for comparison with it only.
+
+    A masked token (right padding, or a token of the text that happens to equal the padding id) gets
+    position 1 and does not advance the counter. Here padding continues by whole steps instead: it sits at a
+    document's end, under the causal mask nothing sees it, and its loss weight is 0.
+
+    Args:
+        units: int64 [t], units of the sample as if nothing were masked.
+        keep: bool [t], False where masked.
+        tokens_per_tile: the T of a unit 1/T.
+
+    Returns:
+        int64 [t], units.
+    """
+    steps = np.diff(units, prepend=-tokens_per_tile)
+    walked = np.cumsum(np.where(keep, steps, 0)) - tokens_per_tile
+    return np.where(keep, walked, tokens_per_tile)
 
 
 def to_float(units: Int64Array, tokens_per_tile: int) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""From `megatron-v2pe VERB ...` to one module, and from exceptions to exit codes.
+
+    V2PEError      a mistake the user can mend: one message on stderr, exit code 2
+    anything else  a mistake of ours: traceback, exit code 1
+
+Only the module of the chosen verb is imported, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import V2PEError
+from megatron_v2pe.core.logging import setup_logging
+
+VERBS = {
+    "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
+    "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
+    "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
+    "train": "fine-tune from a run's YAML file; also under torchrun",
+    "generate": "answer a prompt with images, greedily",
+    "evaluate": "retrieval benchmark over lengths and strides, with a report",
+    "doctor": "what this machine has and what will therefore be used",
+    "check-golden": "run recorded cases of the V2PE release",
+}
+_PROG = "megatron-v2pe"
+_OTHER_RANKS_WAIT_S = 3.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        argv: arguments without the program's name; the process's own when None.
+
+    Returns:
+        Exit code: the verb's own, 2 for bad input, 1 for an internal failure.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        rank = launcher().rank
+        setup_logging(rank)
+        if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
+            return _no_verb(arguments)
+        return _run_verb(_load(arguments[0]), arguments[1:])
+    except V2PEError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run_verb(module: ModuleType, arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROG} {module.NAME}",
+        description=module.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments))
+
+
+def _load(verb: str) -> ModuleType:
+    return importlib.import_module(f"megatron_v2pe.cli.{verb.replace('-', '_')}")
+
+
+def _no_verb(arguments: Sequence[str]) -> int:
+    """Overview; asked for it is an answer, else an error."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+    usage = (
+        f"usage: {_PROG} VERB ...\n\n{verbs}\n\n`{_PROG} VERB --help` explains a verb.\n"
+        f"Example: {_PROG} doctor\n"
+    )
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage)
+        return 0
+    problem = f"unknown verb {arguments[0]!r}" if arguments else "no verb given"
+    sys.stderr.write(f"{usage}\n{_PROG}: {problem}\n")
+    return 2
+
+
+def _report(error: V2PEError) -> int:
+    """One message for a run of many ranks, and none lost.
+
+    Mistakes in the configuration are found by every rank at once, and rank 0 says so. Another rank may be
+    the only one to meet a bad file; it gives rank 0 the time to speak first, in which torchrun ends the rest.
+    """
+    # Of a launcher that is itself the mistake only the message can be given.
+    try:
+        rank = launcher().rank
+    except V2PEError:
+        rank = 0
+    if rank != 0:
+        time.sleep(_OTHER_RANKS_WAIT_S)
+    where = f"rank {rank}: " if rank else ""
+    sys.stderr.write(f"{_PROG}: {where}{error}\n")
+    sys.stderr.flush()
+    return 2
