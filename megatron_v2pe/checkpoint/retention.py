@@ -1,0 +1,74 @@
+"""Step folders of a run: their names, the newest complete one, which to delete.
+
+    run_dir/checkpoints/step_00000010/              complete: it has checkpoint.json
+                        step_00000020.incomplete/   a writer died here, or is at work
+                        latest                      text file: name of the newest complete folder
+
+`latest` is for people and scripts. A run that resumes looks at the folders themselves, because a crash between the
+commit of a folder and the update of `latest` must not lose the folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.folder import INCOMPLETE_SUFFIX, is_complete
+from megatron_v2pe.core.files import write_atomic
+
+LATEST_FILE = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def checkpoints_path(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def step_path(run_dir: str | Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` updates."""
+    return checkpoints_path(run_dir) / f"step_{step:08d}"
+
+
+def complete_steps(run_dir: str | Path) -> list[int]:
+    """Steps of all complete checkpoints, oldest first."""
+    root = checkpoints_path(run_dir)
+    found = (_STEP.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match and is_complete(root / match[0]))
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, None when there is none."""
+    steps = complete_steps(run_dir)
+    return step_path(run_dir, steps[-1]) if steps else None
+
+
+def write_latest(run_dir: str | Path, step: int) -> None:
+    """Point `latest` at a step's folder, in one rename."""
+    write_atomic(checkpoints_path(run_dir) / LATEST_FILE, step_path(run_dir, step).name + "\n")
+
+
+def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
+    """Delete all but the `keep` newest complete checkpoints, and what interrupted writers left.
+
+    Args:
+        run_dir: the run.
+        keep: at least 1.
+        written: step of the checkpoint that was committed last; never deleted, also when a run was
+            restarted in a folder that holds later steps.
+
+    Returns:
+        The folders that were deleted.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, must be at least 1")
+    steps = complete_steps(run_dir)
+    doomed = [step_path(run_dir, step) for step in steps[:-keep] if step != written]
+    doomed += sorted(checkpoints_path(run_dir).glob(f"step_*{INCOMPLETE_SUFFIX}"))
+    for path in doomed:
+        # Renamed first: a half-deleted folder must not look complete.
+        aside = path.with_name(path.name.removesuffix(INCOMPLETE_SUFFIX) + INCOMPLETE_SUFFIX)
+        path.rename(aside)
+        shutil.rmtree(aside)
+    return doomed

@@ -1,0 +1,75 @@
+"""What a run must know to go on where it stopped, besides tensors: a small typed object, stored as json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from megatron_v2pe.core.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """State of a training run after `step` updates.
+
+    Attributes:
+        step: optimizer updates done.
+        consumed_packs: packs drawn from the plan over all data parallel ranks.
+        data_seed: seed of data order and strides.
+        data_hash: `settings_hash` of everything that decides which packs come in which order.
+        config_hash: `settings_hash` of the whole run configuration, to tell what changed.
+        position_mode: positions that were trained.
+        position_stride: stride of `v2pe_fixed`, else 0.
+        schedule: state of the learning rate schedule.
+    """
+
+    step: int
+    consumed_packs: int
+    data_seed: int
+    data_hash: str
+    config_hash: str
+    position_mode: str = "default"
+    position_stride: int = 0
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `checkpoint.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """The state from plain values.
+
+        Raises:
+            CheckpointError: keys are missing or unknown.
+        """
+        known = {item.name for item in fields(cls)}
+        if not values:
+            raise CheckpointError(
+                "the checkpoint holds weights only (it was imported); a run cannot resume from it"
+            )
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
+        return cls(**values)
+
+    def require_same_data(self, now: RunState) -> None:
+        """Refuse to resume when the order of packs is not the one this state counts in.
+
+        Raises:
+            ConfigError: seed or data settings changed since the checkpoint was written.
+        """
+        if (self.data_seed, self.data_hash) != (now.data_seed, now.data_hash):
+            raise ConfigError(
+                f"the checkpoint stopped after {self.consumed_packs} packs of another plan (data seed "
+                f"{self.data_seed}, settings {self.data_hash}; now {now.data_seed}, {now.data_hash}); restore the data "
+                "settings, or start a new run with model.checkpoint set to this checkpoint"
+            )
+
+
+def settings_hash(values: dict[str, Any]) -> str:
+    """Short hash of plain values, independent of key order."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,185 @@
+"""Everything a run needs to go on, in one checkpoint folder.
+
+    save   parameters in sync -> shards of model, optimizer, generators -> hf/ -> checkpoint.json -> rename -> latest
+    load   the newest complete folder -> the same, at any tp, pp, cp, dp
+
+Tensors and optimizer state are stored in the shape of the whole model and load under any layout. Random generators are
+a property of the layout: they are restored at the same one, and left as seeded at another (with a warning).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_v2pe.checkpoint.dist_io import (
+    load_into_chunks,
+    load_state,
+    model_sharded_state_dict,
+    on_first_rank,
+    save_state,
+    sharded_state_metadata,
+    stored_bytes,
+)
+from megatron_v2pe.checkpoint.folder import (
+    CheckpointInfo,
+    begin,
+    commit,
+    hf_path,
+    read_info,
+    state_path,
+    write_info,
+)
+from megatron_v2pe.checkpoint.hf_map import family_name, name_map
+from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
+from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.parallel.topology import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    *,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    run_state: RunState,
+    ranks: Ranks,
+    hf_folder: str | Path,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step, point `latest` at it, delete old ones. Collective.
+
+    Args:
+        run_dir: folder of the run, seen by all ranks.
+        chunks: model chunks, wrapped in DDP or not.
+        optimizer: mcore's optimizer over them.
+        run_state: the rest; its step names the folder.
+        ranks: this process's place.
+        hf_folder: `hf/` of the checkpoint the run started from.
+        keep: newest checkpoints that stay.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        CheckpointError: it cannot be written; the previous checkpoint is untouched. Raised on all ranks.
+    """
+    _finish_parameter_gather(chunks)
+    states = model_sharded_state_dict(chunks, ranks)
+    states["optimizer"] = optimizer.sharded_state_dict(dict(states), metadata=sharded_state_metadata(ranks))
+    states["generators"] = _generator_shard(ranks)
+    num_bytes = stored_bytes(states)
+    target = step_path(run_dir, run_state.step)
+    tmp = on_first_rank(lambda: _begin(target, num_bytes))
+    save_state(state_path(tmp), states)
+    on_first_rank(lambda: _finish(tmp, target, run_state=run_state, ranks=ranks, hf_folder=Path(hf_folder)))
+    on_first_rank(lambda: _retain(run_dir, run_state.step, keep))
+    return target
+
+
+def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any, ranks: Ranks) -> RunState:
+    """Restore model, optimizer and generators from a training checkpoint. Collective.
+
+    Args:
+        folder: a step folder, of any parallel layout.
+        chunks: model chunks as they were given to the optimizer.
+        optimizer: mcore's optimizer, freshly built.
+        ranks: this process's place.
+
+    Raises:
+        CheckpointError: not a complete training checkpoint, or one of another model.
+    """
+    info = read_info(folder)
+    run_state = RunState.from_json(info.run_state)
+    states = model_sharded_state_dict(chunks, ranks)
+    metadata = sharded_state_metadata(ranks)
+    states["optimizer"] = optimizer.sharded_state_dict(dict(states), is_loading=True, metadata=metadata)
+    has_same_layout = info.topology == _topology(ranks)
+    if has_same_layout:
+        states["generators"] = _generator_shard(ranks)
+    else:
+        logger.warning(
+            "%s was written by another parallel layout (%s): random generators start from the seed",
+            folder,
+            info.topology,
+        )
+    loaded = load_state(state_path(folder), states)
+    load_into_chunks(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    if has_same_layout:
+        _set_generators(loaded["generators"])
+    return run_state
+
+
+def _begin(target: Path, num_bytes: int) -> Path:
+    """The empty folder to write into. A step that a restarted run reaches again replaces its old checkpoint."""
+    tmp = begin(target, force=True, needed_bytes=num_bytes)
+    state_path(tmp).mkdir()
+    return tmp
+
+
+def _finish(tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hf_folder: Path) -> None:
+    arch = read_architecture(hf_folder)
+    shutil.copytree(hf_folder, hf_path(tmp), copy_function=shutil.copyfile)
+    info = CheckpointInfo(
+        kind="train",
+        step=run_state.step,
+        family=family_name(arch),
+        run_state=run_state.to_json(),
+        topology=_topology(ranks),
+        num_parameters=name_map(arch).num_parameters,
+    )
+    write_info(tmp, info)
+    commit(tmp, target)
+
+
+def _retain(run_dir: str | Path, step: int, keep: int) -> None:
+    write_latest(run_dir, step)
+    for path in prune(run_dir, keep=keep, written=step):
+        logger.info("deleted %s", path)
+
+
+def _finish_parameter_gather(chunks: Sequence[Any]) -> None:
+    """With overlapped gathers the parameters of this step arrive only in the next forward pass; fetch them now."""
+    for chunk in chunks:
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is not None and ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _topology(ranks: Ranks) -> dict[str, int]:
+    groups = ranks.groups
+    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "cp": groups.cp.size(), "dp": groups.dp.size()}
+    return {"world_size": ranks.world_size, **sizes}
+
+
+def _generator_shard(ranks: Ranks) -> ShardedObject:
+    """States of this rank's random generators, as one shard of an object with a shard per rank."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "mcore": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("generators", state, (ranks.world_size,), (ranks.rank,), replica_id=0)
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["mcore"])

@@ -1,0 +1,28 @@
+"""`import-hf`: a Hugging Face InternVL2 folder becomes a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_v2pe.cli.conversion import byte_progress
+
+NAME = "import-hf"
+HELP = "turn a Hugging Face InternVL2 folder into a checkpoint that train and generate read"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("hf_folder", help="config.json, *.safetensors, tokenizer files")
+    parser.add_argument("checkpoint", help="folder to create")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint folder if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import; errors are raised as CheckpointError."""
+    from megatron_v2pe.checkpoint.convert import import_hf
+
+    with byte_progress(NAME) as progress:
+        info = import_hf(args.hf_folder, args.checkpoint, force=args.force, progress=progress)
+    sys.stdout.write(f"{args.checkpoint}: {info.family}, {info.num_parameters:,} parameters\n")
+    return 0
