@@ -22,10 +22,14 @@ from torch import Tensor
 from megatron_v2pe.evaluation.golden.rows import Row, compared, equal
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, pack_layout
 from megatron_v2pe.v2pe.positions import position_units, release_padded_positions, to_float
-from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, rope_angles
+from megatron_v2pe.v2pe.rope import RopePrecision, RopeSpec, apply_rotary, rope_angles
 
 _COS_TOLERANCE = 1e-6  # float32 rounding of an angle below 2 pi, 2.4e-7, twice, and of the cosine
 _REFERENCE_TOLERANCE = 2e-6
+_TABLES: tuple[tuple[RopePrecision, str, float], ...] = (
+    ("exact", "64", _COS_TOLERANCE),
+    ("reference", "", _REFERENCE_TOLERANCE),
+)
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
@@ -115,10 +119,7 @@ def run_rope(folder: Path, *, family: str | None) -> Iterator[Row]:
 def _rope_case(name: str, case: dict[str, Any], table: dict[str, Tensor]) -> Iterator[Row]:
     tokens_per_tile = 256
     units = (table["positions"].double() * tokens_per_tile).round().long()
-    for precision, suffix, tolerance in (
-        ("exact", "64", _COS_TOLERANCE),
-        ("reference", "", _REFERENCE_TOLERANCE),
-    ):
+    for precision, suffix, tolerance in _TABLES:
         spec = RopeSpec(
             dim=case["dim"],
             base=case["theta"],

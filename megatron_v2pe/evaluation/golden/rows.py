@@ -20,7 +20,7 @@ from typing import Literal
 Status = Literal["pass", "fail", "unsupported"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """Result of one quantity of one case.
 

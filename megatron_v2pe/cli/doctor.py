@@ -1,0 +1,27 @@
+"""doctor: what this machine has and what will therefore be used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+NAME = "doctor"
+HELP = """Report what was found on this machine (torch, CUDA, NCCL, Transformer Engine, apex, megatron-core, SLURM,
+cores, memory) and what will therefore be used (runtime, attention, optimizer). Always exits with 0.
+
+Example: megatron-v2pe doctor"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    from megatron_v2pe.assembly.environment import describe_choices, describe_environment
+
+    for title, lines in (("found", describe_environment()), ("will use", describe_choices())):
+        sys.stdout.write(f"{title}\n")
+        for name, finding in lines:
+            sys.stdout.write(f"  {name:<22} {finding}\n")
+    return 0

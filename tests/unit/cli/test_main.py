@@ -1,0 +1,83 @@
+"""cli.main: verbs, and how errors become exit codes."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from megatron_v2pe.cli import main as cli
+from megatron_v2pe.core.errors import ConfigError
+
+
+def a_verb(monkeypatch, action):
+    module = types.SimpleNamespace(NAME="doctor", HELP="help", add_arguments=lambda parser: None, run=action)
+    monkeypatch.setattr(cli, "_load", lambda verb: module)
+
+
+def as_rank(monkeypatch, rank):
+    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def raise_(error):
+    raise error
+
+
+def test_the_verb_gives_the_exit_code(monkeypatch):
+    a_verb(monkeypatch, lambda args: 7)
+    assert cli.main(["doctor"]) == 7
+
+
+def test_a_users_mistake_is_one_message_and_2(monkeypatch, capsys):
+    a_verb(monkeypatch, lambda args: raise_(ConfigError("parallel.tp is 3, but ...")))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "megatron-v2pe: parallel.tp is 3, but ...\n"
+
+
+def test_our_mistake_is_a_traceback_and_1(monkeypatch, capsys):
+    a_verb(monkeypatch, lambda args: raise_(KeyError("inner")))
+    assert cli.main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "KeyError: 'inner'" in error
+
+
+def test_another_rank_gives_rank_0_time_and_is_not_lost(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    as_rank(monkeypatch, 1)
+    a_verb(monkeypatch, lambda args: raise_(ConfigError("bad file")))
+    assert cli.main(["doctor"]) == 2
+    assert waited == [3.0]
+    assert capsys.readouterr().err == "megatron-v2pe: rank 1: bad file\n"
+
+
+def test_a_broken_launcher_is_a_users_mistake(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["doctor"]) == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["--verbose"]])
+def test_no_such_verb(arguments, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "megatron-v2pe:" in captured.err
+
+
+def test_overview(capsys):
+    assert cli.main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"  {verb} " in output for verb in cli.VERBS)
+
+
+def test_an_overview_does_not_import_torch():
+    code = "import sys, megatron_v2pe.cli.main as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
