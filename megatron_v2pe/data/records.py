@@ -1,6 +1,7 @@
 """One line of an annotation file: parsed, checked, image paths resolved. Nothing is opened.
 
-{"image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
+Example: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, ...]}; a text
+record has no image, one with several has a list.
 """
 
 from __future__ import annotations
