@@ -1,0 +1,70 @@
+"""Small Hugging Face InternVL2 folders for conversion tests."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_v2pe.checkpoint.hf_map import name_map
+from megatron_v2pe.config.architecture import parse_architecture
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"
+
+
+def golden_copy(folder: Path) -> Path:
+    """A writable copy of the golden InternLM2 + InternViT-300M folder."""
+    shutil.copytree(GOLDEN, folder, copy_function=shutil.copyfile)
+    return folder
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Change keys of config.json; a dict changes keys of a section."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors of model.safetensors (dots in names written `__`); None removes one."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def random_folder(folder: Path, *, shards: int, dtype: torch.dtype, llm: dict, vision: dict) -> Path:
+    """A folder of other sizes than the golden one, random bits, `shards` weight files."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(GOLDEN / name, folder / name)
+    edit_config(folder, llm_config=llm, vision_config=vision)
+    arch = parse_architecture(json.loads((folder / "config.json").read_text()))
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: entry.hf_shape for name, entry in name_map(arch).by_hf.items()}
+    names = sorted(shapes)
+    tensors = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in names}
+    per_file = -(-len(names) // shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i * per_file : (i + 1) * per_file]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Relative path -> contents of every file."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
