@@ -9,7 +9,9 @@ from megatron_v2pe.cli.conversion import byte_progress
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
-HELP = "write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder"
+HELP = """write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder
+
+Example:  megatron-v2pe export-hf run/checkpoints/step_00001000 InternVL2-2B-v2pe --max-shard-size 5GB"""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 

@@ -8,7 +8,9 @@ import sys
 from megatron_v2pe.cli.conversion import byte_progress
 
 NAME = "import-hf"
-HELP = "turn a Hugging Face InternVL2 folder into a checkpoint that train and generate read"
+HELP = """turn a Hugging Face InternVL2 folder into a checkpoint that train and generate read
+
+Example:  megatron-v2pe import-hf InternVL2-2B checkpoints/internvl2-2b"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,9 @@ import sys
 from megatron_v2pe.cli.conversion import byte_progress
 
 NAME = "verify"
-HELP = "compare a checkpoint with a Hugging Face folder, tensor by tensor and bit by bit; exit code 1 if they differ"
+HELP = """compare a checkpoint with a Hugging Face folder, tensor by tensor and bit by bit; exit code 1 if they differ
+
+Example:  megatron-v2pe verify InternVL2-2B checkpoints/internvl2-2b"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

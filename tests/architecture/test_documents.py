@@ -1,0 +1,117 @@
+"""Documents that would rot: generated pages are current, links are alive, verbs explain themselves."""
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_v2pe.cli.main import VERBS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_config_field_has_a_doc_string_under_it():
+    tool = load_tool("make_config_reference")
+    missing = [
+        f"{name}.{field.name}"
+        for name, section in tool.sections().items()
+        for field in dataclasses.fields(section)
+        if not tool.field_docs(section).get(field.name, "").strip()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["make_config_reference", "list_mcore_symbols"])
+def test_generated_pages_are_current(name):
+    tool = load_tool(name)
+    found = tool.TARGET.read_text(encoding="utf-8")
+    assert found == tool.render(), f"run: python tools/{name}.py"
+
+
+def test_every_listed_mcore_symbol_exists():
+    tool = load_tool("list_mcore_symbols")
+    gone = []
+    for line in tool.render().splitlines():
+        name = line.split()[0]
+        if line.startswith("#") or "transformer_engine" in name:
+            continue  # mcore's wrappers of Transformer Engine exist only where that is installed
+        parent, _, attribute = name.rpartition(".")
+        if not hasattr(importlib.import_module(parent), attribute) and importlib.util.find_spec(name) is None:
+            gone.append(name)
+    assert gone == []
+
+
+def test_symbols_inside_functions_are_found():
+    tool = load_tool("list_mcore_symbols")
+    source = "import os\nimport megatron.core.x\ndef f():\n    from megatron.core.y import z\nfrom torch import nn\n"
+    assert tool.imported_symbols(source) == {"megatron.core.x", "megatron.core.y.z"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb):
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_v2pe", verb, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: megatron-v2pe {verb}" in done.stdout
+    description = done.stdout.partition("\n\n")[2]
+    assert f"megatron-v2pe {verb} " in f"{description} ".replace("\n", " "), "no example command"
+
+
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=[tool.name for tool in TOOLS])
+def test_every_tool_explains_itself(tool):
+    done = subprocess.run(
+        [sys.executable, tool, "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def anchors(page):
+    """Anchors of a page's headings, as the usual renderers make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_are_alive(page):
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(target)
+    assert dead == []
+
+
+# Words in backticks that look like a path of this repository have to be one.
+PATH = re.compile(r"`((?:megatron_v2pe|tools|tests|docs|launch|examples|constraints)/[\w./\-]*[\w/])`")
+MADE_LATER = ("examples/quickstart/work",)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_named_files_exist(page):
+    named = PATH.findall(page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_LATER)] == []
