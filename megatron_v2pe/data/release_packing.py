@@ -1,0 +1,175 @@
+"""The release's own packer, for comparisons with it: greedy, one sample at a time, through a short buffer.
+
+    sample -> first buffered pack that takes it -> merged (cut, if it overflows) -> full or oldest packs leave
+
+Training uses `packing.best_fit_packs`, which fills packs better and loses nothing. This one drops samples with too
+many tiles and discards text at a cut, as the release does (its defects D17, D20). A text sample counts as one
+tile, because the release gives it a blank one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedySample:
+    """A sample as the greedy packer sees it.
+
+    Attributes:
+        sample_id: its identity.
+        num_tokens: length.
+        num_tiles: tiles; 1 for a text sample.
+        image_spans: half-open token ranges of its images from `<img>` to `</img>`, needed only for cuts; a cut
+            is possible only if each image is one tile.
+    """
+
+    sample_id: int
+    num_tokens: int
+    num_tiles: int
+    image_spans: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Tokens start..end-1 of a sample; `document` numbers the samples merged into one buffer from 0."""
+
+    sample: GreedySample
+    start: int
+    end: int
+    document: int
+
+
+@dataclass(kw_only=True)
+class GreedyPack:
+    """A pack that is being filled or has left."""
+
+    parts: list[Part] = field(default_factory=list)
+    num_tiles: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all parts."""
+        return sum(part.end - part.start for part in self.parts)
+
+    def image_spans(self) -> list[tuple[int, int]]:
+        """Token ranges of all images, counted over the pack."""
+        spans: list[tuple[int, int]] = []
+        base = 0
+        for part in self.parts:
+            inside = [span for span in part.sample.image_spans if part.start <= span[0] < part.end]
+            spans += [(base + start - part.start, base + end - part.start) for start, end in inside]
+            base += part.end - part.start
+        return spans
+
+    def cut(self, start: int, end: int) -> GreedyPack:
+        """The tokens start..end-1 of this pack as a pack of their own."""
+        parts: list[Part] = []
+        base = 0
+        for part in self.parts:
+            low, high = max(start, base), min(end, base + part.end - part.start)
+            if low < high:
+                offset = part.start - base
+                parts.append(
+                    Part(sample=part.sample, start=low + offset, end=high + offset, document=part.document)
+                )
+            base += part.end - part.start
+        spans = self.image_spans()
+        return GreedyPack(parts=parts, num_tiles=sum(start <= span[0] < end for span in spans))
+
+
+class ReleaseGreedyPacker:
+    """Packs samples in order of arrival.
+
+    Args:
+        max_tiles: the release's `num_images_expected`.
+        max_tokens: its `max_packed_tokens`.
+        max_buffer_size: packs that may wait.
+        allow_overflow: merge beyond `max_tokens` once the buffer is half full, and cut.
+        strict: emitted packs count `max_tiles` tiles, blank ones added.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tiles: int,
+        max_tokens: int,
+        max_buffer_size: int,
+        allow_overflow: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self._max_tiles, self._max_tokens = max_tiles, max_tokens
+        self._max_buffer_size, self._allow_overflow = max_buffer_size, allow_overflow
+        self._strict = strict
+        self._buffer: list[GreedyPack] = []  # most tiles first
+
+    def add(self, sample: GreedySample) -> list[GreedyPack]:
+        """Take a sample and return the packs that leave.
+
+        Raises:
+            ValueError: the merged pack must be cut, but holds a text sample or an image of several tiles; the
+                release fails there too.
+        """
+        pack = self._take_candidate(sample)
+        document = pack.parts[-1].document + 1 if pack.parts else 0
+        pack.parts.append(Part(sample=sample, start=0, end=sample.num_tokens, document=document))
+        pack.num_tiles += sample.num_tiles
+        leaving: list[GreedyPack] = []
+        for piece in self._split(pack):
+            if piece.num_tokens == self._max_tokens and piece.num_tiles <= self._max_tiles:
+                leaving.append(piece)
+            elif piece.num_tiles <= self._max_tiles:
+                self._insert(piece)
+        while self._buffer and self._buffer[0].num_tiles == self._max_tiles:
+            leaving.append(self._buffer.pop(0))
+        while len(self._buffer) > self._max_buffer_size:
+            leaving.append(self._buffer.pop(0))
+        return [self._finished(piece) for piece in leaving]
+
+    def flush(self) -> list[GreedyPack]:
+        """The packs that still wait, most tiles first."""
+        waiting, self._buffer = self._buffer, []
+        return [self._finished(pack) for pack in waiting]
+
+    def _take_candidate(self, sample: GreedySample) -> GreedyPack:
+        """The buffered pack that the sample joins, taken out of the buffer, or a new one."""
+        chosen: int | None = None
+        for place, pack in enumerate(self._buffer):
+            if pack.num_tiles + sample.num_tiles > self._max_tiles:
+                continue
+            if pack.num_tokens + sample.num_tokens <= self._max_tokens:
+                chosen = place
+                break
+            if self._allow_overflow and len(self._buffer) >= self._max_buffer_size // 2:
+                chosen = place
+        return GreedyPack() if chosen is None else self._buffer.pop(chosen)
+
+    def _insert(self, pack: GreedyPack) -> None:
+        fewer = [place for place, other in enumerate(self._buffer) if other.num_tiles < pack.num_tiles]
+        self._buffer.insert(fewer[0] if fewer else len(self._buffer), pack)
+
+    def _split(self, pack: GreedyPack) -> list[GreedyPack]:
+        """Pieces of at most `max_tokens`; a cut through an image moves to its start, text up to the next is lost."""
+        if pack.num_tokens <= self._max_tokens:
+            return [pack]
+        pieces: list[GreedyPack] = []
+        rest: GreedyPack | None = pack
+        while rest is not None and rest.num_tokens > self._max_tokens:
+            spans = rest.image_spans()
+            if len(spans) != rest.num_tiles:
+                raise ValueError(
+                    f"a pack of {rest.num_tiles} tiles and {len(spans)} images cannot be cut; only packs of one-tile "
+                    "images can"
+                )
+            hit = [start for start, end in spans if start <= self._max_tokens < end]
+            left_end = hit[0] if hit else self._max_tokens
+            later = [start for start, _ in spans if start >= left_end]
+            left = rest.cut(0, left_end)
+            pieces += [left] if left.num_tiles else []
+            rest = rest.cut(later[0], rest.num_tokens) if later else None
+        return pieces + ([rest] if rest is not None else [])
+
+    def _finished(self, pack: GreedyPack) -> GreedyPack:
+        if self._strict:
+            pack.num_tiles = self._max_tiles
+        return pack
