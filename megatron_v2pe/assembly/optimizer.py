@@ -58,6 +58,31 @@ def wrap_for_training(chunks: list[InternVL], config: RunConfig) -> Trainer:
     )
 
 
+def wrap_data_parallel(
+    chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
+) -> list[DistributedDataParallel]:
+    """Gradient buffers in float32, summed over data and context parallel ranks.
+
+    Args:
+        chunks: bare model chunks.
+        config: the run.
+        shard_gradients: leave each rank its shard of the sum, for the distributed optimizer; otherwise every
+            rank ends with whole gradients.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
+    )
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config,
+            Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk,
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
 def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
     """Adam, its state sharded over data and context parallel ranks."""
     optim = config.optim

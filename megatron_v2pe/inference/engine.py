@@ -19,35 +19,36 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch
-from megatron_v2pe.checkpoint.folder import open_checkpoint
-from megatron_v2pe.checkpoint.train_state import load_model_weights
+from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.inference.kv_cache import KVCache
+from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed
-from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, pack_layout
+from megatron_v2pe.v2pe.layout import pack_layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prompt:
-    """What is asked.
+class Step:
+    """One generated token.
 
     Attributes:
-        tokens: int64 [t], prompt tokens, visual tokens in place.
-        layout: where the images are, and the stride of each.
-        tiles: uint8 [n, 3, S, S] pixels, or float32 when they are normalised already.
+        token: the most probable word.
+        position: whole position of the token that was fed to get it: the prompt's last, then one more each.
+        logits: float32 [vocab_size].
     """
 
-    tokens: Int64Array
-    layout: SampleLayout
-    tiles: NDArray[np.uint8] | NDArray[np.float32]
+    token: int
+    position: int
+    logits: Tensor
 
 
 class Engine:
@@ -99,15 +100,15 @@ class Engine:
             std: channel standard deviations.
             dtype: compute dtype.
         """
-        folder = open_checkpoint(checkpoint)
-        arch = read_architecture(folder.hf)
+        read_info(checkpoint)
+        arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
         config = RunConfig(position=position, runtime=RuntimeConfig(dtype=dtype))
         plan = ParallelPlan()
         ranks = init_distributed(plan, seed=config.runtime.seed)
         chunks = build_model(config, arch, plan=plan, ranks=ranks)
-        load_model_weights(folder, chunks, ranks)
+        load_model_weights(checkpoint, chunks, ranks=ranks)
         return cls(chunks[0], arch, plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
 
     def _prefill_batch(self, prompt: Prompt) -> LocalBatch:
@@ -148,24 +149,24 @@ class Engine:
         )
 
     @torch.no_grad()
-    def stream(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
-        """Yield greedy tokens one by one; a stop token ends the answer and is not yielded."""
+    def stream(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[Step]:
+        """Yield greedy steps one by one; a stop token ends the answer and is not yielded."""
         cache = KVCache(len(prompt.tokens) + max_new_tokens)
         batch = dataclasses.replace(self._prefill_batch(prompt), kv_cache=cache)
-        position = prompt.layout.next_position
+        position = prompt.layout.next_position - 1
         for count in range(max_new_tokens):
             hidden = self.model(batch)
-            token = int(self.model.logits(hidden[-1:]).argmax(-1))
+            logits = self.model.logits(hidden[-1:]).squeeze(0).float()
+            token = int(logits.argmax())
             if token in stop_ids:
                 return
-            yield token
-            batch = dataclasses.replace(
-                self._decode_batch(
-                    token, position + count, batch.rope_length, len(prompt.tokens) + count + 1
-                ),
-                kv_cache=cache,
-            )
+            yield Step(token=token, position=position, logits=logits)
+            position += 1
+            num_tokens = len(prompt.tokens) + count + 1
+            decode = self._decode_batch(token, position, batch.rope_length, num_tokens)
+            batch = dataclasses.replace(decode, kv_cache=cache)
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> list[int]:
         """Greedy answer as token ids, without the stop token."""
-        return list(self.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids))
+        steps = self.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        return [step.token for step in steps]

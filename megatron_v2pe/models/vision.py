@@ -104,7 +104,7 @@ class InternViT(MegatronModule):
             pg_collection=groups,
         )
 
-    def _positions(self, grid: int) -> Tensor:
+    def positions(self, grid: int) -> Tensor:
         """Position table [1, grid^2 + 1, C], resized bicubically in float32 for another tile size."""
         if grid == self.grid:
             return self.position_embedding
@@ -118,7 +118,7 @@ class InternViT(MegatronModule):
         """[n, 3, S, S] to [n, 1 + P, C]: class token, then patches row by row, positions added."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [n, C, g, g] -> [n, P, C]
         x = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
-        return x + self._positions(pixels.shape[-1] // self.patch_size)
+        return x + self.positions(pixels.shape[-1] // self.patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [n, 3, S, S] to hidden states [n, 1 + P, C], class token first."""

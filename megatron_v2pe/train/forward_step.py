@@ -45,18 +45,25 @@ class MicroBatchRunner:
         """Forget the weights of the step before."""
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, LossFunction]:
-        """Run one micro batch through this stage; mcore calls the returned function on the last one."""
-        batch = self.shard(next(batches))
-        return model(batch), partial(self._loss, batch)
+    def forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, LossFunction | None]:
+        """Run one micro batch through this stage; mcore calls the returned function on the last one.
 
-    def _loss(self, batch: LocalBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        A batch without loss weights has no loss function, and the schedule keeps the stage's output itself.
+        """
+        batch = self.shard(next(batches))
         if batch.loss_weights is None:
-            raise RuntimeError("training batches carry loss weights")
-        total = weighted_sum(losses, batch.loss_weights)
-        self.weight_sum += batch.loss_weights.sum(dtype=torch.float64)
+            return model(batch), None
+        return model(batch), partial(self._loss, batch.loss_weights)
+
+    def _loss(self, loss_weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total = weighted_sum(losses, loss_weights)
+        self.weight_sum += loss_weights.sum(dtype=torch.float64)
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
-        return total, torch.zeros((), dtype=torch.int, device=losses.device), {"loss_sum": total.detach()}
+        return (
+            total,
+            torch.zeros((), dtype=torch.int, device=losses.device),
+            {"loss_sum": total.detach(), "losses": losses.detach()},
+        )
 
     def finalize(self, model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Reduce gradients over all ranks, then divide them by the global weight sum."""

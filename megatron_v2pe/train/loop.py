@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.checkpoint.folder import CheckpointFolder, open_checkpoint
+from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.retention import newest_checkpoint
-from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.train_state import load_checkpoint, load_model_weights, save_checkpoint
+from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
+from megatron_v2pe.checkpoint.train_state import load_checkpoint, save_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
@@ -23,7 +25,7 @@ from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.data.images import NORMALIZATIONS
+from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
@@ -41,13 +43,13 @@ def train(config: RunConfig) -> None:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
         FloatingPointError: the loss became non-finite.
     """
-    weights = open_checkpoint(config.model.checkpoint)
-    arch = read_architecture(weights.hf)
+    read_info(config.model.checkpoint)
+    arch = read_architecture(hf_path(config.model.checkpoint))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
     resume_from = _resume_point(config)
     ranks = init_distributed(plan, seed=config.runtime.seed)
-    run = Run(config, arch, weights, plan=plan, ranks=ranks)
+    run = Run(config, arch, plan=plan, ranks=ranks)
     run.start(resume_from)
     run.steps()
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
@@ -74,13 +76,28 @@ def _resume_point(config: RunConfig) -> Path | None:
     return newest
 
 
+def initial_state(config: RunConfig) -> RunState:
+    """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
+    data = {**asdict(config.data), "global_batch_size": config.optim.global_batch_size}
+    for name in ("num_workers", "cache_dir", "max_bad_samples"):  # these decide no pack
+        del data[name]
+    return RunState(
+        step=0,
+        consumed_packs=0,
+        data_seed=config.runtime.seed,
+        data_hash=settings_hash(data),
+        config_hash=settings_hash(asdict(config)),
+        position_mode=config.position.mode,
+        position_stride=config.position.stride,
+    )
+
+
 class Run:
     """A training run on one rank.
 
     Args:
         config: the run.
         arch: architecture of the checkpoint.
-        weights: checkpoint whose weights a fresh run starts from.
         plan: sizes of the parallel axes.
         ranks: this rank's place in them.
     """
@@ -89,28 +106,51 @@ class Run:
         self,
         config: RunConfig,
         arch: InternVLArchitecture,
-        weights: CheckpointFolder,
         *,
         plan: ParallelPlan,
         ranks: Ranks,
     ) -> None:
-        self.config, self.arch, self.weights = config, arch, weights
+        self.config, self.arch = config, arch
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
+        self.hf_folder = hf_path(config.model.checkpoint)
         self.trainer: Trainer
-        self.state: RunState
+        self.state = initial_state(config)
 
     def start(self, resume_from: Path | None) -> None:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
         chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
         if resume_from is None:
-            load_model_weights(self.weights, chunks, self.ranks)
+            load_model_weights(self.config.model.checkpoint, chunks, ranks=self.ranks)
         self.trainer = wrap_for_training(chunks, self.config)
-        self.state = RunState(step=0)
         if resume_from is not None:
-            self.state = load_checkpoint(resume_from, self.trainer, self.ranks)
-            logger.info("resumed from %s at step %d", resume_from, self.state.step)
-        mean, std = NORMALIZATIONS[self.config.data.normalize_type]
+            self._resume(resume_from)
+        self.runner = self._micro_batch_runner()
+        attach(self.runner, self.trainer.wrapped)
+        self.loader = TrainLoader(
+            self.config,
+            self.arch,
+            self.hf_folder,
+            dp_rank=self.ranks.dp_rank,
+            dp_size=self.plan.dp,
+            tile_rank=self.ranks.tile_rank,
+            tile_ranks=self.plan.tile_ranks,
+            holds_vision=self.ranks.is_first_stage,
+            pad_to_multiple=self.plan.pad_to_multiple,
+            start_step=self.state.step,
+        )
+
+    def _resume(self, folder: Path) -> None:
+        state = load_checkpoint(
+            folder, chunks=self.trainer.wrapped, optimizer=self.trainer.optimizer, ranks=self.ranks
+        )
+        state.require_same_data(self.state)
+        self.trainer.scheduler.load_state_dict(state.schedule)
+        self.state = replace(self.state, step=state.step, consumed_packs=state.consumed_packs)
+        logger.info("resumed from %s at step %d", folder, state.step)
+
+    def _micro_batch_runner(self) -> MicroBatchRunner:
+        mean, std = NORMALIZATION[self.config.data.normalize_type]
         shard = partial(
             shard_batch,
             plan=self.plan,
@@ -120,20 +160,7 @@ class Run:
             mean=mean,
             std=std,
         )
-        self.runner = MicroBatchRunner(shard=shard, device=self.ranks.device)
-        attach(self.runner, self.trainer.wrapped)
-        self.loader = TrainLoader(
-            self.config,
-            self.arch,
-            self.weights.hf,
-            dp_rank=self.ranks.dp_rank,
-            dp_size=self.plan.dp,
-            tile_rank=self.ranks.tile_rank,
-            tile_ranks=self.plan.tile_ranks,
-            holds_vision=self.ranks.is_first_stage,
-            pad_to_multiple=self.plan.pad_to_multiple,
-            start_step=self.state.step,
-        )
+        return MicroBatchRunner(shard=shard, device=self.ranks.device)
 
     def steps(self) -> None:
         """Train from the current step to the last."""
@@ -147,7 +174,11 @@ class Run:
         )
         for batches, data_seconds in timed(self.loader):
             report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
-            self.state = self.state.advanced()
+            self.state = replace(
+                self.state,
+                step=self.state.step + 1,
+                consumed_packs=self.state.consumed_packs + self.config.optim.global_batch_size,
+            )
             log.write(self._metrics(report, batches, data_seconds))
             if self._is_save_due():
                 self._save()
@@ -181,16 +212,13 @@ class Run:
 
     def _save(self) -> None:
         started = time.perf_counter()
-        for chunk in self.trainer.wrapped:
-            # With overlapped parameter gathering the buffers may still hold the weights of the step before.
-            chunk.start_param_sync(force_sync=True)
         folder = save_checkpoint(
             self.run_dir,
-            self.trainer,
-            self.state,
-            self.ranks,
-            hf_folder=self.weights.hf,
-            position=self.config.position,
+            chunks=self.trainer.wrapped,
+            optimizer=self.trainer.optimizer,
+            run_state=replace(self.state, schedule=self.trainer.scheduler.state_dict()),
+            ranks=self.ranks,
+            hf_folder=self.hf_folder,
             keep=self.config.checkpoint.keep,
         )
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)

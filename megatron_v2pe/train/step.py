@@ -48,7 +48,7 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
-    outputs = _run_schedule(trainer, runner, batches)
+    outputs = run_schedule(trainer.wrapped, runner, batches)
     loss = _mean_loss(outputs, runner, ranks)
     if not torch.isfinite(torch.tensor(loss)):
         names = ", ".join(name for batch in batches for name in batch.sample_ids)
@@ -61,11 +61,15 @@ def train_step(
     )
 
 
-def _run_schedule(
-    trainer: Trainer, runner: MicroBatchRunner, batches: Sequence[PackedBatch]
-) -> list[dict[str, Any]]:
-    """Forward and backward over all micro batches; the last stage gets the loss sums."""
-    chunks = trainer.wrapped
+def run_schedule(
+    chunks: list[Any], runner: MicroBatchRunner, batches: Sequence[PackedBatch], *, forward_only: bool = False
+) -> list[Any]:
+    """Forward and backward over all micro batches through mcore's pipeline schedule.
+
+    Returns:
+        On the last stage, what the loss function reported for each micro batch (for batches without loss
+        weights: the hidden states); elsewhere nothing.
+    """
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=runner.forward_step,
@@ -74,7 +78,7 @@ def _run_schedule(
         num_microbatches=len(batches),
         seq_length=1,  # real lengths travel between stages: variable_seq_lengths
         micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
     )
 
 

@@ -1,0 +1,39 @@
+"""`generate`: one greedy answer to a question about images, streamed as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+NAME = "generate"
+HELP = """answer a question about images, greedily, on one process
+
+Example:  megatron-v2pe generate ckpt --image page1.png --image page2.png --stride 64 "What is the total?"
+
+Without --stride a visual token advances the position as a text token does. Write <image> in the question where
+each image belongs, or leave it out to have them put first."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", help="checkpoint folder (of import-hf or of a run)")
+    parser.add_argument("question", help="text of the question")
+    parser.add_argument("--image", action="append", default=[], help="image file; repeat for several")
+    parser.add_argument("--stride", type=int, default=0, help="V2PE stride, 1..tokens per tile")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1_000_000, help="longest prompt (default 1,000,000)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute dtype")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer; the text goes to stdout, everything else to stderr."""
+    from megatron_v2pe.inference.chat import Chat
+
+    chat = Chat(args.checkpoint, stride=args.stride, dtype=args.dtype, max_tokens=args.max_tokens)
+    for piece in chat.answer(args.question, args.image, max_new_tokens=args.max_new_tokens):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,35 @@
+"""`train`: fine-tune as a YAML file says, on this process or on all ranks of torchrun."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "train"
+HELP = """fine-tune an imported checkpoint as RUN.yaml says
+
+One process:    megatron-v2pe train run.yaml
+Two ranks:      torchrun --standalone --nproc-per-node 2 -m megatron_v2pe train run.yaml parallel.cp=2
+Other numbers:  megatron-v2pe train run.yaml optim.lr=1e-5 position.mode=v2pe_random
+
+The run writes config.yaml, metrics.jsonl, tensorboard/ and checkpoints/ to runtime.run_dir, and continues from
+its newest checkpoint when it is started again. docs/configuration.md explains every field."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("config", help="run configuration (YAML)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; mistakes are raised as ConfigError, DataError or CheckpointError."""
+    from megatron_v2pe.config.load import load_run_config
+
+    config = load_run_config(args.config, args.overrides)  # before torch: a typo is told in a blink
+
+    from megatron_v2pe.train.loop import train
+
+    train(config)
+    return 0

@@ -1,0 +1,138 @@
+"""Inside one rank's model: vision tower, projector and the decoder's hidden states, layer by layer.
+
+Run at one rank only: what is compared here is whole on every rank, or is covered by the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_v2pe.assembly.build import build_model
+from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.evaluation.golden.cases import ForwardFile
+from megatron_v2pe.evaluation.golden.rows import Row, compared, unsupported
+from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.models.projector import pixel_shuffle
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+
+VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code differs by 6e-6
+POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
+
+
+def load_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternVL:
+    """Import a Hugging Face folder and build the model on one rank, in float32.
+
+    Raises:
+        CheckpointError: the family is not supported, or the folder is damaged.
+    """
+    arch = read_architecture(checkpoint)
+    config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
+    with tempfile.TemporaryDirectory() as scratch:
+        import_hf(checkpoint, Path(scratch) / "checkpoint")
+        chunks = build_model(config, arch, plan=plan, ranks=ranks)
+        load_model_weights(Path(scratch) / "checkpoint", chunks, ranks=ranks)
+    return chunks[0].eval()
+
+
+def vision_rows(folder: Path, *, family: str | None, plan: ParallelPlan, ranks: Ranks) -> Iterator[Row]:
+    """Tower and projector on each file's pool of tiles, and on tiles of another size."""
+    for path in sorted((folder / "forward").glob("*.json")):
+        if path.stem == "vision_resize":
+            yield from _resize_rows(folder, path, family=family, plan=plan, ranks=ranks)
+            continue
+        file = ForwardFile.open(folder, path)
+        if family is not None and not file.key.startswith(family):
+            continue
+        try:
+            model = load_model(file.checkpoint, plan=plan, ranks=ranks)
+        except CheckpointError as error:
+            yield unsupported(f"model/{file.key}/vision", "all", reason=str(error).splitlines()[0])
+            continue
+        with torch.no_grad():
+            yield from _tower_rows(file, model)
+
+
+def _tower_rows(file: ForwardFile, model: InternVL) -> Iterator[Row]:
+    name = f"model/{file.key}/vision"
+    pixels = file.tensor("pixel_pool").float()
+    assert model.vision is not None
+    assert model.projector is not None
+    layers = _outputs_of(model.vision.encoder.layers)
+    hidden = model.vision(pixels)
+    states = [model.vision.embed(pixels), *[output.transpose(0, 1) for output in layers.values()]]
+    for wanted_name in file.names("vision/tile0_hidden_"):
+        index = int(wanted_name.rsplit("_", 1)[1])
+        yield _row(name, f"tile0_hidden_{index}", states[index][0], file.tensor(wanted_name))
+    yield _row(name, "vit_last_hidden", hidden, file.tensor("vision/vit_last_hidden"))
+    patches = hidden[:1, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    shuffled = pixel_shuffle(
+        patches.reshape(1, side, side, -1), ratio=model.projector.ratio, version=model.projector.version
+    )
+    yield _row(name, "pixel_shuffled", shuffled, file.tensor("vision/pixel_shuffled"))
+    yield _row(name, "mlp1_out", model.projector(hidden), file.tensor("vision/mlp1_out"))
+
+
+def _resize_rows(
+    folder: Path, path: Path, *, family: str | None, plan: ParallelPlan, ranks: Ranks
+) -> Iterator[Row]:
+    tensors = load_file(path.with_suffix(".safetensors"))
+    for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+        name, key = f"model/vision_resize/{case['name']}", case["ckpt"]
+        if family is not None and not key.startswith(family):
+            continue
+        try:
+            model = load_model(folder / "ckpt" / key, plan=plan, ranks=ranks)
+        except CheckpointError as error:
+            yield unsupported(name, "all", reason=str(error).splitlines()[0])
+            continue
+        with torch.no_grad():
+            yield from _resized(name, model, case, tensors)
+
+
+def _resized(name: str, model: InternVL, case: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Row]:
+    prefix = f"{case['name']}/"
+    pixels = tensors[prefix + "pixel_values_f16"].float()
+    assert model.vision is not None
+    assert model.projector is not None
+    table = model.vision.positions(int(case["input_size"]) // model.vision.patch_size)
+    wanted_table = tensors[prefix + "resized_position_embedding"]
+    error = float((table.reshape(wanted_table.shape) - wanted_table).abs().max())
+    yield compared(name, "resized_position_embedding", error=error, tolerance=POSITION_TABLE_ATOL)
+    hidden = model.vision(pixels)
+    yield _row(name, "embeddings_out", model.vision.embed(pixels), tensors[prefix + "embeddings_out"])
+    yield _row(name, "vit_last_hidden", hidden, tensors[prefix + "vit_last_hidden"])
+    if prefix + "mlp1_out" in tensors:
+        yield _row(name, "mlp1_out", model.projector(hidden), tensors[prefix + "mlp1_out"])
+
+
+def _row(name: str, quantity: str, value: Tensor, wanted: Tensor) -> Row:
+    error = float((value.reshape(wanted.shape) - wanted).abs().max())
+    return compared(name, quantity, error=error, tolerance=VISION_ATOL)
+
+
+def _outputs_of(layers: torch.nn.ModuleList) -> dict[int, Tensor]:
+    """Filled with each layer's output when the model next runs."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(keep(index))
+    return outputs
