@@ -1,0 +1,118 @@
+"""Image features travel once: from the rank that encoded a tile to the ranks that own its tokens.
+
+    tiles dealt in contiguous shares ---> features [n_local * K, H] --all-to-all--> rows of my tokens --> splice
+                                          (row = tile * K + offset)                  (in token order)
+
+All ranks work out the same route from the layout, so nothing but features is sent. Feature rows are numbered in
+token order and every shard keeps documents and chunks in that order, so the rows a rank receives, rank by rank,
+are in the order of its slots already. Backward is the mirror image: gradients travel back to the encoder.
+
+Every rank of the group must call the router for every micro batch, with rows or without; a collective that one
+rank skips hangs the others, in forward or in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_v2pe.batch.packed_batch import FeatureRoute, deal_tiles
+from megatron_v2pe.parallel.topology import ParallelPlan
+from megatron_v2pe.parallel.zigzag import shard_ranges
+from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
+from megatron_v2pe.v2pe.positions import visual_rows
+
+
+def owned_rows(layout: PackLayout, plan: ParallelPlan, tile_rank: int) -> tuple[Int64Array, Int64Array]:
+    """Visual tokens of a rank of the tile group.
+
+    Args:
+        layout: documents of the pack.
+        plan: sizes of the parallel axes.
+        tile_rank: cp_rank * tp + tp_rank with sequence parallelism, cp_rank without.
+
+    Returns:
+        slots: int64 [v], rows of the rank's local embedding, ascending.
+        rows: int64 [v], feature row of each, ascending.
+    """
+    slices = plan.tp if plan.sequence_parallel else 1
+    cp_rank, tp_slice = divmod(tile_rank, slices)
+    ranges = shard_ranges(layout.cu_seqlens, cp_size=plan.cp, cp_rank=cp_rank)
+    slots, rows = visual_rows(layout, ranges)
+    length = layout.num_tokens // plan.cp // slices
+    keep = slice(*np.searchsorted(slots, [tp_slice * length, (tp_slice + 1) * length]))
+    return slots[keep] - tp_slice * length, rows[keep]
+
+
+def feature_route(
+    layout: PackLayout, *, plan: ParallelPlan, tile_rank: int, device: torch.device
+) -> FeatureRoute:
+    """What this rank sends to and receives from each rank of the tile group.
+
+    Args:
+        layout: documents of the pack.
+        plan: sizes of the parallel axes.
+        tile_rank: this rank in the tile group.
+        device: where the index tensors are needed.
+    """
+    num_ranks = plan.tile_ranks
+    # first_rows[s]..first_rows[s+1] are the feature rows that rank s encodes.
+    starts = [deal_tiles(layout.num_tiles, num_ranks, rank)[0] for rank in range(num_ranks)]
+    first_rows = np.array([*starts, layout.num_tiles], dtype=np.int64) * layout.tokens_per_tile
+    mine = slice(int(first_rows[tile_rank]), int(first_rows[tile_rank + 1]))
+    sent: list[Int64Array] = []
+    for rank in range(num_ranks):
+        _, rows = owned_rows(layout, plan, rank)
+        sent.append(rows[slice(*np.searchsorted(rows, [mine.start, mine.stop]))] - mine.start)
+    slots, rows = owned_rows(layout, plan, tile_rank)
+    return FeatureRoute(
+        send_rows=torch.from_numpy(np.concatenate(sent)).to(device),
+        send_splits=tuple(len(part) for part in sent),
+        receive_splits=tuple(np.diff(np.searchsorted(rows, first_rows)).tolist()),
+        slots=torch.from_numpy(slots).to(device),
+    )
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to their owners; backward sends gradients the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Any
+    ) -> Tensor:
+        """[sum(send), H] to [sum(receive), H]."""
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the received rows to the ranks that sent them."""
+        returned = grads[0].new_empty(sum(ctx.send), *grads[0].shape[1:])
+        dist.all_to_all_single(
+            returned, grads[0].contiguous(), list(ctx.send), list(ctx.receive), group=ctx.group
+        )
+        return returned, None, None, None
+
+
+class FeatureRouter:
+    """The model's routing port: differentiable exchange of feature rows inside the tile group.
+
+    Args:
+        group: ranks that share the tiles of a pack (`Ranks.tile_group`).
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __call__(self, features: Tensor, route: FeatureRoute) -> Tensor:
+        """Features [n_local * K, H] of this rank's tiles to rows [v, H] of this rank's slots."""
+        rows = features[route.send_rows]
+        if self.group.size() == 1:
+            return rows
+        return _AllToAll.apply(rows, route.send_splits, route.receive_splits, self.group)

@@ -1,0 +1,68 @@
+r"""Cut a pack for one rank: one index for every per-token field, positions evaluated at the same index.
+
+    PackedBatch [t] --shard_ranges(cp)--> tokens, labels, loss weights [l]     (labels were shifted before)
+                                      \-> position units [l]                  (closed form, nothing of length t)
+                                      \-> slots and route of image features
+    tiles of this rank, uint8 --device--> normalised pixels
+
+This is the only place where a pack becomes a rank's tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalize_tiles
+from megatron_v2pe.parallel.feature_router import feature_route
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges
+from megatron_v2pe.v2pe.positions import position_units
+
+
+def shard_batch(
+    batch: PackedBatch,
+    *,
+    plan: ParallelPlan,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> LocalBatch:
+    """This rank's share of a micro batch.
+
+    Args:
+        batch: the pack, the same on all ranks of a model replica but for the tiles.
+        plan: sizes of the parallel axes.
+        ranks: this rank's place.
+        device: where the tensors are needed.
+        dtype: dtype of the pixels, the model's.
+        mean: channel means of the pixel normalisation.
+        std: channel standard deviations.
+    """
+    layout = batch.layout
+    cut = dict(cp_size=plan.cp, cp_rank=ranks.cp_rank)
+    index = shard_indices(layout.cu_seqlens, **cut)
+    units = position_units(layout, shard_ranges(layout.cu_seqlens, **cut))
+    lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
+    pixels, route = None, None
+    if ranks.is_first_stage:
+        pixels = _pixels(torch.from_numpy(batch.tiles).to(device), mean=mean, std=std).to(dtype)
+        route = feature_route(layout, plan=plan, tile_rank=ranks.tile_rank, device=device)
+    return LocalBatch(
+        tokens=torch.from_numpy(batch.tokens[index]).to(device).unsqueeze(0),
+        labels=torch.from_numpy(batch.labels[index]).to(device).unsqueeze(0),
+        loss_weights=torch.from_numpy(batch.loss_weights[index]).to(device).unsqueeze(0),
+        position_units=torch.from_numpy(units).to(device),
+        rope_length=layout.rope_length,
+        cu_seqlens=torch.from_numpy(layout.cu_seqlens).to(device=device, dtype=torch.int32),
+        max_seqlen=int(lengths.max()),
+        pixels=pixels,
+        route=route,
+    )
+
+
+def _pixels(tiles: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Pixels as the model wants them; float tiles are normalised already (golden cases)."""
+    return normalize_tiles(tiles, mean=mean, std=std) if tiles.dtype == torch.uint8 else tiles
