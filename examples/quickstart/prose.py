@@ -1,6 +1,6 @@
 """Real prose without a download: the language reference that ships with Python, as a stream of words.
 
-    pydoc_data.topics -> paragraphs that read as prose -> train words | held-out words (whole topics)
+    pydoc_data.topics -> paragraphs that read as prose -> train words | held-out words (of held-out topics)
 
 The text changes a little between Python versions; nothing here depends on its exact wording.
 """
@@ -27,14 +27,32 @@ def split_topics(split: Split) -> list[str]:
 
 
 def prose_words(split: Split) -> list[str]:
-    """Words of one split in reading order, punctuation attached."""
-    words: list[str] = []
-    for name in split_topics(split):
-        for paragraph in topics[name].split("\n\n"):
-            candidate = paragraph.split()
-            if _is_prose(candidate):
-                words.extend(word for word in candidate if word.isascii() and MARK not in word.lower())
-    return words
+    """Words of one split in reading order, punctuation attached.
+
+    Topics quote each other, so a paragraph counts once, and training leaves out every paragraph that shares a
+    sentence with a held-out topic.
+    """
+    paragraphs = _paragraphs(split)
+    if split == "train":
+        held_out = {sentence for paragraph in _paragraphs("held_out") for sentence in _sentences(paragraph)}
+        paragraphs = [text for text in paragraphs if held_out.isdisjoint(_sentences(text))]
+    return [
+        word
+        for paragraph in paragraphs
+        for word in paragraph.split()
+        if word.isascii() and MARK not in word.lower()
+    ]
+
+
+def _paragraphs(split: Split) -> list[str]:
+    """Different paragraphs of prose, blanks made single, in reading order."""
+    candidates = (text.split() for name in split_topics(split) for text in topics[name].split("\n\n"))
+    return list(dict.fromkeys(" ".join(words) for words in candidates if _is_prose(words)))
+
+
+def _sentences(paragraph: str) -> list[str]:
+    """Sentences long enough to be a quotation and not an idiom."""
+    return [sentence for sentence in re.split(r"[.:] ?", paragraph) if len(sentence.split()) >= 8]
 
 
 def _is_prose(words: list[str]) -> bool:

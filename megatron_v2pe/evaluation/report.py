@@ -1,0 +1,242 @@
+"""Pictures and tables of a retrieval evaluation and of a training run.
+
+    cells --> table on stdout, cells.csv, heatmap_<stride>.png, accuracy_by_length.png
+    metrics.jsonl --> loss.png
+
+Scales are fixed (accuracy 0..1), cells without answers are grey and never zero, and every picture says how
+many answers it rests on. matplotlib is imported when a picture is drawn: it belongs to the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.jsonl import read_jsonl
+from megatron_v2pe.evaluation.retrieval import Cell, by_length
+
+_DPI = 150
+
+
+def table(scores: Mapping[str, Sequence[Cell]], *, trained_length: int) -> str:
+    """Accuracy by stride and length as text, with the number of answers in the last row.
+
+    Args:
+        scores: cells of each stride, by its name.
+        trained_length: positions the checkpoint was trained for; lengths are given as multiples of it.
+    """
+    totals = {name: by_length(cells) for name, cells in scores.items()}
+    lengths = sorted({length for rows in totals.values() for length in rows})
+    header = ["stride", *(f"{length} ({_multiple(length, trained_length)})" for length in lengths)]
+    rows = [
+        [name, *(f"{cells[length].accuracy:.3f}" if length in cells else "-" for length in lengths)]
+        for name, cells in totals.items()
+    ]
+    counts = ["answers", *(str(max(c[n].count for c in totals.values() if n in c)) for n in lengths)]
+    widths = [max(len(row[i]) for row in [header, *rows, counts]) for i in range(len(header))]
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    top, bottom = (
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+        for row in (header, counts)
+    )
+    rule = "-" * len(top)
+    return "\n".join([top, rule, *lines, rule, bottom])
+
+
+def cells_csv(scores: Mapping[str, Sequence[Cell]]) -> str:
+    """All cells as comma separated values."""
+    lines = ["stride,length,depth,correct,count,accuracy"]
+    for name, cells in scores.items():
+        lines += [f"{name},{c.length},{c.depth},{c.correct},{c.count},{c.accuracy:.4f}" for c in cells]
+    return "\n".join(lines) + "\n"
+
+
+def write_heat_map(
+    path: str | Path, cells: Sequence[Cell], *, stride: str, tokens_per_tile: int, trained_length: int
+) -> None:
+    """Draw accuracy by length (x) and needle depth (y, start of the document on top) of one stride.
+
+    Args:
+        path: PNG file to write.
+        cells: scores of the stride.
+        stride: its name, for the title.
+        tokens_per_tile: visual tokens of one tile, for the title.
+        trained_length: a dashed line stands after the longest length within it.
+    """
+    plt = pyplot()
+    lengths, depths = sorted({c.length for c in cells}), sorted({c.depth for c in cells})
+    grid, counts = _grid(cells, lengths, depths)
+    width, height = 2.4 + 1.15 * len(lengths), 2.0 + 0.55 * len(depths)
+    figure, axes = plt.subplots(figsize=(max(width, 5.2), height), layout="constrained")
+    colours = _heat_colours()
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        label = "-" if np.isnan(value) else f"{value:.2f}\nn={counts[row, column]}"
+        axes.text(column, row, label, ha="center", va="center", fontsize=9, color="black")
+    axes.set_xticks(range(len(lengths)), [f"{n}\n({_multiple(n, trained_length)})" for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set_xlabel("sample length in tokens (multiple of the trained length)")
+    axes.set_ylabel("needle depth (0 = first image)")
+    within = sum(length <= trained_length for length in lengths)
+    if 0 < within < len(lengths):
+        axes.axvline(within - 0.5, color="black", linestyle="--", linewidth=1.5)
+    axes.set_title(f"{_stride_text(stride, tokens_per_tile)}, mean {_mean(cells):.2f}", fontsize=11)
+    figure.colorbar(image, ax=axes, label="exact-match accuracy (0..1)")
+    _save(figure, path)
+
+
+def write_accuracy_by_length(
+    path: str | Path, scores: Mapping[str, Sequence[Cell]], *, tokens_per_tile: int, trained_length: int
+) -> None:
+    """Draw one line of accuracy over length per stride, with 95 % Wilson intervals."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for index, (name, cells) in enumerate(scores.items()):
+        totals = by_length(cells)
+        lengths = np.array(list(totals), dtype=float) * (
+            1 + 0.02 * index
+        )  # so that bars do not cover each other
+        values = np.array([cell.accuracy for cell in totals.values()])
+        bounds = np.array([wilson(cell.correct, cell.count) for cell in totals.values()])
+        spread = np.abs(bounds.T - values)
+        axes.errorbar(
+            lengths, values, spread, marker="o", capsize=3, label=_stride_text(name, tokens_per_tile)
+        )
+    all_lengths = sorted({cell.length for cells in scores.values() for cell in cells})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(all_lengths, [f"{n}\n({_multiple(n, trained_length)})" for n in all_lengths])
+    axes.axvline(trained_length, color="0.4", linestyle="--", label="trained length")
+    axes.set_ylim(0.0, 1.03)
+    axes.set_xlabel("sample length in tokens (multiple of the trained length)")
+    axes.set_ylabel("exact-match accuracy (0..1)")
+    axes.set_title("Retrieval by length; bars are 95 % intervals", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def write_loss_curve(path: str | Path, metrics_path: str | Path) -> None:
+    """Draw loss (left) and learning rate (right) over steps of a run's `metrics.jsonl`.
+
+    Raises:
+        DataError: no such file, no step in it, or a line without step, loss and lr.
+    """
+    plt = pyplot()
+    steps, losses, rates = _read_metrics(metrics_path)
+    figure, axes = plt.subplots(figsize=(6.8, 4.3), layout="constrained")
+    (raw,) = axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    (mean,) = axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("step (optimizer updates)")
+    axes.set_ylabel("loss (nats per supervised token, log scale)")
+    axes.grid(alpha=0.3, which="both")
+    right = axes.twinx()
+    (rate,) = right.plot(steps, rates, color="tab:orange", linestyle="--", linewidth=1.2)
+    right.set_ylabel("learning rate")
+    right.set_ylim(bottom=0.0)
+    names = ["loss", "loss, moving mean", "learning rate"]
+    figure.legend([raw, mean, rate], names, loc="outside lower center", ncols=3, fontsize=9)
+    axes.set_title(f"Training loss, {int(steps[-1])} steps, last {losses[-1]:.3g}", fontsize=11)
+    _save(figure, path)
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share; right also near 0 and 1, where the normal one is not.
+
+    Example: 10 of 10 gives (0.72, 1.0).
+    """
+    z = 1.96
+    share, square = correct / count, z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z * np.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def _grid(
+    cells: Sequence[Cell], lengths: Sequence[int], depths: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Accuracy (NaN where nothing was asked) and count, both [depths, lengths]."""
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    counts = np.zeros(grid.shape, dtype=np.int64)
+    for cell in cells:
+        place = depths.index(cell.depth), lengths.index(cell.length)
+        grid[place], counts[place] = cell.accuracy, cell.count
+    return grid, counts
+
+
+def _mean(cells: Sequence[Cell]) -> float:
+    """Mean over cells, each with the same weight, as retrieval scores are usually given."""
+    return float(np.mean([cell.accuracy for cell in cells]))
+
+
+def _multiple(length: int, trained_length: int) -> str:
+    return f"{length / trained_length:g}x"
+
+
+def _stride_text(name: str, tokens_per_tile: int) -> str:
+    if name == "default":
+        return f"default step ({tokens_per_tile}/{tokens_per_tile})"
+    return f"stride {name}/{tokens_per_tile}"
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Exponential mean with the start's bias taken out; about the last 10 values count."""
+    out, total, weight = np.empty_like(values), 0.0, 0.0
+    for index, value in enumerate(values):
+        total, weight = 0.9 * total + 0.1 * value, 0.9 * weight + 0.1
+        out[index] = total / weight
+    return out
+
+
+def _read_metrics(path: str | Path) -> tuple[NDArray[np.float64], ...]:
+    """Steps, losses and learning rates, float64 each."""
+    rows = []
+    for number, values in read_jsonl(path):
+        try:
+            rows.append((float(values["step"]), float(values["loss"]), float(values["lr"])))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a line of training metrics ({error!r})") from None
+    if not rows:
+        raise DataError(f"{path}: holds no step; did the run start?")
+    steps, losses, rates = np.array(rows).T
+    return steps, losses, rates
+
+
+def _heat_colours() -> Any:
+    """Red, yellow, green, all light enough for black numbers; grey where nothing was asked."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("retrieval", ["#e8596f", "#f3cf63", "#3fbf8f"])
+    return colours.with_extremes(bad="0.85")
+
+
+def pyplot() -> Any:
+    """matplotlib's plotting module, without a display; call it early to learn whether it is there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError(
+            "pictures need matplotlib, which is not installed; run  pip install 'megatron_v2pe[eval]'"
+        ) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=_DPI)
+    pyplot().close(figure)
+    write_atomic(path, content.getvalue())

@@ -1,0 +1,261 @@
+"""Retrieval over lengths, depths and strides: what is asked, what was answered, what was right.
+
+    eval.jsonl -> RetrievalItem --answerer(item, stride)--> predictions_<stride>.jsonl -> Cell(length, depth)
+
+An answer is appended to its file the moment it exists, and a record that has one is never asked again: a
+killed evaluation continues where it stopped, and scores can be computed again from the files alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.jsonl import append_json, read_jsonl
+from megatron_v2pe.data.meta import DatasetEntry, read_meta
+from megatron_v2pe.data.records import Record, parse_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrideSetting:
+    """How visual tokens advance positions while answering.
+
+    Attributes:
+        name: as the user wrote it: `default` or a number of position units.
+        mode: position mode of that name.
+        stride: position units of 1/tokens_per_tile; tokens_per_tile itself for `default`.
+    """
+
+    name: str
+    mode: Literal["default", "v2pe_fixed"]
+    stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalItem:
+    """One question about a long document.
+
+    Attributes:
+        item_id: `id` of the record, unique within the evaluation.
+        record: conversation that ends with the question; the expected answer is not in it.
+        answer: expected answer, compared exactly after blanks at both ends are dropped.
+        length: nominal length in tokens, a row of the report.
+        depth: nominal place of the needle, 0 (first) .. 1 (last), a column of the report.
+    """
+
+    item_id: str
+    record: Record
+    answer: str
+    length: int
+    depth: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One answered item; a line of the predictions file."""
+
+    id: str
+    length: int
+    depth: float
+    answer: str
+    prediction: str
+    correct: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Score of one length at one depth: `correct` of `count` answers."""
+
+    length: int
+    depth: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0..1."""
+        return self.correct / self.count
+
+
+class Answerer(Protocol):
+    """Whatever can answer: a model, or a stand-in in tests."""
+
+    def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
+        """Text of the greedy answer."""
+
+
+def parse_strides(text: str, *, tokens_per_tile: int) -> list[StrideSetting]:
+    """Read `default,1,2`.
+
+    Raises:
+        ConfigError: an entry that is neither `default` nor a number in 1..tokens_per_tile, or a repetition.
+    """
+    settings = []
+    for name in (part.strip() for part in text.split(",")):
+        if name == "default":
+            settings.append(StrideSetting(name=name, mode="default", stride=tokens_per_tile))
+        elif name.isdecimal() and 1 <= int(name) <= tokens_per_tile:
+            settings.append(StrideSetting(name=str(int(name)), mode="v2pe_fixed", stride=int(name)))
+        else:
+            raise ConfigError(
+                f"--strides: {name!r} in {text!r} is neither 'default' nor a number in 1..{tokens_per_tile}; this "
+                f"checkpoint has {tokens_per_tile} visual tokens per tile"
+            )
+    names = [setting.name for setting in settings]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--strides: {text!r} names a stride twice; name each once")
+    return settings
+
+
+def read_items(path: str | Path) -> list[RetrievalItem]:
+    """Items of a jsonl file (images beside it), or of all files of a meta json.
+
+    Raises:
+        DataError: a file or line cannot be used, two records share an id, or there is no record.
+    """
+    items: list[RetrievalItem] = []
+    places: dict[str, str] = {}
+    for entry in _entries(Path(path)):
+        for number, values in read_jsonl(entry.annotation):
+            item = _parse_item(values, entry, f"{entry.annotation}:{number}", number)
+            if item.item_id in places:
+                raise DataError(
+                    f"{item.record.where}: id {item.item_id!r} was used at {places[item.item_id]} already; "
+                    "ids must be unique, they say which records have been answered"
+                )
+            places[item.item_id] = item.record.where
+            items.append(item)
+    if not items:
+        raise DataError(f"{path}: holds no record to evaluate")
+    return items
+
+
+def _entries(path: Path) -> tuple[DatasetEntry, ...]:
+    if path.suffix == ".json":
+        return read_meta(path)
+    beside = DatasetEntry(
+        name=path.stem,
+        annotation=str(path),
+        root=str(path.parent),
+        root2="",
+        http_root="",
+        repeat_time=1.0,
+        data_augment=False,
+        max_dynamic_patch=None,
+        dynamic_image_size=None,
+    )
+    return (beside,)
+
+
+def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number: int) -> RetrievalItem:
+    """Check one record and take its expected answer out of the conversation."""
+    for key, kinds in (("id", (str, int)), ("length", (int,)), ("depth", (int, float))):
+        value = values.get(key)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise DataError(
+                f"{where}: {key} is {value!r}; a retrieval record needs an id, its length in tokens and the "
+                "needle's depth in 0..1"
+            )
+    if not 0 <= values["depth"] <= 1:
+        raise DataError(f"{where}: depth is {values['depth']}, but must lie in 0..1")
+    record = parse_record(values, entry=entry, sample_id=f"{entry.name}:{number}", where=where)
+    if record.turns[-1].role != "gpt" or not record.turns[-1].value.strip():
+        raise DataError(f"{where}: the conversation must end with the expected answer ('gpt')")
+    question = Record(sample_id=record.sample_id, where=where, turns=record.turns[:-1], images=record.images)
+    return RetrievalItem(
+        item_id=str(values["id"]),
+        record=question,
+        answer=record.turns[-1].value.strip(),
+        length=values["length"],
+        depth=float(values["depth"]),
+    )
+
+
+def predict(
+    items: Sequence[RetrievalItem],
+    *,
+    setting: StrideSetting,
+    answerer: Answerer,
+    predictions_path: str | Path,
+    on_answer: Callable[[Prediction], None],
+) -> list[Prediction]:
+    """Answer the items that have no answer in the file yet, shortest first.
+
+    Args:
+        items: what is asked.
+        setting: stride of every image.
+        answerer: the model.
+        predictions_path: jsonl that is read first and appended to.
+        on_answer: called with each prediction, those found in the file included.
+
+    Returns:
+        a prediction for each item, in the order of `items`.
+    """
+    done = _read_predictions(Path(predictions_path), {item.item_id: item for item in items})
+    for found in done.values():
+        on_answer(found)
+    for item in sorted(items, key=lambda item: item.length):
+        if item.item_id in done:
+            continue
+        text = answerer.answer(item, setting).strip()
+        prediction = Prediction(
+            id=item.item_id,
+            length=item.length,
+            depth=item.depth,
+            answer=item.answer,
+            prediction=text,
+            correct=text == item.answer,
+        )
+        append_json(predictions_path, asdict(prediction))
+        done[item.item_id] = prediction
+        on_answer(prediction)
+    return [done[item.item_id] for item in items]
+
+
+def _read_predictions(path: Path, items: dict[str, RetrievalItem]) -> dict[str, Prediction]:
+    """Finished predictions by id; they must belong to the data that is evaluated now."""
+    if not path.exists():
+        return {}
+    done: dict[str, Prediction] = {}
+    for number, values in read_jsonl(path):
+        try:
+            prediction = Prediction(**values)
+        except TypeError as error:
+            raise DataError(f"{path}:{number}: not a prediction ({error}); remove the file") from None
+        item = items.get(prediction.id)
+        if item is None or (item.answer, item.length) != (prediction.answer, prediction.length):
+            raise DataError(
+                f"{path}:{number}: answers {prediction.id!r}, which is not in this data; choose another --out or "
+                "remove the file"
+            )
+        done[prediction.id] = prediction
+    return done
+
+
+def score(predictions: Iterable[Prediction]) -> list[Cell]:
+    """Right answers of each length and depth, ordered by both."""
+    counts: dict[tuple[int, float], list[int]] = {}
+    for prediction in predictions:
+        cell = counts.setdefault((prediction.length, prediction.depth), [0, 0])
+        cell[0] += prediction.correct
+        cell[1] += 1
+    return [
+        Cell(length=length, depth=depth, correct=correct, count=count)
+        for (length, depth), (correct, count) in sorted(counts.items())
+    ]
+
+
+def by_length(cells: Iterable[Cell]) -> dict[int, Cell]:
+    """All depths of a length together; each answer counts once."""
+    sums: dict[int, list[int]] = {}
+    for cell in cells:
+        total = sums.setdefault(cell.length, [0, 0])
+        total[0] += cell.correct
+        total[1] += cell.count
+    return {
+        length: Cell(length=length, depth=-1.0, correct=correct, count=count)
+        for length, (correct, count) in sorted(sums.items())
+    }

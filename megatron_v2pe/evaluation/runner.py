@@ -1,0 +1,169 @@
+"""One evaluation from beginning to end: every stride in turn, then scores, tables and pictures.
+
+out/evaluation.json             what is evaluated; another evaluation in the same folder is refused
+out/predictions_<stride>.jsonl  grows answer by answer; a restart continues it
+out/cells.csv, table.txt, heatmap_<stride>.png, accuracy_by_length.png, loss.png    written at the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.logging import get_logger
+from megatron_v2pe.evaluation import report
+from megatron_v2pe.evaluation.retrieval import (
+    Answerer,
+    Cell,
+    Prediction,
+    RetrievalItem,
+    StrideSetting,
+    predict,
+    score,
+)
+
+_log = get_logger(__name__)
+MANIFEST = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is evaluated, beside the strides; answers of different subjects never share a folder.
+
+    Attributes:
+        checkpoint: folder.
+        checkpoint_written: time of its completion in nanoseconds since 1970.
+        data: file of questions.
+        data_digest: sha256 of its bytes.
+        options: everything else that an answer depends on, as text.
+    """
+
+    checkpoint: str
+    checkpoint_written: int
+    data: str
+    data_digest: str
+    options: str
+
+
+def describe_subject(checkpoint: str | Path, data: str | Path, *, options: str) -> Subject:
+    """Identity of an evaluation, from files that exist."""
+    return Subject(
+        checkpoint=str(checkpoint),
+        checkpoint_written=(Path(checkpoint) / "checkpoint.json").stat().st_mtime_ns,
+        data=str(data),
+        data_digest=hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        options=options,
+    )
+
+
+def claim_folder(out: str | Path, subject: Subject) -> Path:
+    """Make the folder, or continue in it when it belongs to the same subject.
+
+    Raises:
+        ConfigError: it cannot be made, or holds another evaluation.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder}: cannot be created ({error.strerror}); choose another folder"
+        ) from None
+    manifest = folder / MANIFEST
+    wanted = asdict(subject)
+    if manifest.exists():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        different = [key for key in wanted if found.get(key) != wanted[key]]
+        if different:
+            key = different[0]
+            raise ConfigError(
+                f"--out: {folder} holds an evaluation whose {key} is {found.get(key)!r}, not {wanted[key]!r}; "
+                "choose another folder or remove this one"
+            )
+    write_atomic(manifest, json.dumps(wanted, indent=2) + "\n")
+    return folder
+
+
+def run_strides(
+    items: Sequence[RetrievalItem],
+    *,
+    settings: Sequence[StrideSetting],
+    answerer: Answerer,
+    folder: Path,
+) -> dict[str, list[Cell]]:
+    """Answer everything with every stride; returns cells by the stride's name."""
+    scores: dict[str, list[Cell]] = {}
+    for setting in settings:
+        # A bar for people, a line at the end for logs.
+        with tqdm(total=len(items), desc=f"stride {setting.name}", unit="answer", disable=None) as bar:
+            counter = _Counter(bar)
+            predictions = predict(
+                items,
+                setting=setting,
+                answerer=answerer,
+                predictions_path=folder / f"predictions_{setting.name}.jsonl",
+                on_answer=counter,
+            )
+        scores[setting.name] = score(predictions)
+        _log.info("stride %s: %d of %d answers right", setting.name, counter.correct, len(items))
+    return scores
+
+
+class _Counter:
+    """Advances a progress bar and shows the share of right answers so far."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self.correct, self._count = bar, 0, 0
+
+    def __call__(self, prediction: Prediction) -> None:
+        self.correct += prediction.correct
+        self._count += 1
+        self._bar.set_postfix_str(f"length {prediction.length}, right {self.correct / self._count:.2f}")
+        self._bar.update()
+
+
+def write_report(
+    scores: dict[str, list[Cell]],
+    *,
+    folder: Path,
+    arch: InternVLArchitecture,
+    metrics_path: str = "",
+) -> str:
+    """Write all tables and pictures; returns the table.
+
+    Args:
+        scores: cells by the stride's name.
+        folder: where to.
+        arch: architecture of the checkpoint; its `max_position_embeddings` is the trained length.
+        metrics_path: a run's metrics.jsonl for the loss curve; empty draws none.
+    """
+    tokens_per_tile, trained_length = arch.tokens_per_tile, arch.language.max_position_embeddings
+    text = report.table(scores, trained_length=trained_length)
+    write_atomic(folder / "table.txt", text + "\n")
+    write_atomic(folder / "cells.csv", report.cells_csv(scores))
+    for name, cells in scores.items():
+        report.write_heat_map(
+            folder / f"heatmap_{name}.png",
+            cells,
+            stride=name,
+            tokens_per_tile=tokens_per_tile,
+            trained_length=trained_length,
+        )
+    report.write_accuracy_by_length(
+        folder / "accuracy_by_length.png",
+        scores,
+        tokens_per_tile=tokens_per_tile,
+        trained_length=trained_length,
+    )
+    if metrics_path:
+        report.write_loss_curve(folder / "loss.png", metrics_path)
+    return text

@@ -1,0 +1,99 @@
+"""A whole evaluation with a stand-in model: a staircase in, the same staircase out."""
+
+import json
+
+import pytest
+
+from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
+from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
+
+DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
+
+
+class TailReader:
+    """Remembers the last `memory` tokens of a document, twice as many with stride 1."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def answer(self, item, setting):
+        reach = self.memory * (2 if setting.stride == 1 else 1)
+        return item.answer if (1 - item.depth) * item.length <= reach else "?"
+
+
+@pytest.fixture
+def items(tmp_path):
+    lines = [
+        json.dumps(
+            {
+                "id": f"{length}-{depth}-{n}",
+                "image": ["a.png"],
+                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": str(n)}],
+                "length": length,
+                "depth": depth,
+            }
+        )
+        for length in LENGTHS
+        for depth in DEPTHS
+        for n in range(2)
+    ]
+    path = tmp_path / "eval.jsonl"
+    path.write_text("\n".join(lines))
+    return read_items(path)
+
+
+@pytest.fixture
+def arch(request):
+    golden = sorted((request.config.rootpath / "tests" / "golden").rglob("a_internlm2_vit300m/config.json"))
+    values = json.loads(golden[0].read_text())
+    values["llm_config"]["max_position_embeddings"] = 512
+    return parse_architecture(values)
+
+
+def test_a_reader_of_the_tail_gives_a_staircase(items, arch, tmp_path, capsys):
+    settings = parse_strides("default,1", tokens_per_tile=4)
+    scores = run_strides(items, settings=settings, answerer=TailReader(512), folder=tmp_path)
+    right = {
+        name: {(c.length, c.depth): c.accuracy for c in cells if c.accuracy} for name, cells in scores.items()
+    }
+    assert set(right["default"]) == {(512, 0.1), (512, 0.5), (512, 0.9), (1024, 0.5), (1024, 0.9)}
+    assert len(right["1"]) == 6
+    text = write_report(scores, folder=tmp_path, arch=arch)
+    assert text.splitlines()[2].split() == ["default", "1.000", "0.667"]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"table.txt", "cells.csv", "accuracy_by_length.png"} <= written
+    assert {"heatmap_default.png", "heatmap_1.png", "predictions_default.jsonl"} <= written
+    assert "loss.png" not in written
+    assert capsys.readouterr().err.count("\r") == 0  # no bar without a terminal
+
+
+def subject(tmp_path, *, options="float32"):
+    checkpoint, data = tmp_path / "step", tmp_path / "data.jsonl"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
+    data.write_text("{}")
+    return describe_subject(checkpoint, data, options=options)
+
+
+def test_a_folder_belongs_to_one_evaluation(tmp_path):
+    first = subject(tmp_path)
+    claim_folder(tmp_path / "out", first)
+    claim_folder(tmp_path / "out", first)
+    with pytest.raises(ConfigError, match="whose options is 'float32'"):
+        claim_folder(tmp_path / "out", subject_with(first, options="bfloat16"))
+    with pytest.raises(ConfigError, match="data_digest"):
+        claim_folder(tmp_path / "out", subject_with(first, data_digest="other"))
+
+
+def subject_with(first, **changes):
+    import dataclasses
+
+    return dataclasses.replace(first, **changes)
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        claim_folder(tmp_path / "file" / "out", subject(tmp_path))
