@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_v2pe.cli.main import VERBS
+from megatron_v2pe.parallel.topology import ParallelPlan
+from megatron_v2pe.parallel.zigzag import shard_ranges
+from megatron_v2pe.v2pe.layout import SampleLayout, pack_layout, text_layout
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
@@ -115,3 +119,31 @@ MADE_LATER = ("examples/quickstart/work",)
 def test_named_files_exist(page):
     named = PATH.findall(page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_LATER)] == []
+
+
+def test_the_architecture_page_uses_real_names():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_v2pe").rglob("*.py"))
+    known = set(re.findall(r"\w+", source))
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(.*?\)|\[.*?\])?`", text)
+    assert len(named) > 40
+    assert sorted({name for name in named if not set(name.split(".")) <= known}) == []
+
+
+def test_the_architecture_pages_example_is_right():
+    layout = SampleLayout(
+        num_tokens=30,
+        image_starts=np.array([9]),
+        num_tiles=np.array([2]),
+        strides=np.array([2]),
+        tokens_per_tile=4,
+    )
+    pack = pack_layout(
+        [layout, text_layout(12, tokens_per_tile=4)], pad_to_multiple=ParallelPlan(cp=2).pad_to_multiple
+    )
+    assert pack.cu_seqlens.tolist() == [0, 32, 44]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for rank in range(2):
+        ranges = shard_ranges(pack.cu_seqlens, cp_size=2, cp_rank=rank).tolist()
+        written = re.search(rf"rank {rank}: (.*)", page).group(1)
+        assert [[int(n) for n in pair] for pair in re.findall(r"\[(\d+), (\d+)\)", written)] == ranges
