@@ -201,7 +201,7 @@ def _parse_language(language: _Section, *, is_v2pe: bool) -> LanguageArchitectur
         vocab_size=int(language.need("vocab_size")),
         norm_eps=float(language.get("rms_norm_eps", 1e-6)),
         rope_theta=float(language.get("rope_theta", 10000.0)),
-        rope_scaling_type=kind,
+        rope_scaling_type=kind,  # type: ignore[arg-type]
         rope_scaling_factor=float(scaling.get("factor", 1.0)),
         max_position_embeddings=int(language.get("max_position_embeddings", 2048)),
         tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
