@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
+from megatron.core.tensor_parallel.layers import (
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor
 
 from megatron_v2pe.assembly.kernels import choose_kernels
@@ -43,6 +47,7 @@ def build_model(
     kernels = choose_kernels(config.parallel.attention_backend)
     decoder_config = language_config(config, arch, plan)
     language = _build_language(config, arch, decoder_config, kernels=kernels, plan=plan, ranks=ranks)
+    _mark_split_over_tp(language)
     vision, projector = None, None
     if ranks.is_first_stage:
         vision = _build_vision(config, arch, kernels=kernels, ranks=ranks)
@@ -111,6 +116,20 @@ def _build_projector(
         version=arch.pixel_shuffle_version,
         groups=ranks.singleton_groups,
     )
+
+
+def _mark_split_over_tp(language: torch.nn.Module) -> None:
+    """Tell mcore which weights tp ranks hold pieces of.
+
+    mcore's local linears set this mark while they draw initial weights, which is switched off here; without it
+    a gradient norm counts the piece of tp rank 0 only. Transformer Engine's linears mark themselves.
+    """
+    for module in language.modules():
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, (RowParallelLinear, ColumnParallelLinear, VocabParallelEmbedding)):
+            weight = getattr(module, "weight", None)
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _mark_replicated_over_tp(part: torch.nn.Module, *, sum_over_tp: bool) -> None:

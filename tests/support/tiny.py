@@ -1,0 +1,95 @@
+"""A tiny training set and run configuration over the golden checkpoint, for end-to-end tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_v2pe.checkpoint.convert import import_hf
+
+GOLDEN_HF = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"
+TEXTS = ("a small red square", "two lines of text about nothing", "green", "the page has a number on it")
+
+
+def make_data(folder: Path, *, num_samples: int = 24, seed: int = 0) -> Path:
+    """Write images, an annotation of text, single- and multi-image samples, and its meta json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(6):
+        size = (112 * int(generator.integers(1, 4)), 112 * int(generator.integers(1, 3)), 3)
+        pixels = generator.integers(0, 256, size=size, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for index in range(num_samples):
+            file.write(json.dumps(_record(index, generator)) + "\n")
+    meta = folder / "meta.json"
+    entry = {"annotation": str(folder / "train.jsonl"), "root": str(folder), "data_augment": False}
+    meta.write_text(json.dumps({"tiny": {**entry, "repeat_time": 1, "length": num_samples}}))
+    return meta
+
+
+def _record(index: int, generator: np.random.Generator) -> dict:
+    num_images = index % 4  # 0 is text only
+    images = [f"{int(generator.integers(0, 6))}.png" for _ in range(num_images)]
+    question = "".join("<image>\n" for _ in images) + "What is on the page?"
+    answer = " ".join(TEXTS[int(i)] for i in generator.integers(0, len(TEXTS), size=1 + index % 3))
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    image = {} if not images else {"image": images[0] if num_images == 1 else images}
+    return {"id": f"s{index}", **image, "conversations": turns}
+
+
+def import_golden(folder: Path) -> Path:
+    """The golden checkpoint, imported."""
+    import_hf(GOLDEN_HF, folder)
+    return folder
+
+
+def run_yaml(path: Path, *, checkpoint: Path, meta: Path, run_dir: Path) -> Path:
+    """A five-step float32 run; small enough for seconds on one core."""
+    path.write_text(
+        f"""
+model: {{checkpoint: {checkpoint}}}
+data:
+  meta: {meta}
+  max_pack_tokens: 640
+  max_sample_tokens: 600
+  max_dynamic_patch: 2
+  loss_reduction: square
+position: {{mode: v2pe_random}}
+optim: {{steps: 5, global_batch_size: 2, lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.05}}
+runtime: {{run_dir: {run_dir}, dtype: float32, tensorboard: false, seed: 3}}
+"""
+    )
+    return path
+
+
+def train_command(config: Path, overrides: list[str], *, ranks: int) -> list[str]:
+    """Command line of a run on `ranks` processes."""
+    module = ["-m", "megatron_v2pe", "train", str(config), *overrides]
+    if ranks == 1:
+        return [sys.executable, *module]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, *module]
+
+
+def train(config: Path, overrides: list[str], *, ranks: int = 1, timeout: float = 240) -> str:
+    """Run to the end; returns stderr, raises with it when the run fails."""
+    done = subprocess.run(
+        train_command(config, overrides, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
+
+
+def curve(run_dir: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["loss"], line["grad_norm"]) for line in lines]
