@@ -44,7 +44,6 @@ from megatron_v2pe.checkpoint.hf_io import (
     write_weight_file,
 )
 from megatron_v2pe.checkpoint.hf_map import Entry, NameMap, family_name, name_map
-from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
@@ -53,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 """Called with the bytes of each tensor that has been converted."""
-
-_RELEASE_MODES = {"default": "default", "v2pe_fixed": "v2pe_fix", "v2pe_random": "v2pe_rnd"}
 
 
 def _silent(num_bytes: int) -> None:
@@ -112,7 +109,7 @@ def export_hf(
     Raises:
         CheckpointError: not a complete checkpoint, a tensor is missing, or the target cannot be written.
     """
-    info = read_info(checkpoint_folder)
+    read_info(checkpoint_folder)
     hf = hf_path(checkpoint_folder)
     exported = ExportedTensors(checkpoint_folder, progress=progress)
     files = [exported.as_stored(file) for file in read_layout(hf)]
@@ -125,8 +122,6 @@ def export_hf(
         for file in files:
             write_weight_file(folder, file=file, read=exported.read)
         _write_index(folder, files)
-        if info.kind == "train":
-            update_positions(folder / "config.json", RunState.from_json(info.run_state))
 
 
 class ExportedTensors:
@@ -259,20 +254,3 @@ def _write_index(folder: Path, files: list[WeightFile]) -> None:
     path.unlink(missing_ok=True)
     if len(files) > 1:
         write_atomic(path, index_text(files))
-
-
-def update_positions(config_path: Path, run_state: RunState) -> None:
-    """Write the positions that were trained into a config.json, in the release's words; touch nothing else.
-
-    A config that says the same already, or says nothing where `default` was trained, keeps its bytes.
-    """
-    text = config_path.read_text(encoding="utf-8")
-    values = json.loads(text)
-    wanted: dict[str, Any] = {"rope_pos_id_version": _RELEASE_MODES[run_state.position_mode]}
-    if run_state.position_mode == "v2pe_fixed":
-        wanted["rope_pos_id_stride"] = run_state.position_stride
-    if wanted == {"rope_pos_id_version": "default"} and "rope_pos_id_version" not in values:
-        return
-    if any(values.get(key) != value for key, value in wanted.items()):
-        end = "\n" if text.endswith("\n") else ""
-        write_atomic(config_path, json.dumps({**values, **wanted}, indent=2, ensure_ascii=False) + end)

@@ -74,7 +74,7 @@ def model_sharded_state_dict(chunks: Sequence[torch.nn.Module], ranks: Ranks) ->
     metadata = sharded_state_metadata(ranks)
     states = {}
     for i, chunk in enumerate(chunks):
-        shards = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        shards = _unwrapped(chunk).sharded_state_dict(metadata=metadata)
         states[f"model{i}"] = {k: v for k, v in shards.items() if not k.endswith("_extra_state")}
     return states
 
@@ -85,16 +85,20 @@ def load_into_chunks(chunks: Sequence[torch.nn.Module], states: Mapping[str, Any
     Raises:
         CheckpointError: a parameter got nothing, or a tensor has no parameter.
     """
-    for i, wrapped in enumerate(chunks):
-        chunk: Any = wrapped
-        while hasattr(chunk, "module"):  # mcore's wrappers (DDP, Float16Module) hide what is missing
-            chunk = chunk.module
-        result = chunk.load_state_dict(states[f"model{i}"], strict=False)
+    for i, chunk in enumerate(chunks):
+        result = _unwrapped(chunk).load_state_dict(states[f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise CheckpointError(
                 f"model and checkpoint differ: missing {missing}, unexpected {result.unexpected_keys}"
             )
+
+
+def _unwrapped(chunk: Any) -> Any:
+    """The chunk under mcore's wrappers: DDP prefixes keys with `module.` and hides what a load left out."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
 
 
 def load_model_weights(

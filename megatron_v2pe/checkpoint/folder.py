@@ -5,7 +5,8 @@
     target/                                    one rename; from here on it is a checkpoint
 
 A folder without `checkpoint.json` is not a checkpoint, whatever else it holds. `hf/` is the Hugging Face folder
-without its weights: side files byte for byte, and `weights_layout.json`, which says how the weights lay in files.
+without its weights: side files byte for byte (a training checkpoint updates the position keys of config.json, nothing
+else), and `weights_layout.json`, which says how the weights lay in files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Everything a run needs to go on, in one checkpoint folder.
 
-    save   parameters in sync -> shards of model, optimizer, generators -> hf/ -> checkpoint.json -> rename -> latest
+    save   parameters in sync -> shards of model, optimizer, generators -> hf/ with the positions that were
+           trained -> checkpoint.json -> rename -> latest
     load   the newest complete folder -> the same, at any tp, pp, cp, dp
 
 Tensors and optimizer state are stored in the shape of the whole model and load under any layout. Random generators are
@@ -39,6 +40,7 @@ from megatron_v2pe.checkpoint.folder import (
     state_path,
     write_info,
 )
+from megatron_v2pe.checkpoint.hf_config import update_positions
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
@@ -132,6 +134,7 @@ def _begin(target: Path, num_bytes: int) -> Path:
 def _finish(tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hf_folder: Path) -> None:
     arch = read_architecture(hf_folder)
     shutil.copytree(hf_folder, hf_path(tmp), copy_function=shutil.copyfile)
+    update_positions(hf_path(tmp) / "config.json", run_state)
     info = CheckpointInfo(
         kind="train",
         step=run_state.step,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf, update_positions
+from megatron_v2pe.checkpoint.convert import export_hf, import_hf
 from megatron_v2pe.checkpoint.dist_io import StateReader
 from megatron_v2pe.checkpoint.folder import read_info, state_path
+from megatron_v2pe.checkpoint.hf_config import update_positions
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.verify import verify
 from tests.support.hf_folders import (
