@@ -100,7 +100,11 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         use_distributed_optimizer=True,
     )
     # mcore's default leaves biases and one-dimensional weights without decay; {} decays everything.
-    return get_megatron_optimizer(optimizer_config, wrapped, config_overrides={} if optim.decay_all else None)
+    overrides = {} if optim.decay_all else None
+    # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state wants them.
+    return get_megatron_optimizer(
+        optimizer_config, wrapped, config_overrides=overrides, use_gloo_process_groups=False
+    )
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:
@@ -118,5 +122,6 @@ def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> Optimiz
         wd_incr_steps=optim.steps,
         wd_incr_style="constant",
         # A resumed run keeps its own numbers: optim.steps may grow between runs.
+        use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
