@@ -1,0 +1,167 @@
+"""Attention core on torch's own kernels: the CPU's, and a GPU's without Transformer Engine.
+
+    decoder   packed (thd): rotate -> per-document causal attention, keys in a ring over context parallel ranks
+              decoding:     rotate -> extend the cache -> new queries attend to all keys
+    vision    sbhd, no mask: torch's scaled dot product attention, tile by tile
+
+It is what mcore calls a core attention: it has no parameters, and knows nothing of projections.
+
+Shape legend: l local tokens, s sequence, b batch, h query heads, k key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.kernels import block_forward
+from megatron_v2pe.parallel.attention.ring import ring_attention
+from megatron_v2pe.parallel.attention.rotary import rotate
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class NativeContextAttention(torch.nn.Module):
+    """mcore core attention; see the module's docstring. Arguments are those that mcore's SelfAttention gives.
+
+    Args:
+        config: mcore's configuration of the part this layer belongs to.
+        layer_number: 1-based, the key of the decoding cache.
+        attn_mask_type: `causal` or `no_mask`; a call may override it.
+        attention_type: "self".
+        cp_comm_type: how keys travel; "p2p".
+        softmax_scale: factor of the scores, 1/sqrt(d) when None.
+        pg_collection: groups of the part; only `cp` is used, and only if the part has context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise ConfigError(
+                f"attention_dropout is {config.attention_dropout}, but native attention has no dropout; set it to 0"
+            )
+        if config.context_parallel_size > 1 and cp_comm_type not in (None, "p2p"):
+            raise ConfigError(
+                f"parallel.cp_comm_type is {cp_comm_type!r}, but native attention sends keys by 'p2p' only"
+            )
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs the groups of the part it is used in")
+            self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [l, h, d] packed, or [s, b, h, d].
+            key: [l, k, d] packed, or [s, b, k, d].
+            value: as `key`.
+            attention_mask: must be None; the kind of mask says it all.
+            attn_mask_type: overrides the layer's.
+            attention_bias: must be None.
+            packed_seq_params: boundaries of the documents (global, padded), angles and cache; None for sbhd.
+
+        Returns:
+            [l, h * d] packed, or [s, b, h * d].
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("native attention takes no mask and no bias tensors, only attn_mask_type")
+        causal = (attn_mask_type or self.attn_mask_type) in CAUSAL
+        if packed_seq_params is None:
+            return self._unpacked(query, key, value, causal=causal)
+        if not causal:
+            raise ValueError("packed documents are attended causally; got a mask type without causality")
+        return self._packed(query, key, value, packed_seq_params)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        query, key = rotate(query, key, params)
+        cache = getattr(params, "kv_cache", None)
+        if cache is not None:
+            if self.cp_group is not None:
+                raise ConfigError("decoding with a cache runs at parallel.cp 1")
+            key, value = cache.extend(self.layer_number, key, value)
+            return attend_to_all(query, key, value, scale=self.scale).flatten(1)
+        group = self.cp_group if params.cp_group is None else params.cp_group
+        lengths = local_lengths(params, 1 if group is None else group.size())
+        out = ring_attention(query, key, value, lengths=lengths, scale=self.scale, group=group)
+        return out.flatten(1)  # [l, h, d] -> [l, h * d]
+
+    def _unpacked(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        if self.cp_group is not None:
+            raise ValueError("context parallelism needs packed_seq_params, which bound the documents")
+        q, k, v = (_for_cpu(x).permute(1, 2, 0, 3) for x in (query, key, value))  # [s,b,h,d] -> [b,h,s,d]
+        grouped = query.shape[2] != key.shape[2]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).flatten(2).to(query.dtype)  # [b, h, s, d] -> [s, b, h * d]
+
+
+def local_lengths(params: PackedSeqParams, cp_size: int) -> Sequence[int]:
+    """Tokens of each document on this rank, on the host.
+
+    Read from the device once per micro batch: every layer is given the same object, which keeps the answer.
+    """
+    known: tuple[int, tuple[int, ...]] | None = params.__dict__.get("_local_lengths")
+    if known is None or known[0] != cp_size:
+        boundaries = params.cu_seqlens_q_padded
+        if boundaries is None:
+            boundaries = params.cu_seqlens_q
+        lengths = tuple((boundaries.diff() // cp_size).tolist())
+        known = (cp_size, lengths)
+        params.__dict__["_local_lengths"] = known
+    return known[1]
+
+
+def attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Attention of the last tokens of a document to all of it, without gradients (decoding).
+
+    Query i sees keys 0..T-t+i, the mask aligned at the bottom right.
+
+    Args:
+        query: [t, h, d], the newest tokens.
+        key: [T, k, d], all tokens.
+        value: [T, k, d].
+        scale: factor of the scores.
+    """
+    past = len(key) - len(query)
+    with torch.no_grad():
+        out, lse = block_forward(query, key[past:], value[past:], causal=True, scale=scale)
+        if past:
+            before, before_lse = block_forward(query, key[:past], value[:past], causal=False, scale=scale)
+            out = out + torch.sigmoid(before_lse - lse).unsqueeze(-1) * (before - out)
+    return out.to(query.dtype)
+
+
+def _for_cpu(x: Tensor) -> Tensor:
+    """See `kernels`: on the CPU half precision is slower than float32, by much in backward."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
