@@ -101,6 +101,7 @@ def _build_vision(
         image_size=arch.vision.image_size,
         patch_size=arch.vision.patch_size,
         drop_path_rate=config.vision.drop_path_rate,
+        qk_norm=arch.vision.qk_normalization,
         groups=ranks.singleton_groups,
     )
 

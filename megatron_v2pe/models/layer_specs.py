@@ -67,12 +67,29 @@ def transformer_engine_kernels(*, language_attention: Any, vision_attention: Any
     )
 
 
-def _attention(kernels: Kernels, *, core: Any, mask: AttnMaskType) -> ModuleSpec:
+def _without_bias(linear: Any) -> Any:
+    """The linear class with its bias switched off.
+
+    mcore gives queries, keys and values a bias whenever the other linears have one; InternViT-6B does not.
+    """
+
+    class WithoutBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": False})
+
+    return WithoutBias
+
+
+def _attention(
+    kernels: Kernels, *, core: Any, mask: AttnMaskType, module: type, linear_qkv: Any = None, **params: Any
+) -> ModuleSpec:
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": mask},
+        module=module,
+        params={"attn_mask_type": mask, **params},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=kernels.column_linear, core_attention=core, linear_proj=kernels.row_linear
+            linear_qkv=linear_qkv or kernels.column_linear,
+            core_attention=core,
+            linear_proj=kernels.row_linear,
         ),
     )
 
@@ -83,14 +100,14 @@ def mlp_submodules(kernels: Kernels) -> MLPSubmodules:
 
 
 def _layer(
-    kernels: Kernels, *, module: type, core: Any, mask: AttnMaskType, params: dict[str, Any] | None = None
+    kernels: Kernels, *, module: type, attention: ModuleSpec, params: dict[str, Any] | None = None
 ) -> ModuleSpec:
     return ModuleSpec(
         module=module,
         params=params or {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=kernels.norm,
-            self_attention=_attention(kernels, core=core, mask=mask),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=kernels.norm,
             # The exact class MLP: mcore hands its tp group to no other (transformer_layer.py, "Module 8").
@@ -102,10 +119,31 @@ def _layer(
 
 def language_layer_spec(kernels: Kernels) -> ModuleSpec:
     """Pre-norm decoder layer."""
-    return _layer(kernels, module=TransformerLayer, core=kernels.language_attention, mask=AttnMaskType.causal)
+    attention = _attention(
+        kernels, core=kernels.language_attention, mask=AttnMaskType.causal, module=SelfAttention
+    )
+    return _layer(kernels, module=TransformerLayer, attention=attention)
 
 
-def vision_layer_spec(kernels: Kernels, *, layer: type, **params: Any) -> ModuleSpec:
-    """Pre-norm bidirectional layer of class `layer`, built with `params` (LayerScale, drop path)."""
-    mask = AttnMaskType.no_mask
-    return _layer(kernels, module=layer, core=kernels.vision_attention, mask=mask, params=params)
+def vision_layer_spec(
+    kernels: Kernels, *, layer: type, attention: type, qkv_bias: bool, qk_norm: bool, **params: Any
+) -> ModuleSpec:
+    """Pre-norm bidirectional layer.
+
+    Args:
+        kernels: modules of the back end.
+        layer: class of the layer, built with `params` (InternViT adds LayerScale and drop path).
+        attention: class of the attention; takes `qk_norm`, a norm or None.
+        qkv_bias: queries, keys and values have a bias.
+        qk_norm: normalise queries and keys.
+        **params: keyword arguments of `layer`.
+    """
+    spec = _attention(
+        kernels,
+        core=kernels.vision_attention,
+        mask=AttnMaskType.no_mask,
+        module=attention,
+        linear_qkv=kernels.column_linear if qkv_bias else _without_bias(kernels.column_linear),
+        qk_norm=kernels.norm if qk_norm else None,
+    )
+    return _layer(kernels, module=layer, attention=spec, params=params)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -33,6 +34,38 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     keep = 1.0 - rate
     mask = x.new_empty(1, x.shape[1], 1).bernoulli_(keep).div_(keep)
     return x * mask
+
+
+class InternViTAttention(SelfAttention):
+    """Self attention that can normalise queries and keys over all heads together, before they are split.
+
+    InternViT-6B does so (`qk_normalization`); mcore's own q/k norms work head by head. The attributes do not
+    carry mcore's names (q_layernorm), by which it would sum their gradients over tp.
+
+    Args:
+        qk_norm: class of the norm, or None.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, qk_norm: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.q_norm, self.k_norm = None, None
+        if qk_norm is not None:
+            width, eps = config.hidden_size, config.layernorm_epsilon
+            self.q_norm = qk_norm(config=config, hidden_size=width, eps=eps)
+            self.k_norm = qk_norm(config=config, hidden_size=width, eps=eps)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """mcore's projection to queries, keys, values [P, n, heads, head_dim], then the norms."""
+        projected = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.q_norm is None or self.k_norm is None:
+            return projected
+        query, key, *rest = projected
+        return (_over_heads(self.q_norm, query), _over_heads(self.k_norm, key), *rest)
+
+
+def _over_heads(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm of the full width: [P, n, heads, d] -> [P, n, heads*d] -> [P, n, heads, d]."""
+    return norm(x.flatten(-2)).view_as(x)
 
 
 class InternViTLayer(TransformerLayer):
@@ -75,6 +108,7 @@ class InternViT(MegatronModule):
         image_size: size in pixels that the position table was made for.
         patch_size: pixels of a patch's side.
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
+        qk_norm: normalise queries and keys over the full width.
         groups: singleton process groups.
     """
 
@@ -86,6 +120,7 @@ class InternViT(MegatronModule):
         image_size: int,
         patch_size: int,
         drop_path_rate: float,
+        qk_norm: bool,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
@@ -96,7 +131,14 @@ class InternViT(MegatronModule):
         self.class_embedding = torch.nn.Parameter(torch.zeros(1, 1, channels, dtype=dtype))
         self.position_embedding = torch.nn.Parameter(torch.zeros(1, self.grid**2 + 1, channels, dtype=dtype))
         rates = tuple(torch.linspace(0, drop_path_rate, config.num_layers).tolist())
-        spec = vision_layer_spec(kernels, layer=InternViTLayer, drop_path_rates=rates)
+        spec = vision_layer_spec(
+            kernels,
+            layer=InternViTLayer,
+            attention=InternViTAttention,
+            qkv_bias=config.add_qkv_bias,
+            qk_norm=qk_norm,
+            drop_path_rates=rates,
+        )
         self.encoder = TransformerBlock(
             config,
             TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=None),

@@ -104,6 +104,8 @@ class CaseRun:
     def rows(self) -> Iterator[Row]:
         """Logits, losses and gradients of the case."""
         pack = self.case.pack(pad_to_multiple=self.plan.pad_to_multiple, loss_reduction="token")
+        if self.plan.world_size == 1 and self.case.file.has(f"{self.case.name}/llm_hidden_0"):
+            yield from self._compare_hidden_states(pack)
         yield self._compare_logits(pack)
         losses = self._train_pass(pack)
         yield from self._compare_losses(pack, losses)
@@ -141,6 +143,26 @@ class CaseRun:
             local, cu_seqlens=cu_seqlens, width=width, cp_size=self.plan.cp, ranks=self.ranks
         )
         return to_unpadded(whole, pack)
+
+    def _compare_hidden_states(self, pack: PackedBatch) -> Iterator[Row]:
+        """The decoder's input, each layer's output, and the final norm's, which stands in the last one's place."""
+        decoder = self.chunks[0].language.decoder
+        states: list[Tensor] = []
+        first = decoder.layers[0].register_forward_pre_hook(
+            lambda _module, args, kwargs: states.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        others = [
+            module.register_forward_hook(lambda _module, _args, output: states.append(_first(output)))
+            for module in [*decoder.layers[:-1], decoder.final_layernorm]
+        ]
+        self._hidden(pack)
+        for hook in (first, *others):
+            hook.remove()
+        tolerance = self.case.tolerance("logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
+        for index, state in enumerate(states):
+            wanted = self.case.wanted(f"llm_hidden_{index}")
+            error = float((to_unpadded(state.squeeze(1), pack) - wanted).abs().max())
+            yield compared(self.name, f"llm_hidden_{index}", error=error, tolerance=tolerance)
 
     def _compare_logits(self, pack: PackedBatch) -> Row:
         hidden = self._hidden(pack)
@@ -196,3 +218,8 @@ class CaseRun:
                 error=abs(float(loss - self.case.wanted(f"loss_{reduction}"))),
                 tolerance=self.case.tolerance("loss_abs", floor=LOSS_FLOOR),
             )
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Hidden states of a layer, whose second output is unused."""
+    return output[0] if isinstance(output, tuple) else output
