@@ -8,8 +8,10 @@ dealt to it. Workers get complete requests (byte offsets, image sizes), so they 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +216,7 @@ class TrainLoader:
             sampler=_RequestSampler(plan, indexes, steps=steps, dp_rank=dp_rank, dp_size=dp_size),
             num_workers=config.data.num_workers,
             collate_fn=_unchanged,
-            # Not fork: the parent runs gloo or CUDA threads, which a forked child inherits in a broken state.
-            multiprocessing_context="forkserver" if config.data.num_workers else None,
+            multiprocessing_context=_worker_context() if config.data.num_workers else None,
         )
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
@@ -227,6 +228,16 @@ class TrainLoader:
             if len(micro_batches) == self._num_micro_batches:
                 yield micro_batches
                 micro_batches = []
+
+
+def _worker_context() -> BaseContext:
+    """Workers are forked from a fresh server process that has imported this module once.
+
+    They are not forked from here: gloo or CUDA threads of this process would be inherited in a broken state.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _needed(value: str, field: str, way_out: str) -> str:
