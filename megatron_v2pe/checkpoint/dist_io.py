@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_v2pe.checkpoint.folder import state_path
 from megatron_v2pe.checkpoint.hf_io import TensorInfo
-from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.errors import CheckpointError, V2PEError
 from megatron_v2pe.parallel.topology import Ranks
 
 SHARDED_STATE_METADATA: dict[str, Any] = {
@@ -124,9 +124,15 @@ def save_state(
         folder: a folder that all ranks see.
         sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
         read_later: readers of shards whose `data` is a meta tensor.
+
+    Raises:
+        CheckpointError: a rank could not write (raised on all).
     """
     with process_group():
-        dist_checkpointing.save(sharded_state_dict, str(folder), _SerialSave(read_later or {}))
+        try:
+            dist_checkpointing.save(sharded_state_dict, str(folder), _SerialSave(read_later or {}))
+        except (CheckpointException, OSError) as error:
+            raise CheckpointError(f"{folder}: cannot be written ({type(error).__name__}: {error})") from error
 
 
 def load_state(folder: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -257,11 +263,16 @@ def _check_request(folder: Path, sharded_state_dict: dict[str, Any]) -> None:
         found, wanted = stored.get(shard.key), tuple(shard.global_shape)
         if found is None:
             problems.append(f"{shard.key} is not stored")
-        elif found.shape[shard.allow_shape_mismatch :] != wanted[shard.allow_shape_mismatch :]:
+        elif not _fits(found.shape, wanted, any_rows=shard.allow_shape_mismatch):
             problems.append(f"{shard.key} is stored as {found.shape}, wanted {wanted}")
     # Stages ask for different keys; all must stop, or the others wait for ever.
     everywhere = sorted({problem for rank in gather_from_ranks(problems) for problem in rank})
     raise_together(f"{folder}: checkpoint of another model", everywhere)
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...], *, any_rows: bool) -> bool:
+    """Equal shapes; vocabularies may differ in their padding rows."""
+    return found[1:] == wanted[1:] if any_rows else found == wanted
 
 
 def _built(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -292,13 +303,16 @@ def process_group() -> Iterator[None]:
 
 def on_first_rank(act: Callable[[], T]) -> T:
     """Run `act` on rank 0 while the others wait; all get its result, or all raise its error. Collective."""
-    outcome: list[Any] = [None, None]
+    result, failure = None, None
     if dist.get_rank() == 0:
         try:
-            outcome[0] = act()
-        except Exception as error:  # handed to every rank below, so that none of them waits for a dead one
-            outcome[1] = error
+            result = act()
+        except Exception as error:  # told to every rank below, so that none of them waits for this one
+            failure = error
+    # Others get V2PE errors as they are, the rest as text: an exception of a library may not survive pickling.
+    told = failure if failure is None or isinstance(failure, V2PEError) else RuntimeError(repr(failure))
+    outcome: list[Any] = [result, told]
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
+    if failure is not None or outcome[1] is not None:
+        raise failure or outcome[1]
     return outcome[0]

@@ -199,12 +199,11 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
     return model.language.embedding.word_embeddings.weight.detach() if ranks.is_first_stage else None
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(2, {"tp": 2}), (2, {"pp": 2})])
-def test_imported_weights_come_back_from_every_layout(tmp_path, world_size, sizes):
+def test_imported_weights_come_back_from_a_layout_with_padded_vocabulary(tmp_path):
     """600 words are padded to 640 rows in the model; the imported checkpoint holds 600, the padding is zero."""
     checkpoint = tmp_path / "ckpt"
     import_hf(GOLDEN, checkpoint)
-    results = run_ranks(load_weights_only, world_size, str(checkpoint), sizes, timeout=120)
+    results = run_ranks(load_weights_only, 2, str(checkpoint), {"tp": 2}, timeout=120)
     before, after = StateReader(state_path(checkpoint)), StateReader(checkpoint / "resaved")
     assert set(before.tensors) == set(after.tensors)
     for key in before.tensors:
