@@ -21,7 +21,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
 from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.dist_io import load_model_weights, on_first_rank
+from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
@@ -43,35 +43,48 @@ REDUCTIONS = ("token", "sample", "square")
 def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterator[Row]:
     """All forward cases; see `rows` for the contract of a model group."""
     plan = resolve(parallel, launcher().world_size)
-    ranks = init_distributed(plan, seed=0)
-    for path in sorted((folder / "forward").glob("*.json")):
-        if path.stem == "vision_resize":
-            continue
-        file = ForwardFile.open(folder, path)
-        if family is None or file.key.startswith(family):
-            yield from run_file(file, parallel=parallel, plan=plan, ranks=ranks)
+    paths = [path for path in sorted((folder / "forward").glob("*.json")) if path.stem != "vision_resize"]
+    files = [file for file in (ForwardFile.open(folder, path) for path in paths) if _is_wanted(file, family)]
+    with tempfile.TemporaryDirectory() as scratch:
+        # Each rank imports for itself, before there are groups: import is the work of one process.
+        checkpoints = {file.key: _imported(file, Path(scratch) / file.key) for file in files}
+        ranks = init_distributed(plan, seed=0)
+        for file in files:
+            yield from run_file(file, checkpoints[file.key], parallel=parallel, plan=plan, ranks=ranks)
     if plan.world_size == 1:
         yield from vision_rows(folder, family=family, plan=plan, ranks=ranks)
     shutdown()
 
 
+def _is_wanted(file: ForwardFile, family: str | None) -> bool:
+    return family is None or file.key.startswith(family)
+
+
+def _imported(file: ForwardFile, target: Path) -> Path | CheckpointError:
+    """The checkpoint of a file, or why this version cannot read it."""
+    try:
+        file.architecture()
+    except CheckpointError as error:
+        return error
+    import_hf(file.checkpoint, target)
+    return target
+
+
 def run_file(
-    file: ForwardFile, *, parallel: ParallelConfig, plan: ParallelPlan, ranks: Ranks
+    file: ForwardFile,
+    checkpoint: Path | CheckpointError,
+    *,
+    parallel: ParallelConfig,
+    plan: ParallelPlan,
+    ranks: Ranks,
 ) -> Iterator[Row]:
     """All cases of one checkpoint."""
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(on_first_rank(lambda: scratch)) / "checkpoint"
-        try:
-            file.architecture()
-            import_hf(file.checkpoint, checkpoint)
-        except CheckpointError as error:
-            reason = str(error).splitlines()[0]
-            for case in file.cases():
-                yield unsupported(f"model/{file.key}/{case.name}", "all", reason=reason)
-            return
-        for case in file.cases():
+    for case in file.cases():
+        if isinstance(checkpoint, CheckpointError):
+            reason = str(checkpoint).splitlines()[0]
+            yield unsupported(f"model/{file.key}/{case.name}", "all", reason=reason)
+        else:
             yield from CaseRun(case, checkpoint, parallel=parallel, plan=plan, ranks=ranks).rows()
-        on_first_rank(lambda: None)  # nobody deletes the checkpoint while another rank still reads it
 
 
 class CaseRun:
