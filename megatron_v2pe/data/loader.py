@@ -134,6 +134,28 @@ def _unchanged(pack: Any) -> Any:
     return pack
 
 
+def plan_mixture(config: RunConfig, settings: SampleSettings) -> tuple[tuple[DatasetIndex, ...], MixturePlan]:
+    """Measure the data sets of `data.meta`, or read their measurements, and plan the run.
+
+    Raises:
+        ConfigError: a path is not given.
+        DataError: data that cannot be used; more bad samples than allowed.
+    """
+    entries = read_meta(_needed(config.data.meta, "data.meta", "give the meta json of the data"))
+    cache_dir = config.data.cache_dir
+    if not cache_dir:
+        run_dir = _needed(config.runtime.run_dir, "runtime.run_dir", "give it, or data.cache_dir")
+        cache_dir = str(Path(run_dir) / "data_cache")
+    indexes = tuple(index_dataset(entry, settings=settings, cache_dir=cache_dir) for entry in entries)
+    plan = MixturePlan(
+        indexes,
+        data=config.data,
+        seed=config.runtime.seed,
+        global_batch_size=config.optim.global_batch_size,
+    )
+    return indexes, plan
+
+
 class TrainLoader:
     """Micro batches of one rank, step by step.
 
@@ -161,7 +183,7 @@ class TrainLoader:
         pad_to_multiple: int,
         start_step: int,
     ) -> None:
-        """Measure the data (or read the measurements) and plan the run.
+        """Plan the run; see `plan_mixture`.
 
         Args:
             config: sections data, position, optim and runtime are read.
@@ -186,23 +208,12 @@ class TrainLoader:
             )
         self._num_micro_batches = config.optim.global_batch_size // dp_size
         settings = sample_settings(config, arch, hf_folder)
-        entries = read_meta(_needed(config.data.meta, "data.meta", "give the meta json of the data"))
-        cache_dir = config.data.cache_dir or str(
-            Path(_needed(config.runtime.run_dir, "runtime.run_dir", "give it, or data.cache_dir"))
-            / "data_cache"
-        )
-        indexes = [index_dataset(entry, settings=settings, cache_dir=cache_dir) for entry in entries]
-        plan = MixturePlan(
-            indexes,
-            data=config.data,
-            seed=config.runtime.seed,
-            global_batch_size=config.optim.global_batch_size,
-        )
+        indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
             plan.log_bad()
         self.fingerprint, self.num_bad, self.num_samples = plan.fingerprint, plan.num_bad, plan.num_samples
         reader = PackReader(
-            entries=entries,
+            entries=tuple(index.entry for index in indexes),
             settings=settings,
             pad_to_multiple=pad_to_multiple,
             pad_token_id=settings.text.tokenizer.pad_id,
