@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     items = read_items(args.data)
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
     folder = claim_folder(args.out, describe_subject(args.checkpoint, args.data, options=options))
-    scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
+    with closing(answerer):
+        scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
     text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
     sys.stdout.write(text + "\n")
     return 0

@@ -20,13 +20,15 @@ from megatron_v2pe.data.meta import DatasetEntry
 from megatron_v2pe.data.samples import image_refs, sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, StrideSetting
 from megatron_v2pe.inference.engine import Engine, Prompt
+from megatron_v2pe.parallel.topology import shutdown
 from megatron_v2pe.v2pe.layout import SampleLayout
 
+PositionMode = Literal["default", "v2pe_fixed"]
 _NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
 class EngineAnswerer:
-    """Answers with a checkpoint on one rank.
+    """Answers with a checkpoint on one rank; call `close` when done (`contextlib.closing`).
 
     Args:
         checkpoint: folder written by `import-hf` or by a run.
@@ -57,7 +59,8 @@ class EngineAnswerer:
         self._settings = dataclasses.replace(settings, text=text)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.separator), self._tokenizer.eos_id}
-        self._engines: dict[str, Engine] = {}
+        self._engine: Engine | None = None
+        self._mode: PositionMode = "default"
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
         """Greedy answer as text.
@@ -65,7 +68,7 @@ class EngineAnswerer:
         Raises:
             DataError: an image cannot be read.
         """
-        ids = self._engine(setting.mode).generate(
+        ids = self._engine_for(setting.mode).generate(
             self.prompt(item, setting), max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids
         )
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -92,15 +95,20 @@ class EngineAnswerer:
         tiles = load_tile_range(refs, image_size=self.arch.image_size, tile_range=(0, int(num_tiles.sum())))
         return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
 
-    def _engine(self, mode: Literal["default", "v2pe_fixed"]) -> Engine:
+    def close(self) -> None:
+        """Drop the model and leave the process groups, so that another one may be loaded."""
+        if self._engine is not None:
+            self._engine = None
+            shutdown()
+
+    def _engine_for(self, mode: PositionMode) -> Engine:
         """Engine of a position mode; strides of one mode share it, because each prompt brings its own."""
-        if mode not in self._engines:
-            self._engines.clear()  # one model in memory at a time
+        if self._engine is None or self._mode != mode:
+            self.close()  # one model in memory at a time
             mean, std = NORMALIZATION[self._settings.normalize_type]
-            self._engines[mode] = Engine.load(
-                self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype
-            )
-        return self._engines[mode]
+            self._engine = Engine.load(self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype)
+            self._mode = mode
+        return self._engine
 
 
 def _plain_entry(name: str) -> DatasetEntry:
