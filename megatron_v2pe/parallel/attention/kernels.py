@@ -1,14 +1,15 @@
-"""Attention of one block of queries to one block of keys, with the log-sum-exp that lets blocks be merged.
+"""Attention of blocks of queries to blocks of keys, with the log-sum-exp that lets blocks be merged.
 
     out = softmax(scale * q k^T) v        lse = log sum exp(scale * q k^T)
 
 torch's fused kernels behind its private operators: flash for the CPU (any dtype), flash (bf16, fp16) or memory
 efficient (float32) on CUDA. The public `scaled_dot_product_attention` hides the log-sum-exp.
 
-Grouped heads (GQA) are not repeated: queries become a batch of g = h / k members over k heads, and keys
-are given to that batch with stride 0. CUDA's flash kernel takes grouped heads itself.
+A call takes n blocks of equal shape, one after the other in dimension 0. Grouped heads (GQA) of one block are
+not repeated: queries become a batch of g = h / k members over k heads, and keys are given to that batch with
+stride 0. (Several blocks, which are short, are repeated. CUDA's flash kernel takes grouped heads itself.)
 
-Shape legend: s queries, t keys, h query heads, k key heads, d head dimension.
+Shape legend: n blocks, s queries and t keys of a block, h query heads, k key heads, g = h / k, d head dimension.
 """
 
 from __future__ import annotations
@@ -23,31 +24,35 @@ from megatron_v2pe.core.errors import ConfigError
 LSE_ROWS = 32  # the memory efficient kernel wants its log-sum-exp padded to a multiple of this
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """One block, without autograd.
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, blocks: int = 1, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of n blocks, without autograd.
 
     Args:
-        q: [s, h, d], contiguous in d.
-        k: [t, k, d].
-        v: [t, k, d].
+        q: [n*s, h, d], contiguous in d.
+        k: [n*t, k, d].
+        v: [n*t, k, d].
+        blocks: n.
         causal: query i sees keys 0..i; needs s == t, because kernels differ in how they align other shapes.
         scale: factor of the scores.
 
     Returns:
-        out: [s, h, d], float32 or better on the CPU, else in the dtype of `q`.
-        lse: [s, h], float32 or better.
+        out: [n*s, h, d], float32 or better on the CPU, else in the dtype of `q`.
+        lse: [n*s, h], float32 or better.
     """
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        out, lse = _op("_scaled_dot_product_flash_attention")(
-            _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, False, scale=scale
-        )[:2]
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    grouped = _grouped(q, k, v)
+    if _is_half_on_cuda(q):
+        heads_first = (_heads_first(x, blocks) for x in (q, k, v))
+        out, lse = _op("_scaled_dot_product_flash_attention")(*heads_first, 0.0, causal, False, scale=scale)[
+            :2
+        ]
+        return _tokens_first(out), _tokens_first(lse.unsqueeze(-1)).squeeze(-1)
+    grouped = _grouped(q, k, v, blocks)
     if q.device.type == "cuda":
         out, lse = _efficient_forward(*grouped, causal=causal, scale=scale)
     else:
         out, lse = _op("_scaled_dot_product_flash_attention_for_cpu")(*grouped, 0.0, causal, scale=scale)
-    return _ungroup(out), lse.permute(2, 1, 0).reshape(q.shape[:2])  # [g, k, s] -> [s, h]
+    return _ungroup(out, blocks), _ungroup(lse.unsqueeze(-1), blocks).squeeze(-1)
 
 
 def block_backward(
@@ -58,36 +63,38 @@ def block_backward(
     out: Tensor,
     lse: Tensor,
     *,
+    blocks: int = 1,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of the gradients, when `out` and `lse` are those of all blocks merged.
+    """These blocks' share of the gradients, when `out` and `lse` are those of all blocks merged.
 
     Args:
-        grad: [s, h, d], gradient of the merged output.
-        q: [s, h, d].
-        k: [t, k, d].
-        v: [t, k, d].
-        out: [s, h, d], merged output.
-        lse: [s, h], merged log-sum-exp.
+        grad: [n*s, h, d], gradient of the merged output.
+        q: [n*s, h, d].
+        k: [n*t, k, d].
+        v: [n*t, k, d].
+        out: [n*s, h, d], merged output.
+        lse: [n*s, h], merged log-sum-exp.
+        blocks: n.
         causal: as in `block_forward`.
         scale: as in `block_forward`.
 
     Returns:
         Gradients of q, k and v, in the precision of `block_forward`'s output.
     """
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        return _flash_cuda_backward(grad, q, k, v, out, lse, causal=causal, scale=scale)
-    grouped = _grouped(q, k, v)
-    grad_out, out = _group(grad, k.shape[1]), _group(out, k.shape[1])
-    lse = lse.unflatten(1, (k.shape[1], -1)).permute(2, 1, 0).contiguous()  # [s, h] -> [g, k, s]
+    if _is_half_on_cuda(q):
+        return _flash_cuda_backward(grad, q, k, v, out, lse, blocks=blocks, causal=causal, scale=scale)
+    grouped = _grouped(q, k, v, blocks)
+    grad, out, lse = (_group(x, k.shape[1], blocks) for x in (grad, out, lse.unsqueeze(-1)))
+    lse = lse.squeeze(-1).contiguous()
     if q.device.type == "cuda":
-        gradients = _efficient_backward(grad_out, *grouped, out, lse, causal=causal, scale=scale)
+        gradients = _efficient_backward(grad, *grouped, out, lse, causal=causal, scale=scale)
     else:
         name = "_scaled_dot_product_flash_attention_for_cpu_backward"
-        gradients = _op(name)(grad_out, *grouped, out, lse, 0.0, causal, scale=scale)
+        gradients = _op(name)(grad, *grouped, out, lse, 0.0, causal, scale=scale)
     dq, dk, dv = gradients
-    return _ungroup(dq), dk.sum(0).transpose(0, 1), dv.sum(0).transpose(0, 1)  # [k, t, d] -> [t, k, d]
+    return _ungroup(dq, blocks), _sum_group(dk, blocks), _sum_group(dv, blocks)
 
 
 def _op(name: str) -> Any:
@@ -101,8 +108,16 @@ def _op(name: str) -> Any:
     return operator
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).unsqueeze(0)  # [s, h, d] -> [1, h, s, d]
+def _is_half_on_cuda(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _heads_first(x: Tensor, blocks: int) -> Tensor:
+    return x.unflatten(0, (blocks, -1)).transpose(1, 2)  # [n*s, h, d] -> [n, h, s, d]
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # [n, h, s, d] -> [n*s, h, d]
 
 
 def _working(x: Tensor) -> Tensor:
@@ -111,39 +126,54 @@ def _working(x: Tensor) -> Tensor:
     return x.float() if is_half and x.device.type != "cuda" else x
 
 
-def _group(x: Tensor, key_heads: int) -> Tensor:
-    return _working(x).unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)  # [s, h, d] -> [g, k, s, d]
+def _group(x: Tensor, key_heads: int, blocks: int) -> Tensor:
+    split = _working(x).unflatten(0, (blocks, -1)).unflatten(2, (key_heads, -1))  # [n, s, k, g, d]
+    return split.permute(0, 3, 2, 1, 4).flatten(0, 1)  # -> [n*g, k, s, d]
 
 
-def _ungroup(x: Tensor) -> Tensor:
-    return x.permute(2, 1, 0, 3).flatten(1, 2)  # [g, k, s, d] -> [s, h, d]
+def _ungroup(x: Tensor, blocks: int) -> Tensor:
+    split = x.unflatten(0, (blocks, -1)).permute(0, 3, 2, 1, 4)  # [n*g, k, s, d] -> [n, s, k, g, d]
+    return split.flatten(2, 3).flatten(0, 1)  # -> [n*s, h, d]
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    queries = _group(q, k.shape[1])
-    keys, values = (_heads_first(_working(x)).expand(len(queries), -1, -1, -1) for x in (k, v))
-    return queries, keys, values
+def _sum_group(x: Tensor, blocks: int) -> Tensor:
+    members = x.unflatten(0, (blocks, -1))  # [n, g, k, t, d]
+    total = members.sum(1) if members.shape[1] > 1 else members.squeeze(1)
+    return total.transpose(1, 2).flatten(0, 1)  # [n, k, t, d] -> [n*t, k, d]
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    queries = _group(q, k.shape[1], blocks)
+    expanded = (
+        _heads_first(_working(x), blocks).unsqueeze(1).expand(-1, groups, -1, -1, -1).flatten(0, 1)
+        for x in (k, v)
+    )  # [n, k, t, d] -> [n*g, k, t, d]; a view when n or g is 1
+    return queries, next(expanded), next(expanded)
 
 
 def _flash_cuda_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    blocks: int,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # only read with dropout
-    gradients = _op("_scaled_dot_product_flash_attention_backward")(
-        *(_heads_first(x) for x in (grad, q, k, v, out.to(q.dtype))),
-        lse.transpose(0, 1).unsqueeze(0).contiguous(),  # [s, h] -> [1, h, s]
-        None,
-        None,
-        len(q),
-        len(k),
-        0.0,
-        causal,
-        no_seed,
-        no_seed,
+    no_boundaries = (None, None, len(q) // blocks, len(k) // blocks)
+    dq, dk, dv = _op("_scaled_dot_product_flash_attention_backward")(
+        *(_heads_first(x, blocks) for x in (grad, q, k, v, out.to(q.dtype))),
+        _heads_first(lse.unsqueeze(-1), blocks).squeeze(-1).contiguous(),
+        *no_boundaries,
+        *(0.0, causal, no_seed, no_seed),
         scale=scale,
     )
-    dq, dk, dv = (gradient[0].transpose(0, 1) for gradient in gradients)
-    return dq, dk, dv
+    return _tokens_first(dq), _tokens_first(dk), _tokens_first(dv)
 
 
 def _efficient_forward(

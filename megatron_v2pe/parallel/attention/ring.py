@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,45 +30,71 @@ from torch import Tensor
 
 from megatron_v2pe.parallel.attention.kernels import block_backward, block_forward
 
+Rows = slice | Tensor
+SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
 KEYS_TAG, GRADIENTS_TAG = 1, 2  # gloo matches messages of a pair by tag; NCCL by order, the same on all ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """A block of one document: local queries, rows of the visiting keys, and whether it is the diagonal."""
+    """Equal blocks of one or several documents that a kernel takes in one call.
 
-    queries: slice
-    keys: slice
+    Attributes:
+        queries: local rows of the queries; a slice for one document, an index for several.
+        keys: rows of the visiting keys, likewise.
+        blocks: number of documents.
+        causal: the diagonal.
+    """
+
+    queries: Rows
+    keys: Rows
+    blocks: int
     causal: bool
 
+    @property
+    def num_keys(self) -> int:
+        """Rows of `keys`."""
+        return self.keys.stop - self.keys.start if isinstance(self.keys, slice) else len(self.keys)
 
-def pieces(lengths: Sequence[int], *, rank: int, source: int) -> list[Piece]:
+
+@lru_cache(maxsize=256)  # the same for all layers of a micro batch, forward and backward
+def pieces(lengths: tuple[int, ...], *, rank: int, source: int, device: torch.device) -> tuple[Piece, ...]:
     """Blocks that `rank` computes with the keys of rank `source`.
+
+    Short documents of equal length share a call, which matters on packs of many of them: 64 documents of 32
+    tokens take 6 ms one by one and 1.3 ms together.
 
     Args:
         lengths: tokens of each document on one rank (equal on all ranks), both chunks together.
         rank: rank of the queries.
         source: rank that the keys belong to.
+        device: where indices are needed.
 
     Example:
         One document of 4 local tokens: with its own keys [0:4] x [0:4] causal; with a lower rank's
         [0:4] x [0:2]; with a higher rank's [2:4] x [0:4].
     """
-    found = []
-    start = 0
-    for length in lengths:
-        stop, middle = start + length, start + length // 2
-        whole, early, late = slice(start, stop), slice(start, middle), slice(middle, stop)
+    by_length: dict[int, list[int]] = {}
+    for length, stop in zip(lengths, accumulate(lengths), strict=True):
         if length:
-            found.append(
-                Piece(
-                    queries=late if source > rank else whole,
-                    keys=early if source < rank else whole,
-                    causal=source == rank,
-                )
-            )
-        start = stop
-    return found
+            by_length.setdefault(length, []).append(stop - length)
+    found = []
+    for length, starts in by_length.items():
+        half = length // 2
+        queries = (half, length) if source > rank else (0, length)
+        keys = (0, half) if source < rank else (0, length)
+        together = [starts] if length <= SHORT_TOKENS else [[start] for start in starts]
+        for group in together:
+            rows = _rows(group, *queries, device), _rows(group, *keys, device)
+            found.append(Piece(*rows, blocks=len(group), causal=source == rank))
+    return tuple(found)
+
+
+def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:
+    """Tokens low..high-1 of the documents that start at `starts`."""
+    if len(starts) == 1:
+        return slice(starts[0] + low, starts[0] + high)
+    return (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten().to(device)
 
 
 def ring_attention(
@@ -106,9 +134,10 @@ class _RingAttention(torch.autograd.Function):
         ring = _Ring(group)
         merged = _Merged(query, exact=ring.size > 1)
         for source, keys, values in ring.visits(key, value):
-            for piece in pieces(lengths, rank=ring.rank, source=source):
+            for piece in ring.pieces(lengths, source, query.device):
                 rows = query[piece.queries], keys[piece.keys], values[piece.keys]
-                merged.add(piece, *block_forward(*rows, causal=piece.causal, scale=scale))
+                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
+                merged.add(piece, *block_forward(*rows, **kind, scale=scale))
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.lse)
         ctx.lengths, ctx.scale, ctx.group = lengths, scale, group
@@ -120,19 +149,21 @@ class _RingAttention(torch.autograd.Function):
         grad = grads[0].contiguous()
         ring = _Ring(ctx.group)
         working = torch.promote_types(query.dtype, torch.float32)
-        dq = torch.zeros_like(query, dtype=working)
-        d_own = torch.zeros(2, *key.shape, dtype=working, device=key.device)
+        dq = torch.empty_like(query, dtype=working)
+        d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
         returning: _GradientExchange | None = None
         for step, (source, keys, values) in enumerate(ring.visits(key, value)):
             blocks = []
-            for piece in pieces(ctx.lengths, rank=ring.rank, source=source):
+            for piece in ring.pieces(ctx.lengths, source, query.device):
                 rows = piece.queries
                 parts = query[rows], keys[piece.keys], values[piece.keys], out[rows], lse[rows]
-                dq_block, *dkv = block_backward(grad[rows], *parts, causal=piece.causal, scale=ctx.scale)
-                dq[rows] += dq_block
-                if step == 0:
-                    d_own[0, piece.keys], d_own[1, piece.keys] = dkv
+                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
+                dq_block, *dkv = block_backward(grad[rows], *parts, **kind, scale=ctx.scale)
+                if piece.causal:  # the diagonal, first to come: it fills every row
+                    dq[rows] = dq_block.to(working)
+                    d_own[:, piece.keys] = torch.stack(dkv).to(working)
                 else:
+                    dq[rows] += dq_block
                     blocks.append(torch.stack(dkv).to(key.dtype))
             if returning is not None:
                 returning.add_to(d_own)
@@ -159,12 +190,12 @@ class _Merged:
         """Merge a block [s, h, d], [s, h]; a diagonal block comes first and fills its rows."""
         rows = piece.queries
         if piece.causal:
-            self.out[rows], self.lse[rows] = block_out, block_lse
+            self.out[rows], self.lse[rows] = block_out.to(self.out.dtype), block_lse
             return
         out, lse = self.out[rows], self.lse[rows]
         share = torch.sigmoid(block_lse - lse).unsqueeze(-1)  # of the block in the sum of both
-        out += share * (block_out - out)
-        torch.logaddexp(lse, block_lse, out=lse)
+        self.out[rows] = torch.lerp(out, block_out.to(out.dtype), share)
+        self.lse[rows] = torch.logaddexp(lse, block_lse)
 
 
 class _Ring:
@@ -174,6 +205,10 @@ class _Ring:
         self.group = group
         self.size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
+
+    def pieces(self, lengths: tuple[int, ...], source: int, device: torch.device) -> tuple[Piece, ...]:
+        """Blocks that I compute with the keys of rank `source`."""
+        return pieces(lengths, rank=self.rank, source=source, device=device)
 
     def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values): mine first, then each lower rank's, wrapping around.
@@ -226,9 +261,9 @@ class _GradientExchange:
         self, ring: _Ring, blocks: list[Tensor], *, lengths: tuple[int, ...], step: int, like: Tensor
     ) -> None:
         user = (ring.rank + step) % ring.size
-        self._mine = [piece.keys for piece in pieces(lengths, rank=user, source=ring.rank)]
-        sizes = [rows.stop - rows.start for rows in self._mine]
-        receive = like.new_empty(2, sum(sizes), *like.shape[1:])
+        self._mine = pieces(lengths, rank=user, source=ring.rank, device=like.device)
+        num_rows = sum(piece.num_keys for piece in self._mine)
+        receive = like.new_empty(2, num_rows, *like.shape[1:])
         send = torch.cat(blocks, dim=1) if blocks else like.new_empty(2, 0, *like.shape[1:])
         self._exchange = ring.exchange(send, to=-step, receive=receive, tag=GRADIENTS_TAG)
 
@@ -236,7 +271,7 @@ class _GradientExchange:
         """Wait, and add what the others computed to my gradients [2, l, k, d]."""
         received = self._exchange.wait()
         start = 0
-        for rows in self._mine:
-            stop = start + rows.stop - rows.start
-            d_own[:, rows] += received[:, start:stop]
+        for piece in self._mine:
+            stop = start + piece.num_keys
+            d_own[:, piece.keys] += received[:, start:stop]
             start = stop

@@ -11,11 +11,11 @@ from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention import kernels
 from megatron_v2pe.parallel.attention.native import NativeContextAttention, local_lengths
-from megatron_v2pe.parallel.attention.ring import Piece, pieces
+from megatron_v2pe.parallel.attention.ring import pieces
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.v2pe.rope import apply_rotary
 
-LENGTHS = (5, 1, 9)
+LENGTHS = (3, 1, 5, 3, 3)
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 
 
@@ -153,15 +153,33 @@ def test_host_lengths_are_read_once_per_micro_batch():
     assert local_lengths(params, 1) == LENGTHS
 
 
+def blocks_of(lengths, *, rank, source):
+    """Rows of queries and keys, number of blocks, diagonal; indices as lists."""
+    found = pieces(lengths, rank=rank, source=source, device=torch.device("cpu"))
+    plain_rows = [
+        [rows if isinstance(rows, slice) else rows.tolist() for rows in (piece.queries, piece.keys)]
+        for piece in found
+    ]
+    return [(*rows, piece.blocks, piece.causal) for rows, piece in zip(plain_rows, found, strict=True)]
+
+
 def test_pieces_never_contain_masked_blocks():
     whole, early, late = slice(0, 4), slice(0, 2), slice(2, 4)
-    assert pieces([4], rank=1, source=1) == [Piece(whole, whole, True)]
-    assert pieces([4], rank=1, source=0) == [Piece(whole, early, False)]
-    assert pieces([4], rank=1, source=2) == [Piece(late, whole, False)]
-    assert pieces([2, 0, 4], rank=0, source=1) == [
-        Piece(slice(1, 2), slice(0, 2), False),
-        Piece(slice(4, 6), slice(2, 6), False),
+    assert blocks_of((4,), rank=1, source=1) == [(whole, whole, 1, True)]
+    assert blocks_of((4,), rank=1, source=0) == [(whole, early, 1, False)]
+    assert blocks_of((4,), rank=1, source=2) == [(late, whole, 1, False)]
+    assert blocks_of((2, 0, 4), rank=0, source=1) == [
+        (slice(1, 2), slice(0, 2), 1, False),
+        (slice(4, 6), slice(2, 6), 1, False),
     ]
+
+
+def test_short_documents_of_equal_length_share_a_call():
+    assert blocks_of((4, 2, 4), rank=0, source=1) == [
+        ([2, 3, 8, 9], [0, 1, 2, 3, 6, 7, 8, 9], 2, False),
+        (slice(5, 6), slice(4, 6), 1, False),
+    ]
+    assert [blocks for *_, blocks, _ in blocks_of((600, 600), rank=0, source=0)] == [1, 1]
 
 
 def test_shapes_are_known_without_memory():
