@@ -16,10 +16,11 @@ from megatron_v2pe.checkpoint.folder import read_info, state_path
 from megatron_v2pe.checkpoint.retention import complete_steps, newest_checkpoint, step_path
 from megatron_v2pe.checkpoint.verify import verify
 from megatron_v2pe.core.errors import CheckpointError
-from tests.support.hf_folders import GOLDEN, folder_bytes, random_folder
+from tests.support.hf_folders import folder_bytes, random_folder
 from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
+VOCABULARY = 650  # 704 rows at tp 1, 768 at tp 2, so that layouts differ in padding too
 VOCABULARY_KEYS = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -92,12 +93,12 @@ def run(world_size, checkpoint, run_dir, sizes, **kwargs):
     return run_ranks(train_kwargs, world_size, checkpoint, run_dir, sizes, kwargs, timeout=120)
 
 
-def tensors(folder, vocab_size=600):
-    """All tensors of a checkpoint, vocabulary padding cut off and seen to be zero when it was imported."""
+def tensors(folder):
+    """All tensors of a checkpoint, vocabulary padding cut off."""
     reader = StateReader(state_path(folder))
     found = {key: reader.read(key) for key in reader.tensors}
     return {
-        key: value[:vocab_size] if key.endswith(VOCABULARY_KEYS) else value for key, value in found.items()
+        key: value[:VOCABULARY] if key.endswith(VOCABULARY_KEYS) else value for key, value in found.items()
     }
 
 
@@ -108,9 +109,15 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory):
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    return random_folder(folder, shards=1, dtype=torch.float32, llm={"vocab_size": VOCABULARY}, vision={})
+
+
+@pytest.fixture(scope="module")
+def imported(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported") / "ckpt"
-    import_hf(GOLDEN, folder)
+    import_hf(source, folder)
     return str(folder)
 
 
@@ -154,19 +161,21 @@ def test_bfloat16_weights_load_from_float32_and_export_in_bfloat16(imported, tmp
     assert torch.equal(found["optimizer.state.param." + name].bfloat16(), found[name])
     export_hf(step_path(tmp_path, 1), tmp_path / "hf")
     info = import_hf(tmp_path / "hf", tmp_path / "again")
-    assert info.num_parameters == 272_832
+    assert info.num_parameters == read_info(imported).num_parameters
 
 
-def test_a_training_checkpoint_carries_its_positions_and_exports(imported, reference, tmp_path):
+def test_a_training_checkpoint_carries_its_positions_and_exports(source, reference, tmp_path):
     folder = newest_checkpoint(reference)
     export_hf(folder, tmp_path / "hf")
-    before, after = (json.loads((path / "config.json").read_text()) for path in (GOLDEN, tmp_path / "hf"))
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "hf"))
     assert after == {**before, "rope_pos_id_version": "v2pe_fix", "rope_pos_id_stride": 16}
-    exported = folder_bytes(tmp_path / "hf")
-    unchanged = set(folder_bytes(GOLDEN)) - {"config.json", "model.safetensors"}
-    assert all(exported[name] == (GOLDEN / name).read_bytes() for name in unchanged)
-    assert len(exported["model.safetensors"]) == len((GOLDEN / "model.safetensors").read_bytes())
-    report = verify(GOLDEN, folder)
+    given, exported = folder_bytes(source), folder_bytes(tmp_path / "hf")
+    assert {name: len(data) for name, data in given.items() if name != "config.json"} == {
+        name: len(data) for name, data in exported.items() if name != "config.json"
+    }
+    changed = {name for name in given if given[name] != exported[name]}
+    assert changed == {"config.json", "model-00001-of-00001.safetensors"}
+    report = verify(source, folder)
     assert len(report.different) == report.num_source == 55
     assert report.unexpected == []
 
@@ -199,10 +208,10 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
     return model.language.embedding.word_embeddings.weight.detach() if ranks.is_first_stage else None
 
 
-def test_imported_weights_come_back_from_a_layout_with_padded_vocabulary(tmp_path):
-    """600 words are padded to 640 rows in the model; the imported checkpoint holds 600, the padding is zero."""
+def test_imported_weights_come_back_from_a_layout_with_padded_vocabulary(source, tmp_path):
+    """The model has more rows than the vocabulary, the imported checkpoint has not; the padding is zero."""
     checkpoint = tmp_path / "ckpt"
-    import_hf(GOLDEN, checkpoint)
+    import_hf(source, checkpoint)
     results = run_ranks(load_weights_only, 2, str(checkpoint), {"tp": 2}, timeout=120)
     before, after = StateReader(state_path(checkpoint)), StateReader(checkpoint / "resaved")
     assert set(before.tensors) == set(after.tensors)
@@ -212,8 +221,8 @@ def test_imported_weights_come_back_from_a_layout_with_padded_vocabulary(tmp_pat
         assert torch.equal(whole[:rows], before.read(key)), key
         assert not whole[rows:].any(), key
     embedding = torch.cat([part for part in results if part is not None])
-    assert embedding.shape[0] > 600
-    assert not embedding[600:].any()
+    assert embedding.shape[0] == 768
+    assert not embedding[VOCABULARY:].any()
 
 
 def load_expecting_refusal(rank, world_size, mine, other):
