@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalize_tiles
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles, normalize_tiles
 from megatron_v2pe.parallel.feature_router import feature_route
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
 from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges
@@ -40,6 +40,9 @@ def shard_batch(
         dtype: dtype of the pixels, the model's.
         mean: channel means of the pixel normalisation.
         std: channel standard deviations.
+
+    Raises:
+        ValueError: the pack holds pixels of other tiles than the ones dealt to this rank.
     """
     layout = batch.layout
     cut = dict(cp_size=plan.cp, cp_rank=ranks.cp_rank)
@@ -48,6 +51,7 @@ def shard_batch(
     lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
     pixels, route = None, None
     if ranks.is_first_stage:
+        _check_share(batch, plan=plan, tile_rank=ranks.tile_rank)
         pixels = _pixels(torch.from_numpy(batch.tiles).to(device), mean=mean, std=std).to(dtype)
         route = feature_route(layout, plan=plan, tile_rank=ranks.tile_rank, device=device)
     return LocalBatch(
@@ -61,6 +65,16 @@ def shard_batch(
         pixels=pixels,
         route=route,
     )
+
+
+def _check_share(batch: PackedBatch, *, plan: ParallelPlan, tile_rank: int) -> None:
+    """The route assumes this share; features of other tiles would arrive at the wrong tokens unnoticed."""
+    share = deal_tiles(batch.layout.num_tiles, plan.tile_ranks, tile_rank)
+    if len(batch.tiles) and batch.tile_range != share:
+        raise ValueError(
+            f"samples {list(batch.sample_ids)}: tiles {batch.tile_range} were decoded, but rank {tile_rank} of "
+            f"{plan.tile_ranks} encodes {share}; deal tiles by deal_tiles with the plan's tile_ranks"
+        )
 
 
 def _pixels(tiles: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
