@@ -11,8 +11,6 @@ Shape legend: l local tokens, s sequence, b batch, h query heads, k key heads, d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.kernels import block_forward
 from megatron_v2pe.parallel.attention.ring import ring_attention
 from megatron_v2pe.parallel.attention.rotary import rotate
@@ -124,22 +123,6 @@ class NativeContextAttention(torch.nn.Module):
         grouped = query.shape[2] != key.shape[2]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2).to(query.dtype)  # [b, h, s, d] -> [s, b, h * d]
-
-
-def local_lengths(params: PackedSeqParams, cp_size: int) -> Sequence[int]:
-    """Tokens of each document on this rank, on the host.
-
-    Read from the device once per micro batch: every layer is given the same object, which keeps the answer.
-    """
-    known: tuple[int, tuple[int, ...]] | None = params.__dict__.get("_local_lengths")
-    if known is None or known[0] != cp_size:
-        boundaries = params.cu_seqlens_q_padded
-        if boundaries is None:
-            boundaries = params.cu_seqlens_q
-        lengths = tuple((boundaries.diff() // cp_size).tolist())
-        known = (cp_size, lengths)
-        params.__dict__["_local_lengths"] = known
-    return known[1]
 
 
 def attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:

@@ -12,7 +12,6 @@ for local token i, whatever documents there are. The kernel's results would have
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -21,10 +20,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.native import attend_to_all
 from megatron_v2pe.parallel.attention.rotary import rotate
-
-_PLAIN_FIELDS = tuple(field.name for field in dataclasses.fields(PackedSeqParams))
 
 
 class RotaryTEAttention(TEDotProductAttention):
@@ -62,11 +60,3 @@ class RotaryTEAttention(TEDotProductAttention):
             padding_counts_as_tokens(packed_seq_params),
             **kwargs,
         )
-
-
-def padding_counts_as_tokens(params: PackedSeqParams) -> PackedSeqParams:
-    """mcore's plain parameters, in which the real boundaries are the padded ones."""
-    padded = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-    fields = {name: getattr(params, name) for name in _PLAIN_FIELDS}
-    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
-    return PackedSeqParams(**{**fields, **dict.fromkeys(names, padded)})

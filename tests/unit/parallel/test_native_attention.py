@@ -10,7 +10,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention import kernels
-from megatron_v2pe.parallel.attention.native import NativeContextAttention, local_lengths
+from megatron_v2pe.parallel.attention.documents import local_lengths
+from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.parallel.attention.ring import pieces
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.v2pe.rope import apply_rotary

@@ -1,0 +1,113 @@
+"""Our adapter around Transformer Engine's attention, with a stand-in that records what it is given.
+
+The stand-in attends like the real one is documented to; the real one is met on a GPU only (tests/gpu).
+"""
+
+import importlib
+import sys
+
+import megatron.core.extensions.transformer_engine as mcore_extension
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
+from megatron_v2pe.parallel.attention.native import NativeContextAttention
+from megatron_v2pe.v2pe.rope import apply_rotary
+
+CONFIG = TransformerConfig(
+    num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=1, attention_dropout=0.0
+)
+REAL, PADDED = torch.tensor([0, 5, 11], dtype=torch.int32), torch.tensor([0, 6, 12], dtype=torch.int32)
+
+
+class StandIn(NativeContextAttention):
+    """Same call as mcore's wrapper: mask type and packed parameters by position."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, **kwargs):
+        super().__init__(config, layer_number, attn_mask_type, attention_type, **kwargs)
+        self.config = config
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None
+    ):
+        self.given = packed_seq_params
+        return super().forward(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=attn_mask_type,
+            packed_seq_params=packed_seq_params,
+        )
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    name = "megatron_v2pe.parallel.attention.te"
+    monkeypatch.setattr(mcore_extension, "TEDotProductAttention", StandIn)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name).RotaryTEAttention(CONFIG, 3, AttnMaskType.causal, "self")
+    sys.modules.pop(name, None)
+
+
+def params(angles, **fields):
+    return V2PEPackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=REAL,
+        cu_seqlens_kv=REAL,
+        cu_seqlens_q_padded=PADDED,
+        cu_seqlens_kv_padded=PADDED,
+        max_seqlen_q=6,
+        max_seqlen_kv=6,
+        rotary_angles=angles,
+        **fields,
+    )
+
+
+def draw(tokens=12):
+    torch.manual_seed(0)
+    return [torch.randn(tokens, heads, 8) for heads in (2, 1, 1)], torch.rand(tokens, 4) * 6
+
+
+def test_rotates_and_hands_on_plain_parameters_without_padding(adapter):
+    (query, key, value), angles = draw()
+    out = adapter(
+        query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params(angles)
+    )
+    assert type(adapter.given) is PackedSeqParams
+    assert adapter.given.cu_seqlens_q is adapter.given.cu_seqlens_q_padded is PADDED
+    assert adapter.given.cu_seqlens_kv is adapter.given.cu_seqlens_kv_padded is PADDED
+    assert (adapter.given.max_seqlen_q, adapter.given.qkv_format) == (6, "thd")
+    native = NativeContextAttention(CONFIG, 3, AttnMaskType.causal, "self")
+    rotated = apply_rotary(query, angles), apply_rotary(key, angles), value
+    assert torch.equal(out, native(*rotated, packed_seq_params=adapter.given))
+
+
+def test_decodes_with_a_cache_as_the_native_core_does(adapter):
+    (query, key, value), angles = draw()
+
+    class Cache:
+        def extend(self, layer_number, new_key, new_value):
+            assert layer_number == 3
+            return torch.cat([key, new_key]), torch.cat([value, new_value])
+
+    given = params(angles, kv_cache=Cache())
+    out = adapter(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=given)
+    native = NativeContextAttention(CONFIG, 3, AttnMaskType.causal, "self")
+    assert torch.equal(out, native(query, key, value, packed_seq_params=given))
+    assert not hasattr(adapter, "given")
+
+
+def test_unpacked_sequences_are_refused(adapter):
+    query = torch.zeros(4, 1, 2, 8)
+    with pytest.raises(ValueError, match="packed sequences"):
+        adapter(query, query, query, None, attn_mask_type=AttnMaskType.causal)
+
+
+def test_without_padded_boundaries_the_real_ones_are_used():
+    plain = padding_counts_as_tokens(PackedSeqParams(qkv_format="thd", cu_seqlens_q=REAL, cu_seqlens_kv=REAL))
+    assert plain.cu_seqlens_q is plain.cu_seqlens_kv_padded is REAL
