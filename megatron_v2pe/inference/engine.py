@@ -11,9 +11,8 @@ queries agree (the release changes the base in mid-generation, its defect D7).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +22,20 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.schema import PositionConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.kv_cache import KVCache
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.collect import from_last_stage
 from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
 from megatron_v2pe.v2pe.layout import pack_layout
 
 
@@ -52,12 +55,12 @@ class Step:
 
 
 class Engine:
-    """A model that answers, on one rank.
+    """A model that answers; every rank of a tensor and pipeline parallel world calls it alike.
 
     Args:
-        model: the whole model, weights loaded.
+        model: this rank's stage of the model, weights loaded.
         arch: its architecture.
-        plan: layout of ranks (all sizes 1).
+        plan: layout of ranks, without context and sequence parallelism.
         ranks: this rank's groups.
         dtype: compute dtype.
         mean: channel means of the pixel normalisation.
@@ -89,8 +92,9 @@ class Engine:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         dtype: Literal["float32", "bfloat16"] = "float32",
+        parallel: ParallelConfig | None = None,
     ) -> Engine:
-        """Build a one-rank engine from a checkpoint folder.
+        """Build an engine from a checkpoint folder; under torchrun, one stage or slice of it on each rank.
 
         Args:
             checkpoint: folder written by `import-hf` or by a run.
@@ -99,13 +103,23 @@ class Engine:
             mean: channel means of the pixel normalisation.
             std: channel standard deviations.
             dtype: compute dtype.
+            parallel: sizes of the parallel axes; one rank when None. Sequence parallelism is left out,
+                because a single decoded token cannot be split.
+
+        Raises:
+            ConfigError: context parallelism is asked for, or the sizes do not make up the world.
         """
+        parallel = replace(parallel or ParallelConfig(), sequence_parallel=False)
+        if parallel.cp > 1:
+            raise ConfigError(
+                f"parallel.cp is {parallel.cp}, but generation runs at parallel.cp 1; use tp or pp"
+            )
         read_info(checkpoint)
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        config = RunConfig(position=position, runtime=RuntimeConfig(dtype=dtype))
-        plan = ParallelPlan()
+        config = RunConfig(position=position, parallel=parallel, runtime=RuntimeConfig(dtype=dtype))
+        plan = resolve(parallel, launcher().world_size)
         ranks = init_distributed(plan, seed=config.runtime.seed)
         chunks = build_model(config, arch, plan=plan, ranks=ranks)
         load_model_weights(checkpoint, chunks, ranks=ranks)
@@ -132,7 +146,7 @@ class Engine:
             mean=self.mean,
             std=self.std,
         )
-        return dataclasses.replace(local, labels=None, loss_weights=None)
+        return replace(local, labels=None, loss_weights=None)
 
     def _decode_batch(self, token: int, position: int, rope_length: int, num_tokens: int) -> LocalBatch:
         units = torch.tensor([position * self.arch.tokens_per_tile], device=self.device)
@@ -148,15 +162,24 @@ class Engine:
             route=None,
         )
 
+    def _last_logits(self, batch: LocalBatch) -> Tensor:
+        """Logits of the batch's last token, float32 [vocab_size] on every rank."""
+        outputs = run_schedule(
+            [self.model], lambda it, model: (model(next(it)), None), [batch], forward_only=True
+        )
+        last = None
+        if self.ranks.is_last_stage:
+            last = self.model.logits(outputs[0][-1:]).squeeze(0)
+        return from_last_stage(last, shape=(self.arch.language.vocab_size,), ranks=self.ranks)
+
     @torch.no_grad()
     def stream(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[Step]:
         """Yield greedy steps one by one; a stop token ends the answer and is not yielded."""
         cache = KVCache(len(prompt.tokens) + max_new_tokens)
-        batch = dataclasses.replace(self._prefill_batch(prompt), kv_cache=cache)
+        batch = replace(self._prefill_batch(prompt), kv_cache=cache)
         position = prompt.layout.next_position - 1
         for count in range(max_new_tokens):
-            hidden = self.model(batch)
-            logits = self.model.logits(hidden[-1:]).squeeze(0).float()
+            logits = self._last_logits(batch)
             token = int(logits.argmax())
             if token in stop_ids:
                 return
@@ -164,7 +187,7 @@ class Engine:
             position += 1
             num_tokens = len(prompt.tokens) + count + 1
             decode = self._decode_batch(token, position, batch.rope_length, num_tokens)
-            batch = dataclasses.replace(decode, kv_cache=cache)
+            batch = replace(decode, kv_cache=cache)
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> list[int]:
         """Greedy answer as token ids, without the stop token."""

@@ -38,6 +38,22 @@ def gather_tokens(
 
 def worst_over_ranks(error: float, *, ranks: Ranks) -> float:
     """Largest of all ranks' errors; nan wins over every number."""
-    value = torch.tensor([error != error, error if error == error else 0.0], dtype=torch.float64, device=ranks.device)
+    value = torch.tensor(
+        [error != error, error if error == error else 0.0], dtype=torch.float64, device=ranks.device
+    )
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return float("nan") if value[0] else float(value[1])
+
+
+def from_last_stage(value: Tensor | None, *, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
+    """A float32 tensor of the last pipeline stage, on all stages.
+
+    Args:
+        value: [*shape] on the last stage, None elsewhere.
+        shape: its shape, known to all.
+        ranks: this rank's place.
+    """
+    whole = torch.zeros(shape, device=ranks.device) if value is None else value.float().contiguous()
+    group = ranks.groups.pp
+    dist.broadcast(whole, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return whole

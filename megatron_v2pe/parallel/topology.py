@@ -135,7 +135,8 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
     """Join the other ranks, make the groups, seed the generators. Collective: every rank must call it.
 
     One rank needs no launcher; more are found through torchrun's environment. A default process group that
-    exists already is used as it is. After `shutdown` it may be called again in the same process.
+    exists already is used as it is, and so are groups of the same sizes: several engines may follow each other
+    in one process. Other sizes need `shutdown` first.
 
     Args:
         plan: sizes of the axes; their product must be the world size.
@@ -150,17 +151,33 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
             f"the plan tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp} is for {plan.world_size} "
             f"ranks, but {dist.get_world_size()} were started; start that many"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=plan.tp,
-        pipeline_model_parallel_size=plan.pp,
-        context_parallel_size=plan.cp,
-        distributed_timeout_minutes=timeout_minutes,
-        order=RANK_ORDER,
-        create_gloo_process_groups=False,
-    )
+    if not _has_groups_of(plan):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=plan.tp,
+            pipeline_model_parallel_size=plan.pp,
+            context_parallel_size=plan.cp,
+            distributed_timeout_minutes=timeout_minutes,
+            order=RANK_ORDER,
+            create_gloo_process_groups=False,
+        )
     # Stages draw differently, as Megatron has it; tp ranks differ inside mcore's tracked generator only.
     model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     return _ranks(plan, device, timeout_minutes)
+
+
+def _has_groups_of(plan: ParallelPlan) -> bool:
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    joined = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    if joined != (plan.tp, plan.pp, plan.cp):
+        raise RuntimeError(
+            f"this process has joined groups of tp, pp, cp {joined}; call shutdown before joining {plan}"
+        )
+    return True
 
 
 def shutdown() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_v2pe.assembly.optimizer import Trainer
+from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.forward_step import MicroBatchRunner
@@ -48,7 +48,7 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
-    outputs = run_schedule(trainer.wrapped, runner, batches)
+    outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
     loss = _mean_loss(outputs, runner, ranks)
     if not torch.isfinite(torch.tensor(loss)):
         names = ", ".join(name for batch in batches for name in batch.sample_ids)
@@ -58,27 +58,6 @@ def train_step(
     trainer.scheduler.step(increment=1)
     return StepReport(
         loss=loss, grad_norm=float(grad_norm or 0.0), lr=lr, seconds=time.perf_counter() - started
-    )
-
-
-def run_schedule(
-    chunks: list[Any], runner: MicroBatchRunner, batches: Sequence[PackedBatch], *, forward_only: bool = False
-) -> list[Any]:
-    """Forward and backward over all micro batches through mcore's pipeline schedule.
-
-    Returns:
-        On the last stage, what the loss function reported for each micro batch (for batches without loss
-        weights: the hidden states); elsewhere nothing.
-    """
-    iterators = [iter(batches) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=runner.forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=1,  # real lengths travel between stages: variable_seq_lengths
-        micro_batch_size=1,
-        forward_only=forward_only,
     )
 
 

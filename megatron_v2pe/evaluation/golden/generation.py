@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert import import_hf
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from megatron_v2pe.evaluation.golden.cases import ForwardFile
+from megatron_v2pe.evaluation.golden.checkpoints import imported_checkpoints
 from megatron_v2pe.evaluation.golden.rows import Row, compared, equal, unsupported
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.parallel.topology import shutdown
 from megatron_v2pe.v2pe.layout import SampleLayout, find_images
 
 LOGITS_ATOL = 2e-3  # below the smallest margin between first and second choice of any case (FORMAT: 0.0097)
@@ -32,33 +30,33 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
     """All greedy cases; see `rows` for the contract of a model group."""
     path = folder / "generation" / "greedy.json"
     tensors = load_file(path.with_suffix(".safetensors"))
+    checkpoints = imported_checkpoints(folder, family)
     for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
         if family is not None and not case["ckpt"].startswith(family):
             continue
         name = f"generation/{case['name']}"
-        if parallel.tp * parallel.pp * parallel.cp > 1:
-            yield unsupported(name, "all", reason="generation runs on one rank")
+        if parallel.cp > 1:
+            yield unsupported(name, "all", reason="generation runs at parallel.cp 1")
             continue
-        try:
-            yield from _case_rows(name, case, folder, tensors)
-        except CheckpointError as error:
-            yield unsupported(name, "all", reason=str(error).splitlines()[0])
-
-
-def _case_rows(name: str, case: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> Iterator[Row]:
-    checkpoint = folder / "ckpt" / case["ckpt"]
-    prompt = _prompt(case, folder, tensors)
-    wanted = tensors[f"{case['name']}/new_tokens"].tolist()
-    with tempfile.TemporaryDirectory() as scratch:
-        import_hf(checkpoint, Path(scratch) / "checkpoint")
+        checkpoint = checkpoints[case["ckpt"]]
+        if isinstance(checkpoint, CheckpointError):
+            yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
+            continue
         engine = Engine.load(
-            Path(scratch) / "checkpoint",
+            checkpoint,
             mode="default" if case["version"] == "default" else "v2pe_fixed",
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
+            parallel=parallel,
         )
+        yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)
+
+
+def _case_rows(
+    name: str, case: dict[str, Any], prompt: Prompt, tensors: dict[str, Tensor], engine: Engine
+) -> Iterator[Row]:
+    wanted = tensors[f"{case['name']}/new_tokens"].tolist()
     steps = list(engine.stream(prompt, max_new_tokens=len(wanted), stop_ids=()))
-    shutdown()
     tokens = [step.token for step in steps]
     yield equal(name, "new_tokens", is_equal=tokens == wanted, detail=f"{tokens} instead of {wanted}")
     positions = torch.tensor([float(step.position) for step in steps])

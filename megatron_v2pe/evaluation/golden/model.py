@@ -10,7 +10,6 @@ Tolerances are those of the golden FORMAT: twice to twenty times what a float64 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,22 +18,22 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.convert import import_hf
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.evaluation.golden.cases import Case, ForwardFile, to_unpadded
+from megatron_v2pe.evaluation.golden.checkpoints import Imported, imported_checkpoints
 from megatron_v2pe.evaluation.golden.gradients import gradient_rows
 from megatron_v2pe.evaluation.golden.rows import Row, compared, unsupported
 from megatron_v2pe.evaluation.golden.tower import vision_rows
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.collect import gather_tokens, worst_over_ranks
 from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
-from megatron_v2pe.train.step import run_schedule
 
 LOGITS_FLOOR, LOSS_FLOOR = 1e-4, 1e-5  # FORMAT, "Verification and fair tolerances"
 REDUCTIONS = ("token", "sample", "square")
@@ -43,36 +42,19 @@ REDUCTIONS = ("token", "sample", "square")
 def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterator[Row]:
     """All forward cases; see `rows` for the contract of a model group."""
     plan = resolve(parallel, launcher().world_size)
-    paths = [path for path in sorted((folder / "forward").glob("*.json")) if path.stem != "vision_resize"]
-    files = [file for file in (ForwardFile.open(folder, path) for path in paths) if _is_wanted(file, family)]
-    with tempfile.TemporaryDirectory() as scratch:
-        # Each rank imports for itself, before there are groups: import is the work of one process.
-        checkpoints = {file.key: _imported(file, Path(scratch) / file.key) for file in files}
-        ranks = init_distributed(plan, seed=0)
-        for file in files:
+    checkpoints = imported_checkpoints(folder, family)  # before the world is joined
+    ranks = init_distributed(plan, seed=0)
+    for path in sorted((folder / "forward").glob("*.json")):
+        if path.stem in checkpoints:
+            file = ForwardFile.open(folder, path)
             yield from run_file(file, checkpoints[file.key], parallel=parallel, plan=plan, ranks=ranks)
     if plan.world_size == 1:
-        yield from vision_rows(folder, family=family, plan=plan, ranks=ranks)
-    shutdown()
-
-
-def _is_wanted(file: ForwardFile, family: str | None) -> bool:
-    return family is None or file.key.startswith(family)
-
-
-def _imported(file: ForwardFile, target: Path) -> Path | CheckpointError:
-    """The checkpoint of a file, or why this version cannot read it."""
-    try:
-        file.architecture()
-    except CheckpointError as error:
-        return error
-    import_hf(file.checkpoint, target)
-    return target
+        yield from vision_rows(folder, checkpoints, plan=plan, ranks=ranks)
 
 
 def run_file(
     file: ForwardFile,
-    checkpoint: Path | CheckpointError,
+    checkpoint: Imported,
     *,
     parallel: ParallelConfig,
     plan: ParallelPlan,
@@ -147,7 +129,7 @@ class CaseRun:
             device=self.ranks.device,
         )
         with torch.no_grad():
-            outputs = run_schedule(self.chunks, runner, [pack], forward_only=True)
+            outputs = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
         return outputs[0] if self.ranks.is_last_stage else None
 
     def _gather(self, local: Tensor | None, pack: PackedBatch, width: tuple[int, ...]) -> Tensor:
@@ -193,7 +175,7 @@ class CaseRun:
         attach(runner, self.wrapped)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        outputs = run_schedule(self.wrapped, runner, [pack])
+        outputs = run_schedule(self.wrapped, runner.forward_step, [pack])
         local = outputs[0]["losses"].squeeze(0) if self.ranks.is_last_stage else None
         return self._gather(local, pack, ())
 

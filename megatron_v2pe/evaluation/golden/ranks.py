@@ -23,6 +23,7 @@ from megatron_v2pe.core.jsonl import append_json, read_jsonl
 from megatron_v2pe.core.logging import setup_logging
 from megatron_v2pe.evaluation.golden.rows import Row, format_row
 from megatron_v2pe.evaluation.golden.runner import Group, run_groups, select_groups
+from megatron_v2pe.parallel.topology import shutdown
 
 
 def run_on_local_ranks(
@@ -78,6 +79,7 @@ def _rank_main(arguments: Sequence[str]) -> None:
                 sys.stdout.write(format_row(row) + "\n")
                 sys.stdout.flush()
                 append_json(options.rows_file, dataclasses.asdict(row))
+    shutdown()
 
 
 if __name__ == "__main__":

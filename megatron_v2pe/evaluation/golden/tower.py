@@ -6,8 +6,7 @@ Run at one rank only: what is compared here is whole on every rank, or is covere
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.checkpoint.convert import import_hf
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.folder import hf_path
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.evaluation.golden.cases import ForwardFile
+from megatron_v2pe.evaluation.golden.checkpoints import Imported
 from megatron_v2pe.evaluation.golden.rows import Row, compared, unsupported
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.projector import pixel_shuffle
@@ -32,36 +32,31 @@ POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 
 def load_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternVL:
-    """Import a Hugging Face folder and build the model on one rank, in float32.
-
-    Raises:
-        CheckpointError: the family is not supported, or the folder is damaged.
-    """
-    arch = read_architecture(checkpoint)
+    """The model of an imported checkpoint on one rank, in float32."""
+    arch = read_architecture(hf_path(checkpoint))
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
-    with tempfile.TemporaryDirectory() as scratch:
-        import_hf(checkpoint, Path(scratch) / "checkpoint")
-        chunks = build_model(config, arch, plan=plan, ranks=ranks)
-        load_model_weights(Path(scratch) / "checkpoint", chunks, ranks=ranks)
+    chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    load_model_weights(checkpoint, chunks, ranks=ranks)
     return chunks[0].eval()
 
 
-def vision_rows(folder: Path, *, family: str | None, plan: ParallelPlan, ranks: Ranks) -> Iterator[Row]:
+def vision_rows(
+    folder: Path, checkpoints: Mapping[str, Imported], *, plan: ParallelPlan, ranks: Ranks
+) -> Iterator[Row]:
     """Tower and projector on each file's pool of tiles, and on tiles of another size."""
-    for path in sorted((folder / "forward").glob("*.json")):
-        if path.stem == "vision_resize":
-            yield from _resize_rows(folder, path, family=family, plan=plan, ranks=ranks)
+    for key, checkpoint in checkpoints.items():
+        path = folder / "forward" / f"{key}.json"
+        if not path.exists():
             continue
-        file = ForwardFile.open(folder, path)
-        if family is not None and not file.key.startswith(family):
-            continue
-        try:
-            model = load_model(file.checkpoint, plan=plan, ranks=ranks)
-        except CheckpointError as error:
-            yield unsupported(f"model/{file.key}/vision", "all", reason=str(error).splitlines()[0])
+        if isinstance(checkpoint, CheckpointError):
+            yield unsupported(f"model/{key}/vision", "all", reason=str(checkpoint).splitlines()[0])
             continue
         with torch.no_grad():
-            yield from _tower_rows(file, model)
+            model = load_model(checkpoint, plan=plan, ranks=ranks)
+            yield from _tower_rows(ForwardFile.open(folder, path), model)
+    path = folder / "forward" / "vision_resize.json"
+    if path.exists():
+        yield from _resize_rows(path, checkpoints, plan=plan, ranks=ranks)
 
 
 def _tower_rows(file: ForwardFile, model: InternVL) -> Iterator[Row]:
@@ -86,20 +81,17 @@ def _tower_rows(file: ForwardFile, model: InternVL) -> Iterator[Row]:
 
 
 def _resize_rows(
-    folder: Path, path: Path, *, family: str | None, plan: ParallelPlan, ranks: Ranks
+    path: Path, checkpoints: Mapping[str, Imported], *, plan: ParallelPlan, ranks: Ranks
 ) -> Iterator[Row]:
     tensors = load_file(path.with_suffix(".safetensors"))
     for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-        name, key = f"model/vision_resize/{case['name']}", case["ckpt"]
-        if family is not None and not key.startswith(family):
-            continue
-        try:
-            model = load_model(folder / "ckpt" / key, plan=plan, ranks=ranks)
-        except CheckpointError as error:
-            yield unsupported(name, "all", reason=str(error).splitlines()[0])
-            continue
-        with torch.no_grad():
-            yield from _resized(name, model, case, tensors)
+        name, checkpoint = f"model/vision_resize/{case['name']}", checkpoints.get(case["ckpt"])
+        if isinstance(checkpoint, CheckpointError):
+            yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
+        elif checkpoint is not None:  # else the family was not asked for
+            with torch.no_grad():
+                model = load_model(checkpoint, plan=plan, ranks=ranks)
+                yield from _resized(name, model, case, tensors)
 
 
 def _resized(name: str, model: InternVL, case: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Row]:

@@ -1,0 +1,47 @@
+"""Golden checkpoints, imported once per process and before it joins other ranks.
+
+`import-hf` writes a checkpoint alone; once a process is part of a world, mcore takes every save for a collective
+one. Each rank therefore imports for itself (they are tiny), all folders at the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.core.errors import CheckpointError
+
+Imported = Path | CheckpointError
+
+
+@functools.lru_cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="golden-")
+
+
+@functools.lru_cache
+def imported_checkpoints(folder: Path, family: str | None) -> dict[str, Imported]:
+    """Checkpoint folder of each key under `folder/ckpt`, or why this version cannot read it.
+
+    Args:
+        folder: golden folder.
+        family: prefix of the keys, None for all.
+    """
+    target = Path(tempfile.mkdtemp(dir=_scratch().name))
+    paths = sorted((folder / "ckpt").iterdir())
+    return {
+        path.name: _import(path, target / path.name) for path in paths if path.name.startswith(family or "")
+    }
+
+
+def _import(hf_folder: Path, target: Path) -> Imported:
+    try:
+        read_architecture(hf_folder)
+    except CheckpointError as error:
+        return error
+    import_hf(hf_folder, target)
+    return target
