@@ -100,7 +100,7 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         use_distributed_optimizer=True,
     )
     # mcore's default leaves biases and one-dimensional weights without decay; {} decays everything.
-    overrides = {} if optim.decay_all else None
+    overrides: dict[Any, Any] | None = {} if optim.decay_all else None
     # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state wants them.
     return get_megatron_optimizer(
         optimizer_config, wrapped, config_overrides=overrides, use_gloo_process_groups=False

@@ -147,7 +147,7 @@ class DataConfig:
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         _require(
-            1 <= self.min_dynamic_patch,
+            self.min_dynamic_patch >= 1,
             "data.min_dynamic_patch",
             self.min_dynamic_patch,
             "must be at least 1",

@@ -108,7 +108,7 @@ class LanguageModel(GPTModel):
             Hidden states [r, 1, H]; on the last stage after the final norm, or, when the batch has labels,
             the cross entropy of each local token, float32 [1, l], 0 where there is no label.
         """
-        if self._needs_gradient_entry(decoder_input):
+        if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         hidden = self.decoder(
             hidden_states=decoder_input, attention_mask=None, packed_seq_params=self.attention_params(batch)
@@ -117,11 +117,10 @@ class LanguageModel(GPTModel):
             return hidden
         return self.token_losses(hidden, batch.labels)
 
-    def _needs_gradient_entry(self, decoder_input: Tensor | None) -> bool:
+    def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
-        if decoder_input is None or decoder_input.requires_grad or not torch.is_grad_enabled():
-            return False
-        return self.training and self.config.recompute_granularity is not None
+        recomputes = self.training and self.config.recompute_granularity is not None
+        return recomputes and torch.is_grad_enabled() and not decoder_input.requires_grad
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Final hidden states [r, 1, H] and labels [1, l] to losses [1, l]; unlabelled tokens get 0."""

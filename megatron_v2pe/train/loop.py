@@ -78,14 +78,11 @@ def _resume_point(config: RunConfig) -> Path | None:
 
 def initial_state(config: RunConfig) -> RunState:
     """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
-    data = {**asdict(config.data), "global_batch_size": config.optim.global_batch_size}
-    for name in ("num_workers", "cache_dir", "max_bad_samples"):  # these decide no pack
-        del data[name]
     return RunState(
         step=0,
         consumed_packs=0,
         data_seed=config.runtime.seed,
-        data_hash=settings_hash(data),
+        data_hash="",  # the loader's, once it has measured the data
         config_hash=settings_hash(asdict(config)),
         position_mode=config.position.mode,
         position_stride=config.position.stride,
@@ -123,11 +120,18 @@ class Run:
         if resume_from is None:
             load_model_weights(self.config.model.checkpoint, chunks, ranks=self.ranks)
         self.trainer = wrap_for_training(chunks, self.config)
-        if resume_from is not None:
-            self._resume(resume_from)
+        saved = self._restore(resume_from) if resume_from is not None else None
         self.runner = self._micro_batch_runner()
         attach(self.runner, self.trainer.wrapped)
-        self.loader = TrainLoader(
+        self.loader = self._loader(start_step=saved.step if saved else 0)
+        self.state = replace(self.state, data_hash=self.loader.fingerprint)
+        if saved is not None:
+            saved.require_same_data(self.state)
+            self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
+            logger.info("resumed from %s at step %d", resume_from, saved.step)
+
+    def _loader(self, *, start_step: int) -> TrainLoader:
+        return TrainLoader(
             self.config,
             self.arch,
             self.hf_folder,
@@ -137,17 +141,16 @@ class Run:
             tile_ranks=self.plan.tile_ranks,
             holds_vision=self.ranks.is_first_stage,
             pad_to_multiple=self.plan.pad_to_multiple,
-            start_step=self.state.step,
+            start_step=start_step,
         )
 
-    def _resume(self, folder: Path) -> None:
+    def _restore(self, folder: Path) -> RunState:
+        """Bring weights, optimizer, generators and schedule to where a checkpoint stopped."""
         state = load_checkpoint(
             folder, chunks=self.trainer.wrapped, optimizer=self.trainer.optimizer, ranks=self.ranks
         )
-        state.require_same_data(self.state)
         self.trainer.scheduler.load_state_dict(state.schedule)
-        self.state = replace(self.state, step=state.step, consumed_packs=state.consumed_packs)
-        logger.info("resumed from %s at step %d", folder, state.step)
+        return state
 
     def _micro_batch_runner(self) -> MicroBatchRunner:
         mean, std = NORMALIZATION[self.config.data.normalize_type]

@@ -57,7 +57,7 @@ def _norm_error(gradient: Tensor, wanted: float) -> float:
 
 def _slice_error(gradient: Tensor, case: Case, key: str, rows: list[int] | str, wanted_l2: float) -> float:
     wanted = case.wanted(f"grad/{key}")
-    if rows != "all":
+    if not isinstance(rows, str):  # "all" is the whole tensor
         is_positions = key.endswith("position_embedding")
         gradient = gradient[0][rows] if is_positions else gradient[rows]
     error = float((gradient.reshape(wanted.shape) - wanted).abs().max())

@@ -85,10 +85,11 @@ class CaseRun:
     ) -> None:
         self.case, self.plan, self.ranks = case, plan, ranks
         self.name = f"model/{case.file.key}/{case.name}"
-        mode = "default" if case.mode == "default" else "v2pe_fixed"  # strides come with the case
+        # The strides themselves come with the case; this says whether positions may be fractions.
+        is_default = case.mode == "default"
         self.config = RunConfig(
             parallel=parallel,
-            position=PositionConfig(mode=mode, stride=0 if mode == "default" else 1),
+            position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
         self.arch = case.file.architecture(case.values.get("override"))
