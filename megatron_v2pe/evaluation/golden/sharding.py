@@ -21,14 +21,14 @@ from megatron_v2pe.v2pe.layout import Int64Array, pack_layout, text_layout
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
-    """Rows of every case of `sharding/zigzag.json`; sharding is the same for every family."""
-    table = folder / "sharding" / "zigzag.json"
-    cases: list[dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))["cases"]
-    with safe_open(table.with_suffix(".safetensors"), framework="np") as tensors:
-        for case in cases:
-            for quantity, ours in _our_tables(case).items():
-                name = f"{case['name']}/{quantity}"
-                yield _row(case["name"], quantity, ours, tensors.get_tensor(name).astype(np.int64))
+    """Rows of every case under `sharding/`; sharding is the same for every family."""
+    for table in sorted((folder / "sharding").glob("*.json")):
+        cases: list[dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))["cases"]
+        with safe_open(table.with_suffix(".safetensors"), framework="np") as tensors:
+            for case in cases:
+                for quantity, ours in _our_tables(case).items():
+                    wanted = tensors.get_tensor(f"{case['name']}/{quantity}").astype(np.int64)
+                    yield _row(case["name"], quantity, ours, wanted)
 
 
 def _our_tables(case: dict[str, Any]) -> dict[str, Int64Array]:
