@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,6 @@ from megatron_v2pe.assembly.mcore_config import (
 )
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import Kernels
@@ -42,29 +42,62 @@ def build_model(
     """Build this rank's model chunks, without weights; the caller loads a checkpoint into them.
 
     Returns:
-        One chunk per virtual pipeline stage of this rank (one, as long as there are none).
+        One chunk for each virtual pipeline stage of this rank, one without virtual stages.
     """
     kernels = choose_kernels(config.parallel.attention_backend)
     decoder_config = language_config(config, arch, plan)
-    language = _build_language(config, arch, decoder_config, kernels=kernels, plan=plan, ranks=ranks)
-    _mark_split_over_tp(language)
-    vision, projector = None, None
-    if ranks.is_first_stage:
-        vision = _build_vision(config, arch, kernels=kernels, ranks=ranks)
-        projector = _build_projector(config, arch, kernels=kernels, ranks=ranks)
-        for part in (vision, projector):
-            _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
-    model = InternVL(
-        decoder_config,
-        vision=vision,
-        projector=projector,
-        language=language,
-        tile_size=arch.image_size,
-        route_features=FeatureRouter(ranks.tile_group),
-        replica_group=ranks.vision_replica_group,
-    )
-    freeze(model, config)
-    return [model]
+    chunks = []
+    for stage in stages_of_rank(plan, ranks):
+        language = _build_language(
+            config, arch, decoder_config, kernels=kernels, plan=plan, ranks=ranks, stage=stage
+        )
+        _mark_split_over_tp(language)
+        vision, projector = None, None
+        if stage.pre_process:
+            vision = _build_vision(config, arch, kernels=kernels, ranks=ranks)
+            projector = _build_projector(config, arch, kernels=kernels, ranks=ranks)
+            for part in (vision, projector):
+                _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
+        chunks.append(
+            InternVL(
+                decoder_config,
+                vision=vision,
+                projector=projector,
+                language=language,
+                tile_size=arch.image_size,
+                route_features=FeatureRouter(ranks.tile_group),
+                replica_group=ranks.vision_replica_group,
+            )
+        )
+    freeze(chunks, config)
+    return chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one model chunk of this rank owns; data, no communication.
+
+    Attributes:
+        pre_process: vision tower, projector and embedding.
+        post_process: head and loss.
+        vp_stage: number of the virtual stage, None without them.
+    """
+
+    pre_process: bool
+    post_process: bool
+    vp_stage: int | None
+
+
+def stages_of_rank(plan: ParallelPlan, ranks: Ranks) -> list[Stage]:
+    """Stages of this pipeline rank: virtual stage v of rank r is stage v * pp + r of the whole pipeline."""
+    return [
+        Stage(
+            pre_process=ranks.is_first_stage and virtual == 0,
+            post_process=ranks.is_last_stage and virtual == plan.vpp - 1,
+            vp_stage=virtual if plan.vpp > 1 else None,
+        )
+        for virtual in range(plan.vpp)
+    ]
 
 
 def _build_language(
@@ -75,6 +108,7 @@ def _build_language(
     kernels: Kernels,
     plan: ParallelPlan,
     ranks: Ranks,
+    stage: Stage,
 ) -> LanguageModel:
     padded = padded_vocab_size(arch.language.vocab_size, plan.tp)
     return LanguageModel(
@@ -87,8 +121,9 @@ def _build_language(
         head_ports=head_ports(plan, ranks, rows_per_rank=padded // plan.tp),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
         groups=ranks.groups,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=stage.pre_process,
+        post_process=stage.post_process,
+        vp_stage=stage.vp_stage,
     )
 
 
@@ -168,23 +203,15 @@ def _all_reduce(x: Tensor, *, op: Any, group: Any) -> Tensor:
     return x
 
 
-def freeze(model: InternVL, config: RunConfig) -> None:
-    """Stop gradients of the parts that the run keeps as they are.
-
-    Raises:
-        ConfigError: every part is frozen, so that nothing would be trained.
-    """
+def freeze(chunks: list[InternVL], config: RunConfig) -> None:
+    """Stop gradients of the parts that the run keeps as they are."""
     frozen = {
         "vision": config.vision.freeze,
         "projector": config.model.freeze_projector,
         "language": config.model.freeze_language,
     }
-    if all(frozen.values()):
-        raise ConfigError(
-            "vision.freeze, model.freeze_projector and model.freeze_language are all true, so nothing would be "
-            "trained; set one of them to false"
-        )
-    for name, part in model.parts().items():
-        if frozen[name]:
-            for parameter in part.parameters():
-                parameter.requires_grad = False
+    for chunk in chunks:
+        for name, part in chunk.parts().items():
+            if frozen[name]:
+                for parameter in part.parameters():
+                    parameter.requires_grad = False

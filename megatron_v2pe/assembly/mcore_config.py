@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.parallel.topology import ParallelPlan
 from megatron_v2pe.v2pe.rope import RopeSpec
 
@@ -54,14 +54,26 @@ def _recompute(kind: str) -> dict[str, Any]:
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
+def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if parallel.pipeline_layout:
+        fields["pipeline_model_parallel_layout"] = parallel.pipeline_layout
+    if parallel.vpp > 1:
+        # With two pipeline ranks the next one is also the previous one, and with batched sends mcore matches a
+        # send to the wrong receive; with variable lengths and four ranks it deadlocks.
+        fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
+        if not parallel.pipeline_layout:  # a layout implies it
+            fields["virtual_pipeline_model_parallel_size"] = parallel.vpp
+    return fields
+
+
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
-    first = {"num_layers_in_first_pipeline_stage": config.parallel.first_stage_layers or None}
     return TransformerConfig(
         **_common(DTYPES[config.runtime.dtype]),
         **_recompute(config.model.recompute),
-        **(first if plan.pp > 1 else {}),
+        **_pipeline(config.parallel),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_heads,

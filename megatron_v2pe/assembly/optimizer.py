@@ -72,15 +72,13 @@ def wrap_data_parallel(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
     )
-    return [
-        DistributedDataParallel(
-            chunk.config,
-            ddp_config,
-            Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk,
-            disable_bucketing=index > 0,
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk
+        wrapper = DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0)
+        wrapper.vp_stage = chunk.vp_stage  # the interleaved schedule asks the wrapper
+        wrapped.append(wrapper)
+    return wrapped
 
 
 def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:

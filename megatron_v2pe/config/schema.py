@@ -67,22 +67,28 @@ class ParallelConfig:
     """Context parallel size: ranks that share one sequence."""
     sequence_parallel: bool = False
     """Split activations between layers over the tensor parallel ranks."""
-    first_stage_layers: int = 0
-    """Decoder layers of the first pipeline stage, which also holds the vision tower; 0 splits evenly."""
+    vpp: int = 1
+    """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
+    pipeline_layout: str = ""
+    """Decoder layers of each stage in Megatron's notation, such as Et*3|t*5|t*5|t*3L; empty splits evenly."""
     attention_backend: Literal["auto", "native", "transformer_engine"] = "auto"
     """`auto` takes Transformer Engine where it is installed and a GPU is present, else `native`."""
     cp_comm_type: Literal["p2p"] = "p2p"
     """How keys and values travel between context parallel ranks: p2p is a ring."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp"):
+        for name in ("tp", "pp", "cp", "vpp"):
             _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
-        _require(
-            self.first_stage_layers >= 0,
-            "parallel.first_stage_layers",
-            self.first_stage_layers,
-            "must be >= 0",
-        )
+        if self.vpp > 1 and self.pp == 1:
+            raise ConfigError(
+                f"parallel.vpp is {self.vpp}, but parallel.pp is 1 and there is no pipeline to interleave; set "
+                "parallel.pp to 2 or more, or vpp to 1"
+            )
+        if self.pipeline_layout and self.pp == 1:
+            raise ConfigError(
+                f"parallel.pipeline_layout is {self.pipeline_layout!r}, but parallel.pp is 1 and there is only one "
+                "stage; leave it empty"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError(
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "

@@ -7,6 +7,7 @@ of a single section are in `schema.py`.
 from __future__ import annotations
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -60,27 +61,14 @@ def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
 
 
 def check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:
-    """Pipeline stages hold whole decoder layers, equally many on all stages after a given first."""
-    pp, first = parallel.pp, parallel.first_stage_layers
-    if first == 0:
-        if num_layers % pp:
-            raise ConfigError(
-                f"parallel.pp is {pp}, but must divide the {num_layers} decoder layers; possible: "
-                f"{_divisors(num_layers)}, or set parallel.first_stage_layers"
-            )
-        return
-    if pp == 1:
+    """Pipeline stages hold whole decoder layers: equally many, or as the layout says."""
+    num_stages = parallel.pp * parallel.vpp
+    if parallel.pipeline_layout:
+        check_layout(parallel.pipeline_layout, num_stages=num_stages, num_layers=num_layers)
+    elif num_layers % num_stages:
         raise ConfigError(
-            f"parallel.first_stage_layers is {first}, but parallel.pp is 1 and there is only one stage; "
-            "set it to 0"
-        )
-    if first >= num_layers or (num_layers - first) % (pp - 1):
-        possible = [
-            n for n in range(1, num_layers) if (num_layers - n) % (pp - 1) == 0 and num_layers - n >= pp - 1
-        ]
-        raise ConfigError(
-            f"parallel.first_stage_layers is {first}, but the other {num_layers - first} of {num_layers} "
-            f"decoder layers must split evenly over {pp - 1} stages; possible: {_few(possible)}"
+            f"parallel.pp x parallel.vpp is {parallel.pp} x {parallel.vpp} = {num_stages}, but must divide the "
+            f"{num_layers} decoder layers; possible: {_divisors(num_layers)}, or set parallel.pipeline_layout"
         )
 
 
@@ -101,6 +89,13 @@ def check_world(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"optim.global_batch_size is {config.optim.global_batch_size}, but the {dp_size} data parallel "
             f"ranks ({world_size} ranks / {replica}) must divide it; nearest: {' or '.join(choices)}"
+        )
+    micro_batches = config.optim.global_batch_size // dp_size
+    if parallel.vpp > 1 and micro_batches % parallel.pp:
+        raise ConfigError(
+            f"optim.global_batch_size is {config.optim.global_batch_size}, which gives each data parallel rank "
+            f"{micro_batches} micro batches, but the interleaved schedule (parallel.vpp {parallel.vpp}) needs a "
+            f"multiple of parallel.pp = {parallel.pp}"
         )
 
 

@@ -29,6 +29,7 @@ def shard_batch(
     dtype: torch.dtype,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    encodes_tiles: bool | None = None,
 ) -> LocalBatch:
     """This rank's share of a micro batch.
 
@@ -40,6 +41,8 @@ def shard_batch(
         dtype: dtype of the pixels, the model's.
         mean: channel means of the pixel normalisation.
         std: channel standard deviations.
+        encodes_tiles: pixels and route are wanted; by default on the first pipeline stage. Of a rank's virtual
+            stages only the first wants them.
 
     Raises:
         ValueError: the pack holds pixels of other tiles than the ones dealt to this rank.
@@ -50,7 +53,7 @@ def shard_batch(
     units = position_units(layout, shard_ranges(layout.cu_seqlens, **cut))
     lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
     pixels, route = None, None
-    if ranks.is_first_stage:
+    if ranks.is_first_stage if encodes_tiles is None else encodes_tiles:
         _check_share(batch, plan=plan, tile_rank=ranks.tile_rank)
         pixels = _pixels(torch.from_numpy(batch.tiles).to(device), mean=mean, std=std).to(dtype)
         route = feature_route(layout, plan=plan, tile_rank=ranks.tile_rank, device=device)

@@ -38,6 +38,7 @@ class ParallelPlan:
         pp: pipeline parallel size.
         cp: context parallel size.
         dp: data parallel size, what remains of the world.
+        vpp: virtual stages of each pipeline rank.
         sequence_parallel: activations between layers are split over tp.
     """
 
@@ -45,6 +46,7 @@ class ParallelPlan:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    vpp: int = 1
     sequence_parallel: bool = False
 
     @property
@@ -127,6 +129,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
         pp=config.pp,
         cp=config.cp,
         dp=world_size // replica,
+        vpp=config.vpp,
         sequence_parallel=config.sequence_parallel,
     )
 
@@ -155,6 +158,7 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=plan.tp,
             pipeline_model_parallel_size=plan.pp,
+            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
             context_parallel_size=plan.cp,
             distributed_timeout_minutes=timeout_minutes,
             order=RANK_ORDER,
@@ -172,10 +176,11 @@ def _has_groups_of(plan: ParallelPlan) -> bool:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
-    if joined != (plan.tp, plan.pp, plan.cp):
+    if joined != (plan.tp, plan.pp, plan.cp, plan.vpp):
         raise RuntimeError(
-            f"this process has joined groups of tp, pp, cp {joined}; call shutdown before joining {plan}"
+            f"this process has joined groups of tp, pp, cp, vpp {joined}; call shutdown before joining {plan}"
         )
     return True
 

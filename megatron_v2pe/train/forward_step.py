@@ -29,12 +29,12 @@ class MicroBatchRunner:
     """One optimizer step's view of the micro batches.
 
     Attributes:
-        shard: cuts a pack for this rank; see `parallel.shard_batch`.
+        shard: (pack, encodes_tiles) -> this rank's share; see `parallel.shard_batch`.
         device: where the weight sum is kept.
         weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.
     """
 
-    shard: Callable[[PackedBatch], LocalBatch]
+    shard: Callable[..., LocalBatch]
     device: torch.device
     weight_sum: Tensor = field(init=False)
 
@@ -50,7 +50,8 @@ class MicroBatchRunner:
 
         A batch without loss weights has no loss function, and the schedule keeps the stage's output itself.
         """
-        batch = self.shard(next(batches))
+        encodes_tiles = get_attr_wrapped_model(model, "pre_process")
+        batch = self.shard(next(batches), encodes_tiles=encodes_tiles)
         if batch.loss_weights is None:
             return model(batch), None
         return model(batch), partial(self._loss, batch.loss_weights)

@@ -32,12 +32,13 @@ LAYOUTS = [
     ["parallel.tp=2"],
     ["parallel.tp=2", "parallel.sequence_parallel=true"],
     ["parallel.pp=2"],
+    ["parallel.pp=2", "parallel.vpp=2", "parallel.pipeline_layout=E|t|t|L"],
     [],  # dp 2
 ]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("overrides", LAYOUTS, ids=["cp2", "tp2", "tp2sp", "pp2", "dp2"])
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=["cp2", "tp2", "tp2sp", "pp2", "vpp2", "dp2"])
 def test_two_ranks_give_the_curve_of_one(setup, overrides, tmp_path):
     """Losses and gradient norms, float32: sums in another order, carried by five updates to 1e-5 relative."""
     _, config, wanted = setup

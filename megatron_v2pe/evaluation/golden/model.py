@@ -108,7 +108,7 @@ class CaseRun:
         yield from gradient_rows(self.name, self.case, self.chunks, arch=self.arch, ranks=self.ranks)
         yield from self._compare_reductions(losses)
 
-    def _shard(self, pack: PackedBatch) -> LocalBatch:
+    def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
         local = shard_batch(
             pack,
             plan=self.plan,
@@ -117,16 +117,21 @@ class CaseRun:
             dtype=torch.float32,
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
+            encodes_tiles=encodes_tiles,
         )
-        if not self.ranks.is_first_stage:
+        if not encodes_tiles:
             return local
         start, stop = deal_tiles(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
         return dataclasses.replace(local, pixels=self.case.pixels()[start:stop].to(self.ranks.device))
 
+    def _shard_unlabelled(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
+        local = self._shard(pack, encodes_tiles=encodes_tiles)
+        return dataclasses.replace(local, labels=None, loss_weights=None)
+
     def _hidden(self, pack: PackedBatch) -> Tensor | None:
         """Final hidden states of the local tokens on the last stage."""
         runner = MicroBatchRunner(
-            shard=lambda p: dataclasses.replace(self._shard(p), labels=None, loss_weights=None),
+            shard=self._shard_unlabelled,
             device=self.ranks.device,
         )
         with torch.no_grad():

@@ -93,31 +93,48 @@ def test_feed_forward_by_tp():
     validate(config, ARCH, 2)
 
 
-def test_layers_by_pp():
+def test_layers_by_stages():
     with pytest.raises(
-        ConfigError, match=r"parallel.pp is 4, but must divide the 6 decoder layers; possible: 1, 2, 3, 6"
+        ConfigError, match=r"4 x 1 = 4, but must divide the 6 decoder layers; possible: 1, 2, 3, 6"
     ):
         run(4, parallel=ParallelConfig(pp=4))
+    with pytest.raises(ConfigError, match=r"2 x 2 = 4, but must divide the 6"):
+        run(2, parallel=ParallelConfig(pp=2, vpp=2))
     run(3, parallel=ParallelConfig(pp=3))
 
 
 @pytest.mark.parametrize(
-    ("pp", "first", "words"),
+    ("layout", "words"),
     [
-        (1, 2, "parallel.pp is 1 and there is only one stage"),
-        (3, 3, "the other 3 of 6 decoder layers must split evenly over 2 stages; possible: 2, 4$"),
-        (2, 6, "the other 0 of 6"),
-        (2, 7, "the other -1 of 6"),
+        ("Et*6|L|", "has 3 stages, but parallel.pp x parallel.vpp = 2"),
+        ("Et*2|t*3L", "has 5 decoder layers, but the model has 6"),
+        ("t*3|Et*3L", "E must stand once, first"),
+        ("Et*3L|t*3", "L once, last"),
+        ("Et*3|x*3L", "'x.3L' is not understood"),
     ],
 )
-def test_first_stage_layers_refused(pp, first, words):
+def test_pipeline_layout_refused(layout, words):
     with pytest.raises(ConfigError, match=words):
-        run(pp, parallel=ParallelConfig(pp=pp, first_stage_layers=first))
+        run(2, parallel=ParallelConfig(pp=2, pipeline_layout=layout))
 
 
-@pytest.mark.parametrize(("pp", "first"), [(2, 1), (3, 2), (3, 4), (4, 3)])
-def test_first_stage_layers_accepted(pp, first):
-    run(pp, parallel=ParallelConfig(pp=pp, first_stage_layers=first), optim=OptimConfig(global_batch_size=1))
+@pytest.mark.parametrize(("vpp", "layout"), [(1, "Et|t*5L"), (1, "E|t*6L"), (2, "E|t*3|t*2|tL")])
+def test_pipeline_layout_accepted(vpp, layout):
+    parallel = ParallelConfig(pp=2, vpp=vpp, pipeline_layout=layout)
+    run(2, parallel=parallel, optim=OptimConfig(global_batch_size=2))
+
+
+def test_micro_batches_of_the_interleaved_schedule():
+    parallel = ParallelConfig(pp=3, vpp=2)
+    with pytest.raises(ConfigError, match=r"4 micro batches.*needs a multiple of parallel.pp = 3"):
+        run(3, parallel=parallel, optim=OptimConfig(global_batch_size=4))
+    run(3, parallel=parallel, optim=OptimConfig(global_batch_size=6))
+
+
+def test_a_pipeline_is_needed():
+    for fields in ({"vpp": 2}, {"pipeline_layout": "Et*6L"}):
+        with pytest.raises(ConfigError, match=r"parallel.pp is 1"):
+            ParallelConfig(**fields)
 
 
 def test_world_by_replica():
