@@ -32,7 +32,8 @@ def imported_checkpoints(folder: Path, family: str | None) -> dict[str, Imported
         family: prefix of the keys, None for all.
     """
     target = Path(tempfile.mkdtemp(dir=_scratch().name))
-    paths = sorted((folder / "ckpt").iterdir())
+    # A folder may hold a tokenizer alone, for the cases of text.
+    paths = sorted({path.parent for path in (folder / "ckpt").glob("*/*.safetensors")})
     return {
         path.name: _import(path, target / path.name) for path in paths if path.name.startswith(family or "")
     }
