@@ -18,7 +18,7 @@ from types import ModuleType
 
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import V2PEError
-from megatron_v2pe.core.logging import setup_logging
+from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
 
 VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rank = launcher().rank
         setup_logging(rank)
+        quiet_dependencies()
         if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
             return _no_verb(arguments)
         return _run_verb(_load(arguments[0]), arguments[1:])

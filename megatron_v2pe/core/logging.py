@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 _ROOT = "megatron_v2pe"
 
@@ -26,6 +27,18 @@ class _RankFilter(logging.Filter):
 def get_logger(name: str) -> logging.Logger:
     """Logger of a module of this package; call it with `__name__`."""
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+def quiet_dependencies() -> None:
+    """Hide warnings that megatron-core and torch's process groups address to their own developers.
+
+    At every start megatron-core tells five times that apex and Transformer Engine are missing (`doctor` says it
+    once, with what follows), and torch announces renamed functions that megatron-core calls. They would bury
+    the one line that a user needs. Warnings of this package and of the user's code stay.
+    """
+    for module in (r"megatron\.core", r"torch\.distributed"):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)
 
 
 def setup_logging(rank: int) -> None:
