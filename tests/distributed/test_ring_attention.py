@@ -52,7 +52,7 @@ def shard_errors(rank, world_size, lengths, heads, key_heads, dtype, whole_row):
     """Largest error of output and gradients of this rank's shard."""
     import torch.distributed as dist
 
-    from megatron_v2pe.parallel.attention.ring import ring_attention
+    from megatron_v2pe.parallel.attention.context import ring_attention
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     cut = boundaries((sum(lengths),) if whole_row else lengths)

@@ -1,6 +1,6 @@
 """Attention core on torch's own kernels: the CPU's, and a GPU's without Transformer Engine.
 
-    decoder   packed (thd): rotate -> per-document causal attention, keys in a ring over context parallel ranks
+    decoder   packed (thd): rotate -> per-document causal attention over context parallel ranks (see `context`)
               decoding:     rotate -> extend the cache -> new queries attend to all keys
     vision    sbhd, no mask: torch's scaled dot product attention, tile by tile
 
@@ -20,9 +20,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.context import context_attention
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.kernels import block_forward
-from megatron_v2pe.parallel.attention.ring import ring_attention
 from megatron_v2pe.parallel.attention.rotary import rotate
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -36,7 +36,7 @@ class NativeContextAttention(torch.nn.Module):
         layer_number: 1-based, the key of the decoding cache.
         attn_mask_type: `causal` or `no_mask`; a call may override it.
         attention_type: "self".
-        cp_comm_type: how keys travel; "p2p".
+        cp_comm_type: how keys, or heads, travel; "p2p" (also None), "all_gather" or "a2a".
         softmax_scale: factor of the scores, 1/sqrt(d) when None.
         pg_collection: groups of the part; only `cp` is used, and only if the part has context parallelism.
     """
@@ -56,10 +56,7 @@ class NativeContextAttention(torch.nn.Module):
             raise ConfigError(
                 f"attention_dropout is {config.attention_dropout}, but native attention has no dropout; set it to 0"
             )
-        if config.context_parallel_size > 1 and cp_comm_type not in (None, "p2p"):
-            raise ConfigError(
-                f"parallel.cp_comm_type is {cp_comm_type!r}, but native attention sends keys by 'p2p' only"
-            )
+        self.attend = context_attention(cp_comm_type)
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.scale = softmax_scale or config.kv_channels**-0.5
@@ -113,7 +110,7 @@ class NativeContextAttention(torch.nn.Module):
             return attend_to_all(query, key, value, scale=self.scale).flatten(1)
         group = self.cp_group if params.cp_group is None else params.cp_group
         lengths = local_lengths(params, 1 if group is None else group.size())
-        out = ring_attention(query, key, value, lengths=lengths, scale=self.scale, group=group)
+        out = self.attend(query, key, value, lengths=lengths, scale=self.scale, group=group)
         return out.flatten(1)  # [l, h, d] -> [l, h * d]
 
     def _unpacked(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:

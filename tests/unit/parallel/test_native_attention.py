@@ -12,7 +12,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention import kernels
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
-from megatron_v2pe.parallel.attention.ring import pieces
+from megatron_v2pe.parallel.attention.pieces import pieces
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.v2pe.rope import apply_rotary
 

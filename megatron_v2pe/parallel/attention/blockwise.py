@@ -1,0 +1,169 @@
+"""Causal attention of documents, block by block as keys of other ranks arrive, forward and backward.
+
+    forward     for each arrival: attend to its blocks, merge them by their log-sum-exp
+    backward    for each arrival: the blocks' share of the gradients; dK, dV go home through the same carrier
+
+How keys arrive is a `Carrier`: not at all (one rank), in a ring, or gathered at once. A block's dK, dV are
+rounded once to the keys' dtype for the journey and summed in float32 at home, so nothing accumulates error.
+
+Shape legend: l local tokens, h query heads, k key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_v2pe.parallel.attention.kernels import block_backward, block_forward
+from megatron_v2pe.parallel.attention.pieces import Piece, pieces
+
+Lengths = tuple[int, ...]
+
+
+class Homeward(Protocol):
+    """Gradients of visitors' keys on their way to the owners, and mine on their way to me."""
+
+    def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
+        """Hand over gradients [2, rows, k, d] of each piece with keys of rank `source`, in order of arrival."""
+
+    def finish(self, d_own: Tensor) -> None:
+        """Wait until what the others computed is added to my gradients [2, l, k, d]."""
+
+
+class Carrier(Protocol):
+    """How keys come to this rank, and gradients go home.
+
+    Attributes:
+        size: ranks that share the documents.
+        rank: this one.
+    """
+
+    size: int
+    rank: int
+
+    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (source rank, keys, values) of every rank once, my own first."""
+
+    def homeward(self, lengths: Lengths, like: Tensor) -> Homeward:
+        """The way back of one backward pass; `like` gives shape, dtype and device of keys."""
+
+
+class Alone:
+    """The carrier of a rank that holds whole documents: nobody visits."""
+
+    size = 1
+    rank = 0
+
+    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """My own keys."""
+        yield 0, key, value
+
+    def homeward(self, lengths: Lengths, like: Tensor) -> Homeward:
+        """Nothing travels."""
+        return self
+
+    def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
+        """Never called: there are no visitors."""
+        raise AssertionError("a rank alone has no visitors")
+
+    def finish(self, d_own: Tensor) -> None:
+        """Nothing is under way."""
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, carrier: Carrier
+) -> Tensor:
+    """Causal attention within documents, differentiable.
+
+    Args:
+        query: [l, h, d], this rank's zigzag shard, documents one after the other.
+        key: [l, k, d], rotated like `query`.
+        value: [l, k, d].
+        lengths: local tokens of each document; on several ranks each must be even (two chunks).
+        scale: factor of the scores.
+        carrier: brings the other ranks' keys.
+
+    Returns:
+        [l, h, d] in the dtype of `query`.
+    """
+    if sum(lengths) != len(query):
+        raise ValueError(f"documents of {sum(lengths)} local tokens, but {len(query)} queries")
+    return _Blockwise.apply(query, key, value, tuple(lengths), scale, carrier)
+
+
+class _Blockwise(torch.autograd.Function):
+    """Saves queries, own keys and values, output and log-sum-exp; visitors' keys are fetched again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Lengths,
+        scale: float,
+        carrier: Carrier,
+    ) -> Tensor:
+        merged = _Merged(query, exact=carrier.size > 1)
+        for source, keys, values in carrier.visits(key, value):
+            for piece in pieces(lengths, rank=carrier.rank, source=source, device=query.device):
+                rows = query[piece.queries], keys[piece.keys], values[piece.keys]
+                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
+                merged.add(piece, *block_forward(*rows, **kind, scale=scale))
+        out = merged.out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, merged.lse)
+        ctx.lengths, ctx.scale, ctx.carrier = lengths, scale, carrier
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grad, carrier = grads[0].contiguous(), ctx.carrier
+        working = torch.promote_types(query.dtype, torch.float32)
+        dq = torch.empty_like(query, dtype=working)
+        d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
+        homeward = carrier.homeward(ctx.lengths, key)
+        for source, keys, values in carrier.visits(key, value):
+            blocks = []
+            for piece in pieces(ctx.lengths, rank=carrier.rank, source=source, device=query.device):
+                rows = piece.queries
+                parts = query[rows], keys[piece.keys], values[piece.keys], out[rows], lse[rows]
+                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
+                dq_block, *dkv = block_backward(grad[rows], *parts, **kind, scale=ctx.scale)
+                if piece.causal:  # the diagonal, first to come: it fills every row
+                    dq[rows] = dq_block.to(working)
+                    d_own[:, piece.keys] = torch.stack(dkv).to(working)
+                else:
+                    dq[rows] += dq_block
+                    blocks.append(torch.stack(dkv).to(key.dtype))
+            if source != carrier.rank:
+                homeward.send(source, blocks, d_own)
+        homeward.finish(d_own)
+        return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), None, None, None
+
+
+class _Merged:
+    """Output and log-sum-exp over the blocks that were added so far.
+
+    lse = log(e^lse + e^block_lse),  out = (out e^lse + block e^block_lse) / (e^lse + e^block_lse), written with
+    a sigmoid so that nothing overflows.
+    """
+
+    def __init__(self, query: Tensor, *, exact: bool) -> None:
+        working = torch.promote_types(query.dtype, torch.float32)
+        self.out = torch.empty_like(query, dtype=working if exact else query.dtype)
+        self.lse = torch.empty(query.shape[:2], dtype=working, device=query.device)
+
+    def add(self, piece: Piece, block_out: Tensor, block_lse: Tensor) -> None:
+        """Merge a block [s, h, d], [s, h]; a diagonal block comes first and fills its rows."""
+        rows = piece.queries
+        if piece.causal:
+            self.out[rows], self.lse[rows] = block_out.to(self.out.dtype), block_lse
+            return
+        out, lse = self.out[rows], self.lse[rows]
+        share = torch.sigmoid(block_lse - lse).unsqueeze(-1)  # of the block in the sum of both
+        self.out[rows] = torch.lerp(out, block_out.to(out.dtype), share)
+        self.lse[rows] = torch.logaddexp(lse, block_lse)
