@@ -5,7 +5,6 @@ chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOptimize
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +38,8 @@ class Trainer:
 
 def wrap_for_training(chunks: list[InternVL], config: RunConfig) -> Trainer:
     """Wrap model chunks whose weights are loaded; master weights are copied from them here."""
-    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("amp_C") is None:
-        # mcore's fallback, torch's Adam, shares one step count between parameters after a resume.
-        install_fused_adam()
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrapped = []
-    for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk
-        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
+    install_fused_adam()  # where mcore fell back to torch's Adam, which cannot resume
+    wrapped = wrap_data_parallel(chunks, config, shard_gradients=True)
     optimizer = build_optimizer(wrapped, config)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
