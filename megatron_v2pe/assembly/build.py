@@ -44,7 +44,7 @@ def build_model(
     Returns:
         One chunk for each virtual pipeline stage of this rank, one without virtual stages.
     """
-    kernels = choose_kernels(config.parallel.attention_backend)
+    kernels = choose_kernels(config.parallel)
     decoder_config = language_config(config, arch, plan)
     chunks = []
     for stage in stages_of_rank(plan, ranks):

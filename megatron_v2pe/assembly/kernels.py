@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Literal
 
 import torch
 
+from megatron_v2pe.config.schema import ParallelConfig
+from megatron_v2pe.config.validate import check_comm_type
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.layer_specs import Kernels, local_kernels, transformer_engine_kernels
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
@@ -20,12 +21,14 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_kernels(backend: Literal["auto", "native", "transformer_engine"]) -> Kernels:
+def choose_kernels(parallel: ParallelConfig) -> Kernels:
     """Modules for `parallel.attention_backend`.
 
     Raises:
-        ConfigError: Transformer Engine is asked for by name and cannot run here.
+        ConfigError: Transformer Engine is asked for by name and cannot run here, or what `auto` found cannot share a
+            sequence as `parallel.cp_comm_type` asks.
     """
+    backend = parallel.attention_backend
     available = torch.cuda.is_available() and has_transformer_engine()
     if backend == "transformer_engine" and not available:
         raise ConfigError(
@@ -36,9 +39,11 @@ def choose_kernels(backend: Literal["auto", "native", "transformer_engine"]) -> 
     if backend == "native" or not available:
         if backend == "auto" and torch.cuda.is_available():
             logger.warning("Transformer Engine is not installed: running the slower native attention")
+        check_comm_type(parallel.cp_comm_type, "native")
         return local_kernels(
             language_attention=NativeContextAttention, vision_attention=NativeContextAttention
         )
+    check_comm_type(parallel.cp_comm_type, "transformer_engine")
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     from megatron_v2pe.parallel.attention.te import RotaryTEAttention

@@ -25,6 +25,8 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     """
     check_required(config)
     check_model_split(config.parallel, arch)
+    check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
+    check_heads_by_cp(config.parallel, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_world(config, world_size)
     check_positions(config, arch.tokens_per_tile)
@@ -57,6 +59,47 @@ def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
             raise ConfigError(
                 f"parallel.tp is {parallel.tp}, but must divide the {size} {what} of the language model; "
                 f"possible: {_divisors(size)}"
+            )
+
+
+COMM_TYPES = {  # packed sequences, which every batch is
+    "native": ("p2p", "all_gather", "a2a"),
+    "transformer_engine": ("p2p", "a2a"),
+}
+
+
+def check_comm_type(cp_comm_type: str, backend: str) -> None:
+    """The attention back end can share packed sequences in the way asked for.
+
+    Args:
+        cp_comm_type: `parallel.cp_comm_type`.
+        backend: `native`, `transformer_engine`, or `auto` when that is not known yet.
+    """
+    known = [name for name in COMM_TYPES if backend in (name, "auto")]
+    if any(cp_comm_type in COMM_TYPES[name] for name in known):
+        return
+    where = f"parallel.cp_comm_type is {cp_comm_type!r}, but"
+    if cp_comm_type == "all_gather":
+        raise ConfigError(
+            f"{where} Transformer Engine before 2.20 gathers keys of unpacked sequences only, and every batch here is "
+            "packed (thd); take p2p or a2a, or set parallel.attention_backend to native"
+        )
+    raise ConfigError(
+        f"{where} native attention has one level of context parallelism, and Transformer Engine before 2.20 refuses "
+        "two levels for packed sequences (thd), which every batch here is; take p2p or a2a"
+    )
+
+
+def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
+    """Trading tokens for heads gives every rank whole heads."""
+    if parallel.cp_comm_type != "a2a":
+        return
+    language = arch.language
+    for what, size in (("attention heads", language.num_heads), ("KV heads", language.num_kv_heads)):
+        if size % (parallel.tp * parallel.cp):
+            raise ConfigError(
+                f"parallel.cp_comm_type is 'a2a' with parallel.tp x parallel.cp = {parallel.tp} x {parallel.cp}, which "
+                f"must divide the {size} {what} of the language model; make tp or cp smaller, or take p2p"
             )
 
 

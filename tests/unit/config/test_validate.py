@@ -93,6 +93,42 @@ def test_feed_forward_by_tp():
     validate(config, ARCH, 2)
 
 
+@pytest.mark.parametrize(
+    ("cp_comm_type", "backend", "reason"),
+    [
+        ("all_gather", "transformer_engine", "gathers keys of unpacked sequences only.*backend to native"),
+        ("a2a+p2p", "transformer_engine", "refuses two levels for packed"),
+        ("a2a+p2p", "native", "native attention has one level"),
+        ("a2a+p2p", "auto", "one level of context parallelism"),
+    ],
+)
+def test_comm_types_no_back_end_has(cp_comm_type, backend, reason):
+    parallel = ParallelConfig(cp=2, cp_comm_type=cp_comm_type, attention_backend=backend)
+    with pytest.raises(ConfigError, match=reason):
+        run(2, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("cp_comm_type", "backend"),
+    [
+        *((name, "native") for name in ("p2p", "all_gather", "a2a")),
+        *((name, "transformer_engine") for name in ("p2p", "a2a")),
+        *((name, "auto") for name in ("p2p", "all_gather", "a2a")),
+    ],
+)
+def test_comm_types_by_back_end(cp_comm_type, backend):
+    run(2, parallel=ParallelConfig(cp=2, cp_comm_type=cp_comm_type, attention_backend=backend))
+
+
+def test_heads_traded_for_tokens():
+    with pytest.raises(ConfigError, match=r"'a2a' with .* 2 x 4, which must divide the 4 KV heads.*take p2p"):
+        run(8, parallel=ParallelConfig(tp=2, cp=4, cp_comm_type="a2a"))
+    run(4, parallel=ParallelConfig(tp=2, cp=2, cp_comm_type="a2a"))
+    arch = dataclasses.replace(ARCH, language=dataclasses.replace(ARCH.language, num_heads=6, num_kv_heads=4))
+    with pytest.raises(ConfigError, match=r"1 x 4, which must divide the 6 attention heads"):
+        validate(dataclasses.replace(BASE, parallel=ParallelConfig(cp=4, cp_comm_type="a2a")), arch, 4)
+
+
 def test_layers_by_stages():
     with pytest.raises(
         ConfigError, match=r"4 x 1 = 4, but must divide the 6 decoder layers; possible: 1, 2, 3, 6"
