@@ -48,6 +48,7 @@ GROUPS = (
     Group(name="tiling", module="tiling", files=("tiling/*.json",)),
     Group(name="text", module="text", files=("text/conversations.json", "text/tokenizer.json")),
     Group(name="packing", module="packing", files=("packing/*.json", "text/dataset_items.json")),
+    Group(name="loss", module="loss", files=("packing/loss.json",)),
     Group(name="model", module="model", files=("forward/*.json",), is_model=True),
     Group(name="generation", module="generation", files=("generation/*.json",), is_model=True),
 )
