@@ -69,13 +69,13 @@ def _rank(tensors: dict[str, Tensor], index: int, rank: int, mode: str) -> dict[
 def _mode_rows(name: str, wanted: dict[str, Any], ranks: list[dict[str, Tensor]]) -> Iterator[Row]:
     numerators = [_weighted_loss(rank) for rank in ranks]
     sums = [rank["weights"].sum() for rank in ranks]
-    mean_sum = sum(sums) / len(sums)
+    mean_sum = torch.stack(sums).mean()
     local = [numerator / total for numerator, total in zip(numerators, sums, strict=True)]
     gathered = [numerator / mean_sum for numerator in numerators]
     yield _numbers(name, "weight_sum_per_rank", sums, wanted["weight_sum_per_rank"])
     yield _numbers(name, "loss_local_norm", local, wanted["loss_local_norm"])
     yield _numbers(name, "loss_allgather", gathered, wanted["loss_allgather"])
-    overall = sum(numerators) / sum(sums)
+    overall = torch.stack(numerators).sum() / torch.stack(sums).sum()
     yield _numbers(name, "mean_over_ranks", [overall], [wanted["mean_over_ranks"]])
     errors = []
     for rank, loss in zip(ranks, gathered, strict=True):
