@@ -42,7 +42,7 @@ class Gather:
         """My keys first, while the others' are under way."""
         mine = torch.stack([key, value])
         everyone = mine.new_empty(self.size * 2, *key.shape)
-        gathering = dist.all_gather_into_tensor(everyone, mine, group=self.group, async_op=True)
+        gathering = _all_gather()(everyone, mine, group=self.group, async_op=True)
         yield self.rank, key, value
         gathering.wait()
         for step in range(1, self.size):
@@ -52,6 +52,11 @@ class Gather:
     def homeward(self, lengths: Lengths, like: Tensor) -> _GradientsOfGather:
         """See `Carrier`."""
         return _GradientsOfGather(self, lengths, like)
+
+
+def _all_gather() -> Any:
+    """torch 2.13 renamed it, and warns at the old name."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _GradientsOfGather:

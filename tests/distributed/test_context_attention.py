@@ -1,14 +1,18 @@
-"""Ring attention against full attention, forward and backward.
+"""Attention over context parallel ranks (ring, all_gather, a2a) against full attention, forward and backward.
 
 Strategy: the same packed documents through plain softmax attention in float64 on one process; each rank's shard
-must equal its rows of that. Strictness: float64 1e-12 (nothing but summation order differs), float32 2e-6.
+must equal its rows of that. Strictness: float64 1e-12 (nothing but summation order differs), float32 2e-6. Bytes
+that each rank sent are what the kernel counted, and must be the formula's.
 """
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.spawn import run_ranks
+from tools import bench_attention as bench
 
 pytestmark = pytest.mark.distributed
 
@@ -48,18 +52,18 @@ def reference(lengths, heads, key_heads, dtype):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def shard_errors(rank, world_size, lengths, heads, key_heads, dtype, whole_row):
+def shard_errors(rank, world_size, comm, lengths, heads, key_heads, dtype, whole_row):
     """Largest error of output and gradients of this rank's shard."""
     import torch.distributed as dist
 
-    from megatron_v2pe.parallel.attention.context import ring_attention
+    from megatron_v2pe.parallel.attention.context import context_attention
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     cut = boundaries((sum(lengths),) if whole_row else lengths)
     index = torch.from_numpy(shard_indices(cut, cp_size=world_size, cp_rank=rank))
     local = [x[index] for x in inputs(lengths, heads, key_heads, dtype)]
     query, key, value = (x.requires_grad_() for x in local[:3])
-    out = ring_attention(
+    out = context_attention(comm)(
         query,
         key,
         value,
@@ -77,43 +81,92 @@ def all_errors(rank, world_size, cases):
     return [shard_errors(rank, world_size, *case) for case in cases]
 
 
+BACK_ENDS = ("p2p", "all_gather", "a2a")
 CASES = [
-    (lengths, *heads, dtype, False)
+    (comm, lengths, *heads, dtype, False)
+    for comm in BACK_ENDS
     for lengths in (SHORTEST, MIXED, (64,))
     for heads in HEADS
     for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    if comm != "a2a" or heads[1] % 2 == 0
 ]
 # bfloat16: inputs are exact, the error is that of rounding outputs and gradients of size 1 to 8 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-2}
 
 
-WHOLE_ROW = (MIXED, 4, 2, torch.float64, True)
+WHOLE_ROW = [(comm, MIXED, 4, 2, torch.float64, True) for comm in BACK_ENDS]
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(all_errors, 2, [*CASES, WHOLE_ROW], timeout=120)
+    return run_ranks(all_errors, 2, [*CASES, *WHOLE_ROW], timeout=120)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: str(CASES[i][:4]).replace("torch.", ""))
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: str(CASES[i][:5]).replace("torch.", ""))
 def test_two_ranks_equal_full_attention(two_ranks, case):
-    tolerance = TOLERANCE[CASES[case][3]]
+    tolerance = TOLERANCE[CASES[case][4]]
     for rank, errors in enumerate(two_ranks):
         assert max(errors[case]) < tolerance, f"rank {rank}: out, dq, dk, dv off by {errors[case]}"
 
 
-def test_cutting_the_pack_as_one_row_gives_another_result(two_ranks):
+@pytest.mark.parametrize("case", range(-len(WHOLE_ROW), 0), ids=BACK_ENDS)
+def test_cutting_the_pack_as_one_row_gives_another_result(two_ranks, case):
     for errors in two_ranks:
-        assert max(errors[-1]) > 1e-2
+        assert max(errors[case]) > 1e-2
 
 
 @pytest.mark.slow
 def test_four_ranks_equal_full_attention():
     cases = [
-        (lengths, 4, 2, dtype, False)
+        (comm, lengths, 8, 4, dtype, False)
+        for comm in BACK_ENDS
         for lengths in ((8, 16, 8), (8, 40, 24))
         for dtype in (torch.float64, torch.float32)
     ]
     for errors in run_ranks(all_errors, 4, cases, timeout=120):
         for case, found in zip(cases, errors, strict=True):
-            assert max(found) < TOLERANCE[case[3]]
+            assert max(found) < TOLERANCE[case[4]], case
+
+
+PROBLEM = bench.Problem(documents=(256, 512, 64), heads=4, kv_heads=4, head_dim=32, dtype=torch.float32)
+
+
+def bytes_sent(rank, world_size, comms):
+    import torch.distributed as dist
+
+    tensors = PROBLEM.tensors(rank, world_size)
+
+    def work(comm):
+        bench.forward_and_backward(PROBLEM, tensors, comm=comm, cp=world_size, group=dist.group.WORLD)
+
+    for comm in comms:  # gloo greets each peer once
+        work(comm)
+    return [bench.counted(partial(work, comm))[1] for comm in comms]
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_sent_are_the_formulas(world_size):
+    for rank, sent in enumerate(run_ranks(bytes_sent, world_size, BACK_ENDS, timeout=120)):
+        for comm, count in zip(BACK_ENDS, sent, strict=True):
+            wanted = bench.formula(PROBLEM, comm=comm, rank=rank, cp=world_size)
+            assert abs(count / wanted - 1) < bench.TARGET_BYTES, f"{comm} rank {rank}: {count} of {wanted}"
+
+
+def refusal(rank, world_size, heads, key_heads):
+    import torch.distributed as dist
+
+    from megatron_v2pe.core.errors import ConfigError
+    from megatron_v2pe.parallel.attention.context import context_attention
+
+    query, key, value, _ = inputs((8,), heads, key_heads, torch.float32)
+    try:
+        context_attention("a2a")(query, key, value, lengths=(8,), scale=1.0, group=dist.group.WORLD)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("heads", "what"), [((6, 3), "3 KV heads"), ((3, 2), "3 attention heads")])
+def test_heads_that_cannot_be_dealt_are_refused(heads, what):
+    for message in run_ranks(refusal, 2, *heads):
+        assert f"the {what} of a tensor parallel rank do not divide by parallel.cp = 2" in message
