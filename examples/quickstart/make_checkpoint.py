@@ -254,7 +254,7 @@ def _language_config() -> dict[str, object]:
         "pad_token_id": 2,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-        "rope_theta": 10000,
+        "rope_theta": 1000000,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "use_cache": True,

@@ -33,10 +33,10 @@ from megatron_v2pe.data.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
 TRAIN_LENGTHS = (48, 64, 128, 256, 512)
-EVAL_RECORDS_PER_CELL = {512: 40, 1024: 20, 2048: 10, 4096: 10}
+EVAL_RECORDS_PER_CELL = {512: 30, 1024: 20, 2048: 10, 4096: 8}
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TOKENS_PER_IMAGE = 32
-"""A document of n tokens holds n/32 images, but at least 2: one needle, one distractor."""
+TOKENS_PER_IMAGE = 12
+"""One image for so many tokens of the document, its own 6 included, but at least 2: needle and distractor."""
 HELD_OUT_DIGITS_EVERY = 6
 
 
@@ -92,8 +92,9 @@ class DocumentWriter:
             depth: 0..1, where among the images the needle is.
             name: id of the record.
         """
-        num_images = max(2, length // TOKENS_PER_IMAGE)
-        text_tokens = length - self._fixed_tokens - self._mark_tokens - num_images * self._tokens_per_image
+        body_tokens = length - self._fixed_tokens
+        num_images = max(2, body_tokens // TOKENS_PER_IMAGE)
+        text_tokens = body_tokens - self._mark_tokens - num_images * self._tokens_per_image
         words = self._passage(generator, text_tokens)
         needle = min(int(depth * num_images), num_images - 1)
         # One image in each of num_images equal stretches of the text, anywhere inside its stretch.
