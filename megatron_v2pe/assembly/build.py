@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,13 @@ from megatron_v2pe.assembly.mcore_config import (
     vision_config,
 )
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.schema import ModelConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import Kernels
 from megatron_v2pe.models.loss import HeadPorts
+from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
@@ -65,6 +67,7 @@ def build_model(
                 projector=projector,
                 language=language,
                 tile_size=arch.image_size,
+                micro_batch_tiles=config.vision.micro_batch_tiles,
                 route_features=FeatureRouter(ranks.tile_group),
                 replica_group=ranks.vision_replica_group,
             )
@@ -117,7 +120,7 @@ def _build_language(
         rope=rope_spec(config, arch),
         vocab_size=arch.language.vocab_size,
         padded_vocab_size=padded,
-        loss_chunk_tokens=config.model.loss_chunk_tokens,
+        memory=memory_savings(config.model),
         head_ports=head_ports(plan, ranks, rows_per_rank=padded // plan.tp),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
         groups=ranks.groups,
@@ -125,6 +128,27 @@ def _build_language(
         post_process=stage.post_process,
         vp_stage=stage.vp_stage,
     )
+
+
+def memory_savings(model: ModelConfig) -> MemorySavings:
+    """What the run computes again, in pieces, or keeps on the host.
+
+    Raises:
+        ConfigError: activations are to move to host memory and are there already.
+    """
+    # A layer that is recomputed whole has no use for recomputing an MLP that is in one piece.
+    is_recomputed = model.recompute == "selective" or model.mlp_chunks > 1
+    savings = MemorySavings(
+        loss_chunk_tokens=model.loss_chunk_tokens, mlp_chunks=model.mlp_chunks if is_recomputed else 0
+    )
+    if not model.offload_activations:
+        return savings
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "model.offload_activations is true, but this host has no GPU: activations are in host memory already; "
+            "set it to false"
+        )
+    return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
 
 
 def _build_vision(
@@ -137,6 +161,7 @@ def _build_vision(
         patch_size=arch.vision.patch_size,
         drop_path_rate=config.vision.drop_path_rate,
         qk_norm=arch.vision.qk_normalization,
+        mlp_chunks=1 if config.vision.recompute == "selective" else 0,
         groups=ranks.singleton_groups,
     )
 

@@ -51,6 +51,8 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
 def _recompute(kind: str) -> dict[str, Any]:
     if kind == "none":
         return {}
+    if kind == "selective":  # the MLP, which `RecomputingLayer` does itself
+        return dict(recompute_granularity="selective", recompute_modules=[])
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 

@@ -27,8 +27,12 @@ class ModelConfig:
     """Keep the language model's weights as they are."""
     freeze_projector: bool = False
     """Keep the projector's weights as they are."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute decoder layers in the backward pass instead of keeping their activations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
+    mlp_chunks: int = 1
+    """Pieces in which a recomputed MLP takes its tokens, so that only one piece's inner activations exist."""
+    offload_activations: bool = False
+    """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
     """Supervised tokens whose logits exist at a time."""
 
@@ -36,6 +40,17 @@ class ModelConfig:
         _require(
             self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive"
         )
+        _require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
+        if self.mlp_chunks > 1 and self.recompute == "none":
+            raise ConfigError(
+                f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all pieces would be kept; "
+                "set model.recompute to selective or full, or mlp_chunks to 1"
+            )
+        if self.offload_activations and self.recompute != "full":
+            raise ConfigError(
+                f"model.offload_activations is true, but model.recompute is {self.recompute!r} and only layer inputs "
+                "are moved; set model.recompute to full, or offload_activations to false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +61,17 @@ class VisionConfig:
     """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
     drop_path_rate: float = 0.0
     """Largest stochastic depth rate; rises linearly from 0 over the layers. The release trains with 0.1."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute vision layers in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole vision layers."""
+    micro_batch_tiles: int = 0
+    """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)"
+        )
+        _require(
+            self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
 
 

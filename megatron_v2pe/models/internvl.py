@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import FeatureRoute, LocalBatch
 from megatron_v2pe.models.language import LanguageModel
+from megatron_v2pe.models.memory import is_trained, recomputed
 from megatron_v2pe.models.projector import Projector, features_to_rows
 from megatron_v2pe.models.splice import splice
 from megatron_v2pe.models.vision import InternViT
@@ -34,6 +35,8 @@ class InternVL(MegatronModule):
         vision: tower of the first stage, None elsewhere.
         projector: projector of the first stage, None elsewhere.
         language: this stage's part of the decoder.
+        tile_size: S, pixels of a tile's side.
+        micro_batch_tiles: tiles that are encoded at a time; 0 takes all at once and recomputes nothing.
         route_features: port, (features [n*K, H], route) -> [v, H]; differentiable. All ranks of the
             routing group must call it for every micro batch, with or without tiles.
         replica_group: ranks that hold copies of the vision tower; checkpoints write one of them.
@@ -47,12 +50,13 @@ class InternVL(MegatronModule):
         projector: Projector | None,
         language: LanguageModel,
         tile_size: int,
+        micro_batch_tiles: int = 0,
         route_features: Callable[[Tensor, FeatureRoute], Tensor] = keep_rows,
         replica_group: Any = None,
     ) -> None:
         super().__init__(config)
         self.vision, self.projector, self.language = vision, projector, language
-        self.tile_size = tile_size
+        self.tile_size, self.micro_batch_tiles = tile_size, micro_batch_tiles
         self.route_features = route_features
         self.replica_group = replica_group
         # What mcore's schedules, DDP and gradient finalisation ask of a top-level module.
@@ -65,14 +69,35 @@ class InternVL(MegatronModule):
         """Normalised tiles [n, 3, S, S] to feature rows [n*K, H].
 
         A rank without tiles encodes a blank one and keeps none of its rows: its parameters still get
-        (zero) gradients and its backward pass still meets the others' in the routing collective.
+        (zero) gradients and its backward pass still meets the others' in the routing collective. Ranks
+        may have different numbers of slices: nothing in here waits for a rank with other tiles.
         """
         if self.vision is None or self.projector is None:
             raise RuntimeError("this pipeline stage holds no vision tower")
         num_tiles = len(pixels)
         if num_tiles == 0:
             pixels = pixels.new_zeros(1, 3, self.tile_size, self.tile_size)
-        return features_to_rows(self.projector(self.vision(pixels))[:num_tiles])
+        slices = pixels.split(self.micro_batch_tiles or len(pixels))
+        if len(slices) == 1:
+            features = self._features(pixels)
+        else:
+            features = torch.cat([self._slice_features(part) for part in slices])
+        return features_to_rows(features[:num_tiles])
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """[n, 3, S, S] to [n, K, H]."""
+        assert self.vision is not None
+        assert self.projector is not None
+        return self.projector(self.vision(pixels))
+
+    def _slice_features(self, pixels: Tensor) -> Tensor:
+        """`_features` that keeps what the first trained part starts from: pixels, or the tower's output."""
+        assert self.vision is not None
+        assert self.projector is not None
+        if is_trained(self.vision):
+            return recomputed(self._features, pixels)
+        hidden = self.vision(pixels)
+        return recomputed(self.projector, hidden) if is_trained(self.projector) else self.projector(hidden)
 
     def forward(self, batch: LocalBatch) -> Tensor:
         """See `LanguageModel.forward` for what is returned."""

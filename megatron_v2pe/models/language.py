@@ -26,6 +26,7 @@ from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
 from megatron_v2pe.models.layer_specs import Kernels, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, cross_entropy
+from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
 from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles
 
 
@@ -38,7 +39,7 @@ class LanguageModel(GPTModel):
         rope: rotary embedding of the checkpoint.
         vocab_size: words of the vocabulary.
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
-        loss_chunk_tokens: supervised rows whose logits exist at a time.
+        memory: what is computed again or in pieces.
         head_ports: collectives of the head.
         groups: mcore's process groups.
         stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
@@ -52,18 +53,17 @@ class LanguageModel(GPTModel):
         rope: RopeSpec,
         vocab_size: int,
         padded_vocab_size: int,
-        loss_chunk_tokens: int,
+        memory: MemorySavings,
         head_ports: HeadPorts,
         share_embeddings_and_output_weights: bool,
         groups: ProcessGroupCollection | None,
         **stage: Any,
     ) -> None:
         num_layers = get_num_layers_to_build(config, vp_stage=stage.get("vp_stage"))
+        spec = language_layer_spec(kernels, layer=RecomputingLayer, mlp_chunks=memory.mlp_chunks)
         super().__init__(
             config,
-            TransformerBlockSubmodules(
-                layer_specs=[language_layer_spec(kernels)] * num_layers, layer_norm=kernels.norm
-            ),
+            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=kernels.norm),
             vocab_size=padded_vocab_size,
             max_sequence_length=0,  # only read by learned positions, which this model does not have
             position_embedding_type="none",
@@ -72,7 +72,7 @@ class LanguageModel(GPTModel):
             **stage,
         )
         self.rope, self.head_ports = rope, head_ports
-        self.num_words, self.loss_chunk_tokens = vocab_size, loss_chunk_tokens
+        self.num_words, self.memory = vocab_size, memory
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -110,9 +110,9 @@ class LanguageModel(GPTModel):
         """
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
-        hidden = self.decoder(
-            hidden_states=decoder_input, attention_mask=None, packed_seq_params=self.attention_params(batch)
-        )
+        params = self.attention_params(batch)
+        with self.memory.saved_tensors():
+            hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None:
             return hidden
         return self.token_losses(hidden, batch.labels)
@@ -132,7 +132,7 @@ class LanguageModel(GPTModel):
             self.head_weight(),
             labels[supervised],
             vocab_size=self.num_words,
-            chunk=self.loss_chunk_tokens,
+            chunk=self.memory.loss_chunk_tokens,
             ports=self.head_ports,
         )
         return losses.new_zeros(len(labels)).index_copy(0, supervised, losses).unsqueeze(0)

@@ -15,7 +15,7 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_v2pe.models.norms import Norm
 
@@ -99,12 +99,10 @@ def mlp_submodules(kernels: Kernels) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=kernels.column_linear, linear_fc2=kernels.row_linear)
 
 
-def _layer(
-    kernels: Kernels, *, module: type, attention: ModuleSpec, params: dict[str, Any] | None = None
-) -> ModuleSpec:
+def _layer(kernels: Kernels, *, module: type, attention: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
     return ModuleSpec(
         module=module,
-        params=params or {},
+        params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=kernels.norm,
             self_attention=attention,
@@ -117,12 +115,12 @@ def _layer(
     )
 
 
-def language_layer_spec(kernels: Kernels) -> ModuleSpec:
-    """Pre-norm decoder layer."""
+def language_layer_spec(kernels: Kernels, *, layer: type, **params: Any) -> ModuleSpec:
+    """Pre-norm decoder layer of class `layer`, built with `params`."""
     attention = _attention(
         kernels, core=kernels.language_attention, mask=AttnMaskType.causal, module=SelfAttention
     )
-    return _layer(kernels, module=TransformerLayer, attention=attention)
+    return _layer(kernels, module=layer, attention=attention, params=params)
 
 
 def vision_layer_spec(

@@ -21,10 +21,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_v2pe.models.layer_specs import Kernels, vision_layer_spec
+from megatron_v2pe.models.memory import RecomputingLayer, is_trained
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
@@ -68,7 +68,7 @@ def _over_heads(norm: torch.nn.Module, x: Tensor) -> Tensor:
     return norm(x.flatten(-2)).view_as(x)
 
 
-class InternViTLayer(TransformerLayer):
+class InternViTLayer(RecomputingLayer):
     """mcore's layer with LayerScale (`ls1`, `ls2`) and drop path in place of bias-dropout-add.
 
     Args:
@@ -109,6 +109,7 @@ class InternViT(MegatronModule):
         patch_size: pixels of a patch's side.
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
         qk_norm: normalise queries and keys over the full width.
+        mlp_chunks: pieces in which an MLP is recomputed; 0 keeps its activations.
         groups: singleton process groups.
     """
 
@@ -121,6 +122,7 @@ class InternViT(MegatronModule):
         patch_size: int,
         drop_path_rate: float,
         qk_norm: bool,
+        mlp_chunks: int,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
@@ -138,6 +140,7 @@ class InternViT(MegatronModule):
             qkv_bias=config.add_qkv_bias,
             qk_norm=qk_norm,
             drop_path_rates=rates,
+            mlp_chunks=mlp_chunks,
         )
         self.encoder = TransformerBlock(
             config,
@@ -162,10 +165,16 @@ class InternViT(MegatronModule):
         x = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
         return x + self.positions(pixels.shape[-1] // self.patch_size)
 
+    def _needs_gradient_entry(self, x_snc: Tensor) -> bool:
+        """Re-entrant recompute gives no gradients at all when its input needs none (frozen patches)."""
+        recomputes = self.training and self.config.recompute_granularity is not None
+        wanted = recomputes and torch.is_grad_enabled() and not x_snc.requires_grad
+        # A tower that is frozen whole needs no graph, and must not keep one.
+        return wanted and is_trained(self.encoder)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [n, 3, S, S] to hidden states [n, 1 + P, C], class token first."""
         x_snc = self.embed(pixels).transpose(0, 1).contiguous()  # [n, 1+P, C] -> [1+P, n, C]
-        if self.config.recompute_granularity and torch.is_grad_enabled() and not x_snc.requires_grad:
-            # Re-entrant recompute gives no gradients at all when its input needs none (frozen patches).
+        if self._needs_gradient_entry(x_snc):
             x_snc = x_snc.detach().requires_grad_()
         return self.encoder(hidden_states=x_snc, attention_mask=None).transpose(0, 1)

@@ -1,0 +1,84 @@
+"""What a model keeps for its backward pass, and what it computes again instead.
+
+    recompute full        a layer's input is kept, the layer runs again in backward          (mcore)
+    recompute selective   an MLP's input is kept, the MLP runs again
+    MLP chunks            ... for one piece of the tokens after the other, inside either of the two
+    slices of tiles       tower and projector run again slice by slice, so that one slice's activations exist
+
+All of them use mcore's re-entrant checkpoint: backward runs the part again under the generator state of its
+forward pass, and the gradients of each piece go into the float32 gradient buffers one after the other. (Parts
+that run in pieces therefore reach a parameter's gradient hook several times in a micro batch, which mcore's
+`overlap_grad_reduce` does not allow.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySavings:
+    """How the language model trades time for memory; recompute itself is in mcore's configuration.
+
+    Attributes:
+        loss_chunk_tokens: supervised rows whose logits exist at a time.
+        mlp_chunks: pieces in which a decoder MLP is recomputed; 0 keeps its activations.
+        saved_tensors: context in which the decoder runs; it may move what is kept for backward elsewhere.
+    """
+
+    loss_chunk_tokens: int
+    mlp_chunks: int = 0
+    saved_tensors: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) that keeps only `x`, also when `x` itself needs no gradient but parameters inside do.
+
+    A re-entrant checkpoint none of whose inputs needs a gradient gives its parameters none, silently; the empty
+    second input is there to need one.
+    """
+    anchor = torch.empty(0, device=x.device, requires_grad=True)
+    return checkpoint(lambda kept, _anchor: function(kept), False, x, anchor)
+
+
+def is_trained(part: torch.nn.Module) -> bool:
+    """Whether any parameter of a part gets gradients."""
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+class RecomputingLayer(TransformerLayer):
+    """mcore's layer, whose MLP may be recomputed in backward, in pieces of its rows.
+
+    mcore's own recomputation of the MLP (`recompute_modules`) returns the bias of the second linear out of the
+    checkpoint, which turns that parameter into a computed tensor: towers with biases never finish backward.
+    mcore gives its process group to the exact class `MLP` only, so the MLP stays one and its forward is wrapped.
+
+    Args:
+        mlp_chunks: pieces that are recomputed one by one; 0 keeps the MLP's activations.
+    """
+
+    def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if mlp_chunks:
+            self.mlp.forward = partial(_in_pieces, self.mlp.forward, mlp_chunks)
+
+
+def _in_pieces(
+    forward: Callable[..., tuple[Tensor, Tensor | None]], num_pieces: int, hidden: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """An MLP's output [s, b, H], its bias added, for `num_pieces` runs of rows one after the other."""
+
+    def biased(piece: Tensor) -> Tensor:
+        output, bias = forward(piece, **kwargs)
+        return output if bias is None else output + bias
+
+    return torch.cat([checkpoint(biased, False, piece) for piece in hidden.chunk(num_pieces)]), None
