@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
@@ -32,6 +33,7 @@ from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import Kernels
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
+from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
@@ -56,10 +58,13 @@ def build_model(
         _mark_split_over_tp(language)
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, kernels=kernels, ranks=ranks)
-            projector = _build_projector(config, arch, kernels=kernels, ranks=ranks)
+            vision = _build_vision(config, arch, kernels=kernels, plan=plan, ranks=ranks)
+            projector = _build_projector(config, arch, kernels=kernels, plan=plan, ranks=ranks)
             for part in (vision, projector):
-                _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
+                if plan.vision == "tensor":
+                    _mark_split_over_tp(part)
+                else:
+                    _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
         chunks.append(
             InternVL(
                 decoder_config,
@@ -68,8 +73,8 @@ def build_model(
                 language=language,
                 tile_size=arch.image_size,
                 micro_batch_tiles=config.vision.micro_batch_tiles,
-                route_features=FeatureRouter(ranks.tile_group),
-                replica_group=ranks.vision_replica_group,
+                route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
+                replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
             )
         )
     freeze(chunks, config)
@@ -151,41 +156,70 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
     return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
 
 
+def tower_groups(plan: ParallelPlan, ranks: Ranks) -> ProcessGroupCollection:
+    """Groups of tower and projector: of this rank alone, or tp where they are split over it."""
+    alone = ranks.singleton_groups
+    if plan.vision == "replicated":
+        return alone
+    return ProcessGroupCollection(tp=ranks.groups.tp, cp=alone.cp, pp=alone.pp, tp_cp=ranks.groups.tp)
+
+
+def _qk_norm(arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks) -> Any:
+    """Norm of the tower's queries and keys over all heads, which may lie on several ranks."""
+    if not arch.vision.qk_normalization:
+        return None
+    if plan.vision == "replicated":
+        return kernels.norm
+    group = ranks.groups.tp
+    return partial(
+        SplitRMSNorm,
+        whole_size=arch.vision.hidden_size,
+        sum_over_tp=partial(_sum_over_tp, group=group),
+        tp_group=group,
+    )
+
+
+def _sum_over_tp(x: Tensor, *, group: Any) -> Tensor:
+    """Sum in forward and, because every rank uses the sum in its own way, in backward."""
+    summed = mappings.reduce_from_tensor_model_parallel_region(x, group=group)
+    return mappings.copy_to_tensor_model_parallel_region(summed, group=group)
+
+
 def _build_vision(
-    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, ranks: Ranks
+    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks
 ) -> InternViT:
     return InternViT(
-        vision_config(config, arch),
+        vision_config(config, arch, plan),
         kernels=kernels,
         image_size=arch.vision.image_size,
         patch_size=arch.vision.patch_size,
         drop_path_rate=config.vision.drop_path_rate,
-        qk_norm=arch.vision.qk_normalization,
+        qk_norm=_qk_norm(arch, kernels=kernels, plan=plan, ranks=ranks),
         mlp_chunks=1 if config.vision.recompute == "selective" else 0,
-        groups=ranks.singleton_groups,
+        groups=tower_groups(plan, ranks),
     )
 
 
 def _build_projector(
-    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, ranks: Ranks
+    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks
 ) -> Projector:
     return Projector(
-        projector_config(config, arch),
+        projector_config(config, arch, plan),
         kernels=kernels,
         vision_channels=arch.vision.hidden_size,
         ratio=arch.downsample_ratio,
         version=arch.pixel_shuffle_version,
-        groups=ranks.singleton_groups,
+        groups=tower_groups(plan, ranks),
     )
 
 
-def _mark_split_over_tp(language: torch.nn.Module) -> None:
+def _mark_split_over_tp(part: torch.nn.Module) -> None:
     """Tell mcore which weights tp ranks hold pieces of.
 
     mcore's local linears set this mark while they draw initial weights, which is switched off here; without it
     a gradient norm counts the piece of tp rank 0 only. Transformer Engine's linears mark themselves.
     """
-    for module in language.modules():
+    for module in part.modules():
         dim = 1 if isinstance(module, RowParallelLinear) else 0
         if isinstance(module, (RowParallelLinear, ColumnParallelLinear, VocabParallelEmbedding)):
             weight = getattr(module, "weight", None)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.parallel.topology import ParallelPlan
 from megatron_v2pe.v2pe.rope import RopeSpec
@@ -87,6 +88,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         context_parallel_size=plan.cp,
@@ -98,16 +100,26 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
     )
 
 
-def vision_config(config: RunConfig, arch: InternVLArchitecture) -> TransformerConfig:
-    """mcore's configuration of the vision tower: whole on every rank, tiles dealt over the ranks."""
-    vision = arch.vision
+def tower_tp(plan: ParallelPlan) -> int:
+    """Tensor parallel size of tower and projector: 1 where every rank holds them whole."""
+    return plan.tp if plan.vision == "tensor" else 1
+
+
+def vision_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
+    """mcore's configuration of the vision tower.
+
+    A split tower has its heads padded to a multiple of tp (InternViT-6B has 25); it never uses sequence
+    parallelism, because the 1025 tokens of a tile do not split.
+    """
+    vision, tp = arch.vision, tower_tp(plan)
     return TransformerConfig(
         **_common(DTYPES[config.runtime.dtype]),
         **_recompute(config.vision.recompute),
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
-        num_attention_heads=vision.num_heads,
+        num_attention_heads=-(-vision.num_heads // tp) * tp,
         kv_channels=vision.hidden_size // vision.num_heads,
+        tensor_model_parallel_size=tp,
         ffn_hidden_size=vision.ffn_size,
         layernorm_epsilon=vision.norm_eps,
         normalization="LayerNorm" if vision.norm_type == "layer_norm" else "RMSNorm",
@@ -117,7 +129,7 @@ def vision_config(config: RunConfig, arch: InternVLArchitecture) -> TransformerC
     )
 
 
-def projector_config(config: RunConfig, arch: InternVLArchitecture) -> TransformerConfig:
+def projector_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the projector; its norm is a LayerNorm whatever the tower's is."""
     hidden = arch.language.hidden_size
     return TransformerConfig(
@@ -125,6 +137,7 @@ def projector_config(config: RunConfig, arch: InternVLArchitecture) -> Transform
         num_layers=1,
         hidden_size=hidden,
         num_attention_heads=arch.language.num_heads,
+        tensor_model_parallel_size=tower_tp(plan),
         ffn_hidden_size=hidden,
         layernorm_epsilon=1e-5,
         normalization="LayerNorm",
@@ -134,15 +147,14 @@ def projector_config(config: RunConfig, arch: InternVLArchitecture) -> Transform
 
 
 def rope_spec(config: RunConfig, arch: InternVLArchitecture) -> RopeSpec:
-    """Rotary embedding of the run: V2PE rotates by plain frequencies, `default` as the checkpoint says."""
+    """Rotary embedding of the run: V2PE takes the place of linear and dynamic scaling, as in the release."""
     language = arch.language
     is_v2pe = config.position.mode != "default" or arch.position_mode != "default"
+    is_scaled = language.rope_scaling.is_trained_in or not is_v2pe
     return RopeSpec(
         dim=language.head_dim,
         base=language.rope_theta,
-        scaling="none" if is_v2pe else language.rope_scaling_type,
-        factor=language.rope_scaling_factor,
-        max_positions=language.max_position_embeddings,
+        scaling=language.rope_scaling if is_scaled else RopeScaling(),
         tokens_per_tile=arch.tokens_per_tile,
         precision=config.position.rope_precision,
         fractional=is_v2pe,

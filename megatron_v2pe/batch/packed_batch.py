@@ -56,13 +56,17 @@ class FeatureRoute:
         send_rows: int64 [sent], rows of the local features (tile-major) in order of destination rank.
         send_splits: rows sent to each rank of the routing group.
         receive_splits: rows received from each rank of the routing group.
-        slots: int64 [received], row of the local embedding that each received row replaces.
+        slots: int64 [v], row of the local embedding that each row replaces.
+        kept: int64 [v], received rows that belong to this rank's slice of the sequence, where all tp ranks
+            receive the rows of their whole cp shard (split vision tower with sequence parallelism); else None
+            and v = received.
     """
 
     send_rows: Tensor
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
     slots: Tensor
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

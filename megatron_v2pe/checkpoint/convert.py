@@ -155,7 +155,7 @@ class ExportedTensors:
         """One Hugging Face tensor; parts of the same parameter that were not asked for yet are kept."""
         if hf_name not in self._waiting:
             entry = self.names.by_hf[hf_name]
-            parts = entry.transform.to_hf(self.state.read(entry.ours))
+            parts = entry.to_hf(self.state.read(entry.ours))
             self._waiting.update(zip(entry.hf, parts, strict=True))
         tensor = self._waiting.pop(hf_name)
         self._progress(tensor.numel() * tensor.itemsize)

@@ -263,16 +263,18 @@ def _check_request(folder: Path, sharded_state_dict: dict[str, Any]) -> None:
         found, wanted = stored.get(shard.key), tuple(shard.global_shape)
         if found is None:
             problems.append(f"{shard.key} is not stored")
-        elif not _fits(found.shape, wanted, any_rows=shard.allow_shape_mismatch):
+        elif not _fits(found.shape, wanted, may_be_padded=shard.allow_shape_mismatch):
             problems.append(f"{shard.key} is stored as {found.shape}, wanted {wanted}")
     # Stages ask for different keys; all must stop, or the others wait for ever.
     everywhere = sorted({problem for rank in gather_from_ranks(problems) for problem in rank})
     raise_together(f"{folder}: checkpoint of another model", everywhere)
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...], *, any_rows: bool) -> bool:
-    """Equal shapes; vocabularies may differ in their padding rows."""
-    return found[1:] == wanted[1:] if any_rows else found == wanted
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...], *, may_be_padded: bool) -> bool:
+    """Equal shapes; where tensor parallelism pads (vocabulary, vision heads) one dimension may differ."""
+    if not may_be_padded or len(found) != len(wanted):
+        return found == wanted
+    return sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1
 
 
 def _built(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 
+from torch import Tensor
+
 from megatron_v2pe.checkpoint.transforms import GroupHeads, Same, StackRows, Transform, VocabularyRows
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import CheckpointError
@@ -133,6 +135,15 @@ class Entry:
     ours: str
     hf_shape: tuple[int, ...]
     transform: Transform
+
+    def to_hf(self, stored: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors of a stored one, without padding.
+
+        Rows and columns that a run added (vocabulary, heads of a split vision tower) lie behind the real ones.
+        """
+        if len(self.hf) == 1:
+            stored = stored[tuple(slice(size) for size in self.hf_shape)]
+        return self.transform.to_hf(stored)
 
 
 @dataclass(frozen=True)

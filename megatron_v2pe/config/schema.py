@@ -87,6 +87,9 @@ class ParallelConfig:
     """Context parallel size: ranks that share one sequence."""
     sequence_parallel: bool = False
     """Split activations between layers over the tensor parallel ranks."""
+    vision: Literal["replicated", "tensor"] = "replicated"
+    """The vision tower on tensor parallel ranks. replicated: whole on each, tiles dealt over them where
+    sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
@@ -101,6 +104,11 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp"):
             _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+        if self.vision == "tensor" and self.tp == 1:
+            raise ConfigError(
+                "parallel.vision is 'tensor', but parallel.tp is 1 and there is nothing to split over; set parallel.tp "
+                "to 2 or more, or vision to replicated"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
                 f"parallel.vpp is {self.vpp}, but parallel.pp is 1 and there is no pipeline to interleave; set "

@@ -27,6 +27,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_model_split(config.parallel, arch)
     check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
     check_heads_by_cp(config.parallel, arch)
+    check_vision_split(config.parallel, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_world(config, world_size)
     check_positions(config, arch.tokens_per_tile)
@@ -101,6 +102,24 @@ def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
                 f"parallel.cp_comm_type is 'a2a' with parallel.tp x parallel.cp = {parallel.tp} x {parallel.cp}, which "
                 f"must divide the {size} {what} of the language model; make tp or cp smaller, or take p2p"
             )
+
+
+def check_vision_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
+    """A split tower cuts its feed-forward channels and the projector's; its heads are padded."""
+    if parallel.vision != "tensor":
+        return
+    sizes = {"vision feed-forward": arch.vision.ffn_size, "projector": arch.language.hidden_size}
+    for what, size in sizes.items():
+        if size % parallel.tp:
+            raise ConfigError(
+                f"parallel.tp is {parallel.tp} with parallel.vision 'tensor', but must divide the {size} {what} "
+                f"channels; possible: {_divisors(size)}, or set parallel.vision to replicated"
+            )
+    if arch.vision.qk_normalization and arch.vision.norm_type != "rms_norm":
+        raise ConfigError(
+            "parallel.vision is 'tensor', but this tower normalises queries and keys by LayerNorm, whose mean over all "
+            "heads is not implemented across ranks; set parallel.vision to replicated"
+        )
 
 
 def check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:

@@ -124,7 +124,7 @@ def language_layer_spec(kernels: Kernels, *, layer: type, **params: Any) -> Modu
 
 
 def vision_layer_spec(
-    kernels: Kernels, *, layer: type, attention: type, qkv_bias: bool, qk_norm: bool, **params: Any
+    kernels: Kernels, *, layer: type, attention: type, qkv_bias: bool, qk_norm: Any, **params: Any
 ) -> ModuleSpec:
     """Pre-norm bidirectional layer.
 
@@ -133,7 +133,7 @@ def vision_layer_spec(
         layer: class of the layer, built with `params` (InternViT adds LayerScale and drop path).
         attention: class of the attention; takes `qk_norm`, a norm or None.
         qkv_bias: queries, keys and values have a bias.
-        qk_norm: normalise queries and keys.
+        qk_norm: what normalises queries and keys, or None.
         **params: keyword arguments of `layer`.
     """
     spec = _attention(
@@ -142,6 +142,6 @@ def vision_layer_spec(
         mask=AttnMaskType.no_mask,
         module=attention,
         linear_qkv=kernels.column_linear if qkv_bias else _without_bias(kernels.column_linear),
-        qk_norm=kernels.norm if qk_norm else None,
+        qk_norm=qk_norm,
     )
     return _layer(kernels, module=layer, attention=spec, params=params)

@@ -6,11 +6,14 @@ parameters, by which mcore sums their gradients over the tensor parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -45,3 +48,57 @@ class Norm(torch.nn.Module):
             return F.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps)
         working = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(working, (self.hidden_size,), None, self.eps).to(x.dtype) * self.weight
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+class SplitRMSNorm(torch.nn.Module):
+    """RMSNorm over a dimension of which each tp rank holds a piece.
+
+    Args:
+        config: mcore's configuration (params_dtype).
+        hidden_size: size of this rank's piece; padding in it must be zero.
+        eps: added to the mean square.
+        whole_size: size of the whole dimension, without padding.
+        sum_over_tp: port; differentiable sum of [..., 1] over the pieces. Its gradient is summed too.
+        tp_group: opaque to this module; mcore's checkpoints ask for it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        whole_size: int,
+        sum_over_tp: Callable[[Tensor], Tensor] = _itself,
+        tp_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.whole_size = eps, whole_size
+        self.sum_over_tp, self.tp_group = sum_over_tp, tp_group
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] to the same shape and dtype; float32 inside, weight last, as `Norm`."""
+        working = x if x.dtype == torch.float64 else x.float()
+        mean_square = self.sum_over_tp(working.square().sum(-1, keepdim=True)) / self.whole_size
+        return (working * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The piece of this rank, split along dimension 0; the last pieces may end in padding."""
+        shards = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        shards[f"{prefix}weight"].allow_shape_mismatch = True
+        return shards

@@ -42,15 +42,23 @@ class InternViTAttention(SelfAttention):
     InternViT-6B does so (`qk_normalization`); mcore's own q/k norms work head by head. The attributes do not
     carry mcore's names (q_layernorm), by which it would sum their gradients over tp.
 
+    A tower split over tp may have more heads than the checkpoint, so that they divide evenly; the added ones are
+    zero, get zero gradients, and are neither read from nor needed in a checkpoint.
+
     Args:
         qk_norm: class of the norm, or None.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, qk_norm: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.has_padded_heads = config.num_attention_heads * config.kv_channels != config.hidden_size
+        if self.has_padded_heads:
+            for parameter in (*self.linear_qkv.parameters(), self.linear_proj.weight):
+                torch.nn.init.zeros_(parameter)
         self.q_norm, self.k_norm = None, None
         if qk_norm is not None:
-            width, eps = config.hidden_size, config.layernorm_epsilon
+            width = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
+            eps = config.layernorm_epsilon
             self.q_norm = qk_norm(config=config, hidden_size=width, eps=eps)
             self.k_norm = qk_norm(config=config, hidden_size=width, eps=eps)
 
@@ -61,6 +69,17 @@ class InternViTAttention(SelfAttention):
             return projected
         query, key, *rest = projected
         return (_over_heads(self.q_norm, query), _over_heads(self.k_norm, key), *rest)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """mcore's shards; padded heads let stored and wanted shapes differ along the heads."""
+        shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.has_padded_heads:
+            for name in ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight"):
+                if f"{prefix}{name}" in shards:
+                    shards[f"{prefix}{name}"].allow_shape_mismatch = True
+        return shards
 
 
 def _over_heads(norm: torch.nn.Module, x: Tensor) -> Tensor:
@@ -100,7 +119,7 @@ class InternViTLayer(RecomputingLayer):
 
 
 class InternViT(MegatronModule):
-    """The vision tower, whole on each rank (tensor parallel size 1 of its own groups).
+    """The vision tower: whole on each rank (groups of one), or split over the tp group it is given.
 
     Args:
         config: mcore's configuration of the tower.
@@ -108,9 +127,9 @@ class InternViT(MegatronModule):
         image_size: size in pixels that the position table was made for.
         patch_size: pixels of a patch's side.
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
-        qk_norm: normalise queries and keys over the full width.
+        qk_norm: what normalises queries and keys over the full width, or None.
         mlp_chunks: pieces in which an MLP is recomputed; 0 keeps its activations.
-        groups: singleton process groups.
+        groups: process groups; singletons for a whole tower.
     """
 
     def __init__(
@@ -121,7 +140,7 @@ class InternViT(MegatronModule):
         image_size: int,
         patch_size: int,
         drop_path_rate: float,
-        qk_norm: bool,
+        qk_norm: Any,
         mlp_chunks: int,
         groups: ProcessGroupCollection,
     ) -> None:

@@ -33,13 +33,13 @@ def owned_rows(layout: PackLayout, plan: ParallelPlan, tile_rank: int) -> tuple[
     Args:
         layout: documents of the pack.
         plan: sizes of the parallel axes.
-        tile_rank: cp_rank * tp + tp_rank with sequence parallelism, cp_rank without.
+        tile_rank: cp_rank * tp + tp_rank where tiles are dealt over tp, else cp_rank.
 
     Returns:
         slots: int64 [v], rows of the rank's local embedding, ascending.
         rows: int64 [v], feature row of each, ascending.
     """
-    slices = plan.tp if plan.sequence_parallel else 1
+    slices = plan.tp if plan.deals_tiles_over_tp else 1
     cp_rank, tp_slice = divmod(tile_rank, slices)
     ranges = shard_ranges(layout.cu_seqlens, cp_size=plan.cp, cp_rank=cp_rank)
     slots, rows = visual_rows(layout, ranges)
@@ -49,7 +49,7 @@ def owned_rows(layout: PackLayout, plan: ParallelPlan, tile_rank: int) -> tuple[
 
 
 def feature_route(
-    layout: PackLayout, *, plan: ParallelPlan, tile_rank: int, device: torch.device
+    layout: PackLayout, *, plan: ParallelPlan, tile_rank: int, tp_rank: int = 0, device: torch.device
 ) -> FeatureRoute:
     """What this rank sends to and receives from each rank of the tile group.
 
@@ -57,6 +57,7 @@ def feature_route(
         layout: documents of the pack.
         plan: sizes of the parallel axes.
         tile_rank: this rank in the tile group.
+        tp_rank: this rank's slice of the sequence, where tp ranks share tiles and sequence parallelism is on.
         device: where the index tensors are needed.
     """
     num_ranks = plan.tile_ranks
@@ -69,11 +70,18 @@ def feature_route(
         _, rows = owned_rows(layout, plan, rank)
         sent.append(rows[slice(*np.searchsorted(rows, [mine.start, mine.stop]))] - mine.start)
     slots, rows = owned_rows(layout, plan, tile_rank)
+    received, kept = rows, None
+    if plan.sequence_parallel and not plan.deals_tiles_over_tp:
+        length = layout.num_tokens // plan.cp // plan.tp
+        first, last = np.searchsorted(slots, [tp_rank * length, (tp_rank + 1) * length])
+        kept = torch.arange(int(first), int(last), device=device)
+        slots = slots[first:last] - tp_rank * length
     return FeatureRoute(
         send_rows=torch.from_numpy(np.concatenate(sent)).to(device),
         send_splits=tuple(len(part) for part in sent),
-        receive_splits=tuple(np.diff(np.searchsorted(rows, first_rows)).tolist()),
+        receive_splits=tuple(np.diff(np.searchsorted(received, first_rows)).tolist()),
         slots=torch.from_numpy(slots).to(device),
+        kept=kept,
     )
 
 
@@ -100,19 +108,40 @@ class _AllToAll(torch.autograd.Function):
         return returned, None, None, None
 
 
+class _KeepSlice(torch.autograd.Function):
+    """A tp rank's rows out of rows that all tp ranks hold; backward gives all of them every rank's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, kept: Tensor, group: Any) -> Tensor:
+        """[received, H] to [v, H]."""
+        ctx.save_for_backward(kept)
+        ctx.num_rows, ctx.group = len(rows), group
+        return rows[kept]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Slices do not overlap, so the sum over tp puts them together."""
+        (kept,) = ctx.saved_tensors
+        whole = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        whole[kept] = grads[0]
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None
+
+
 class FeatureRouter:
     """The model's routing port: differentiable exchange of feature rows inside the tile group.
 
     Args:
         group: ranks that share the tiles of a pack (`Ranks.tile_group`).
+        tp_group: ranks that share a split tower's tiles; needed where routes keep a slice.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, group: Any, tp_group: Any = None) -> None:
+        self.group, self.tp_group = group, tp_group
 
     def __call__(self, features: Tensor, route: FeatureRoute) -> Tensor:
         """Features [n_local * K, H] of this rank's tiles to rows [v, H] of this rank's slots."""
         rows = features[route.send_rows]
-        if self.group.size() == 1:
-            return rows
-        return _AllToAll.apply(rows, route.send_splits, route.receive_splits, self.group)
+        if self.group.size() > 1:
+            rows = _AllToAll.apply(rows, route.send_splits, route.receive_splits, self.group)
+        return rows if route.kept is None else _KeepSlice.apply(rows, route.kept, self.tp_group)

@@ -56,7 +56,9 @@ def shard_batch(
     if ranks.is_first_stage if encodes_tiles is None else encodes_tiles:
         _check_share(batch, plan=plan, tile_rank=ranks.tile_rank)
         pixels = _pixels(torch.from_numpy(batch.tiles).to(device), mean=mean, std=std).to(dtype)
-        route = feature_route(layout, plan=plan, tile_rank=ranks.tile_rank, device=device)
+        route = feature_route(
+            layout, plan=plan, tile_rank=ranks.tile_rank, tp_rank=ranks.tp_rank, device=device
+        )
     return LocalBatch(
         tokens=torch.from_numpy(batch.tokens[index]).to(device).unsqueeze(0),
         labels=torch.from_numpy(batch.labels[index]).to(device).unsqueeze(0),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class ParallelPlan:
         dp: data parallel size, what remains of the world.
         vpp: virtual stages of each pipeline rank.
         sequence_parallel: activations between layers are split over tp.
+        vision: the tower is `replicated` on tp ranks or split over them (`tensor`).
     """
 
     tp: int = 1
@@ -48,6 +49,7 @@ class ParallelPlan:
     dp: int = 1
     vpp: int = 1
     sequence_parallel: bool = False
+    vision: Literal["replicated", "tensor"] = "replicated"
 
     @property
     def world_size(self) -> int:
@@ -64,13 +66,18 @@ class ParallelPlan:
         return chunks * (self.tp if self.sequence_parallel else 1)
 
     @property
-    def tile_ranks(self) -> int:
-        """Ranks of the first stage that share the tiles of a pack.
+    def deals_tiles_over_tp(self) -> bool:
+        """Whether tp ranks encode different tiles.
 
-        tp ranks encode different tiles under sequence parallelism, where each owns a slice of the tokens;
-        without it they all need all features of their cp shard, so they encode the same tiles.
+        They do under sequence parallelism, where each owns a slice of the tokens. Without it all of them need all
+        features of their cp shard and encode the same tiles, as they must when the tower itself is split.
         """
-        return self.cp * (self.tp if self.sequence_parallel else 1)
+        return self.sequence_parallel and self.vision == "replicated"
+
+    @property
+    def tile_ranks(self) -> int:
+        """Ranks of the first stage that share the tiles of a pack."""
+        return self.cp * (self.tp if self.deals_tiles_over_tp else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,8 +97,8 @@ class Ranks:
         groups: mcore's collection for the language model: tp, cp, pp, dp, dp_cp, tp_cp, embd and the rest.
         singleton_groups: collection of groups of this rank alone, for parts that are whole on every rank.
         tile_rank: which share of a pack's tiles this rank encodes, 0..plan.tile_ranks-1.
-        tile_group: ranks that exchange image features: tp x cp (rank = cp_rank * tp + tp_rank) with sequence
-            parallelism, cp alone without.
+        tile_group: ranks that exchange image features: tp x cp (rank = cp_rank * tp + tp_rank) where tiles are
+            dealt over tp, else cp alone.
         vision_replica_group: ranks of this stage that hold copies of the vision tower: tp x cp x dp.
     """
 
@@ -131,6 +138,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
         dp=world_size // replica,
         vpp=config.vpp,
         sequence_parallel=config.sequence_parallel,
+        vision=config.vision,
     )
 
 
@@ -217,7 +225,7 @@ def _ranks(plan: ParallelPlan, device: torch.device, timeout_minutes: int) -> Ra
     alone = dist.new_group(
         [dist.get_rank()], timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True
     )
-    tile_group = groups.tp_cp if plan.sequence_parallel else groups.cp
+    tile_group = groups.tp_cp if plan.deals_tiles_over_tp else groups.cp
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

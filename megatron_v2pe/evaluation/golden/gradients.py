@@ -79,9 +79,6 @@ def _whole_gradients(chunks: list[InternVL], arch: InternVLArchitecture, ranks: 
         reader = StateReader(folder)
         gradients: dict[str, Tensor] = {}
         for entry in name_map(arch).by_ours.values():
-            ours = reader.read(entry.ours)
-            if entry.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
-                ours = ours[: arch.language.vocab_size]
-            gradients.update(zip(entry.hf, entry.transform.to_hf(ours), strict=True))
+            gradients.update(zip(entry.hf, entry.to_hf(reader.read(entry.ours)), strict=True))
         on_first_rank(lambda: None)
     return gradients
