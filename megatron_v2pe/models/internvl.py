@@ -99,7 +99,7 @@ class InternVL(MegatronModule):
         hidden = self.vision(pixels)
         return recomputed(self.projector, hidden) if is_trained(self.projector) else self.projector(hidden)
 
-    def forward(self, batch: LocalBatch) -> Tensor:
+    def forward(self, batch: LocalBatch) -> Tensor | tuple[Tensor, Tensor]:
         """See `LanguageModel.forward` for what is returned."""
         decoder_input = None
         if self.pre_process:

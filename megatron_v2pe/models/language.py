@@ -2,7 +2,7 @@
 
     hidden = embedding(tokens)                              first stage; visual rows are spliced in by InternVL
     hidden = layer(hidden, angles(positions))  x num_layers
-    losses = cross_entropy(head(norm(hidden)), labels)      last stage
+    total, losses = cross_entropy(head(norm(hidden)), labels, weights)      last stage
 
 Rotary angles are computed from the local tokens' positions on each stage and travel to the attention core
 inside the packed parameters; mcore itself is told that there are no position embeddings.
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
 from megatron_v2pe.models.layer_specs import Kernels, language_layer_spec
-from megatron_v2pe.models.loss import HeadPorts, cross_entropy
+from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
 from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles
 
@@ -106,36 +106,38 @@ class LanguageModel(GPTModel):
 
         Returns:
             Hidden states [r, 1, H]; on the last stage after the final norm, or, when the batch has labels,
-            the cross entropy of each local token, float32 [1, l], 0 where there is no label.
+            the weighted sum of the local tokens' cross entropies, float32 [], and each of them, float32 [1, l],
+            without gradients and 0 where there is no label.
         """
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         params = self.attention_params(batch)
         with self.memory.saved_tensors():
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
-        if not self.post_process or batch.labels is None:
+        if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden
-        return self.token_losses(hidden, batch.labels)
+        return self.loss(hidden, batch.labels, batch.loss_weights)
 
     def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
         recomputes = self.training and self.config.recompute_granularity is not None
         return recomputes and torch.is_grad_enabled() and not decoder_input.requires_grad
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Final hidden states [r, 1, H] and labels [1, l] to losses [1, l]; unlabelled tokens get 0."""
+    def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l]."""
         labels = labels.squeeze(0)
         supervised = (labels >= 0).nonzero().squeeze(1)
         rows = self.head_ports.gather_hidden(hidden).squeeze(1)[supervised]
-        losses = cross_entropy(
+        total, losses = weighted_cross_entropy(
             rows,
             self.head_weight(),
             labels[supervised],
+            row_weights=weights.squeeze(0)[supervised],
             vocab_size=self.num_words,
             chunk=self.memory.loss_chunk_tokens,
             ports=self.head_ports,
         )
-        return losses.new_zeros(len(labels)).index_copy(0, supervised, losses).unsqueeze(0)
+        return total, losses.new_zeros(len(labels)).index_copy(0, supervised, losses).unsqueeze(0)
 
     def head_weight(self) -> Tensor:
         """Output projection [V, H] of this rank; the embedding where they are tied."""

@@ -4,7 +4,7 @@
 
 This is the release's formula with `loss_reduction_all_gather`; the division happens once, in the optimizer
 step, after the sums have met over context and data parallel ranks. Rows without a label never meet the
-output projection, and logits exist for `chunk` rows at a time, in forward and again in backward.
+output projection, and logits exist for `chunk` rows at a time, once.
 
 Shape legend: r supervised rows, H hidden, V vocabulary rows of this rank (the whole vocabulary when serial).
 """
@@ -45,50 +45,78 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Linear and softmax cross entropy without [r, V] logits; see `cross_entropy`.
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Linear and weighted softmax cross entropy without [r, V] logits; see `weighted_cross_entropy`.
 
-    Backward recomputes a chunk's logits: d_logits = (softmax - one_hot) * grad, then the two products.
+    d total / d logits = (softmax - one_hot) * weight is known as soon as a chunk's logits are, because the
+    result is one number: so both products of the gradient are formed in the forward pass, while the logits are
+    there, and backward only scales them. Computing the logits again in backward would cost a third more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, words: Tensor, labels: Tensor, chunk: int, ports: HeadPorts
-    ) -> Tensor:
-        """Losses [r] of hidden [r, H] against words [V, H], a chunk of rows at a time."""
-        losses, log_normalizers = [], []
-        for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-            logits = (rows @ words.t()).to(_working_dtype(hidden))  # [c, V]
-            shift = ports.reduce_max(_row_max(logits))
-            target_logit, _ = _pick(logits, targets, ports.first_word)
-            exp_sum = (logits - shift[:, None]).exp_().sum(-1)
-            target_logit, exp_sum = ports.reduce_sum(torch.stack([target_logit, exp_sum])).unbind()
-            log_normalizers.append(exp_sum.log() + shift)
-            losses.append(log_normalizers[-1] - target_logit)
-        empty = hidden.new_zeros(0, dtype=_working_dtype(hidden))
-        ctx.save_for_backward(hidden, words, labels, torch.cat([*log_normalizers, empty]))
-        ctx.chunk, ctx.ports = chunk, ports
-        return torch.cat([*losses, empty])
+        ctx: Any,
+        hidden: Tensor,
+        words: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        chunk: int,
+        ports: HeadPorts,
+        is_differentiated: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Total [] and losses [r] of hidden [r, H] against words [V, H], a chunk of rows at a time."""
+        working = _working_dtype(hidden)
+        weights = weights.to(working)
+        losses = torch.empty(len(hidden), dtype=working, device=hidden.device)
+        wanted = [is_differentiated and needed for needed in ctx.needs_input_grad[:2]]
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # float32 sums over chunks: a bf16 running sum would lose the small rows.
+        grad_words = torch.zeros_like(words, dtype=working) if wanted[1] else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ words.t()).to(working)  # [c, V]
+            losses[part], normalizers = _losses(logits, labels[part], ports)
+            if any(wanted):
+                grad_logits = _grad_logits(logits, labels[part], weights[part], normalizers, ports.first_word)
+                grad_logits = grad_logits.to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_logits @ words
+                if grad_words is not None:
+                    grad_words += grad_logits.t() @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_words)
+        ctx.dtype = words.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden and words; logits are computed again, chunk by chunk."""
-        hidden, words, labels, log_normalizers = ctx.saved_tensors
-        chunk, ports = ctx.chunk, ctx.ports
-        grad_hidden = torch.zeros_like(hidden)
-        # float32 sums over chunks: a bf16 running sum would lose the small rows.
-        grad_words = torch.zeros_like(words, dtype=_working_dtype(hidden))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            probabilities = (hidden[part] @ words.t()).to(_working_dtype(hidden))
-            probabilities = (probabilities - log_normalizers[part, None]).exp_()
-            _, (index, owned) = _pick(probabilities, labels[part], ports.first_word)
-            if len(words):
-                probabilities.scatter_add_(1, index[:, None], -owned.to(probabilities.dtype)[:, None])
-            grad_logits = (probabilities * grads[0][part, None]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ words
-            grad_words += (grad_logits.t() @ hidden[part]).to(grad_words.dtype)
-        return grad_hidden, grad_words.to(words.dtype), None, None, None
+        """Gradients of hidden and words: those of the forward pass times the total's."""
+        grad_hidden, grad_words = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0]
+        if grad_words is not None:
+            grad_words = grad_words.mul_(grads[0]).to(ctx.dtype)  # in place: it is as large as the head
+        return grad_hidden, grad_words, None, None, None, None, None
+
+
+def _losses(logits: Tensor, targets: Tensor, ports: HeadPorts) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, and its sum of exponentials; the logits [c, V] become those exponentials."""
+    shift = ports.reduce_max(_row_max(logits))
+    target_logit, _ = _pick(logits, targets, ports.first_word)
+    exp_sum = logits.sub_(shift[:, None]).exp_().sum(-1)
+    target_logit, exp_sum = ports.reduce_sum(torch.stack([target_logit, exp_sum])).unbind()
+    return exp_sum.log() + shift - target_logit, exp_sum
+
+
+def _grad_logits(
+    exponentials: Tensor, targets: Tensor, weights: Tensor, normalizers: Tensor, first_word: int
+) -> Tensor:
+    """(softmax - one_hot) * weight, in the place of the exponentials [c, V]."""
+    gradient = exponentials.mul_((weights / normalizers)[:, None])
+    _, (index, owned) = _pick(gradient, targets, first_word)
+    if gradient.shape[1]:
+        gradient.scatter_add_(1, index[:, None], -(owned * weights)[:, None])
+    return gradient
 
 
 def _row_max(logits: Tensor) -> Tensor:
@@ -109,26 +137,32 @@ def _pick(values: Tensor, targets: Tensor, first_word: int) -> tuple[Tensor, tup
     return torch.where(owned, picked, torch.zeros_like(picked)), (index, owned)
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, chunk: int, ports: HeadPorts
-) -> Tensor:
-    """Cross entropy of each supervised row.
+def weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    row_weights: Tensor,
+    vocab_size: int,
+    chunk: int,
+    ports: HeadPorts,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of supervised rows, summed with weights.
 
     Args:
         hidden: [r, H], final hidden states after `ports.gather_hidden`.
         weight: [V_padded, H], output projection of this rank.
         labels: int64 [r], global word ids.
+        row_weights: [r], weight of each row's loss.
         vocab_size: words of the whole vocabulary; rows beyond it are padding and get no probability.
         chunk: rows whose logits exist at a time.
         ports: collectives over tp.
 
     Returns:
-        float32 [r] (float64 for float64 input).
+        total: [], sum of weight * loss, differentiable once in `hidden` and `weight`.
+        losses: [r], for reports, without gradients. Both float32 (float64 for float64 input).
     """
     num_words = min(max(vocab_size - ports.first_word, 0), len(weight))
-    return ChunkedCrossEntropy.apply(hidden, weight[:num_words], labels, chunk, ports)
-
-
-def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    """Numerator of the loss: sum of weight * loss, in the losses' dtype."""
-    return (losses * weights.to(losses.dtype)).sum()
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight[:num_words], labels, row_weights, chunk, ports, torch.is_grad_enabled()
+    )

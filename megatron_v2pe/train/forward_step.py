@@ -1,6 +1,6 @@
-"""What mcore's pipeline schedule calls for each micro batch: cut, run this stage, weigh the losses.
+"""What mcore's pipeline schedule calls for each micro batch: cut, run this stage, add the weights up.
 
-    PackedBatch --shard_batch--> LocalBatch --InternVL--> losses [1, l] --weights--> sum   (last stage)
+    PackedBatch --shard_batch--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
 
 The schedule is told nothing of weights: it counts in int32. The float weights are summed here and handed to
 mcore's gradient finalisation in the schedule's place (`finalize`), which divides by their global sum once.
@@ -19,9 +19,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch
-from megatron_v2pe.models.loss import weighted_sum
 
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 @dataclass(kw_only=True)
@@ -56,14 +55,16 @@ class MicroBatchRunner:
             return model(batch), None
         return model(batch), partial(self._loss, batch.loss_weights)
 
-    def _loss(self, loss_weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total = weighted_sum(losses, loss_weights)
+    def _loss(
+        self, loss_weights: Tensor, output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, losses = output
         self.weight_sum += loss_weights.sum(dtype=torch.float64)
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
         return (
             total,
             torch.zeros((), dtype=torch.int, device=losses.device),
-            {"loss_sum": total.detach(), "losses": losses.detach()},
+            {"loss_sum": total.detach(), "losses": losses},
         )
 
     def finalize(self, model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.config.schema import DataConfig
 from megatron_v2pe.data.collate import shift_left
 from megatron_v2pe.evaluation.golden.rows import Row, compared, equal
-from megatron_v2pe.models.loss import HeadPorts, cross_entropy, weighted_sum
+from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 
 LOSS_ATOL = 1e-5  # FORMAT: float32 losses of order 5
 GRADIENT_ATOL = 1e-6  # gradients of order 0.1, float32
@@ -87,15 +87,16 @@ def _mode_rows(name: str, wanted: dict[str, Any], ranks: list[dict[str, Tensor]]
 def _weighted_loss(rank: dict[str, Tensor]) -> Tensor:
     supervised = (rank["labels"] != IGNORE_INDEX).nonzero().squeeze(1)
     vocab_size = rank["logits"].shape[-1]
-    losses = cross_entropy(
+    total, _ = weighted_cross_entropy(
         rank["logits"].reshape(-1, vocab_size)[supervised],
         torch.eye(vocab_size),
         rank["labels"][supervised],
+        row_weights=rank["weights"][supervised],
         vocab_size=vocab_size,
         chunk=CHUNK,
         ports=HeadPorts(),
     )
-    return weighted_sum(losses, rank["weights"][supervised])
+    return total
 
 
 def _numbers(name: str, quantity: str, ours: list[Tensor], wanted: list[float]) -> Row:

@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_v2pe.models.loss import HeadPorts, cross_entropy
+from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 
 
 def make(rows=13, hidden=8, vocab=11, padded=16, dtype=torch.float64):
@@ -21,11 +22,15 @@ def make(rows=13, hidden=8, vocab=11, padded=16, dtype=torch.float64):
 def test_equals_plain_cross_entropy(chunk, dtype, tolerance):
     h, w, labels = make(dtype=dtype)
     scale = torch.linspace(0, 1, 13, dtype=dtype)
-    loss = cross_entropy(h, w, labels, vocab_size=11, chunk=chunk, ports=HeadPorts())
-    grads = torch.autograd.grad((loss * scale).sum(), (h, w))
+    total, losses = weighted_cross_entropy(
+        h, w, labels, row_weights=scale, vocab_size=11, chunk=chunk, ports=HeadPorts()
+    )
+    grads = torch.autograd.grad(3 * total, (h, w))
     plain = F.cross_entropy(h @ w[:11].t(), labels, reduction="none")
-    wanted = torch.autograd.grad((plain * scale).sum(), (h, w))
-    assert torch.allclose(loss, plain, atol=tolerance)
+    wanted = torch.autograd.grad(3 * (plain * scale).sum(), (h, w))
+    assert torch.allclose(losses, plain, atol=tolerance)
+    assert torch.allclose(total, (plain * scale).sum(), atol=10 * tolerance)
+    assert not losses.requires_grad
     for grad, want in zip(grads, wanted, strict=True):
         assert torch.allclose(grad, want, atol=tolerance)
     assert (grads[1][11:] == 0).all()  # padding rows get no probability and no gradient
@@ -52,7 +57,8 @@ class ThreadedReduce:
 def test_split_vocabulary_equals_whole(size):
     h, w, labels = make(vocab=11, padded=16)
     plain = F.cross_entropy(h @ w[:11].t(), labels, reduction="none")
-    wanted = torch.autograd.grad(plain.sum(), (h, w))
+    weights = torch.linspace(0.5, 2, 13, dtype=torch.float64)
+    wanted = torch.autograd.grad((plain * weights).sum(), (h, w))
     group, results = ThreadedReduce(size), [None] * size
 
     def run(rank):
@@ -64,8 +70,10 @@ def test_split_vocabulary_equals_whole(size):
             reduce_max=group.port(rank, lambda x: x.amax(0)),
             reduce_sum=group.port(rank, lambda x: x.sum(0)),
         )
-        loss = cross_entropy(local, part, labels, vocab_size=11, chunk=5, ports=ports)
-        results[rank] = (loss.detach(), *torch.autograd.grad(loss.sum(), (local, part)))
+        total, losses = weighted_cross_entropy(
+            local, part, labels, row_weights=weights, vocab_size=11, chunk=5, ports=ports
+        )
+        results[rank] = (losses, *torch.autograd.grad(total, (local, part)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -78,18 +86,52 @@ def test_split_vocabulary_equals_whole(size):
 
 
 def test_no_supervised_rows():
-    h, w, _ = make(rows=0)
-    loss = cross_entropy(h, w, torch.zeros(0, dtype=torch.int64), vocab_size=11, chunk=4, ports=HeadPorts())
-    grad_h, grad_w = torch.autograd.grad(loss.sum(), (h, w))
-    assert loss.shape == (0,)
+    h, w, labels = make(rows=0)
+    total, losses = weighted_cross_entropy(
+        h, w, labels, row_weights=torch.zeros(0), vocab_size=11, chunk=4, ports=HeadPorts()
+    )
+    grad_h, grad_w = torch.autograd.grad(total, (h, w))
+    assert total == 0
+    assert losses.shape == (0,)
     assert grad_h.shape == (0, 8)
     assert (grad_w == 0).all()
 
 
-def test_logits_never_exist_for_all_rows():
-    """The largest tensor that autograd keeps is far below rows x vocabulary."""
+class LargestTensor(TorchDispatchMode):
+    """Most elements of any tensor that an operation returns, views of the given ones aside."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.given:
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_logits_never_exist_for_all_rows(chunk):
+    """Forward and backward: no tensor is larger than a chunk's logits, or the head itself."""
     h, w, labels = make(rows=512, vocab=1000, padded=1024, dtype=torch.float32)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        cross_entropy(h, w, labels, vocab_size=1000, chunk=16, ports=HeadPorts())
-    assert max(saved) <= 1024 * 8
+    with LargestTensor() as largest:
+        total, _ = weighted_cross_entropy(
+            h, w, labels, row_weights=torch.ones(512), vocab_size=1000, chunk=chunk, ports=HeadPorts()
+        )
+        total.backward()
+    assert largest.elements == chunk * 1000
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_gradients_of_frozen_parts_are_not_formed(frozen):
+    """A frozen head costs no head-sized buffer, and evaluation forms no gradients at all."""
+    tensors = make(rows=4, vocab=100, padded=100)
+    tensors[frozen].requires_grad_(False)
+    arguments = dict(row_weights=torch.ones(4), vocab_size=100, chunk=4, ports=HeadPorts())
+    total, _ = weighted_cross_entropy(*tensors, **arguments)
+    assert [saved is None for saved in total.grad_fn.saved_tensors] == [frozen == 0, frozen == 1]
+    with torch.no_grad(), LargestTensor(*tensors) as largest:
+        weighted_cross_entropy(*tensors, **arguments)
+    assert largest.elements == 4 * 100  # its logits; the head has 100 x 8
