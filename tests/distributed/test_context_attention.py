@@ -1,7 +1,7 @@
 """Attention over context parallel ranks (ring, all_gather, a2a) against full attention, forward and backward.
 
 Strategy: the same packed documents through plain softmax attention in float64 on one process; each rank's shard
-must equal its rows of that. Strictness: float64 1e-12 (nothing but summation order differs), float32 2e-6. Bytes
+must equal its rows of that. Strictness: float64 1e-12 (nothing but summation order differs), float32 4e-6. Bytes
 that each rank sent are what the kernel counted, and must be the formula's.
 """
 
@@ -91,7 +91,7 @@ CASES = [
     if comm != "a2a" or heads[1] % 2 == 0
 ]
 # bfloat16: inputs are exact, the error is that of rounding outputs and gradients of size 1 to 8 bits.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-2}
 
 
 WHOLE_ROW = [(comm, MIXED, 4, 2, torch.float64, True) for comm in BACK_ENDS]
