@@ -45,13 +45,14 @@ ensure_venv "$root"
 started=$SECONDS
 say() { echo "[quickstart +$((SECONDS - started)) s] $*" >&2; }
 v2pe() { "$VENV_PYTHON" -m megatron_v2pe "$@"; }
+ranks() { "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_v2pe "$@"; }
 
+# Only a folder that this script made is written to or removed.
+if [ -e "$work" ] && [ ! -e "$work/.quickstart" ] && [ -n "$(ls -A "$work")" ]; then
+    echo "run.sh: $work was not made by this script; remove it yourself or choose another --work" >&2
+    exit 2
+fi
 if [ "$fresh" = yes ] && [ -e "$work" ]; then
-    # Only a folder that this script made is removed.
-    if [ ! -e "$work/.quickstart" ]; then
-        echo "run.sh: $work was not made by this script; remove it yourself or choose another --work" >&2
-        exit 2
-    fi
     say "removing $work"
     rm -rf "$work"
 fi
@@ -79,8 +80,7 @@ say "3/7 import-hf"
 
 say "4/7 train: $steps steps on 2 ranks, context parallel"
 if [ ! -e "$trained/checkpoint.json" ]; then
-    "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_v2pe \
-        train "$here/train.yaml" \
+    ranks train "$here/train.yaml" \
         model.checkpoint="$work/imported" data.meta="$work/data/train_meta.json" runtime.run_dir="$run" \
         optim.steps="$steps" optim.warmup_steps=$((steps > 60 ? 60 : steps - 1))
 fi
@@ -92,8 +92,7 @@ say "6/7 verify: exported weights against the trained checkpoint, bit for bit"
 v2pe verify "$run/exported" "$trained"
 
 say "7/7 evaluate: 1x to 8x the trained length, visual positions in steps of 4/4 (default), 2/4 and 1/4"
-# One process answers, so it may use both cores.
-OMP_NUM_THREADS=2 v2pe evaluate "$trained" --data "$work/data/eval.jsonl" --strides default,2,1 \
+ranks evaluate "$trained" --data "$work/data/eval.jsonl" --strides default,2,1 \
     --out "$run/report" --metrics "$run/metrics.jsonl" --max-new-tokens 4
 
 say "done; pictures and tables are in $run/report"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing
 
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
@@ -14,7 +13,7 @@ HELP = """Ask about long documents, once per stride; report exact-match accuracy
 
 DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends
 with the expected answer, and carries id, length (tokens) and depth (0..1). Answers that OUT already holds are
-kept, so an interrupted evaluation continues.
+kept, so an interrupted evaluation continues. Under torchrun the processes share the questions.
 
 Example: megatron-v2pe evaluate runs/a/checkpoints/step_00000400 --data eval.jsonl --strides default,1,2 --out eval"""
 
@@ -39,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
     from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
 
-    if launcher().world_size > 1:
-        raise ConfigError("evaluate answers in one process; leave torchrun out")
+    here = launcher()
     report.pyplot()  # a missing matplotlib is told before the work, not after it
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
@@ -50,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     settings = parse_strides(args.strides, tokens_per_tile=answerer.arch.tokens_per_tile)
     items = read_items(args.data)
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
-    folder = claim_folder(args.out, describe_subject(args.checkpoint, args.data, options=options))
-    with closing(answerer):
-        scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
-    text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
-    sys.stdout.write(text + "\n")
+    subject = describe_subject(args.checkpoint, args.data, options=options)
+    folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
+    shares = {"rank": here.rank, "world_size": here.world_size}
+    scores = run_strides(items, settings=settings, answerer=answerer, folder=folder, **shares)
+    if here.rank == 0:
+        text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
+        sys.stdout.write(text + "\n")
     return 0

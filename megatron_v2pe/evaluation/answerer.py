@@ -9,26 +9,22 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
-from megatron_v2pe.data.encode import encode_conversation
-from megatron_v2pe.data.images import NORMALIZATION, image_size, load_tile_range
-from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.samples import image_refs, sample_settings
+from megatron_v2pe.data.images import NORMALIZATION
+from megatron_v2pe.data.samples import sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, StrideSetting
-from megatron_v2pe.inference.engine import Engine, Prompt
+from megatron_v2pe.inference.engine import Engine
+from megatron_v2pe.inference.prompt import Prompt, build_prompt
 from megatron_v2pe.parallel.topology import shutdown
-from megatron_v2pe.v2pe.layout import SampleLayout
 
 PositionMode = Literal["default", "v2pe_fixed"]
 _NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
 class EngineAnswerer:
-    """Answers with a checkpoint on one rank; call `close` when done (`contextlib.closing`).
+    """Answers with a checkpoint, a whole model on every process.
 
     Args:
         checkpoint: folder written by `import-hf` or by a run.
@@ -58,9 +54,22 @@ class EngineAnswerer:
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
         self._settings = dataclasses.replace(settings, text=text)
         self._tokenizer = text.tokenizer
-        self._stop_ids = {self._tokenizer.token_id(text.template.separator), self._tokenizer.eos_id}
+        self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
         self._engine: Engine | None = None
         self._mode: PositionMode = "default"
+
+    def prepare(self, setting: StrideSetting) -> None:
+        """Load the model for a position mode; strides of one mode share it, as each prompt brings its own.
+
+        Collective under torchrun: the processes hold one replica each.
+        """
+        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
+        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
+        if self._engine is None or self._mode != mode:
+            self.close()  # one model in memory at a time
+            mean, std = NORMALIZATION[self._settings.normalize_type]
+            self._engine = Engine.load(self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype)
+            self._mode = mode
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
         """Greedy answer as text.
@@ -68,7 +77,9 @@ class EngineAnswerer:
         Raises:
             DataError: an image cannot be read.
         """
-        ids = self._engine_for(setting.mode).generate(
+        if self._engine is None:
+            raise RuntimeError("prepare() was not called")
+        ids = self._engine.generate(
             self.prompt(item, setting), max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids
         )
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -76,51 +87,10 @@ class EngineAnswerer:
     def prompt(self, item: RetrievalItem, setting: StrideSetting) -> Prompt:
         """What the model is given: the conversation up to the assistant's role, and all tiles."""
         record = item.record
-        sizes = [image_size(path, max_pixels=self._settings.max_image_pixels) for path in record.images]
-        refs = image_refs(record, sizes, entry=_plain_entry(record.where), settings=self._settings)
-        num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
-        encoded = encode_conversation(
-            record.turns,
-            num_tiles=num_tiles.tolist(),
-            settings=self._settings.text,
-            add_generation_prompt=True,
-        )
-        layout = SampleLayout(
-            num_tokens=len(encoded.tokens),
-            image_starts=encoded.image_starts,
-            num_tiles=num_tiles,
-            strides=np.full(len(refs), setting.stride, dtype=np.int64),
-            tokens_per_tile=self.arch.tokens_per_tile,
-        )
-        tiles = load_tile_range(refs, image_size=self.arch.image_size, tile_range=(0, int(num_tiles.sum())))
-        return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
+        return build_prompt(record.turns, record.images, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
-        """Drop the model and leave the process groups, so that another one may be loaded."""
+        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
         if self._engine is not None:
             self._engine = None
             shutdown()
-
-    def _engine_for(self, mode: PositionMode) -> Engine:
-        """Engine of a position mode; strides of one mode share it, because each prompt brings its own."""
-        if self._engine is None or self._mode != mode:
-            self.close()  # one model in memory at a time
-            mean, std = NORMALIZATION[self._settings.normalize_type]
-            self._engine = Engine.load(self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype)
-            self._mode = mode
-        return self._engine
-
-
-def _plain_entry(name: str) -> DatasetEntry:
-    """A data set without overrides and without augmentation."""
-    return DatasetEntry(
-        name=name,
-        annotation=name,
-        root="",
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
-    )

@@ -2,8 +2,8 @@
 
     eval.jsonl -> RetrievalItem --answerer(item, stride)--> predictions_<stride>.jsonl -> Cell(length, depth)
 
-An answer is appended to its file the moment it exists, and a record that has one is never asked again: a
-killed evaluation continues where it stopped, and scores can be computed again from the files alone.
+An answer is appended to its file the moment it exists, so that a killed evaluation continues where it stopped
+(`runner.py`), and scores can be computed again from the files alone.
 """
 
 from __future__ import annotations
@@ -81,10 +81,19 @@ class Cell:
 
 
 class Answerer(Protocol):
-    """Whatever can answer: a model, or a stand-in in tests."""
+    """Whatever can answer: a model, or a stand-in in tests.
+
+    `prepare` and `close` are collective when several processes evaluate together: all must call them alike.
+    """
+
+    def prepare(self, setting: StrideSetting) -> None:
+        """Get ready for questions with this setting."""
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
-        """Text of the greedy answer."""
+        """Text of the greedy answer; `prepare` was called for the setting."""
+
+    def close(self) -> None:
+        """Wait until every process has answered, and release the model."""
 
 
 def parse_strides(text: str, *, tokens_per_tile: int) -> list[StrideSetting]:
@@ -174,32 +183,19 @@ def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number:
     )
 
 
-def predict(
+def answer_items(
     items: Sequence[RetrievalItem],
     *,
     setting: StrideSetting,
     answerer: Answerer,
     predictions_path: str | Path,
     on_answer: Callable[[Prediction], None],
-) -> list[Prediction]:
-    """Answer the items that have no answer in the file yet, shortest first.
+) -> None:
+    """Answer items, shortest first, and append each answer to the file as soon as it exists.
 
-    Args:
-        items: what is asked.
-        setting: stride of every image.
-        answerer: the model.
-        predictions_path: jsonl that is read first and appended to.
-        on_answer: called with each prediction, those found in the file included.
-
-    Returns:
-        a prediction for each item, in the order of `items`.
+    Several processes may append to one file: a line is a single write.
     """
-    done = _read_predictions(Path(predictions_path), {item.item_id: item for item in items})
-    for found in done.values():
-        on_answer(found)
     for item in sorted(items, key=lambda item: item.length):
-        if item.item_id in done:
-            continue
         text = answerer.answer(item, setting).strip()
         prediction = Prediction(
             id=item.item_id,
@@ -210,22 +206,25 @@ def predict(
             correct=text == item.answer,
         )
         append_json(predictions_path, asdict(prediction))
-        done[item.item_id] = prediction
         on_answer(prediction)
-    return [done[item.item_id] for item in items]
 
 
-def _read_predictions(path: Path, items: dict[str, RetrievalItem]) -> dict[str, Prediction]:
-    """Finished predictions by id; they must belong to the data that is evaluated now."""
-    if not path.exists():
+def read_predictions(path: str | Path, items: Sequence[RetrievalItem]) -> dict[str, Prediction]:
+    """Predictions of a file by id, none if it does not exist.
+
+    Raises:
+        DataError: a line is no prediction, or answers something that is not among `items`.
+    """
+    if not Path(path).exists():
         return {}
+    known = {item.item_id: item for item in items}
     done: dict[str, Prediction] = {}
     for number, values in read_jsonl(path):
         try:
             prediction = Prediction(**values)
         except TypeError as error:
             raise DataError(f"{path}:{number}: not a prediction ({error}); remove the file") from None
-        item = items.get(prediction.id)
+        item = known.get(prediction.id)
         if item is None or (item.answer, item.length) != (prediction.answer, prediction.length):
             raise DataError(
                 f"{path}:{number}: answers {prediction.id!r}, which is not in this data; choose another --out or "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from megatron_v2pe.evaluation.retrieval import (
     Prediction,
     RetrievalItem,
     StrideSetting,
-    predict,
+    answer_items,
+    read_predictions,
     score,
 )
 
@@ -65,8 +67,13 @@ def describe_subject(checkpoint: str | Path, data: str | Path, *, options: str) 
     )
 
 
-def claim_folder(out: str | Path, subject: Subject) -> Path:
+def claim_folder(out: str | Path, subject: Subject, *, is_writer: bool = True) -> Path:
     """Make the folder, or continue in it when it belongs to the same subject.
+
+    Args:
+        out: the folder.
+        subject: what is evaluated.
+        is_writer: one process of several leaves the mark; all of them check it.
 
     Raises:
         ConfigError: it cannot be made, or holds another evaluation.
@@ -89,7 +96,8 @@ def claim_folder(out: str | Path, subject: Subject) -> Path:
                 f"--out: {folder} holds an evaluation whose {key} is {found.get(key)!r}, not {wanted[key]!r}; "
                 "choose another folder or remove this one"
             )
-    write_atomic(manifest, json.dumps(wanted, indent=2) + "\n")
+    if is_writer:
+        write_atomic(manifest, json.dumps(wanted, indent=2) + "\n")
     return folder
 
 
@@ -99,23 +107,56 @@ def run_strides(
     settings: Sequence[StrideSetting],
     answerer: Answerer,
     folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, list[Cell]]:
-    """Answer everything with every stride; returns cells by the stride's name."""
-    scores: dict[str, list[Cell]] = {}
-    for setting in settings:
-        # A bar for people, a line at the end for logs.
-        with tqdm(total=len(items), desc=f"stride {setting.name}", unit="answer", disable=None) as bar:
-            counter = _Counter(bar)
-            predictions = predict(
-                items,
-                setting=setting,
-                answerer=answerer,
-                predictions_path=folder / f"predictions_{setting.name}.jsonl",
-                on_answer=counter,
-            )
-        scores[setting.name] = score(predictions)
-        _log.info("stride %s: %d of %d answers right", setting.name, counter.correct, len(items))
-    return scores
+    """Answer everything with every stride that has no answer yet.
+
+    Under torchrun every process calls this and answers its share. All of them see the same open questions:
+    nobody writes before `prepare` has brought everybody together, and all files are read before that.
+
+    Args:
+        items: what is asked.
+        settings: strides.
+        answerer: the model; closed at the end.
+        folder: where predictions are kept.
+        rank: this process.
+        world_size: processes that share the work.
+
+    Returns:
+        cells by the stride's name, of all processes' answers.
+    """
+    paths = {setting.name: folder / f"predictions_{setting.name}.jsonl" for setting in settings}
+    done = {name: read_predictions(path, items) for name, path in paths.items()}
+    with closing(answerer):
+        for setting in settings:
+            pending = [item for item in items if item.item_id not in done[setting.name]]
+            if not pending:
+                continue
+            answerer.prepare(setting)
+            # Dealt by length, so that all processes get as many long documents.
+            share = sorted(pending, key=lambda item: item.length)[rank::world_size]
+            with _progress(share, setting, is_shown=rank == 0) as counter:
+                answer_items(
+                    share,
+                    setting=setting,
+                    answerer=answerer,
+                    predictions_path=paths[setting.name],
+                    on_answer=counter,
+                )
+    return {name: score(read_predictions(path, items).values()) for name, path in paths.items()}
+
+
+@contextmanager
+def _progress(
+    share: Sequence[RetrievalItem], setting: StrideSetting, *, is_shown: bool
+) -> Iterator[_Counter]:
+    """A bar on a terminal, and a line at the end for logs."""
+    name = f"stride {setting.name}"
+    with tqdm(total=len(share), desc=name, unit="answer", disable=None if is_shown else True) as bar:
+        counter = _Counter(bar)
+        yield counter
+    _log.info("%s: %d of this process's %d answers right", name, counter.correct, len(share))
 
 
 class _Counter:

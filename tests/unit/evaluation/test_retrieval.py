@@ -8,10 +8,11 @@ from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.evaluation.retrieval import (
     Prediction,
+    answer_items,
     by_length,
     parse_strides,
-    predict,
     read_items,
+    read_predictions,
     score,
 )
 
@@ -49,9 +50,10 @@ class Oracle:
 def ask(items, path, answerer):
     (setting,) = parse_strides("1", tokens_per_tile=4)
     seen = []
-    found = predict(items, setting=setting, answerer=answerer, predictions_path=path, on_answer=seen.append)
-    assert sorted(p.id for p in seen) == sorted(item.item_id for item in items)
-    return found
+    answer_items(items, setting=setting, answerer=answerer, predictions_path=path, on_answer=seen.append)
+    assert [p.id for p in seen] == [values["id"] for _, values in read_jsonl(path)][-len(seen) :]
+    found = read_predictions(path, items)
+    return [found[item.item_id] for item in items]
 
 
 def test_strides_are_read_as_written():
@@ -119,15 +121,11 @@ def test_answers_are_compared_exactly_after_stripping(tmp_path):
     assert [(p.prediction, p.correct) for p in found] == [("1", True), ("none", False)]
 
 
-def test_an_interrupted_evaluation_asks_only_what_is_open(tmp_path):
-    items = read_items(write(tmp_path / "e.jsonl", [record(n, length=512 - n) for n in range(6)]))
-    whole = ask(items, tmp_path / "whole.jsonl", Oracle())
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "part.jsonl").write_text("".join(lines[:4]))
-    again = Oracle()
-    assert ask(items, tmp_path / "part.jsonl", again) == whole
-    assert [name for name, _ in again.asked] == ["q1", "q0"]  # shortest first
-    assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+def test_short_documents_are_asked_first(tmp_path):
+    items = read_items(write(tmp_path / "e.jsonl", [record(n, length=512 - n) for n in range(3)]))
+    oracle = Oracle()
+    ask(items, tmp_path / "p.jsonl", oracle)
+    assert [name for name, _ in oracle.asked] == ["q2", "q1", "q0"]
 
 
 def test_an_answer_is_on_disk_before_the_next_question(tmp_path):
@@ -150,10 +148,11 @@ def test_predictions_of_other_data_are_refused(tmp_path):
     ask(items, tmp_path / "p.jsonl", Oracle())
     others = read_items(write(tmp_path / "f.jsonl", [record(1, length=100)]))
     with pytest.raises(DataError, match="not in this data"):
-        ask(others, tmp_path / "p.jsonl", Oracle())
+        read_predictions(tmp_path / "p.jsonl", others)
     (tmp_path / "p.jsonl").write_text('{"id": "q1"}\n')
-    with pytest.raises(DataError, match="not a prediction"):
-        ask(items, tmp_path / "p.jsonl", Oracle())
+    with pytest.raises(DataError, match=r"p\.jsonl:1: not a prediction"):
+        read_predictions(tmp_path / "p.jsonl", items)
+    assert read_predictions(tmp_path / "none.jsonl", items) == {}
 
 
 def test_scores_are_counted_by_length_and_depth():

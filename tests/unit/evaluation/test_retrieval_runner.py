@@ -16,11 +16,19 @@ class TailReader:
     """Remembers the last `memory` tokens of a document, twice as many with stride 1."""
 
     def __init__(self, memory):
-        self.memory = memory
+        self.memory, self.log, self.asked = memory, [], []
+
+    def prepare(self, setting):
+        self.log.append(setting.name)
 
     def answer(self, item, setting):
+        assert self.log[-1] == setting.name
+        self.asked.append((setting.name, item.item_id))
         reach = self.memory * (2 if setting.stride == 1 else 1)
         return item.answer if (1 - item.depth) * item.length <= reach else "?"
+
+    def close(self):
+        self.log.append("closed")
 
 
 @pytest.fixture
@@ -67,6 +75,40 @@ def test_a_reader_of_the_tail_gives_a_staircase(items, arch, tmp_path, capsys):
     assert {"heatmap_default.png", "heatmap_1.png", "predictions_default.jsonl"} <= written
     assert "loss.png" not in written
     assert capsys.readouterr().err.count("\r") == 0  # no bar without a terminal
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_open(items, tmp_path):
+    settings = parse_strides("default,1,2", tokens_per_tile=4)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    whole.mkdir()
+    again.mkdir()
+    scores = run_strides(items, settings=settings, answerer=TailReader(512), folder=whole)
+    for name, kept in (("default", 12), ("1", 5)):  # killed in the middle of the second stride
+        lines = (whole / f"predictions_{name}.jsonl").read_text().splitlines(keepends=True)
+        (again / f"predictions_{name}.jsonl").write_text("".join(lines[:kept]))
+    reader = TailReader(512)
+    assert run_strides(items, settings=settings, answerer=reader, folder=again) == scores
+    assert reader.log == ["1", "2", "closed"]
+    assert [name for name, _ in reader.asked] == ["1"] * 7 + ["2"] * 12
+    for setting in settings:
+        name = f"predictions_{setting.name}.jsonl"
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_processes_share_the_questions(items, tmp_path):
+    settings = parse_strides("default", tokens_per_tile=4)
+    readers = [TailReader(512) for _ in range(3)]
+    shares = []
+    for rank, reader in enumerate(readers):
+        folder = tmp_path / str(rank)  # one each: here the processes do not start at the same time
+        folder.mkdir()
+        run_strides(items, settings=settings, answerer=reader, folder=folder, rank=rank, world_size=3)
+        shares.append({name for _, name in reader.asked})
+    assert sorted(name for share in shares for name in share) == sorted(item.item_id for item in items)
+    for share in shares:
+        assert {length: sum(f"{length}-" in name for name in share) for length in LENGTHS} == dict.fromkeys(
+            LENGTHS, 2
+        )
 
 
 def subject(tmp_path, *, options="float32"):

@@ -49,7 +49,7 @@ def test_the_recipe_is_a_valid_configuration():
     assert config.optim.steps == 400
 
 
-def test_the_recipes_stages_end_at_the_trained_length(_scripts_importable):
+def test_the_recipes_stages_end_at_the_trained_length():
     import make_checkpoint
     import make_data
 

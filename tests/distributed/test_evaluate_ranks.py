@@ -1,0 +1,62 @@
+"""Two processes evaluate what one does: the same answers, each once, and one report."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.core.env import child_environment
+from megatron_v2pe.core.jsonl import read_jsonl
+
+
+def evaluate(launch, checkpoint, data, out):
+    command = [sys.executable, "-m", *launch, "evaluate", str(checkpoint), "--data", str(data)]
+    command += ["--out", str(out), "--strides", "default,2", "--max-new-tokens", "3"]
+    environment = child_environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.distributed
+def test_two_ranks_answer_like_one(request, tmp_path):
+    golden = request.config.rootpath / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
+    import_hf(golden, tmp_path / "imported")
+    Image.new("RGB", (112, 112), (200, 30, 90)).save(tmp_path / "a.png")
+    data = tmp_path / "eval.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"q{n}",
+                    "image": ["a.png"],
+                    "conversations": [
+                        {"from": "human", "value": f"number {n} <image> {'word ' * n}?"},
+                        {"from": "gpt", "value": str(n)},
+                    ],
+                    "length": 10 * n,
+                    "depth": 0.5,
+                }
+            )
+            + "\n"
+            for n in range(1, 6)
+        )
+    )
+    two = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_v2pe")
+    tables = {
+        name: evaluate(launch, tmp_path / "imported", data, tmp_path / name)
+        for name, launch in (("one", ("megatron_v2pe",)), ("two", two))
+    }
+    assert tables["one"] == tables["two"]
+    for stride in ("default", "2"):
+        rows = {
+            name: [values for _, values in read_jsonl(tmp_path / name / f"predictions_{stride}.jsonl")]
+            for name in tables
+        }
+        assert len(rows["two"]) == 5
+        assert sorted(rows["two"], key=lambda row: row["id"]) == sorted(
+            rows["one"], key=lambda row: row["id"]
+        )
