@@ -29,6 +29,8 @@ def test_the_loss_falls(setup):
 
 LAYOUTS = [
     ["parallel.cp=2"],
+    ["parallel.cp=2", "parallel.cp_comm_type=all_gather"],
+    ["parallel.cp=2", "parallel.cp_comm_type=a2a"],
     ["parallel.tp=2"],
     ["parallel.tp=2", "parallel.sequence_parallel=true"],
     ["parallel.pp=2"],
@@ -38,7 +40,9 @@ LAYOUTS = [
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("overrides", LAYOUTS, ids=["cp2", "tp2", "tp2sp", "pp2", "vpp2", "dp2"])
+@pytest.mark.parametrize(
+    "overrides", LAYOUTS, ids=["cp2", "cp2gather", "cp2a2a", "tp2", "tp2sp", "pp2", "vpp2", "dp2"]
+)
 def test_two_ranks_give_the_curve_of_one(setup, overrides, tmp_path):
     """Losses and gradient norms, float32: sums in another order, carried by five updates to 1e-5 relative."""
     _, config, wanted = setup
