@@ -189,8 +189,8 @@ def _compare(tensors: dict[str, TensorInfo], names: NameMap, *, is_whole: bool) 
         entry = names.by_hf.get(name)
         if entry is None and not names.drop_reason(name):
             yield f"{name}: this architecture has no such tensor"
-        elif entry is not None and info.shape != entry.hf_shape:
-            yield f"{name}: has shape {info.shape}, config.json makes it {entry.hf_shape}"
+        elif entry is not None and info.shape != names.hf_shape(name):
+            yield f"{name}: has shape {info.shape}, config.json makes it {names.hf_shape(name)}"
     if is_whole:  # else a missing file has been reported, not each of its tensors
         yield from (f"{name}: missing" for name in names.by_hf if name not in tensors)
     for entry in names.by_ours.values():
@@ -211,10 +211,7 @@ def _shards(
     for entry in entries:
         groups = [(name,) for name in entry.hf] if entry.transform.is_stacked else [entry.hf]
         for i, group in enumerate(groups):
-            like = [
-                torch.empty(entry.hf_shape, dtype=weights.tensors[name].dtype, device="meta")
-                for name in group
-            ]
+            like = [_meta(weights.tensors[name]) for name in group]
             meta = like[0] if entry.transform.is_stacked else entry.transform.to_ours(like)
             shard = ShardedTensor.from_rank_offsets(entry.ours, meta, (0, i, len(groups)))
             shards[f"{entry.ours}/{i}"] = shard
@@ -222,6 +219,10 @@ def _shards(
                 _read_group, weights, entry=entry, group=group, progress=progress
             )
     return shards, readers
+
+
+def _meta(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _read_group(weights: HFWeights, *, entry: Entry, group: tuple[str, ...], progress: Progress) -> Tensor:

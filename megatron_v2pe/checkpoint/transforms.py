@@ -75,7 +75,7 @@ class StackRows:
 
 @dataclass(frozen=True)
 class GroupHeads:
-    """Rows [q | k | v], all heads of one kind together, to mcore's rows per kv group: m queries, key, value.
+    """Rows q, k, v, all heads of one kind together, to mcore's rows per kv group: m queries, key, value.
 
     With 2 kv groups of 2 queries: q0 q1 q2 q3 k0 k1 v0 v1  <->  q0 q1 k0 v0 q2 q3 k1 v1.
 
@@ -83,11 +83,13 @@ class GroupHeads:
         num_heads: query heads, a multiple of num_kv_heads.
         num_kv_heads: key (and value) heads.
         head_dim: rows of one head.
+        is_fused: q, k and v are one Hugging Face tensor [q | k | v], else three.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    is_fused: bool = True
     is_stacked = False
 
     @property
@@ -95,22 +97,24 @@ class GroupHeads:
         return self.num_kv_heads * self.head_dim
 
     def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
-        """[(g m + g + g) d, ...] by kind -> [g (m + 1 + 1) d, ...] by group."""
-        (fused,) = parts
-        columns = fused.shape[1:]
-        kinds = fused.split([self.num_heads * self.head_dim, self._kv_rows, self._kv_rows])
-        grouped = [
-            kind.reshape(self.num_kv_heads, -1, *columns) for kind in kinds
-        ]  # [g x d, .] -> [g, x d, .]
-        return torch.cat(grouped, dim=1).reshape(fused.shape)
+        """[g m d, ...], [g d, ...], [g d, ...] by kind -> [g (m + 1 + 1) d, ...] by group."""
+        kinds: Sequence[Tensor] = parts
+        if self.is_fused:
+            (fused,) = parts
+            kinds = fused.split([self.num_heads * self.head_dim, self._kv_rows, self._kv_rows])
+        columns = kinds[0].shape[1:]
+        # [g x d, .] -> [g, x d, .] -> [g (m+2) d, .]
+        grouped = [kind.reshape(self.num_kv_heads, -1, *columns) for kind in kinds]
+        return torch.cat(grouped, dim=1).reshape(-1, *columns)
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        """[g (m + 1 + 1) d, ...] by group -> [(g m + g + g) d, ...] by kind."""
+        """[g (m + 1 + 1) d, ...] by group -> [g m d, ...], [g d, ...], [g d, ...] by kind."""
         columns = tensor.shape[1:]
         query_rows = self.num_heads // self.num_kv_heads * self.head_dim
         grouped = tensor.reshape(self.num_kv_heads, -1, *columns)  # [g (m+2) d, .] -> [g, (m+2) d, .]
         kinds = grouped.split([query_rows, self.head_dim, self.head_dim], dim=1)
-        return [torch.cat([kind.reshape(-1, *columns) for kind in kinds])]
+        parts = [kind.reshape(-1, *columns) for kind in kinds]
+        return [torch.cat(parts)] if self.is_fused else parts
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
+from megatron_v2pe.config.section import Section
 from megatron_v2pe.core.errors import CheckpointError
 
-LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM",)
+LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,12 @@ class VisionArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageArchitecture:
-    """Decoder-only language model with rotary positions and grouped-query attention."""
+    """Decoder-only language model with rotary positions, grouped-query attention and a gated silu MLP.
+
+    Attributes:
+        qkv_bias: queries, keys and values have a bias (Qwen2); no other linear has one in any family.
+        tie_word_embeddings: the head is the embedding; the folder has no tensor for it.
+    """
 
     architecture: str
     hidden_size: int
@@ -41,11 +48,10 @@ class LanguageArchitecture:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling_type: Literal["none", "linear", "dynamic"]
-    rope_scaling_factor: float
+    rope_scaling: RopeScaling
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
     pad_token_id: int
 
     @property
@@ -82,35 +88,6 @@ class InternVLArchitecture:
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
 
 
-class _Section:
-    """A json object that names itself in errors."""
-
-    def __init__(self, values: dict[str, Any], path: str) -> None:
-        self._values, self._path = values, path
-
-    def need(self, key: str) -> Any:
-        if key not in self._values:
-            raise CheckpointError(f"{self._path}: key {key!r} is missing; is this an InternVL2 config.json?")
-        return self._values[key]
-
-    def get(self, key: str, default: Any) -> Any:
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def choice(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-        value = self.get(key, default)
-        if value not in allowed:
-            known = ", ".join(map(repr, allowed))
-            raise CheckpointError(f"{self._path}: {key} is {value!r}, known values are {known}")
-        return value
-
-    def section(self, key: str) -> _Section:
-        value = self.need(key)
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self._path}: {key} must be an object, found {type(value).__name__}")
-        return _Section(value, f"{self._path}: {key}")
-
-
 def read_architecture(folder: str | Path) -> InternVLArchitecture:
     """Read `config.json` of a Hugging Face InternVL2 folder.
 
@@ -133,7 +110,7 @@ def read_architecture(folder: str | Path) -> InternVLArchitecture:
 
 def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:
     """Build the architecture from the contents of a config.json; see `read_architecture`."""
-    top = _Section(values, path)
+    top = Section(values, path)
     if top.get("model_type", "") != "internvl_chat":
         raise CheckpointError(
             f"{path}: model_type is {top.get('model_type', None)!r}, only 'internvl_chat' (InternVL2) is supported"
@@ -150,7 +127,7 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
     return InternVLArchitecture(
         vision=_parse_vision(vision),
-        language=_parse_language(top.section("llm_config"), is_v2pe=mode != "default"),
+        language=_parse_language(top.section("llm_config")),
         image_size=image_size,
         downsample_ratio=float(top.get("downsample_ratio", 0.5)),
         pixel_shuffle_version=top.choice("ps_version", "v1", ("v1", "v2")),
@@ -162,7 +139,7 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
     )
 
 
-def _parse_vision(vision: _Section) -> VisionArchitecture:
+def _parse_vision(vision: Section) -> VisionArchitecture:
     return VisionArchitecture(
         hidden_size=int(vision.need("hidden_size")),
         num_layers=int(vision.need("num_hidden_layers")),
@@ -177,34 +154,47 @@ def _parse_vision(vision: _Section) -> VisionArchitecture:
     )
 
 
-def _parse_language(language: _Section, *, is_v2pe: bool) -> LanguageArchitecture:
-    names = language.get("architectures", ["?"])
-    if names[0] not in LANGUAGE_ARCHITECTURES:
+def _parse_language(language: Section) -> LanguageArchitecture:
+    (name, *_) = language.get("architectures", ["?"])
+    if name not in LANGUAGE_ARCHITECTURES:
         raise CheckpointError(
-            f"{language._path}: architecture {names[0]!r} is not supported; known: {', '.join(LANGUAGE_ARCHITECTURES)}"
+            f"{language.path}: architecture {name!r} is not supported; known: {', '.join(LANGUAGE_ARCHITECTURES)}"
         )
-    # A V2PE checkpoint rotates by plain frequencies: the release sets the type to 'v2pe' in memory and even saves
-    # it (its defect D2), while InternVL2's own configs carry dynamic NTK, which V2PE switches off.
-    scaling = language.get("rope_scaling", {}) or {}
-    kind = "none" if is_v2pe or scaling.get("type") == "v2pe" else scaling.get("type", "none")
-    if kind not in ("none", "linear", "dynamic"):
-        raise CheckpointError(
-            f"{language._path}: rope_scaling.type {kind!r} is unknown; known: linear, dynamic, v2pe"
-        )
+    _refuse_variants(language, name)
+    hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     return LanguageArchitecture(
-        architecture=names[0],
-        hidden_size=int(language.need("hidden_size")),
+        architecture=name,
+        hidden_size=hidden_size,
         num_layers=int(language.need("num_hidden_layers")),
-        num_heads=int(language.need("num_attention_heads")),
-        num_kv_heads=int(language.get("num_key_value_heads", language.need("num_attention_heads"))),
+        num_heads=num_heads,
+        num_kv_heads=int(language.get("num_key_value_heads", num_heads)),
         ffn_size=int(language.need("intermediate_size")),
         vocab_size=int(language.need("vocab_size")),
         norm_eps=float(language.get("rms_norm_eps", 1e-6)),
         rope_theta=float(language.get("rope_theta", 10000.0)),
-        rope_scaling_type=kind,  # type: ignore[arg-type]
-        rope_scaling_factor=float(scaling.get("factor", 1.0)),
+        rope_scaling=parse_rope_scaling(language, head_dim=hidden_size // num_heads),
         max_position_embeddings=int(language.get("max_position_embeddings", 2048)),
         tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
-        attention_bias=bool(language.get("bias", False)),
+        qkv_bias=name == "Qwen2ForCausalLM",  # by the class, no key says so
         pad_token_id=int(language.get("pad_token_id", 0)),
     )
+
+
+def _refuse_variants(language: Section, name: str) -> None:
+    """Refuse what these architectures can have and no InternVL2 has, rather than compute something else."""
+    language.choice("hidden_act", "silu", ("silu",))
+    # Phi-3 carries attention_bias and does not read it.
+    biases = {"InternLM2ForCausalLM": ("bias",), "LlamaForCausalLM": ("attention_bias", "mlp_bias")}
+    for key in biases.get(name, ()):
+        language.choice(key, False, (False,))
+    language.choice("partial_rotary_factor", 1.0, (1.0,))
+    head_dim = int(language.need("hidden_size")) // int(language.need("num_attention_heads"))
+    language.choice("head_dim", head_dim, (head_dim,))
+    longest = int(language.get("max_position_embeddings", 2048))
+    has_window = language.get("use_sliding_window", name == "Phi3ForCausalLM")
+    window = language.get("sliding_window", longest) if has_window else longest
+    if window < longest:
+        raise CheckpointError(
+            f"{language.path}: sliding_window is {window}, shorter than max_position_embeddings {longest}; attention "
+            "here always sees the whole document, so this checkpoint would give other numbers"
+        )

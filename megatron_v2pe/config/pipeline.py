@@ -57,3 +57,15 @@ def check_layout(layout: str, *, num_stages: int, num_layers: int) -> None:
     joined = "|".join(stages)
     if not joined.startswith("E") or not joined.endswith("L") or joined.count("E") + joined.count("L") != 2:
         raise ConfigError(f"{where}, but E must stand once, first, and L once, last")
+
+
+def split_layers(num_layers: int, *, num_stages: int) -> str:
+    """A layout for layers that do not divide, the longer stages first; empty where they do.
+
+    Example: 3 layers on 2 stages are "Ett|tL".
+    """
+    if num_layers % num_stages == 0:
+        return ""
+    short, num_longer = divmod(num_layers, num_stages)
+    stages = ["t" * (short + (stage < num_longer)) for stage in range(num_stages)]
+    return f"E{'|'.join(stages)}L"

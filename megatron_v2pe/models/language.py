@@ -93,11 +93,12 @@ class LanguageModel(GPTModel):
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
             rotary_angles=rope_angles(batch.position_units, self.rope, rope_length=batch.rope_length),
+            rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
         )
 
-    def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor:
+    def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Run this stage's layers.
 
         Args:

@@ -12,14 +12,15 @@ Shape legend: t local tokens, d rotary dimension.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_v2pe.config.rope_scaling import RopeScaling
+
 RopePrecision = Literal["exact", "reference"]
-ScalingType = Literal["none", "linear", "dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,7 @@ class RopeSpec:
     Attributes:
         dim: rotary dimension d of a head.
         base: theta.
-        scaling: `none` (V2PE and plain), `linear`, or `dynamic` (NTK).
-        factor: scaling factor of `linear` and `dynamic`.
-        max_positions: trained positions (`max_position_embeddings`); `dynamic` acts beyond them.
+        scaling: how the frequencies are stretched.
         tokens_per_tile: the T of a position unit 1/T.
         precision: `exact` or `reference`.
         fractional: the module may be given positions between integers (V2PE). A module that may not
@@ -40,9 +39,7 @@ class RopeSpec:
 
     dim: int
     base: float
-    scaling: ScalingType = "none"
-    factor: float = 1.0
-    max_positions: int = 0
+    scaling: RopeScaling = field(default_factory=RopeScaling)
     tokens_per_tile: int = 256
     precision: RopePrecision = "exact"
     fractional: bool = False
@@ -53,20 +50,39 @@ def ntk_base(spec: RopeSpec, rope_length: int) -> float:
 
     base' = base * ((f*L/M) - (f-1))^(d/(d-2)) once L exceeds M (release: dynamic NTK rotary class).
     """
-    if rope_length <= spec.max_positions:
+    factor, trained = spec.scaling.factor, spec.scaling.trained_positions
+    if rope_length <= trained:
         return spec.base
-    growth = spec.factor * rope_length / spec.max_positions - (spec.factor - 1.0)
+    growth = factor * rope_length / trained - (factor - 1.0)
     return spec.base * growth ** (spec.dim / (spec.dim - 2))
 
 
 def inverse_frequencies(spec: RopeSpec, rope_length: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Frequencies base^(-2j/d) as [d/2], for a pack whose positions end at `rope_length`.
+    """Frequencies base^(-2j/d), stretched, as [d/2], for a pack whose positions end at `rope_length`.
 
-    float32 follows the release's order of operations; its table differs from the rounded float64 one.
+    float32 follows the order of operations of the release and of transformers (whose Phi-3 and Llama 3.1 these
+    are); its table differs from the rounded float64 one. Linear scaling acts on positions there, not here.
     """
-    base = ntk_base(spec, rope_length) if spec.scaling == "dynamic" else spec.base
+    scaling = spec.scaling
+    base = ntk_base(spec, rope_length) if scaling.kind == "dynamic" else spec.base
     exponents = torch.arange(0, spec.dim, 2, dtype=dtype) / spec.dim
-    return 1.0 / (base**exponents)
+    if scaling.kind == "longrope":
+        is_long = rope_length > scaling.trained_positions
+        factors = scaling.long_factors if is_long else scaling.short_factors
+        return 1.0 / (torch.tensor(factors, dtype=dtype) * base**exponents)
+    frequencies = 1.0 / (base**exponents)
+    return _llama3_ramp(frequencies, scaling) if scaling.kind == "llama3" else frequencies
+
+
+def _llama3_ramp(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Keep what turns often within the trained length M, divide what turns rarely, blend between them.
+
+    turns = M * frequency / 2 pi;  kept = (turns - low) / (high - low), at least 0 and at most 1
+    """
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns = scaling.trained_positions * frequencies / (2.0 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
 def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> Tensor:
@@ -75,7 +91,8 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
     Args:
         position_units: int64 [t], positions in units of 1/tokens_per_tile.
         spec: rotary embedding of the checkpoint.
-        rope_length: largest position of the whole pack plus one (dynamic NTK); the same on every shard.
+        rope_length: largest position of the whole pack plus one, by which dynamic NTK and longrope choose; the
+            same on every shard.
 
     Raises:
         ValueError: fractional positions for a module that cannot take them, or a wrong dtype.
@@ -89,26 +106,24 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
             "fractional positions reached a rotary module without V2PE; set position.mode to v2pe_fixed or "
             "v2pe_random, or use the default stride"
         )
-    scale = 1.0 / spec.factor if spec.scaling == "linear" else 1.0
+    linear = spec.scaling.factor if spec.scaling.kind == "linear" else 1.0
     if spec.precision == "reference":
         positions = (position_units.double() / spec.tokens_per_tile).float()
-        if spec.scaling == "linear":
-            positions = positions / spec.factor
         frequencies = inverse_frequencies(spec, rope_length, dtype=torch.float32).to(positions.device)
-        return torch.outer(positions, frequencies)
-    frequencies = inverse_frequencies(spec, rope_length).to(position_units.device) * (
-        scale / spec.tokens_per_tile
-    )
+        return torch.outer(positions / linear, frequencies)
+    frequencies = inverse_frequencies(spec, rope_length).to(position_units.device)
+    frequencies = frequencies / (linear * spec.tokens_per_tile)
     angles = torch.outer(position_units.double(), frequencies)
     return torch.remainder(angles, 2.0 * math.pi).float()
 
 
-def apply_rotary(x_thd: Tensor, angles: Tensor, *, round_tables: bool = False) -> Tensor:
+def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tables: bool = False) -> Tensor:
     """Rotate heads by their token's angles: x*cos + rotate_half(x)*sin, NeoX halves.
 
     Args:
         x_thd: [t, h, d], queries or keys in the compute dtype.
         angles: float32 [t, d/2] from `rope_angles`.
+        scale: attention factor, multiplies cos and sin (longrope).
         round_tables: round cos and sin to the dtype of `x_thd` first, as the release does in bf16
             (`rope_precision: reference`; the release's defect D9).
 
@@ -117,6 +132,8 @@ def apply_rotary(x_thd: Tensor, angles: Tensor, *, round_tables: bool = False) -
     """
     working = torch.float64 if x_thd.dtype == torch.float64 else torch.float32
     tables = (angles.cos(), angles.sin())
+    if scale != 1.0:
+        tables = (tables[0] * scale, tables[1] * scale)
     if round_tables:
         tables = (tables[0].to(x_thd.dtype), tables[1].to(x_thd.dtype))
     cos, sin = (table.to(working).unsqueeze(1) for table in tables)  # [t, 1, d/2]

@@ -49,9 +49,9 @@ def random_folder(folder: Path, *, shards: int, dtype: torch.dtype, llm: dict, v
     edit_config(folder, llm_config=llm, vision_config=vision)
     arch = parse_architecture(json.loads((folder / "config.json").read_text()))
     generator = torch.Generator().manual_seed(1)
-    shapes = {name: entry.hf_shape for name, entry in name_map(arch).by_hf.items()}
-    names = sorted(shapes)
-    tensors = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in names}
+    name_to_shape = name_map(arch).hf_shape
+    names = sorted(name_map(arch).by_hf)
+    tensors = {name: torch.randn(name_to_shape(name), generator=generator).to(dtype) for name in names}
     per_file = -(-len(names) // shards)
     weight_map = {}
     for i in range(shards):

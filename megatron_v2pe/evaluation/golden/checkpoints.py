@@ -6,12 +6,15 @@ one. Each rank therefore imports for itself (they are tiny), all folders at the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.pipeline import split_layers
+from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError
 
 Imported = Path | CheckpointError
@@ -46,3 +49,9 @@ def _import(hf_folder: Path, target: Path) -> Imported:
         return error
     import_hf(hf_folder, target)
     return target
+
+
+def fitting_layers(parallel: ParallelConfig, arch: InternVLArchitecture) -> ParallelConfig:
+    """The plan with a layout of its own where the checkpoint's few layers do not divide over the stages."""
+    layout = split_layers(arch.language.num_layers, num_stages=parallel.pp)
+    return dataclasses.replace(parallel, pipeline_layout=layout) if layout else parallel

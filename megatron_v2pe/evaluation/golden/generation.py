@@ -17,7 +17,7 @@ from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from megatron_v2pe.evaluation.golden.cases import ForwardFile
-from megatron_v2pe.evaluation.golden.checkpoints import imported_checkpoints
+from megatron_v2pe.evaluation.golden.checkpoints import fitting_layers, imported_checkpoints
 from megatron_v2pe.evaluation.golden.rows import Row, compared, equal, unsupported
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt
@@ -47,7 +47,7 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
             mode="default" if case["version"] == "default" else "v2pe_fixed",
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
-            parallel=parallel,
+            parallel=fitting_layers(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
         )
         yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)
 

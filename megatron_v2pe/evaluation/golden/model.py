@@ -25,7 +25,7 @@ from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfi
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.evaluation.golden.cases import Case, ForwardFile, to_unpadded
-from megatron_v2pe.evaluation.golden.checkpoints import Imported, imported_checkpoints
+from megatron_v2pe.evaluation.golden.checkpoints import Imported, fitting_layers, imported_checkpoints
 from megatron_v2pe.evaluation.golden.gradients import gradient_rows
 from megatron_v2pe.evaluation.golden.rows import Row, compared, unsupported
 from megatron_v2pe.evaluation.golden.tower import vision_rows
@@ -87,12 +87,12 @@ class CaseRun:
         self.name = f"model/{case.file.key}/{case.name}"
         # The strides themselves come with the case; this says whether positions may be fractions.
         is_default = case.mode == "default"
+        self.arch = case.file.architecture(case.values.get("override"))
         self.config = RunConfig(
-            parallel=parallel,
+            parallel=fitting_layers(parallel, self.arch),
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
-        self.arch = case.file.architecture(case.values.get("override"))
         self.chunks: list[InternVL] = build_model(self.config, self.arch, plan=plan, ranks=ranks)
         load_model_weights(checkpoint, self.chunks, ranks=ranks)
         self.wrapped = wrap_data_parallel(self.chunks, self.config, shard_gradients=False)

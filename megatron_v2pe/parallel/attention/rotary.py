@@ -13,21 +13,22 @@ from megatron_v2pe.v2pe.rope import apply_rotary
 
 
 class _Rotation(torch.autograd.Function):
-    """The transpose of a rotation is the rotation by the negative angle, so only the angles are saved.
+    """The transpose of a scaled rotation is that of the negative angle, so only the angles are saved.
 
     All layers share one table of angles; autograd's own formula would keep sines and cosines in each.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor, round_tables: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, angles: Tensor, scale: float, round_tables: bool) -> Tensor:
         ctx.save_for_backward(angles)
-        ctx.round_tables = round_tables
-        return apply_rotary(x, angles, round_tables=round_tables)
+        ctx.scale, ctx.round_tables = scale, round_tables
+        return apply_rotary(x, angles, scale=scale, round_tables=round_tables)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (angles,) = ctx.saved_tensors
-        return apply_rotary(grads[0], -angles, round_tables=ctx.round_tables), None, None
+        turned_back = apply_rotary(grads[0], -angles, scale=ctx.scale, round_tables=ctx.round_tables)
+        return turned_back, None, None, None
 
 
 def rotate(query: Tensor, key: Tensor, params: PackedSeqParams | None) -> tuple[Tensor, Tensor]:
@@ -45,5 +46,5 @@ def rotate(query: Tensor, key: Tensor, params: PackedSeqParams | None) -> tuple[
         raise ValueError(
             f"{len(angles)} rotary angles for {len(query)} local tokens; angles are cut by the same index as tokens"
         )
-    rotated = (_Rotation.apply(x, angles, params.round_rotary) for x in (query, key))
+    rotated = (_Rotation.apply(x, angles, params.rotary_scale, params.round_rotary) for x in (query, key))
     return next(rotated), next(rotated)

@@ -111,7 +111,7 @@ def test_recomputed_buffers_are_dropped_with_a_reason(tmp_path):
     edit_weights(source, **{name.replace(".", "__"): torch.ones(8)})
     import_hf(source, tmp_path / "ckpt")
     report = verify(source, tmp_path / "ckpt")
-    assert report.dropped == {name: "follows from rope_theta of config.json"}
+    assert report.dropped == {name: "follows from rope_theta and rope_scaling of config.json"}
     assert report.is_equal
     export_hf(tmp_path / "ckpt", tmp_path / "back")
     assert name not in load_file(tmp_path / "back" / "model.safetensors")

@@ -198,7 +198,7 @@ def test_stride_by_tokens_per_tile():
 
 def test_v2pe_on_a_dynamic_ntk_checkpoint_is_allowed():
     # The release switches the checkpoint's scaling off when V2PE is on, and so does training here.
-    assert ARCH.language.rope_scaling_type == "dynamic"
+    assert ARCH.language.rope_scaling.kind == "dynamic"
     run(position=PositionConfig(mode="v2pe_random"))
 
 

@@ -13,7 +13,7 @@ def test_the_architecture_is_read(checkpoint):
     arch = read_architecture(checkpoint)
     assert arch.tokens_per_tile == 4
     assert arch.language.max_position_embeddings == 512
-    assert arch.language.rope_scaling_type == "dynamic"
+    assert arch.language.rope_scaling.kind == "dynamic"
     assert arch.position_mode == "default"
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, ntk_base, rope_angles
 
 
@@ -41,7 +42,7 @@ def test_exact_angles_are_right_at_a_million_and_the_reference_is_not():
 
 
 def test_dynamic_ntk_base_of_the_release():
-    ntk = spec(scaling="dynamic", factor=2.0, max_positions=32768)
+    ntk = spec(scaling=RopeScaling(kind="dynamic", factor=2.0, trained_positions=32768))
     assert ntk_base(ntk, 45000) == pytest.approx(1762110.98, rel=1e-8)
     assert ntk_base(ntk, 32768) == 1e6
 
@@ -49,10 +50,10 @@ def test_dynamic_ntk_base_of_the_release():
 @pytest.mark.parametrize("precision", ["exact", "reference"])
 def test_scaling_changes_angles(precision):
     plain = angles_at(100.0, precision=precision)
-    linear = angles_at(100.0, precision=precision, scaling="linear", factor=2.0)
+    linear = angles_at(100.0, precision=precision, scaling=RopeScaling(kind="linear", factor=2.0))
     assert torch.allclose(linear, angles_at(50.0, precision=precision), atol=1e-6)
     units = torch.tensor([100 * 256])
-    ntk = spec(precision=precision, scaling="dynamic", factor=2.0, max_positions=64)
+    ntk = spec(precision=precision, scaling=RopeScaling(kind="dynamic", factor=2.0, trained_positions=64))
     assert not torch.allclose(rope_angles(units, ntk, rope_length=101)[0], plain, atol=1e-3)
 
 

@@ -1,0 +1,45 @@
+"""A json object of a checkpoint's config.json that names itself in errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_v2pe.core.errors import CheckpointError
+
+
+class Section:
+    """One object of a config.json.
+
+    Args:
+        values: the object.
+        path: file and place in it, for messages.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str) -> None:
+        self._values, self.path = values, path
+
+    def need(self, key: str) -> Any:
+        """A value that must be there."""
+        if key not in self._values:
+            raise CheckpointError(f"{self.path}: key {key!r} is missing; is this an InternVL2 config.json?")
+        return self._values[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        """A value; null counts as absent."""
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def choice(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
+        """A value that must be one of a few."""
+        value = self.get(key, default)
+        if value not in allowed:
+            known = ", ".join(map(repr, allowed))
+            raise CheckpointError(f"{self.path}: {key} is {value!r}, known values are {known}")
+        return value
+
+    def section(self, key: str) -> Section:
+        """An object that must be there."""
+        value = self.need(key)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path}: {key} must be an object, found {type(value).__name__}")
+        return Section(value, f"{self.path}: {key}")
