@@ -9,9 +9,10 @@ on the whole pack, and cp processes with one thread each on their zigzag shards.
 disturbance of the machine hits both; run it on an idle machine all the same.
 
 How to read it. `speed` is the time of the one process over the time of the ranks, by medians; 1.00 means that
-splitting the sequence costs nothing, and 0.90 is the target for p2p at 16K. `sent` are the bytes that a rank wrote to
-its sockets, forward + backward, as counted by Linux; `formula` is what the back end's docstring promises. They have to
-agree within 1 %. B is the bytes of a rank's own keys and values.
+splitting the sequence costs nothing, and 0.90 is the target for p2p at 16K. `cpu` is the same of processor seconds,
+summed over threads and ranks: it stays meaningful when others use the machine, but does not see waiting. `sent` are
+the bytes that a rank wrote to its sockets, forward + backward, as counted by Linux; `formula` is what the back end's
+docstring promises. They have to agree within 1 %. B is the bytes of a rank's own keys and values.
 """
 
 from __future__ import annotations
@@ -68,14 +69,23 @@ def written_bytes() -> int:
     return int(counters["wchar"])
 
 
-def counted(action: Callable[[], None]) -> tuple[float, int]:
-    """Seconds until all ranks are done, and bytes sent by this one."""
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one forward and backward pass cost: seconds, processor seconds (all threads), bytes sent."""
+
+    wall: float
+    cpu: float
+    sent: int
+
+
+def counted(action: Callable[[], None]) -> Pass:
+    """Cost of an action of all ranks to this one; `wall` is until the last rank is done."""
     dist.barrier()
-    before, start = written_bytes(), time.perf_counter()
+    before, start, cpu = written_bytes(), time.perf_counter(), time.process_time()
     action()
-    sent = written_bytes() - before
+    sent, cpu = written_bytes() - before, time.process_time() - cpu
     dist.barrier()
-    return time.perf_counter() - start, sent
+    return Pass(wall=time.perf_counter() - start, cpu=cpu, sent=sent)
 
 
 def formula(problem: Problem, *, comm: str, rank: int, cp: int) -> float:
@@ -101,7 +111,7 @@ def forward_and_backward(problem: Problem, tensors: list[Tensor], *, comm: str, 
 
 
 def rank_main(rank: int, cp: int, folder: str, problem: Problem, orders: Any) -> None:
-    """A rank: waits for the name of a back end, runs it once, answers with seconds and bytes."""
+    """A rank: waits for the name of a back end, runs it once, answers with its cost."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=cp)
     tensors = problem.tensors(rank, cp)
@@ -134,59 +144,56 @@ def started_ranks(problem: Problem, cp: int) -> Iterator[list[Any]]:
             process.join(30)
 
 
-def run_ranks(pipes: list[Any], comm: str) -> tuple[float, list[int]]:
-    """Slowest rank's seconds, and bytes sent by rank."""
+def run_ranks(pipes: list[Any], comm: str) -> list[Pass]:
+    """One pass of all ranks."""
     for pipe in pipes:
         pipe.send(comm)
-    answers = [pipe.recv() for pipe in pipes]
-    return max(seconds for seconds, _ in answers), [sent for _, sent in answers]
+    return [pipe.recv() for pipe in pipes]
 
 
-def run_alone(problem: Problem, tensors: list[Tensor]) -> float:
-    """Seconds of one process on the whole pack."""
-    start = time.perf_counter()
+def run_alone(problem: Problem, tensors: list[Tensor]) -> Pass:
+    """One pass of this process over the whole pack."""
+    start, cpu = time.perf_counter(), time.process_time()
     forward_and_backward(problem, tensors, comm="p2p", cp=1, group=None)
-    return time.perf_counter() - start
+    return Pass(wall=time.perf_counter() - start, cpu=time.process_time() - cpu, sent=0)
 
 
 def compare(problem: Problem, *, cp: int, comms: list[str], rounds: int) -> bool:
     """Print the table; whether every target was met."""
     torch.set_num_threads(cp)
     tensors = problem.tensors(0, 1)
-    alone: list[float] = []
-    times: dict[str, list[float]] = {comm: [] for comm in comms}
-    sent: dict[str, list[int]] = {}
+    alone: list[Pass] = []
+    ranks: dict[str, list[list[Pass]]] = {comm: [] for comm in comms}
     with started_ranks(problem, cp) as pipes:
-        for turn in range(rounds + 1):  # the first warms up
-            seconds = run_alone(problem, tensors)
-            found = {comm: run_ranks(pipes, comm) for comm in comms}
-            sent = {comm: count for comm, (_, count) in found.items()}
-            if turn:
-                alone.append(seconds)
-                for comm in comms:
-                    times[comm].append(found[comm][0])
-    print(f"one process, {cp} threads: {statistics.median(alone):.2f} s (best {min(alone):.2f})")
-    return all([report(problem, comm, cp, alone, times[comm], sent[comm]) for comm in comms])
+        for _ in range(rounds + 1):
+            alone.append(run_alone(problem, tensors))
+            for comm in comms:
+                ranks[comm].append(run_ranks(pipes, comm))
+    walls = [cost.wall for cost in alone[1:]]  # the first warms up
+    print(f"one process, {cp} threads: {statistics.median(walls):.2f} s (best {min(walls):.2f})")
+    return all([report(problem, comm, cp, alone[1:], ranks[comm][1:]) for comm in comms])
 
 
-def report(
-    problem: Problem, comm: str, cp: int, alone: list[float], times: list[float], sent: list[int]
-) -> bool:
+def report(problem: Problem, comm: str, cp: int, alone: list[Pass], ranks: list[list[Pass]]) -> bool:
     """Print one back end's lines; whether its targets were met."""
-    speed = statistics.median(alone) / statistics.median(times)
-    best = min(alone) / min(times)
+    walls = [max(cost.wall for cost in turn) for turn in ranks]
+    speed = statistics.median(cost.wall for cost in alone) / statistics.median(walls)
+    best = min(cost.wall for cost in alone) / min(walls)
+    cpu = statistics.median(cost.cpu for cost in alone) / statistics.median(
+        sum(cost.cpu for cost in turn) for turn in ranks
+    )
     print(
-        f"{comm}, {cp} processes: {statistics.median(times):.2f} s (best {min(times):.2f}), "
-        f"speed {speed:.2f}x (of best times {best:.2f}x)"
+        f"{comm}, {cp} processes: {statistics.median(walls):.2f} s (best {min(walls):.2f}), "
+        f"speed {speed:.2f}x (of best times {best:.2f}x), cpu {cpu:.2f}x"
     )
     own = 2 * sum(problem.documents) / cp * problem.kv_heads * problem.head_dim * problem.dtype.itemsize
     agree = True
-    for rank, count in enumerate(sent):
+    for rank, cost in enumerate(ranks[-1]):
         wanted = formula(problem, comm=comm, rank=rank, cp=cp)
-        off = abs(count / wanted - 1)
+        off = abs(cost.sent / wanted - 1)
         agree = agree and off <= TARGET_BYTES
         print(
-            f"    rank {rank} sent {count / 2**20:.2f} MiB = {count / own:.3f} B, "
+            f"    rank {rank} sent {cost.sent / 2**20:.2f} MiB = {cost.sent / own:.3f} B, "
             f"formula {wanted / 2**20:.2f} MiB, off by {off:.2%}"
         )
     return agree and (comm != "p2p" or speed >= TARGET_SPEED)
