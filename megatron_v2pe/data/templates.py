@@ -1,20 +1,25 @@
 r"""Chat templates as data, and the one function that renders them.
 
-    internlm2-chat, two turns:
+    internlm2-chat, Hermes-2:
     <|im_start|>system\n{system}<|im_end|><|im_start|>user\n{Q}<|im_end|><|im_start|>assistant\n{A}<|im_end|>
+    phi3-chat:
+    <|system|>\n{system}<|end|><|user|>\n{Q}<|end|><|assistant|>\n{A}<|end|>
 
-There is no newline after `<|im_end|>`, and an empty message renders its role only, as in the release.
+There is no newline after `<|im_end|>` (only InternVL2.5 has one), and an empty message renders its role only, as in
+the release. The release also lists templates of models before InternVL2 (vicuna_v1.1, internvl_zh, internlm2-base);
+no checkpoint that this package reads names them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_v2pe.core.errors import ConfigError
 
 Role = Literal["human", "gpt"]
+ReleaseRule = Literal["internlm", "mpt", "phi3"]
 
 # "You are the multimodal model InternVL, developed jointly by Shanghai AI Laboratory and SenseTime, ..."
 _INTERNVL_SYSTEM = (
@@ -22,6 +27,13 @@ _INTERNVL_SYSTEM = (
     "\u79d1\u6280\u5f00\u53d1\u7684\u4e66\u751f\u591a\u6a21\u6001\u5927\u6a21\u578b\uff0c\u82f1\u6587"
     "\u540d\u53ebInternVL, \u662f\u4e00\u4e2a\u6709\u7528\u65e0\u5bb3\u7684\u4eba\u5de5\u667a\u80fd"
     "\u52a9\u624b\u3002"
+)
+# "You are InternVL, a multimodal large language model developed jointly by Shanghai AI Laboratory, Tsinghua ..."
+_INTERNVL2_5_SYSTEM = (
+    "\u4f60\u662f\u4e66\u751f\u00b7\u4e07\u8c61\uff0c\u82f1\u6587\u540d\u662fInternVL\uff0c\u662f"
+    "\u7531\u4e0a\u6d77\u4eba\u5de5\u667a\u80fd\u5b9e\u9a8c\u5ba4\u3001\u6e05\u534e\u5927\u5b66\u53ca"
+    "\u591a\u5bb6\u5408\u4f5c\u5355\u4f4d\u8054\u5408\u5f00\u53d1\u7684\u591a\u6a21\u6001\u5927"
+    "\u8bed\u8a00\u6a21\u578b\u3002"
 )
 
 
@@ -41,8 +53,10 @@ class ChatTemplate:
         system: everything before the first turn, without its separator.
         user_role: written before a human message.
         assistant_role: written before an answer; the prompt of a generation ends with it.
-        separator: written after the system text and after each message; the model stops at it.
+        separator: written after the system text and after each message.
         strip_values: blanks around each message are dropped.
+        release_rule: which of the release's three ways to count label lengths belongs to it; None where the
+            release does not have the template.
     """
 
     name: str
@@ -51,18 +65,44 @@ class ChatTemplate:
     assistant_role: str
     separator: str
     strip_values: bool
+    release_rule: ReleaseRule | None
 
+    @property
+    def stop_token(self) -> str:
+        """The token at which an answer ends."""
+        return self.separator.strip()
+
+
+_INTERNLM2_CHAT = ChatTemplate(
+    name="internlm2-chat",
+    system="<|im_start|>system\n" + _INTERNVL_SYSTEM,
+    user_role="<|im_start|>user\n",
+    assistant_role="<|im_start|>assistant\n",
+    separator="<|im_end|>",
+    strip_values=True,
+    release_rule="internlm",
+)
 
 TEMPLATES: dict[str, ChatTemplate] = {
     template.name: template
     for template in (
+        _INTERNLM2_CHAT,
+        replace(_INTERNLM2_CHAT, name="Hermes-2", strip_values=False, release_rule="mpt"),
         ChatTemplate(
-            name="internlm2-chat",
-            system="<|im_start|>system\n" + _INTERNVL_SYSTEM,
-            user_role="<|im_start|>user\n",
-            assistant_role="<|im_start|>assistant\n",
-            separator="<|im_end|>",
-            strip_values=True,
+            name="phi3-chat",
+            system="<|system|>\n" + _INTERNVL_SYSTEM,
+            user_role="<|user|>\n",
+            assistant_role="<|assistant|>\n",
+            separator="<|end|>",
+            strip_values=False,
+            release_rule="phi3",
+        ),
+        replace(
+            _INTERNLM2_CHAT,
+            name="internvl2_5",
+            system="<|im_start|>system\n" + _INTERNVL2_5_SYSTEM,
+            separator="<|im_end|>\n",
+            release_rule=None,
         ),
     )
 }
@@ -75,7 +115,7 @@ class RenderedConversation:
     Attributes:
         text: what is tokenised.
         value_starts: character offset of each turn's value in `text`.
-        answers: half-open character ranges that are supervised: each answer with its separator.
+        answers: half-open character ranges that are supervised: each answer with its stop token.
     """
 
     text: str
@@ -110,11 +150,12 @@ def render(
     text = template.system + template.separator
     starts: list[int] = []
     answers: list[tuple[int, int]] = []
+    num_unsupervised = len(template.separator) - len(template.stop_token)
     for turn in turns:
         text += template.assistant_role if turn.role == "gpt" else template.user_role
         starts.append(len(text))
         text += turn.value + template.separator if turn.value else ""
         if turn.role == "gpt":
-            answers.append((starts[-1], len(text)))
+            answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""
     return RenderedConversation(text=text, value_starts=tuple(starts), answers=tuple(answers))

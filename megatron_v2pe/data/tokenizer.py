@@ -1,11 +1,10 @@
 """The checkpoint's own tokenizer, read from its files; no code of the checkpoint is executed.
 
-    text --split at added tokens--> [text, <img>, text, ...] --sentencepiece per text--> ids
+    text --cut at added tokens--> [text, <img>, text, ...] --vocabulary per text--> ids
 
-Ids and decoded strings equal those of the slow `InternLM2Tokenizer` that the release loads, including its
-habits: a dummy prefix (if the sentencepiece model asks for one) at the start of *every* text between special
-tokens, and blanks around special tokens when decoding. Blanks are never cleaned up after decoding, as
-`clean_up_tokenization_spaces` is false in every InternVL2 checkpoint.
+Ids and decoded strings equal those of the slow tokenizers that the release loads (InternLM2, Llama, Qwen2),
+habits included: what happens to blanks at added tokens differs between them, see `vocabularies`. Blanks are never
+cleaned up after decoding, as `clean_up_tokenization_spaces` is false in these checkpoints.
 """
 
 from __future__ import annotations
@@ -13,35 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.data.byte_level import read_qwen2, read_tokenizer_json
+from megatron_v2pe.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from megatron_v2pe.data.vocabularies import (
+    InternLM2Vocabulary,
+    LlamaVocabulary,
+    Vocabulary,
+    read_sentencepiece,
+)
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-SUPPORTED_CLASSES = ("InternLM2Tokenizer",)
-_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFiles:
-    """What the json files of a checkpoint folder say about its tokenizer.
-
-    Attributes:
-        added: token -> id, everything that is cut out of the text before sentencepiece sees it.
-        special: tokens that `skip_special_tokens` drops.
-        roles: `bos_token`, `eos_token`, ... -> token.
-        add_bos: the configuration wants a beginning-of-sequence token.
-    """
-
-    added: dict[str, int]
-    special: frozenset[str]
-    roles: dict[str, str]
-    add_bos: bool
+SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 
 
 class Tokenizer:
@@ -49,38 +36,44 @@ class Tokenizer:
 
     Built by `load_tokenizer`. Picklable, so that loader workers can hold one.
 
+    Args:
+        vocabulary: of the text between added tokens.
+        files: added tokens and roles; every special token must be among `files.added`.
+        adds_bos: a text starts with the beginning-of-sequence token.
+
     Attributes:
-        bos_id: beginning of sequence.
+        bos_id: beginning of sequence; None where the checkpoint has no such token (Qwen2).
         eos_id: end of sequence.
-        pad_id: padding; InternLM2 pads with its end-of-sequence token.
+        pad_id: padding; the end of sequence where no token is named for it.
         image_token_id: id of `<IMG_CONTEXT>`, the token that image features replace.
         fingerprint: digest of everything that decides ids; part of the key of cached lengths.
     """
 
-    def __init__(self, model_bytes: bytes, files: TokenizerFiles) -> None:
-        self._model_bytes, self._files = model_bytes, files
-        self._pieces = sentencepiece.SentencePieceProcessor()
-        self._pieces.LoadFromSerializedProto(model_bytes)
-        self._num_pieces = self._pieces.GetPieceSize()
+    def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, adds_bos: bool) -> None:
+        self._vocabulary, self._files, self._adds_bos = vocabulary, files, adds_bos
         self._added_by_id = {index: token for token, index in files.added.items()}
         # Longest first, so that at one place in the text the longest added token wins.
         names = sorted(files.added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        self._special_ids = {files.added[token] for token in files.special}
-        self.bos_id = self.token_id(files.roles["bos_token"])
+        # Added tokens that decoding sets apart from the text around them.
+        self._apart = (files.added.keys() - files.special) | {
+            token for token in files.additional if files.added[token] >= vocabulary.size
+        }
+        bos = files.roles.get("bos_token")
+        self.bos_id = None if bos is None else self.token_id(bos)
         self.eos_id = self.token_id(files.roles["eos_token"])
         self.pad_id = self.token_id(files.roles.get("pad_token", files.roles["eos_token"]))
         self.image_token_id = self.token_id(IMAGE_CONTEXT)
-        added = json.dumps([sorted(files.added.items()), files.add_bos])
-        self.fingerprint = hashlib.sha256(model_bytes + added.encode()).hexdigest()[:16]
+        added = json.dumps([sorted(files.added.items()), sorted(files.strips_right), adds_bos])
+        self.fingerprint = hashlib.sha256(vocabulary.digest() + added.encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._model_bytes, self._files)
+        return _restore, (self._vocabulary, self._files, self._adds_bos)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
-        return max(self._num_pieces, max(self._added_by_id) + 1)
+        return max(self._vocabulary.size, max(self._added_by_id) + 1)
 
     def token_id(self, token: str) -> int:
         """Id of one token.
@@ -88,10 +81,9 @@ class Tokenizer:
         Raises:
             CheckpointError: the tokenizer does not know it.
         """
-        if token in self._files.added:
-            return self._files.added[token]
-        index = int(self._pieces.PieceToId(token))
-        if index == self._pieces.unk_id() and token != self._pieces.IdToPiece(index):
+        index = self._files.added.get(token)
+        index = self._vocabulary.token_id(token) if index is None else index
+        if index is None:
             raise CheckpointError(
                 f"the checkpoint's tokenizer has no token {token!r}; is this an InternVL2 checkpoint?"
             )
@@ -115,19 +107,20 @@ class Tokenizer:
             ids, and for each mark the number of tokens that lie wholly before it. A token that straddles
             a mark counts as after it.
         """
-        ids = [self.bos_id] if add_bos and self._files.add_bos else []
+        ids = [self.bos_id] if add_bos and self._adds_bos and self.bos_id is not None else []
+        prepared = self._vocabulary.prepare(text)
+        shift = len(prepared) - len(text)
         places: list[int] = []
         start = 0
-        for part in self._splitter.split(text):
-            end = start + len(part)
-            added = self._files.added.get(part)
-            chunk = [added] if added is not None else (self._pieces.EncodeAsIds(part) if part else [])
-            while len(places) < len(marks) and marks[len(places)] < end:
-                prefix = part[: marks[len(places)] - start]
-                inside = _common_prefix(self._pieces.EncodeAsIds(prefix), chunk) if prefix else 0
+        for part, num_stripped, added in self._cut(prepared):
+            start += num_stripped
+            chunk = [added] if added is not None else (self._vocabulary.encode(part) if part else [])
+            while len(places) < len(marks) and marks[len(places)] + shift < start + len(part):
+                prefix = part[: max(0, marks[len(places)] + shift - start)]
+                inside = _common_prefix(self._vocabulary.encode(prefix), chunk) if prefix else 0
                 places.append(len(ids) + inside)
             ids.extend(chunk)
-            start = end
+            start += len(part)
         places.extend([len(ids)] * (len(marks) - len(places)))
         return ids, places
 
@@ -141,46 +134,57 @@ class Tokenizer:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        groups: list[str] = []  # texts and tokens beyond sentencepiece, later joined by blanks
-        run: list[int] = []
-        for index in ids:
-            if skip_special_tokens and index in self._special_ids:
+        groups: list[str] = []  # texts, and tokens that stand apart
+        run: list[str] = []
+        for token in map(self._token, ids):
+            if skip_special_tokens and token in self._files.special:
                 continue
-            if index >= self._num_pieces:
-                if index not in self._added_by_id:
-                    raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
-                groups += [text for text in [self._decode_run(run)] if text]
-                groups.append(self._added_by_id[index])
+            if token in self._apart:
+                groups += [text for text in [self._run_text(run)] if text]
+                groups.append(token)
                 run = []
             else:
-                run.append(index)
+                run.append(token)
         if run:
-            groups.append(self._decode_run(run))
-        return " ".join(groups)
+            groups.append(self._run_text(run))
+        return self._vocabulary.joiner.join(groups)
 
     def tokenize(self, text: str) -> list[str]:
-        """Vocabulary entries of a text: added tokens and sentencepiece's pieces with their word marks."""
+        """Vocabulary entries of a text: added tokens, and pieces with their word marks."""
         tokens: list[str] = []
-        for part in filter(None, self._splitter.split(text)):
-            tokens += [part] if part in self._files.added else self._pieces.EncodeAsPieces(part)
+        for part, _, added in self._cut(self._vocabulary.prepare(text)):
+            if part:
+                tokens += [part] if added is not None else self._vocabulary.pieces(part)
         return tokens
 
-    def _decode_run(self, ids: Sequence[int]) -> str:
-        """Decode ids below the sentencepiece size; a blank precedes each run of special tokens."""
-        text, after_special = "", False
-        plain: list[int] = []
-        for index in ids:
-            if index in self._special_ids:
-                text += "" if after_special else " "
-                text += self._decode_plain(plain) + self._added_by_id[index]
-                plain, after_special = [], True
-            else:
-                plain.append(index)
-                after_special = False
-        return text + self._decode_plain(plain)
+    def _cut(self, text: str) -> Iterator[tuple[str, int, int | None]]:
+        """Parts of a prepared text: text, number of characters stripped in front of it, id if added token."""
+        parts = self._splitter.split(text)
+        opening = self._vocabulary.opening
+        strips = False
+        if opening and parts[0] == opening and len(parts) > 1 and parts[1] in self._files.special:
+            # Nothing stands before a special token, so there is no word to open.
+            yield "", len(opening), None
+            parts = parts[1:]
+        for part in parts:
+            added = self._files.added.get(part)
+            kept = part.lstrip() if strips and added is None else part
+            yield kept, len(part) - len(kept), added
+            strips = part in self._files.strips_right
 
-    def _decode_plain(self, ids: list[int]) -> str:
-        return str(self._pieces.DecodeIds(ids)) if ids else ""
+    def _token(self, index: int) -> str:
+        if index in self._added_by_id:
+            return self._added_by_id[index]
+        if not 0 <= index < self._vocabulary.size:
+            raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
+        return self._vocabulary.token(index)
+
+    def _run_text(self, tokens: Sequence[str]) -> str:
+        return self._vocabulary.to_text(tokens, self._files.special) if tokens else ""
+
+
+def _restore(vocabulary: Vocabulary, files: TokenizerFiles, adds_bos: bool) -> Tokenizer:
+    return Tokenizer(vocabulary, files, adds_bos=adds_bos)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -196,84 +200,55 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read the tokenizer of a Hugging Face InternVL2 folder.
 
-    Reads `tokenizer.model`, `tokenizer_config.json` and, when present, `added_tokens.json` and
-    `special_tokens_map.json`.
+    Reads `tokenizer_config.json`, when present `added_tokens.json` and `special_tokens_map.json`, and the
+    vocabulary of the class that they name: `tokenizer.model`, `vocab.json` with `merges.txt`, or `tokenizer.json`.
 
     Raises:
         CheckpointError: a file is missing or damaged, the tokenizer class is not supported, or a token of
             InternVL2 is absent.
     """
     folder = Path(folder)
-    config = _read_json(folder / "tokenizer_config.json", required=True)
-    kind = config.get("tokenizer_class", "")
-    if kind not in SUPPORTED_CLASSES:
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: tokenizer_class is {kind!r}; "
-            f"supported: {', '.join(SUPPORTED_CLASSES)}"
+    files = read_tokenizer_files(folder)
+    vocabulary, files, adds_bos = _read_vocabulary(folder, files)
+    added = dict(files.added)
+    for token in sorted(files.special - added.keys()):
+        index = vocabulary.token_id(token)
+        if index is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no id for its special token {token!r}")
+        added[token] = index
+    return Tokenizer(vocabulary, replace(files, added=added), adds_bos=adds_bos)
+
+
+def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, TokenizerFiles, bool]:
+    """Vocabulary by class, files with the added tokens that only the vocabulary's file names, and adds_bos."""
+    kind = str(files.config.get("tokenizer_class", ""))
+    # The release loads slow tokenizers, which have the name without Fast.
+    slow = kind.removesuffix("Fast")
+    wants_bos = files.config.get("add_bos_token")
+    if slow == "InternLM2Tokenizer":
+        return (
+            InternLM2Vocabulary(read_sentencepiece(folder / "tokenizer.model")),
+            files,
+            wants_bos is not False,
         )
-    model_path = folder / "tokenizer.model"
-    try:
-        model_bytes = model_path.read_bytes()
-        pieces = sentencepiece.SentencePieceProcessor()
-        pieces.LoadFromSerializedProto(model_bytes)
-    except FileNotFoundError:
-        raise CheckpointError(f"{model_path}: no such file; the tokenizer of {kind} needs it") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{model_path}: not a sentencepiece model ({error})") from None
-    return Tokenizer(model_bytes, _read_files(folder, config, pieces))
-
-
-def _read_files(
-    folder: Path, config: dict[str, Any], pieces: sentencepiece.SentencePieceProcessor
-) -> TokenizerFiles:
-    """Merge the json files: added tokens with their ids, special tokens, and which token has which role."""
-    added = {str(token): int(index) for token, index in _read_json(folder / "added_tokens.json").items()}
-    for index, entry in config.get("added_tokens_decoder", {}).items():
-        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
-            raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: added token {entry['content']!r} strips its "
-                "neighbours, which the InternLM2 tokenizer of this package does not do"
-            )
-        added[entry["content"]] = int(index)
-    stated = {**config, **_read_json(folder / "special_tokens_map.json")}
-    roles: dict[str, str] = {}
-    special: set[str] = set()
-    for key in _SPECIAL_KEYS:
-        values = stated.get(key) or []
-        names = [_content(value) for value in (values if isinstance(values, list) else [values])]
-        special.update(names)
-        if names and key != "additional_special_tokens":
-            roles[key] = names[0]
-    for key in ("bos_token", "eos_token"):
-        if key not in roles:
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: key {key!r} is missing")
-    for token in special - added.keys():
-        added[token] = int(pieces.PieceToId(token))
-    return TokenizerFiles(
-        added=added,
-        special=frozenset(special),
-        roles=roles,
-        add_bos=bool(config.get("add_bos_token", True)),
+    if slow == "LlamaTokenizer":
+        return _read_llama(folder, files), files, wants_bos is not False
+    if slow == "Qwen2Tokenizer":
+        return read_qwen2(folder), files, False
+    if kind == "PreTrainedTokenizerFast":
+        byte_level, added = read_tokenizer_json(folder / "tokenizer.json")
+        return byte_level, replace(files, added=added | files.added), bool(byte_level.opens_with())
+    raise CheckpointError(
+        f"{folder / 'tokenizer_config.json'}: tokenizer_class is {kind!r}; "
+        f"supported: {', '.join(SUPPORTED_CLASSES)}"
     )
 
 
-def _content(value: Any) -> str:
-    """A token that is written plainly or as an object with `content`."""
-    return str(value["content"]) if isinstance(value, dict) else str(value)
-
-
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A json object, empty when the file is optional and absent."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if required:
-            raise CheckpointError(
-                f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint"
-            ) from None
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid json ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a json object")
-    return values
+def _read_llama(folder: Path, files: TokenizerFiles) -> LlamaVocabulary:
+    config = files.config
+    return LlamaVocabulary(
+        read_sentencepiece(folder / "tokenizer.model"),
+        legacy=config.get("legacy") is not False,
+        adds_prefix=config.get("add_prefix_space") is not False,
+        unknown=files.roles.get("unk_token", "<unk>"),
+    )

@@ -66,7 +66,7 @@ class Chat:
         turns = [Turn(role="human", value=question)]
         prompt = build_prompt(turns, images, settings=self.settings, stride=self.stride)
         tokenizer = self.settings.text.tokenizer
-        stops = {tokenizer.eos_id, tokenizer.token_id(self.settings.text.template.separator)}
+        stops = {tokenizer.eos_id, tokenizer.token_id(self.settings.text.template.stop_token)}
         tokens: list[int] = []
         told = ""
         for step in self.engine.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stops):
