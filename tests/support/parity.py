@@ -1,0 +1,296 @@
+"""The same two optimizer steps under any parallel layout, compared with one rank.
+
+    case  = how documents are packed x where the images lie x position mode          (data, no layout)
+    layout = sizes of the parallel axes, and options of the model                    (no data)
+
+    one rank    (case, options) --train_step x 2--> losses, gradient norms, whole gradients and weights --> file
+    N ranks     (layout, case)  --train_step x 2--> every rank compares its pieces with the file --> largest errors
+
+The steps are those of `train`: `build_model`, `wrap_for_training`, `shard_batch`, `train_step`. Cases are in
+`parity_cases`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.config.schema import (
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
+from tests.support import whole
+from tests.support.parity_cases import ARCH, DOCUMENTS, POSITIONS, pack
+from tests.support.spawn import run_ranks
+
+QUANTITIES = ("loss", "norm", "gradient", "weight 1", "weight 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the reference must be run with, too: it changes which numbers come out.
+
+    `other_parts`: queries, keys and values have biases, as in Qwen2; the tower is in the style of InternViT-6B.
+    """
+
+    freeze_vision: bool = False
+    freeze_projector: bool = False
+    freeze_language: bool = False
+    tied: bool = False
+    other_parts: bool = False
+
+    @property
+    def arch(self):
+        language = dataclasses.replace(
+            ARCH.language, tie_word_embeddings=self.tied, qkv_bias=self.other_parts
+        )
+        vision = ARCH.vision
+        if self.other_parts:
+            vision = dataclasses.replace(vision, norm_type="rms_norm", qkv_bias=False, qk_normalization=True)
+        return dataclasses.replace(ARCH, language=language, vision=vision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes and what must not change any number."""
+
+    parallel: ParallelConfig
+    options: Options = Options()
+    recompute: str = "none"
+    micro_batch_tiles: int = 0
+
+    def config(self, case):
+        return RunConfig(
+            parallel=self.parallel,
+            position=POSITIONS[case.mode],
+            model=ModelConfig(
+                recompute=self.recompute,
+                loss_chunk_tokens=16,
+                freeze_language=self.options.freeze_language,
+                freeze_projector=self.options.freeze_projector,
+            ),
+            vision=VisionConfig(
+                freeze=self.options.freeze_vision,
+                micro_batch_tiles=self.micro_batch_tiles,
+                recompute=self.recompute,
+            ),
+            # eps 1e-2, above most gradients: see docs/numerics.md. Clipping lets the norm reach every weight.
+            optim=OptimConfig(lr=1e-1, min_lr=1e-1, eps=1e-2, clip_grad=0.5, steps=10, global_batch_size=4),
+            runtime=RuntimeConfig(dtype="float32"),
+        )
+
+
+def packs_of_rank(case, plan, ranks):
+    """This data parallel rank's micro batches, every dp-th of the step's, as the loader deals them."""
+    return [
+        pack(
+            case,
+            micro_batch,
+            pad_to_multiple=plan.pad_to_multiple,
+            tile_range_of=lambda n: (
+                deal_tiles(n, plan.tile_ranks, ranks.tile_rank) if ranks.is_first_stage else (0, 0)
+            ),
+        )
+        for micro_batch in range(ranks.dp_rank, len(DOCUMENTS[case.packing, case.images]), plan.dp)
+    ]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What two steps gave on this rank: `gradients` of the first, `weights` after each, as pieces."""
+
+    losses: list
+    norms: list
+    gradients: list
+    weights: list
+
+
+def two_steps(layout, case, *, plan, ranks):
+    """Build, place weights, run two updates."""
+    from megatron_v2pe.assembly.build import build_model
+    from megatron_v2pe.assembly.optimizer import wrap_for_training
+    from megatron_v2pe.parallel.shard_batch import shard_batch
+    from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
+    from megatron_v2pe.train.step import train_step
+
+    config, arch = layout.config(case), layout.options.arch
+    chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    whole.place(chunks, ranks, vocab_size=arch.language.vocab_size)
+    trainer = wrap_for_training(chunks, config)
+    shard = functools.partial(
+        shard_batch,
+        plan=plan,
+        ranks=ranks,
+        device=ranks.device,
+        dtype=torch.float32,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+    )
+    runner = MicroBatchRunner(shard=shard, device=ranks.device)
+    attach(runner, trainer.wrapped)
+    outcome = Outcome([], [], [], [])
+    update = trainer.optimizer.step
+
+    def keep_gradients_then_update():
+        if not outcome.gradients:
+            whole.gather_gradients(trainer.wrapped)
+            with whole.gradients_in_place(chunks):
+                outcome.gradients = [(*where, data.clone()) for *where, data in whole.pieces(chunks, ranks)]
+        return update()
+
+    trainer.optimizer.step = keep_gradients_then_update
+    packs = packs_of_rank(case, plan, ranks)
+    for _ in range(2):
+        report = train_step(trainer, runner, packs, ranks=ranks)
+        outcome.losses.append(report.loss)
+        outcome.norms.append(report.grad_norm)
+        outcome.weights.append([(*where, data.clone()) for *where, data in whole.pieces(chunks, ranks)])
+    return outcome
+
+
+def join(layout, world_size):
+    """Plan and groups of a layout; groups of the one before are left."""
+    from megatron.core import parallel_state
+
+    from megatron_v2pe.parallel.topology import init_distributed, resolve
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    plan = resolve(layout.parallel, world_size)
+    return plan, init_distributed(plan, seed=1, timeout_minutes=1)
+
+
+def run_reference(rank, world_size, wanted, path):
+    """One rank: whole tensors of every (case, options) in `wanted`, saved to `path`.
+
+    Returns:
+        {(case, options): {key: largest gradient}}.
+    """
+    results = {}
+    for case, options in wanted:
+        layout = Layout(ParallelConfig(), options)
+        plan, ranks = join(layout, 1)
+        outcome = two_steps(layout, case, plan=plan, ranks=ranks)
+        wholes = functools.partial(whole.whole_of, vocab_size=ARCH.language.vocab_size)
+        gradients, weights = wholes(outcome.gradients), [wholes(found) for found in outcome.weights]
+        first = {key: whole.draw(key, tensor.shape) for key, tensor in gradients.items()}
+        results[str(case), options] = dict(
+            losses=outcome.losses,
+            norms=outcome.norms,
+            gradients=gradients,
+            weights=weights,
+            gradient_scales=whole.largest(gradients),
+            update_scales=[
+                whole.largest({key: after[key] - first[key] for key in first}) for after in weights
+            ],
+        )
+    torch.save(results, path)
+    return {name: result["gradient_scales"] for name, result in results.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Cases to run under a layout, and, for wrong variants, a context manager function to run them under."""
+
+    name: str
+    layout: Layout
+    cases: tuple
+    mutation: Callable = contextlib.nullcontext
+
+
+def compare(rank, world_size, work, path):
+    """{(name, case): errors} of this rank against what `run_reference` wrote to `path`."""
+    references = torch.load(path, weights_only=False)
+    found = {}
+    for row in work:
+        plan, ranks = join(row.layout, world_size)
+        for case in row.cases:
+            sys.stderr.write(f"{row.name} [{case}]\n")  # shown when a rank fails
+            with row.mutation():
+                outcome = two_steps(row.layout, case, plan=plan, ranks=ranks)
+            found[row.name, str(case)] = errors(outcome, references[str(case), row.layout.options])
+    return found
+
+
+def errors(outcome, wanted):
+    """{"loss": (error, where), ...}: relative deviations, with the parameter that deviates most.
+
+    "held" says which parts of which whole tensors were compared.
+    """
+    gradients = whole.errors(outcome.gradients, wanted["gradients"], scales=wanted["gradient_scales"])
+    weights = [
+        whole.errors(found, wholes, scales=scales)
+        for found, wholes, scales in zip(
+            outcome.weights, wanted["weights"], wanted["update_scales"], strict=True
+        )
+    ]
+    return {
+        "loss": _relative(outcome.losses, wanted["losses"]),
+        "norm": _relative(outcome.norms, wanted["norms"]),
+        "gradient": _worst(gradients),
+        "weight 1": _worst(weights[0]),
+        "weight 2": _worst(weights[1]),
+        "held": sorted(
+            (key, [(s.start, s.stop) for s in slices], shape) for key, slices, shape, _ in outcome.gradients
+        ),
+    }
+
+
+def _relative(values, wanted):
+    # The norm is 0 where a step without images trains vision alone.
+    deviations = [abs(a - b) / (abs(b) or 1.0) for a, b in zip(values, wanted, strict=True)]
+    return max(
+        (value if math.isfinite(value) else math.inf, f"step {i + 1}") for i, value in enumerate(deviations)
+    )
+
+
+def _worst(by_key):
+    key = max(by_key, key=by_key.get)
+    return by_key[key], key
+
+
+def reference_file(folder, wanted, *, timeout=200):
+    """Run the reference in a process of its own; returns the file and what `run_reference` returns."""
+    path = folder / "reference.pt"
+    (scales,) = run_ranks(run_reference, 1, wanted, str(path), timeout=timeout)
+    return path, scales
+
+
+def compare_ranks(world_size, work, reference, *, timeout):
+    """{(name, case): {quantity: (error, where)}}, the worst of all ranks.
+
+    Raises:
+        AssertionError: the ranks together did not hold every element of every parameter.
+    """
+    path, scales = reference
+    by_rank = run_ranks(compare, world_size, work, str(path), timeout=timeout)
+    for row in work:
+        for case in row.cases:
+            held = [found[row.name, str(case)]["held"] for found in by_rank]
+            check_all_held(held, set(scales[str(case), row.layout.options]))
+    return {
+        name: {quantity: max(found[name][quantity] for found in by_rank) for quantity in QUANTITIES}
+        for name in by_rank[0]
+    }
+
+
+def check_all_held(held, keys):
+    """The distinct pieces of a key have as many elements as the whole tensor, so nothing went uncompared."""
+    parts = {}
+    for key, slices, shape in itertools.chain(*held):
+        parts.setdefault((key, shape), set()).add(tuple(slices))
+    assert {key for key, _ in parts} == keys
+    for (key, shape), places in parts.items():
+        assert sum(math.prod(stop - start for start, stop in place) for place in places) == math.prod(
+            shape
+        ), key
