@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_step import Sizes, Step, best_seconds, machine, on_ranks, peak_bytes
+from bench_support.step import Sizes, Step, best_seconds, machine, on_ranks, peak_bytes
 
 from megatron_v2pe.batch.packed_batch import deal_tiles
 from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
