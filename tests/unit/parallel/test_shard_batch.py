@@ -39,7 +39,12 @@ def name_of(plan):
 def place(plan, tile_rank=0, *, first_stage=True):
     """The fields of `Ranks` that cutting reads."""
     slices = plan.tp if plan.sequence_parallel else 1
-    return SimpleNamespace(cp_rank=tile_rank // slices, tile_rank=tile_rank, is_first_stage=first_stage)
+    return SimpleNamespace(
+        cp_rank=tile_rank // slices,
+        tp_rank=tile_rank % slices,
+        tile_rank=tile_rank,
+        is_first_stage=first_stage,
+    )
 
 
 def cut(layout, plan, tile_rank=0, *, first_stage=True, tile_range="mine", dtype=torch.float32):
