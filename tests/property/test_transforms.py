@@ -42,6 +42,29 @@ def test_group_heads_round_trip(kv_heads, queries_per_group, head_dim, columns, 
     assert bits(transform.to_ours([other_way])) == bits(fused)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_heads=SIZES,
+    queries_per_group=SIZES,
+    head_dim=SIZES,
+    columns=st.none() | SIZES,
+    dtype=DTYPES,
+    seed=st.integers(0, 9),
+)
+def test_separate_heads_round_trip_and_equal_fused_ones(
+    kv_heads, queries_per_group, head_dim, columns, dtype, seed
+):
+    sizes = dict(num_heads=kv_heads * queries_per_group, num_kv_heads=kv_heads, head_dim=head_dim)
+    rows = [kv_heads * queries_per_group * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    parts = [random_bits(count, columns, dtype, seed + i) for i, count in enumerate(rows)]
+    separate = GroupHeads(**sizes, is_fused=False)
+    ours = separate.to_ours(parts)
+    assert bits(ours) == bits(GroupHeads(**sizes).to_ours([torch.cat(parts)]))
+    back = separate.to_hf(ours)
+    assert [tuple(part.shape) for part in back] == [tuple(part.shape) for part in parts]
+    assert [bits(part) for part in back] == [bits(part) for part in parts]
+
+
 @settings(max_examples=30, deadline=None)
 @given(kv_heads=SIZES, queries_per_group=SIZES, head_dim=SIZES)
 def test_group_heads_puts_each_head_where_mcore_reads_it(kv_heads, queries_per_group, head_dim):

@@ -13,9 +13,9 @@ from megatron_v2pe.config.architecture import parse_architecture
 GOLDEN = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"
 
 
-def golden_copy(folder: Path) -> Path:
-    """A writable copy of the golden InternLM2 + InternViT-300M folder."""
-    shutil.copytree(GOLDEN, folder, copy_function=shutil.copyfile)
+def golden_copy(folder: Path, *, key: str = GOLDEN.name) -> Path:
+    """A writable copy of a golden folder, InternLM2 + InternViT-300M if not said otherwise."""
+    shutil.copytree(GOLDEN.parent / key, folder, copy_function=shutil.copyfile)
     return folder
 
 

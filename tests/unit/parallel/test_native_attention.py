@@ -72,14 +72,16 @@ def test_queries_and_keys_are_rotated_by_the_given_angles():
     assert (out - unrotated).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.19])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_gradient_of_the_rotation_is_that_of_its_formula(rounded):
+def test_gradient_of_the_rotation_is_that_of_its_formula(rounded, scale):
     query, key = draw(HEADS, KEY_HEADS, dtype=torch.float32)
-    params = packed(V2PEPackedSeqParams, rotary_angles=angles_of(len(query)), round_rotary=rounded)
+    options = dict(rotary_angles=angles_of(len(query)), rotary_scale=scale, round_rotary=rounded)
+    params = packed(V2PEPackedSeqParams, **options)
     for position, x in enumerate((query, key)):
         leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         rotated = rotate(*((leaf, key) if position == 0 else (query, leaf)), params)[position]
-        formula = apply_rotary(other, params.rotary_angles, round_tables=rounded)
+        formula = apply_rotary(other, params.rotary_angles, scale=scale, round_tables=rounded)
         assert torch.equal(rotated, formula)
         weights = torch.randn_like(x)
         rotated.backward(weights)

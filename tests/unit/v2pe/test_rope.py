@@ -84,3 +84,48 @@ def test_reference_rounds_the_tables_in_bf16():
     x = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     angles = angles_at(133.0)[None]
     assert not torch.equal(apply_rotary(x, angles), apply_rotary(x, angles, round_tables=True))
+
+
+SHORT, LONG = (1.0, 1.5), (2.0, 4.0)
+LONGROPE = RopeScaling(kind="longrope", trained_positions=4096, short_factors=SHORT, long_factors=LONG)
+
+
+@pytest.mark.parametrize("precision", ["exact", "reference"])
+@pytest.mark.parametrize(("rope_length", "factors"), [(4096, SHORT), (4097, LONG)])
+def test_longrope_chooses_its_factors_by_the_longest_position(precision, rope_length, factors):
+    phi = spec(dim=4, base=1e4, scaling=LONGROPE, precision=precision)
+    angles = rope_angles(torch.tensor([256 * 3 + 64]), phi, rope_length=rope_length)[0]
+    wanted = [3.25 / factors[0], 3.25 * 1e-2 / factors[1]]
+    assert angles.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["exact", "reference"])
+def test_llama3_divides_slow_frequencies_and_keeps_fast_ones(precision):
+    """Of Llama 3.1: wavelengths 6.3, 1.2e3, 4.4e3 and 8.4e5 against bounds 2048 and 8192 of M = 8192."""
+    scaling = RopeScaling(
+        kind="llama3",
+        factor=8.0,
+        trained_positions=8192,
+        low_frequency_factor=1.0,
+        high_frequency_factor=4.0,
+    )
+    llama = spec(dim=128, base=5e5, scaling=scaling, precision=precision)
+    plain = spec(dim=128, base=5e5, precision=precision)
+    one = torch.tensor([256])
+    ratio = rope_angles(one, llama, rope_length=9)[0] / rope_angles(one, plain, rope_length=9)[0]
+    assert ratio[:26].tolist() == pytest.approx([1.0] * 26, rel=1e-6)
+    turns = 8192 * 5e5 ** (-64 / 128) / (2 * math.pi)  # 1.84 turns of frequency 32, between the bounds
+    kept = (turns - 1.0) / 3.0
+    assert ratio[32].item() == pytest.approx(kept + (1 - kept) / 8, rel=1e-5)
+    assert ratio[40:].tolist() == pytest.approx([1 / 8] * 24, rel=1e-6)
+
+
+def test_attention_factor_scales_and_is_rounded_with_the_tables():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2, 8, generator=generator)
+    angles = torch.rand(5, 4, generator=generator) * 6
+    scaled = apply_rotary(x, angles, scale=1.19)
+    assert torch.allclose(scaled, 1.19 * apply_rotary(x, angles), atol=1e-6)
+    half = apply_rotary(x.bfloat16(), torch.zeros(5, 4), scale=1.19, round_tables=True)
+    factor = torch.tensor(1.19).bfloat16().float()
+    assert torch.equal(half, (x.bfloat16().float() * factor).bfloat16())
