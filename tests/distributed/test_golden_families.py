@@ -1,0 +1,40 @@
+"""Packed V2PE cases of the Qwen2, Llama and Phi-3 families over tensor and pipeline parallel ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_v2pe.config.schema import ParallelConfig
+from megatron_v2pe.evaluation.golden.ranks import run_on_local_ranks
+from megatron_v2pe.evaluation.golden.runner import select_groups
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+KEYS = ("c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
+CASE = "packed_v2pe"
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One case of each family."""
+    root = tmp_path_factory.mktemp("families")
+    (root / "forward").mkdir()
+    for key in KEYS:
+        shutil.copytree(GOLDEN / "ckpt" / key, root / "ckpt" / key)
+        values = json.loads((GOLDEN / "forward" / f"{key}.json").read_text())
+        values["cases"] = [case for case in values["cases"] if case["name"] == CASE]
+        (root / "forward" / f"{key}.json").write_text(json.dumps(values))
+        shutil.copy(GOLDEN / "forward" / f"{key}.safetensors", root / "forward")
+    return root
+
+
+@pytest.mark.parametrize("parallel", [dict(tp=2, sequence_parallel=True), dict(pp=2)], ids=["tp2 sp", "pp2"])
+def test_two_ranks(folder, parallel):
+    """Tolerances are FORMAT's, as on one rank. The Llama's 3 layers lie unevenly on two stages."""
+    groups = select_groups(folder, name="model", model_only=True)
+    rows = run_on_local_ranks(folder, groups, family=None, parallel=ParallelConfig(**parallel))
+    assert [row for row in rows if row.status != "pass"] == []
+    assert {row.name for row in rows} == {f"model/{key}/{CASE}" for key in KEYS}
+    assert {row.quantity for row in rows} >= {"logits", "per_token_loss", "mean_loss", "grad_l2", "grad"}
