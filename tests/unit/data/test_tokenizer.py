@@ -89,10 +89,18 @@ def test_add_bos_token_false_is_kept(folder):
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: no such file"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"nonsense"), "not a sentencepiece model"),
         (lambda f: (f / "added_tokens.json").write_text("{"), "added_tokens.json: not valid json"),
-        (lambda f: edit_config(f, tokenizer_class="Qwen2Tokenizer"), "supported: InternLM2Tokenizer"),
+        (lambda f: edit_config(f, tokenizer_class="BertTokenizer"), "supported: InternLM2Tokenizer, Llama"),
         (
-            lambda f: edit_config(f, added_tokens_decoder={"7": {"content": "<x>", "rstrip": True}}),
-            "strips its neighbours",
+            lambda f: edit_config(f, added_tokens_decoder={"7": {"content": "<x>", "lstrip": True}}),
+            "'<x>' has lstrip or single_word",
+        ),
+        (
+            lambda f: edit_config(f, pad_token="<pad>") or (f / "special_tokens_map.json").unlink(),
+            "no id for its special token '<pad>'",
+        ),
+        (
+            lambda f: edit_config(f, eos_token=None) or (f / "special_tokens_map.json").unlink(),
+            "'eos_token' is missing",
         ),
     ],
 )
