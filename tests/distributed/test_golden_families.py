@@ -13,7 +13,7 @@ from megatron_v2pe.evaluation.golden.runner import select_groups
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
 CASE = "packed_v2pe"
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

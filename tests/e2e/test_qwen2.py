@@ -36,6 +36,7 @@ def setup(tmp_path_factory):
     return hf, config, tiny.curve(root / "single")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "overrides",
