@@ -102,6 +102,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
             name="internvl2_5",
             system="<|im_start|>system\n" + _INTERNVL2_5_SYSTEM,
             separator="<|im_end|>\n",
+            strip_values=False,
             release_rule=None,
         ),
     )

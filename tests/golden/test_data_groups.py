@@ -38,6 +38,20 @@ ALTERATIONS = [
     ("text", "text/tokenizer.json", ("cases", 7, "decoded"), lambda old: old + " ", "decoded"),
     ("text", "text/conversations.json", ("cases", 1, "input_ids", 9), lambda old: old + 1, "tokens"),
     ("text", "text/conversations.json", ("cases", 1, "label_spans", 0, 1), lambda old: old - 1, "labels"),
+    *(
+        (
+            "text",
+            "text/conversations.json",
+            ("cases", number, "label_spans", 0, 0),
+            lambda old: old + 1,
+            "labels",
+        )
+        for number in (43, 61, 79)  # Hermes-2 twice, phi3-chat
+    ),
+    *(
+        ("text", "text/tokenizer.json", ("cases", number, "decoded"), lambda old: old + " ", "decoded")
+        for number in (120, 170, 220)  # Qwen2, Llama as in Yi, Llama as in Phi-3
+    ),
     ("packing", "packing/packs.json", ("cases", 0, "packs", 3, "tokens"), lambda old: old + 1, "packs"),
     ("packing", "text/dataset_items.json", ("cases", 7, "position_runs", 1, 0), lambda x: x + 1, "positions"),
     ("packing", "text/dataset_items.json", ("cases", 7, "label_spans", 0, 0), lambda x: x + 1, "labels"),
@@ -60,7 +74,7 @@ def copy(tmp_path):
 @pytest.mark.parametrize(
     ("group", "file", "path", "value", "quantity"),
     ALTERATIONS,
-    ids=[f"{row[1]}-{row[4]}" for row in ALTERATIONS],
+    ids=[f"{row[1]}-{row[4]}-{row[2][1]}" for row in ALTERATIONS],
 )
 def test_one_altered_number_fails(copy, group, file, path, value, quantity):
     values = json.loads((copy / file).read_text())
@@ -70,6 +84,15 @@ def test_one_altered_number_fails(copy, group, file, path, value, quantity):
     failed = [row for row in run_groups(copy, groups, family=None) if row.status == "fail"]
     assert quantity in {row.quantity for row in failed}
     assert len({row.name for row in failed}) == 1
+
+
+def test_every_family_is_compared():
+    groups = select_groups(FOLDER, name="text", model_only=False)
+    rows = list(run_groups(FOLDER, groups, family=None))
+    assert {row.status for row in rows} == {"pass"}
+    assert {row.name.split("_")[0] for row in rows if "tokenizer" not in row.name} == {
+        f"text/{family}" for family in "abcde"
+    }
 
 
 def test_families_without_a_tokenizer_here_are_reported(copy):

@@ -119,9 +119,9 @@ def test_rendered_texts_of_the_other_templates(name, between):
     assert prompt.endswith(template.assistant_role)
 
 
-def test_only_internlm2_and_its_successor_strip_messages():
+def test_only_internlm2_chat_strips_messages():
     names = ["internlm2-chat", "Hermes-2", "phi3-chat", "internvl2_5"]
-    assert [get_template(name).strip_values for name in names] == [True, False, False, True]
+    assert [get_template(name).strip_values for name in names] == [True, False, False, False]
     blanks = ["q", "  two dogs \n"]
     assert supervised_text(encode(blanks)) == " two dogs<|im_end|>"
     kept = encode_family("qwen2", blanks)
