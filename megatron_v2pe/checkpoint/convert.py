@@ -74,10 +74,10 @@ def import_hf(
             disk is too small. Nothing is left behind.
     """
     weights, arch, names = open_hf(hf_folder)
-    kept = [_kept(file, names) for file in weights.files]
+    kept = [without_dropped(file, names) for file in weights.files]
     with staged(target, force=force, needed_bytes=sum(file.num_bytes for file in kept)) as folder:
         hf = hf_path(folder)
-        _copy_side_files(weights.folder, hf, weights.side_files())
+        copy_side_files(weights.folder, hf, weights.side_files())
         write_layout(hf, kept)
         state_path(folder).mkdir()
         shards, read_later = _shards(names.by_ours.values(), weights, progress)
@@ -118,7 +118,7 @@ def export_hf(
         files = plan_shards(everything, max_shard_bytes=max_shard_bytes)
     with staged(target, force=force, needed_bytes=sum(file.num_bytes for file in files)) as folder:
         side_files = HFWeights(hf).side_files()
-        _copy_side_files(hf, folder, [path for path in side_files if str(path) != LAYOUT_FILE])
+        copy_side_files(hf, folder, [path for path in side_files if str(path) != LAYOUT_FILE])
         for file in files:
             write_weight_file(folder, file=file, read=exported.read)
         _write_index(folder, files)
@@ -231,7 +231,7 @@ def _read_group(weights: HFWeights, *, entry: Entry, group: tuple[str, ...], pro
     return parts[0] if entry.transform.is_stacked else entry.transform.to_ours(parts)
 
 
-def _kept(file: WeightFile, names: NameMap) -> WeightFile:
+def without_dropped(file: WeightFile, names: NameMap) -> WeightFile:
     """The file without the tensors that the table drops; each is logged with its reason."""
     dropped = {name: names.drop_reason(name) for name in file.tensors if name not in names.by_hf}
     for name, reason in dropped.items():
@@ -240,7 +240,8 @@ def _kept(file: WeightFile, names: NameMap) -> WeightFile:
     return WeightFile(file.name, tensors, file.metadata)
 
 
-def _copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
+def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
+    """Copy files, byte for byte, to the same relative paths below `target`."""
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)

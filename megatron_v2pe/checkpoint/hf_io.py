@@ -103,10 +103,18 @@ class HFWeights:
 
     def read(self, name: str) -> Tensor:
         """One tensor, memory-mapped from its file."""
+        return self._handle(name).get_tensor(name)
+
+    def read_box(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A part of one tensor, one slice for each dimension; nothing else of the file is touched."""
+        return self._handle(name).get_slice(name)[box]
+
+    def _handle(self, name: str) -> Any:
+        """The open memory map of the file that holds a tensor."""
         file = self._file_of[name]
         if file not in self._handles:
             self._handles[file] = safe_open(self.folder / file, framework="pt")
-        return self._handles[file].get_tensor(name)
+        return self._handles[file]
 
     def side_files(self) -> list[Path]:
         """Paths, relative to the folder, of everything that is not weights, sorted."""
