@@ -209,6 +209,7 @@ def _local_device() -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", launcher().local_rank)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution; float32 means float32
     return device
 
 

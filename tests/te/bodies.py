@@ -44,7 +44,7 @@ def refusals(plan, ranks):
     return said
 
 
-def adapter_errors(plan, ranks, documents, comm, real_boundaries):
+def adapter_errors(plan, ranks, documents, comm, real_boundaries, dtype=torch.float32):
     """Our adapter on our shard, against full attention of the whole pack.
 
     Args:
@@ -53,6 +53,7 @@ def adapter_errors(plan, ranks, documents, comm, real_boundaries):
         documents: as in `tests.support.packs`.
         comm: cp_comm_type.
         real_boundaries: tell Transformer Engine where documents really end, as mcore would.
+        dtype: of queries, keys and values.
     """
     from megatron_v2pe.models.language import LanguageModel
     from megatron_v2pe.parallel.attention import te
@@ -66,7 +67,7 @@ def adapter_errors(plan, ranks, documents, comm, real_boundaries):
         plan=plan,
         ranks=ranks,
         device=ranks.device,
-        dtype=torch.float32,
+        dtype=dtype,
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
         encodes_tiles=False,
@@ -74,18 +75,20 @@ def adapter_errors(plan, ranks, documents, comm, real_boundaries):
     params = LanguageModel.attention_params(types.SimpleNamespace(rope=rope()), local)
     if real_boundaries:
         real = [0, *np.cumsum([document.num_tokens for document in layout.documents])]
-        params.cu_seqlens_q = params.cu_seqlens_kv = torch.tensor(real, dtype=torch.int32)
+        boundaries = torch.tensor(real, dtype=torch.int32, device=ranks.device)
+        params.cu_seqlens_q = params.cu_seqlens_kv = boundaries
     core = te.RotaryTEAttention(**core_arguments(plan, comm, ranks))
     kept = te.padding_counts_as_tokens
     if real_boundaries:
         te.padding_counts_as_tokens = plain_parameters
-    wanted = full_attention(layout)
+    wanted = full_attention(layout, dtype)
     index = torch.from_numpy(shard_indices(layout.cu_seqlens, cp_size=plan.cp, cp_rank=ranks.cp_rank))
-    leaves = [x[index].requires_grad_() for x in inputs(layout)[:3]]
+    *leaves, grad = (x[index].to(ranks.device) for x in inputs(layout, dtype))
+    leaves = [x.requires_grad_() for x in leaves]
     out = core(*leaves, None, core_mask(), packed_seq_params=params)
-    out.backward(inputs(layout)[3][index].flatten(1))
+    out.backward(grad.flatten(1))
     te.padding_counts_as_tokens = kept
-    ours = [out.detach().unflatten(1, (HEADS, DIM)), *(leaf.grad for leaf in leaves)]
+    ours = [x.cpu() for x in (out.detach().unflatten(1, (HEADS, DIM)), *(leaf.grad for leaf in leaves))]
     mask = is_real(layout)[index]
     return [
         float((mine.double() - full[index])[mask].norm() / full[index][mask].norm())
@@ -144,22 +147,22 @@ def is_real(layout):
     return found
 
 
-def inputs(layout):
+def inputs(layout, dtype):
     """Queries, keys, values and output gradient of the pack; padding has no gradient, for it has no loss."""
     generator = torch.Generator().manual_seed(0)
     heads = (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
     found = [torch.randn(layout.num_tokens, count, DIM, generator=generator) for count in heads]
     found[3][~is_real(layout)] = 0.0
-    return found
+    return [x.to(dtype) for x in found]
 
 
-def full_attention(layout):
+def full_attention(layout, dtype):
     """Output and gradients of the whole pack in float64: documents masked, tokens rotated by their positions."""
     from megatron_v2pe.v2pe.rope import apply_rotary, rope_angles
     from tests.support.packs import units_of
 
     angles = rope_angles(torch.from_numpy(units_of(layout)), rope(), rope_length=layout.rope_length)
-    query, key, value, grad = (x.double() for x in inputs(layout))
+    query, key, value, grad = (x.double() for x in inputs(layout, dtype))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     document = torch.from_numpy(np.repeat(np.arange(len(layout.documents)), np.diff(layout.cu_seqlens)))
     seen = (document[:, None] == document) & torch.ones(len(document), len(document), dtype=torch.bool).tril()
@@ -224,15 +227,13 @@ def compare_models(world_size, layout):
         parallel_state.destroy_model_parallel()
     plan = resolve(ParallelConfig(**layout), world_size)
     ranks = init_distributed(plan, seed=0)
-    models = {name: build(name, layout, plan, ranks) for name in ("transformer_engine", "native")}
+    models = {name: build(name, layout, plan, ranks, "float32") for name in ("transformer_engine", "native")}
     theirs, ours = models.values()
     shapes = [{name: tuple(x.shape) for name, x in model.named_parameters()} for model in models.values()]
-    for name, parameter in ours.named_parameters():
-        generator = torch.Generator().manual_seed(sum(name.encode()))
-        parameter.data.normal_(1.0 if "norm.weight" in name else 0.0, 0.08, generator=generator)
-        theirs.get_parameter(name).data.copy_(parameter.data)
+    for model in (ours, theirs):
+        fill(model)
     kernels.compiled().calls.clear()
-    losses = [run(model, plan, ranks) for model in models.values()]
+    losses = [run(model, plan, ranks, torch.float32) for model in models.values()]
     wanted = dict(ours.named_parameters())
     errors = {
         name: float((x.grad - wanted[name].grad).abs().max() / wanted[name].grad.abs().max().clamp_min(1e-6))
@@ -247,20 +248,28 @@ def compare_models(world_size, layout):
     )
 
 
-def build(backend, layout, plan, ranks):
+def fill(model):
+    """The same random weights for every model of these sizes, whatever its layers, dtype and device."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        mean = 1.0 if "norm.weight" in name else 0.0
+        parameter.data.copy_(torch.empty(parameter.shape).normal_(mean, 0.08, generator=generator))
+
+
+def build(backend, layout, plan, ranks, dtype):
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 
     config = RunConfig(
         parallel=ParallelConfig(**layout, attention_backend=backend),
         position=PositionConfig(mode="v2pe_random"),
-        runtime=RuntimeConfig(dtype="float32"),
+        runtime=RuntimeConfig(dtype=dtype),
     )
     (model,) = build_model(config, architecture(), plan=plan, ranks=ranks)
     return model
 
 
-def run(model, plan, ranks):
+def run(model, plan, ranks, dtype):
     """Loss of one micro batch; gradients are left in the parameters."""
     from megatron_v2pe.batch.packed_batch import deal_tiles
     from megatron_v2pe.parallel.shard_batch import shard_batch
@@ -273,7 +282,7 @@ def run(model, plan, ranks):
         plan=plan,
         ranks=ranks,
         device=ranks.device,
-        dtype=torch.float32,
+        dtype=dtype,
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
     )
