@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron_v2pe.assembly.kernels import choose_kernels
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
-    padded_vocab_size,
     projector_config,
     rope_spec,
     vision_config,
@@ -37,7 +36,8 @@ from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
+from megatron_v2pe.parallel.topology import Ranks
 
 
 def build_model(

@@ -15,17 +15,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
-from megatron_v2pe.parallel.topology import ParallelPlan
+from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.v2pe.rope import RopeSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-VOCAB_MULTIPLE = 64  # rows of a GEMM on tensor cores; times tp so that every rank's share is one
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of embedding and head: the vocabulary rounded up to a multiple of 64 * tp."""
-    multiple = VOCAB_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def _common(dtype: torch.dtype) -> dict[str, Any]:
@@ -100,18 +93,13 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
     )
 
 
-def tower_tp(plan: ParallelPlan) -> int:
-    """Tensor parallel size of tower and projector: 1 where every rank holds them whole."""
-    return plan.tp if plan.vision == "tensor" else 1
-
-
 def vision_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the vision tower.
 
     A split tower has its heads padded to a multiple of tp (InternViT-6B has 25); it never uses sequence
     parallelism, because the 1025 tokens of a tile do not split.
     """
-    vision, tp = arch.vision, tower_tp(plan)
+    vision, tp = arch.vision, plan.tower_tp
     return TransformerConfig(
         **_common(DTYPES[config.runtime.dtype]),
         **_recompute(config.vision.recompute),
@@ -137,7 +125,7 @@ def projector_config(config: RunConfig, arch: InternVLArchitecture, plan: Parall
         num_layers=1,
         hidden_size=hidden,
         num_attention_heads=arch.language.num_heads,
-        tensor_model_parallel_size=tower_tp(plan),
+        tensor_model_parallel_size=plan.tower_tp,
         ffn_hidden_size=hidden,
         layernorm_epsilon=1e-5,
         normalization="LayerNorm",

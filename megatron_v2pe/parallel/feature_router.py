@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import FeatureRoute, deal_tiles
-from megatron_v2pe.parallel.topology import ParallelPlan
+from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.zigzag import shard_ranges
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
 from megatron_v2pe.v2pe.positions import visual_rows

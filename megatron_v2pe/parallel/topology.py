@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,63 +23,13 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.plan import resolve as resolve
 
 _worlds = itertools.count()
 RANK_ORDER = "tp-cp-ep-dp-pp"  # ep, the experts' axis, has size 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelPlan:
-    """Sizes of the parallel axes, resolved against the world size. Numbers only.
-
-    Attributes:
-        tp: tensor parallel size.
-        pp: pipeline parallel size.
-        cp: context parallel size.
-        dp: data parallel size, what remains of the world.
-        vpp: virtual stages of each pipeline rank.
-        sequence_parallel: activations between layers are split over tp.
-        vision: the tower is `replicated` on tp ranks or split over them (`tensor`).
-    """
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    dp: int = 1
-    vpp: int = 1
-    sequence_parallel: bool = False
-    vision: Literal["replicated", "tensor"] = "replicated"
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.tp * self.pp * self.cp * self.dp
-
-    @property
-    def pad_to_multiple(self) -> int:
-        """Every document is padded to a multiple of this many tokens.
-
-        2*cp equal chunks for the zigzag, whose local part splits over tp when sequence parallelism does.
-        """
-        chunks = 2 * self.cp if self.cp > 1 else 1
-        return chunks * (self.tp if self.sequence_parallel else 1)
-
-    @property
-    def deals_tiles_over_tp(self) -> bool:
-        """Whether tp ranks encode different tiles.
-
-        They do under sequence parallelism, where each owns a slice of the tokens. Without it all of them need all
-        features of their cp shard and encode the same tiles, as they must when the tower itself is split.
-        """
-        return self.sequence_parallel and self.vision == "replicated"
-
-    @property
-    def tile_ranks(self) -> int:
-        """Ranks of the first stage that share the tiles of a pack."""
-        return self.cp * (self.tp if self.deals_tiles_over_tp else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,30 +68,6 @@ class Ranks:
     tile_rank: int
     tile_group: Any
     vision_replica_group: Any
-
-
-def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
-    """Sizes of all axes for a world of `world_size` ranks.
-
-    Raises:
-        ConfigError: the world is not a whole number of model replicas.
-    """
-    replica = config.tp * config.pp * config.cp
-    if world_size % replica:
-        raise ConfigError(
-            f"parallel.tp * parallel.pp * parallel.cp = {config.tp} * {config.pp} * {config.cp} = {replica} "
-            f"must divide the world size {world_size}; start a multiple of {replica} ranks, or make one of the "
-            "three smaller"
-        )
-    return ParallelPlan(
-        tp=config.tp,
-        pp=config.pp,
-        cp=config.cp,
-        dp=world_size // replica,
-        vpp=config.vpp,
-        sequence_parallel=config.sequence_parallel,
-        vision=config.vision,
-    )
 
 
 def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30) -> Ranks:
