@@ -75,6 +75,11 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return max(self._vocabulary.size, max(self._added_by_id) + 1)
 
+    @property
+    def added_tokens(self) -> frozenset[str]:
+        """Tokens that are cut out of a text before the vocabulary sees it; prose must not contain them."""
+        return frozenset(self._files.added)
+
     def token_id(self, token: str) -> int:
         """Id of one token.
 
