@@ -53,7 +53,7 @@ def type_text(annotation: object) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return "list of stages"
+        return "list of texts" if str in typing.get_args(annotation) else "list of stages"
     return {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}[annotation]
 
 

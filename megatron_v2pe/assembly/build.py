@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
+from megatron_v2pe.assembly.adapters import PartSplit, adapted_kernels
 from megatron_v2pe.assembly.kernels import choose_kernels
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
@@ -25,11 +26,13 @@ from megatron_v2pe.assembly.mcore_config import (
     vision_config,
 )
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import PARTS, Part, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import Kernels
+from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
@@ -48,18 +51,19 @@ def build_model(
     Returns:
         One chunk for each virtual pipeline stage of this rank, one without virtual stages.
     """
-    kernels = choose_kernels(config.parallel)
+    plain = choose_kernels(config.parallel)
+    kernels = {part: part_kernels(plain, part, config, arch, plan=plan, ranks=ranks) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     chunks = []
     for stage in stages_of_rank(plan, ranks):
         language = _build_language(
-            config, arch, decoder_config, kernels=kernels, plan=plan, ranks=ranks, stage=stage
+            config, arch, decoder_config, kernels=kernels["language"], plan=plan, ranks=ranks, stage=stage
         )
         _mark_split_over_tp(language)
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, kernels=kernels, plan=plan, ranks=ranks)
-            projector = _build_projector(config, arch, kernels=kernels, plan=plan, ranks=ranks)
+            vision = _build_vision(config, arch, kernels=kernels["vision"], plan=plan, ranks=ranks)
+            projector = _build_projector(config, arch, kernels=kernels["projector"], plan=plan, ranks=ranks)
             for part in (vision, projector):
                 if plan.vision == "tensor":
                     _mark_split_over_tp(part)
@@ -164,6 +168,25 @@ def tower_groups(plan: ParallelPlan, ranks: Ranks) -> ProcessGroupCollection:
     return ProcessGroupCollection(tp=ranks.groups.tp, cp=alone.cp, pp=alone.pp, tp_cp=ranks.groups.tp)
 
 
+def part_kernels(
+    kernels: Kernels,
+    part: Part,
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    plan: ParallelPlan,
+    ranks: Ranks,
+) -> Kernels:
+    """The kernels for a part, its linears with the adapters that the run asks for."""
+    is_language = part == "language"
+    split = PartSplit(
+        group=ranks.groups.tp if is_language else tower_groups(plan, ranks).tp,
+        sequence_parallel=is_language and plan.sequence_parallel,
+        inputs_differ=not is_language and plan.deals_tiles_over_tp,
+    )
+    return adapted_kernels(kernels, part, lora=config.lora, arch=arch, split=split)
+
+
 def _qk_norm(arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks) -> Any:
     """Norm of the tower's queries and keys over all heads, which may lie on several ranks."""
     if not arch.vision.qk_normalization:
@@ -263,14 +286,10 @@ def _all_reduce(x: Tensor, *, op: Any, group: Any) -> Tensor:
 
 
 def freeze(chunks: list[InternVL], config: RunConfig) -> None:
-    """Stop gradients of the parts that the run keeps as they are."""
-    frozen = {
-        "vision": config.vision.freeze,
-        "projector": config.model.freeze_projector,
-        "language": config.model.freeze_language,
-    }
+    """Stop gradients of what the run keeps as it is: frozen parts, and what adapters are added to."""
+    trained = parts_trained_whole(config)
     for chunk in chunks:
         for name, part in chunk.parts().items():
-            if frozen[name]:
-                for parameter in part.parameters():
+            for param_name, parameter in part.named_parameters():
+                if name not in trained and not is_adapter(param_name):
                     parameter.requires_grad = False

@@ -7,6 +7,7 @@ of a single section are in `schema.py`.
 from __future__ import annotations
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import check_lora, parts_trained_whole
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
@@ -32,6 +33,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_world(config, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
+    check_lora(config, arch)
     check_something_is_trained(config)
 
 
@@ -192,11 +194,11 @@ def check_lengths(data: DataConfig) -> None:
 
 
 def check_something_is_trained(config: RunConfig) -> None:
-    """At least one part of the model is not frozen."""
-    if config.model.freeze_language and config.model.freeze_projector and config.vision.freeze:
+    """At least one part of the model is not frozen, or has adapters."""
+    if not parts_trained_whole(config) and not config.lora.is_on:
         raise ConfigError(
             "model.freeze_language, model.freeze_projector and vision.freeze are all true, but then "
-            "nothing is trained; set one of them to false"
+            "nothing is trained; set one of them to false, or train adapters (lora.language_rank)"
         )
 
 

@@ -26,15 +26,19 @@ class Kernels:
 
     Attributes:
         norm: normalisation of the layers and of the final norm.
-        column_linear: linear that splits its output over tp.
-        row_linear: linear that splits its input over tp.
+        linear_qkv: queries, keys and values; splits its output over tp, as linear_fc1 does.
+        linear_proj: output of attention; splits its input over tp, as linear_fc2 does.
+        linear_fc1: first linear of an MLP.
+        linear_fc2: second linear of an MLP.
         language_attention: attention core of the decoder (causal, packed, context parallel, rotary inside).
         vision_attention: attention core of the vision tower (bidirectional).
     """
 
     norm: Any
-    column_linear: Any
-    row_linear: Any
+    linear_qkv: Any
+    linear_proj: Any
+    linear_fc1: Any
+    linear_fc2: Any
     language_attention: Any
     vision_attention: Any
 
@@ -43,8 +47,10 @@ def local_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
     """mcore's torch linears and our norms; CPU, and GPUs without Transformer Engine."""
     return Kernels(
         norm=Norm,
-        column_linear=ColumnParallelLinear,
-        row_linear=RowParallelLinear,
+        linear_qkv=ColumnParallelLinear,
+        linear_proj=RowParallelLinear,
+        linear_fc1=ColumnParallelLinear,
+        linear_fc2=RowParallelLinear,
         language_attention=language_attention,
         vision_attention=vision_attention,
     )
@@ -60,8 +66,10 @@ def transformer_engine_kernels(*, language_attention: Any, vision_attention: Any
 
     return Kernels(
         norm=TENorm,
-        column_linear=TEColumnParallelLinear,
-        row_linear=TERowParallelLinear,
+        linear_qkv=TEColumnParallelLinear,
+        linear_proj=TERowParallelLinear,
+        linear_fc1=TEColumnParallelLinear,
+        linear_fc2=TERowParallelLinear,
         language_attention=language_attention,
         vision_attention=vision_attention,
     )
@@ -87,16 +95,16 @@ def _attention(
         module=module,
         params={"attn_mask_type": mask, **params},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear_qkv or kernels.column_linear,
+            linear_qkv=linear_qkv or kernels.linear_qkv,
             core_attention=core,
-            linear_proj=kernels.row_linear,
+            linear_proj=kernels.linear_proj,
         ),
     )
 
 
 def mlp_submodules(kernels: Kernels) -> MLPSubmodules:
     """Linears of an MLP."""
-    return MLPSubmodules(linear_fc1=kernels.column_linear, linear_fc2=kernels.row_linear)
+    return MLPSubmodules(linear_fc1=kernels.linear_fc1, linear_fc2=kernels.linear_fc2)
 
 
 def _layer(kernels: Kernels, *, module: type, attention: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
@@ -141,7 +149,7 @@ def vision_layer_spec(
         core=kernels.vision_attention,
         mask=AttnMaskType.no_mask,
         module=attention,
-        linear_qkv=kernels.column_linear if qkv_bias else _without_bias(kernels.column_linear),
+        linear_qkv=kernels.linear_qkv if qkv_bias else _without_bias(kernels.linear_qkv),
         qk_norm=qk_norm,
     )
     return _layer(kernels, module=layer, attention=spec, params=params)

@@ -26,6 +26,8 @@ from torch import Tensor
 from megatron_v2pe.models.layer_specs import Kernels, vision_layer_spec
 from megatron_v2pe.models.memory import RecomputingLayer, is_trained
 
+# Parameters of a linear, its adapters among them, that grow with the number of heads.
+_ALONG_HEADS = {"linear_qkv": (".weight", ".bias", ".lora_B"), "linear_proj": (".weight", ".lora_A")}
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
@@ -76,9 +78,10 @@ class InternViTAttention(SelfAttention):
         """mcore's shards; padded heads let stored and wanted shapes differ along the heads."""
         shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.has_padded_heads:
-            for name in ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight"):
-                if f"{prefix}{name}" in shards:
-                    shards[f"{prefix}{name}"].allow_shape_mismatch = True
+            for linear, ends in _ALONG_HEADS.items():
+                for key, shard in shards.items():
+                    if key.startswith(f"{prefix}{linear}.") and key.endswith(ends):
+                        shard.allow_shape_mismatch = True
         return shards
 
 
@@ -151,7 +154,7 @@ class InternViT(MegatronModule):
         self.patch_embedding = torch.nn.Conv2d(3, channels, patch_size, patch_size, dtype=dtype)
         self.class_embedding = torch.nn.Parameter(torch.zeros(1, 1, channels, dtype=dtype))
         self.position_embedding = torch.nn.Parameter(torch.zeros(1, self.grid**2 + 1, channels, dtype=dtype))
-        rates = tuple(torch.linspace(0, drop_path_rate, config.num_layers).tolist())
+        rates = tuple(torch.linspace(0, drop_path_rate, config.num_layers, device="cpu").tolist())
         spec = vision_layer_spec(
             kernels,
             layer=InternViTLayer,

@@ -22,6 +22,7 @@ import torch
 
 from megatron_v2pe.batch.packed_batch import deal_tiles
 from megatron_v2pe.config.schema import (
+    LoRAConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -33,6 +34,7 @@ from tests.support import whole
 from tests.support.parity_cases import ARCH, DOCUMENTS, POSITIONS, pack
 from tests.support.spawn import run_ranks
 
+NO_ADAPTERS = LoRAConfig()
 QUANTITIES = ("loss", "norm", "gradient", "weight 1", "weight 2")
 
 
@@ -48,11 +50,16 @@ class Options:
     freeze_language: bool = False
     tied: bool = False
     other_parts: bool = False
+    architecture: str = ARCH.language.architecture
+    lora: LoRAConfig = NO_ADAPTERS
 
     @property
     def arch(self):
         language = dataclasses.replace(
-            ARCH.language, tie_word_embeddings=self.tied, qkv_bias=self.other_parts
+            ARCH.language,
+            architecture=self.architecture,
+            tie_word_embeddings=self.tied,
+            qkv_bias=self.other_parts,
         )
         vision = ARCH.vision
         if self.other_parts:
@@ -84,6 +91,7 @@ class Layout:
                 micro_batch_tiles=self.micro_batch_tiles,
                 recompute=self.recompute,
             ),
+            lora=self.options.lora,
             # eps 1e-2, above most gradients: see docs/numerics.md. Clipping lets the norm reach every weight.
             optim=OptimConfig(lr=1e-1, min_lr=1e-1, eps=1e-2, clip_grad=0.5, steps=10, global_batch_size=4),
             runtime=RuntimeConfig(dtype="float32"),

@@ -40,7 +40,7 @@ def test_auto_is_transformer_engine_where_it_runs(host):
     for cp_comm_type in ("p2p", "a2a"):
         chosen = kernels.choose_kernels(ParallelConfig(cp_comm_type=cp_comm_type))
         assert chosen.language_attention == "RotaryTEAttention"
-        assert chosen.column_linear == "TEColumnParallelLinear"
+        assert (chosen.linear_qkv, chosen.linear_fc1) == ("TEColumnParallelLinear",) * 2
 
 
 def test_what_auto_found_must_share_sequences_as_asked(host):

@@ -1,0 +1,107 @@
+"""Which linears of a model can carry an adapter, under the names that Hugging Face models and PEFT use.
+
+    part       role in a layer     linears of the Hugging Face model that lie in it, in the order of its rows
+    language   linear_qkv          wqkv  |  q_proj, k_proj, v_proj  |  qkv_proj
+    ...
+
+A role is one linear of ours, where queries, keys and values, or gate and up, are fused. The release asks for Llama's
+names whatever the language model is; those do not exist in InternLM2, whose own are used here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError
+
+Part = Literal["language", "vision", "projector"]
+PARTS: tuple[Part, ...] = get_args(Part)
+LinearNames = dict[str, tuple[str, ...]]
+
+_LLAMA: LinearNames = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+LANGUAGE: dict[str, LinearNames] = {
+    "InternLM2ForCausalLM": {
+        "linear_qkv": ("wqkv",),
+        "linear_proj": ("wo",),
+        "linear_fc1": ("w1", "w3"),
+        "linear_fc2": ("w2",),
+    },
+    "LlamaForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Phi3ForCausalLM": {
+        "linear_qkv": ("qkv_proj",),
+        "linear_proj": ("o_proj",),
+        "linear_fc1": ("gate_up_proj",),
+        "linear_fc2": ("down_proj",),
+    },
+}
+VISION: LinearNames = {
+    "linear_qkv": ("attn.qkv",),
+    "linear_proj": ("attn.proj",),
+    "linear_fc1": ("mlp.fc1",),
+    "linear_fc2": ("mlp.fc2",),
+}
+PROJECTOR: LinearNames = {"linear_fc1": ("mlp1.1",), "linear_fc2": ("mlp1.3",)}
+
+
+def linear_names(part: Part, arch: InternVLArchitecture) -> LinearNames:
+    """Linears of a part: our role -> Hugging Face names, in the order of the role's rows."""
+    if part == "language":
+        return LANGUAGE[arch.language.architecture]
+    return VISION if part == "vision" else PROJECTOR
+
+
+def adapted_names(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> tuple[str, ...]:
+    """Linears of a part that get an adapter."""
+    if not lora.rank_of(part):
+        return ()
+    names = [name for names in linear_names(part, arch).values() for name in names]
+    return tuple(name for name in names if not lora.targets or name in lora.targets)
+
+
+def parts_trained_whole(config: RunConfig) -> tuple[Part, ...]:
+    """Parts whose own weights are trained: not frozen, and without adapters."""
+    frozen: dict[Part, bool] = {
+        "language": config.model.freeze_language,
+        "vision": config.vision.freeze,
+        "projector": config.model.freeze_projector,
+    }
+    return tuple(part for part in PARTS if not frozen[part] and not config.lora.rank_of(part))
+
+
+def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """Every target exists in a part with adapters, and every such part has a target.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    lora = config.lora
+    if lora.is_on and config.model.hf_path:
+        raise ConfigError(
+            f"model.hf_path is {config.model.hf_path!r}, but checkpoints of adapters (lora.*) name their base by hashes "
+            "that only a checkpoint has; import it (megatron-v2pe import-hf) and set model.checkpoint"
+        )
+    known = {
+        part: [name for names in linear_names(part, arch).values() for name in names]
+        for part in PARTS
+        if lora.rank_of(part)
+    }
+    for target in lora.targets:
+        if not any(target in names for names in known.values()):
+            listed = "; ".join(f"{part} has {', '.join(names)}" for part, names in known.items())
+            raise ConfigError(
+                f"lora.targets names {target!r}, but no part with adapters has such a linear: {listed}"
+            )
+    for part, names in known.items():
+        if not adapted_names(lora, part, arch):
+            raise ConfigError(
+                f"lora.{part}_rank is {lora.rank_of(part)}, but none of lora.targets is in the {part}; add one of "
+                f"{', '.join(names)}, or set lora.{part}_rank to 0"
+            )

@@ -1,0 +1,148 @@
+"""Adapters under parallel layouts: the same gradients, norms, losses and updates as on one rank.
+
+All adapters are drawn (B is not zero), so that gradients of A are not zero either. Tolerances are those of the
+parity matrix (`tests/numerics/test_parity_matrix.py`). Three families: wqkv fused in Hugging Face; q, k, v apart; gate
+and up fused in Hugging Face. With dropout nothing can be compared with one rank, whose masks are others.
+"""
+
+import contextlib
+
+import pytest
+
+from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig
+from tests.support import parity
+from tests.support.parity import Layout, Options, Work
+from tests.support.parity_cases import Case
+
+pytestmark = pytest.mark.distributed
+TOLERANCES = {"loss": 1e-6, "norm": 3e-6, "gradient": 1e-5, "weight 1": 3e-4, "weight 2": 3e-4}
+
+EVERYWHERE = LoRAConfig(language_rank=4, vision_rank=3, projector_rank=2)
+INTERNLM2 = Options(lora=EVERYWHERE)
+# Queries and values alone, as many do; the projector is trained whole.
+LLAMA = Options(
+    architecture="LlamaForCausalLM",
+    freeze_vision=True,
+    lora=LoRAConfig(language_rank=4, alpha=3.0, targets=("q_proj", "v_proj", "up_proj", "down_proj")),
+)
+PHI3 = Options(
+    architecture="Phi3ForCausalLM",
+    freeze_vision=True,
+    freeze_projector=True,
+    lora=LoRAConfig(language_rank=2),
+)
+VISION = Options(freeze_language=True, freeze_projector=True, lora=LoRAConfig(vision_rank=2))
+SPREAD = Case("packed", "spread", "v2pe_random")
+
+
+def work(name, options, *, sp=False, layout="", recompute="none", micro_batch_tiles=0, **parallel):
+    sizes = ParallelConfig(sequence_parallel=sp, pipeline_layout=layout, **parallel)
+    return Work(name, Layout(sizes, options, recompute, micro_batch_tiles), (SPREAD,))
+
+
+WORK = [
+    work("tp2", INTERNLM2, tp=2),
+    work("tp2 sp", INTERNLM2, tp=2, sp=True),
+    work("tp2, split tower", INTERNLM2, tp=2, vision="tensor"),
+    work("tp2 sp, split tower", INTERNLM2, tp=2, sp=True, vision="tensor"),
+    work("pp2", INTERNLM2, pp=2),
+    work("cp2", INTERNLM2, cp=2),
+    work("dp2", INTERNLM2),
+    work(
+        "tp2 sp, full recompute, 1 tile at a time",
+        INTERNLM2,
+        tp=2,
+        sp=True,
+        recompute="full",
+        micro_batch_tiles=1,
+    ),
+    work("cp2, selective recompute", INTERNLM2, cp=2, recompute="selective"),
+    work("Llama, tp2", LLAMA, tp=2),
+    work("Llama, tp2 sp", LLAMA, tp=2, sp=True),
+    work(
+        "Llama, pp2, nothing trained in the first decoder stage but the projector",
+        LLAMA,
+        pp=2,
+        layout="E|ttttL",
+    ),
+    work("Phi-3, tp2 sp", PHI3, tp=2, sp=True),
+    work("Phi-3, pp2, nothing trained in the first stage", PHI3, pp=2, layout="E|ttttL"),
+    work("vision alone, pp2, nothing trained in the second stage", VISION, pp=2),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    wanted = sorted({(SPREAD, row.layout.options) for row in WORK}, key=str)
+    return parity.reference_file(tmp_path_factory.mktemp("reference"), wanted)
+
+
+@pytest.mark.timeout(400)
+def test_equal_to_one_rank(reference):
+    found = parity.compare_ranks(2, WORK, reference, timeout=380)
+    beyond = [
+        f"{name} {quantity}: {error:.2g}, {TOLERANCES[quantity]:g} allowed, worst in {where}"
+        for (name, _), quantities in found.items()
+        for quantity, (error, where) in quantities.items()
+        if not error <= TOLERANCES[quantity]
+    ]
+    assert beyond == [], "\n".join(beyond)
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def no_exchange():
+    """Row linears: A's partial sums are not added up, so every rank adds its own part."""
+    from megatron_v2pe.assembly import adapters
+
+    return replaced(adapters, "_exchange", lambda split, *, is_row: adapters._unchanged)
+
+
+def no_marks():
+    """Under sequence parallelism the factors that are whole on each rank keep the gradients of its own tokens."""
+    from megatron_v2pe.models.lora import FusedAdapters
+
+    return replaced(FusedAdapters, "mark", lambda self, *, sequence_parallel: None)
+
+
+WRONG = {
+    "nothing is exchanged": (work("1", INTERNLM2, tp=2), no_exchange, "loss"),
+    "no marks": (work("2", INTERNLM2, tp=2, sp=True), no_marks, "gradient"),
+}
+
+
+def test_wrong_variants_are_seen(reference):
+    rows = [Work(name, row.layout, row.cases, mutation) for name, (row, mutation, _) in WRONG.items()]
+    found = parity.compare_ranks(2, rows, reference, timeout=120)
+    for name, (_, _, quantity) in WRONG.items():
+        error, _ = found[name, str(SPREAD)][quantity]
+        assert error > 1e-3, (name, quantity, error)
+
+
+def test_adapters_are_trained_and_what_they_are_added_to_is_not(reference):
+    """Every adapter has a gradient, on every named linear; the rest of a part with adapters has none."""
+    _, scales = reference
+    for (_, options), by_key in scales.items():
+        whole = {
+            part
+            for part, frozen in (("projector", options.freeze_projector), ("vision", options.freeze_vision))
+            if not frozen and not options.lora.rank_of(part)
+        }
+        wrong = [
+            key
+            for key, scale in by_key.items()
+            if (scale > 0) != (".lora." in key or key.partition(".")[0] in whole)
+        ]
+        assert wrong == [], options
+    adapters = {
+        key.split(".lora.")[1].partition(".")[0] for key in scales[str(SPREAD), LLAMA] if ".lora." in key
+    }
+    assert adapters == {"q_proj", "v_proj", "up_proj", "down_proj"}
