@@ -131,7 +131,8 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
         image_size=image_size,
         downsample_ratio=float(top.get("downsample_ratio", 0.5)),
         pixel_shuffle_version=top.choice("ps_version", "v1", ("v1", "v2")),
-        select_layer=int(top.get("select_layer", -1)),
+        # Of no InternVL2 the projector reads an inner layer of the tower.
+        select_layer=top.choice("select_layer", -1, (-1,)),
         template=str(top.get("template", "")),
         position_mode=mode,  # type: ignore[arg-type]
         position_stride=int(top.get("rope_pos_id_stride", 0)),

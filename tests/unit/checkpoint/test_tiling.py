@@ -1,0 +1,154 @@
+"""Shards of all ranks make up the model: real sizes without weights, and faults that must be found."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_v2pe.assembly.rank_shapes import rank_model
+from megatron_v2pe.checkpoint.hf_map import name_map
+from megatron_v2pe.checkpoint.tiling import Tiling, rank_pieces
+from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.parallel.plan import resolve
+
+ROOT = Path(__file__).parents[3]
+TINY = json.loads((ROOT / "tests" / "golden" / "ckpt" / "b_internlm2_vit6b" / "config.json").read_text())
+SPLIT = dict(sequence_parallel=True, vision="tensor")
+
+
+def pieces_of_all_ranks(arch, *, dp=1, **layout):
+    config = RunConfig(parallel=ParallelConfig(**layout))
+    replica = config.parallel.tp * config.parallel.pp * config.parallel.cp
+    plan = resolve(config.parallel, replica * dp)
+    found = []
+    for rank in range(plan.world_size):
+        with rank_model(config, arch, plan=plan, rank=rank) as (chunks, ranks):
+            found.append(rank_pieces(chunks, ranks))
+    return found
+
+
+def problems(arch, ranks):
+    tiling = Tiling()
+    for pieces in ranks:
+        tiling.add(pieces)
+    return tiling.problems(name_map(arch))
+
+
+def tiny(**llm):
+    return parse_architecture({**TINY, "llm_config": {**TINY["llm_config"], **llm}})
+
+
+@pytest.mark.parametrize(
+    ("layout", "llm"),
+    [
+        (dict(), {}),
+        (dict(tp=2, pp=2, cp=2), {}),
+        (dict(tp=2, dp=2, **SPLIT), {}),
+        (dict(pp=2, vpp=2), {"num_hidden_layers": 4}),
+        (dict(pp=2, tp=2), {"tie_word_embeddings": True}),
+        (dict(pp=3, pipeline_layout="E|tt|L"), {}),
+    ],
+)
+def test_every_element_is_written_once(layout, llm):
+    arch = tiny(**llm)
+    assert problems(arch, pieces_of_all_ranks(arch, **layout)) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [("26B", dict(tp=8, **SPLIT)), ("40B", dict(tp=4, pp=2)), ("1B", dict(tp=2, pp=4, vpp=3))],
+)
+def test_true_sizes(size, layout):
+    arch = parse_architecture(PUBLISHED[size])
+    assert problems(arch, pieces_of_all_ranks(arch, **layout)) == []
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return pieces_of_all_ranks(tiny(), tp=2, pp=2)
+
+
+def faulty(ranks, change):
+    """Problems after `change(pieces)` on a copy of the last rank's pieces."""
+    changed = [list(pieces) for pieces in ranks]
+    change(changed[-1])
+    return problems(tiny(), changed)
+
+
+def index(pieces, part):
+    return next(i for i, piece in enumerate(pieces) if part in piece.key and piece.is_written)
+
+
+def test_a_lost_shard(ranks):
+    found = faulty(ranks, lambda pieces: pieces.pop(index(pieces, "linear_fc2")))
+    name = "language.decoder.layers.1.mlp.linear_fc2.weight"
+    assert found == [f"{name}: 6912 elements are written, the tensor has 13824"]
+
+
+def test_a_shard_written_twice(ranks):
+    found = faulty(ranks, lambda pieces: pieces.append(pieces[index(pieces, "linear_proj")]))
+    assert any("linear_proj.weight" in problem and "overlap" in problem for problem in found)
+
+
+def test_a_layer_with_the_wrong_number(ranks):
+    def rename(pieces):
+        pieces[:] = [
+            dataclasses.replace(piece, key=piece.key.replace("layers.1", "layers.7")) for piece in pieces
+        ]
+
+    found = faulty(ranks, rename)
+    assert "language.decoder.layers.7.mlp.linear_fc1.weight: not in the table of names" in found
+
+
+def test_a_wrong_shape(ranks):
+    def shrink(pieces):
+        at = index(pieces, "linear_qkv")
+        pieces[at] = dataclasses.replace(pieces[at], whole_shape=(2, 2))
+
+    assert any("disagree" in problem for problem in faulty(ranks, shrink))
+
+
+def test_copies_that_nobody_writes(ranks):
+    def copy(pieces):
+        at = index(pieces, "linear_qkv")
+        pieces[at] = dataclasses.replace(pieces[at], is_written=False)
+
+    assert any("has copies, but nobody writes it" in problem for problem in faulty(ranks, copy))
+
+
+def tool(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "check_layout.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_the_tool_on_a_folder():
+    done = tool(
+        "--arch-from", str(ROOT / "tests/golden/ckpt/d_llama_vit6b/config.json"), "--tp", "2", "--cp", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "llama_vit6b: " in done.stdout
+    assert "every element is written once" in done.stdout
+
+
+def test_the_tool_refuses_a_layout_that_does_not_fit():
+    done = tool("--size", "1B", "--tp", "4")
+    assert done.returncode == 2
+    assert "parallel.tp is 4, but must divide the 14 attention heads" in done.stderr
+
+
+def test_76b_at_tp8_pp4():
+    done = tool("--size", "76B", "--tp", "8", "--pp", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "76,262,358,400 numbers" in done.stdout
+    assert "32 ranks built" in done.stdout
+    assert done.stderr == ""
