@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_v2pe.checkpoint.folder import state_path
 from megatron_v2pe.checkpoint.hf_io import TensorInfo
 from megatron_v2pe.core.errors import CheckpointError, V2PEError
+from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.parallel.topology import Ranks
 
 SHARDED_STATE_METADATA: dict[str, Any] = {
@@ -58,6 +59,9 @@ SHARDED_STATE_METADATA: dict[str, Any] = {
 ReadLater = Mapping[tuple[str, tuple[int, ...]], Callable[[], Tensor]]
 """(state key, offset of the shard) -> reads that shard when it is about to be written."""
 
+Wanted = Callable[[str], bool]
+"""Whether a parameter of this name is saved or loaded."""
+
 T = TypeVar("T")
 
 
@@ -66,8 +70,20 @@ def sharded_state_metadata(ranks: Ranks) -> dict[str, Any]:
     return {**SHARDED_STATE_METADATA, "dp_cp_group": ranks.groups.dp_cp}
 
 
-def model_sharded_state_dict(chunks: Sequence[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
-    """What this rank's model chunks save or ask for, keyed `model0`, `model1`, ...
+def every_parameter(name: str) -> bool:
+    """Of a whole model."""
+    return True
+
+
+def own_parameter(name: str) -> bool:
+    """Of the model itself, not of adapters that were added to it."""
+    return not is_adapter(name)
+
+
+def model_sharded_state_dict(
+    chunks: Sequence[torch.nn.Module], ranks: Ranks, *, wanted: Wanted = every_parameter
+) -> dict[str, Any]:
+    """What this rank's model chunks save or ask for, keyed `model0`, `model1`, ...; parameters that are `wanted`.
 
     Transformer Engine's `_extra_state` is left out: it is empty without fp8, and an imported checkpoint has none.
     """
@@ -75,19 +91,23 @@ def model_sharded_state_dict(chunks: Sequence[torch.nn.Module], ranks: Ranks) ->
     states = {}
     for i, chunk in enumerate(chunks):
         shards = _unwrapped(chunk).sharded_state_dict(metadata=metadata)
-        states[f"model{i}"] = {k: v for k, v in shards.items() if not k.endswith("_extra_state")}
+        states[f"model{i}"] = {
+            k: v for k, v in shards.items() if wanted(k) and not k.endswith("_extra_state")
+        }
     return states
 
 
-def load_into_chunks(chunks: Sequence[torch.nn.Module], states: Mapping[str, Any]) -> None:
-    """Give loaded `model_sharded_state_dict` tensors to the chunks.
+def load_into_chunks(
+    chunks: Sequence[torch.nn.Module], states: Mapping[str, Any], *, wanted: Wanted = every_parameter
+) -> None:
+    """Give loaded `model_sharded_state_dict` tensors to the chunks; parameters that are not `wanted` stay.
 
     Raises:
         CheckpointError: a parameter got nothing, or a tensor has no parameter.
     """
     for i, chunk in enumerate(chunks):
         result = _unwrapped(chunk).load_state_dict(states[f"model{i}"], strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        missing = [key for key in result.missing_keys if wanted(key) and not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise CheckpointError(
                 f"model and checkpoint differ: missing {missing}, unexpected {result.unexpected_keys}"
@@ -104,15 +124,15 @@ def _unwrapped(chunk: Any) -> Any:
 def load_model_weights(
     checkpoint_folder: str | Path, chunks: Sequence[torch.nn.Module], *, ranks: Ranks
 ) -> None:
-    """Load weights alone, into a model of any parallel layout. Collective.
+    """Load weights alone, into a model of any parallel layout. Collective. Adapters of the model stay as they are.
 
     Call it before the optimizer is built, whose float32 copies are taken from the weights at that time.
 
     Raises:
         CheckpointError: the folder is not a complete checkpoint, or one of another model.
     """
-    states = model_sharded_state_dict(chunks, ranks)
-    load_into_chunks(chunks, load_state(state_path(checkpoint_folder), states))
+    states = model_sharded_state_dict(chunks, ranks, wanted=own_parameter)
+    load_into_chunks(chunks, load_state(state_path(checkpoint_folder), states), wanted=own_parameter)
 
 
 def save_state(
