@@ -27,6 +27,7 @@ VERBS = {
     "train": "fine-tune from a run's YAML file; also under torchrun",
     "generate": "answer a prompt with images, greedily",
     "evaluate": "retrieval benchmark over lengths and strides, with a report",
+    "synthesize": "long-context training and evaluation data from texts and images",
     "doctor": "what this machine has and what will therefore be used",
     "check-golden": "run recorded cases of the V2PE release",
 }

@@ -1,0 +1,1 @@
+"""Long-context training and evaluation data from any folder of texts and images."""

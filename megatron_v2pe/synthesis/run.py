@@ -1,0 +1,236 @@
+"""A whole run: read the sources, make what is not there yet in any number of processes, join, say what came of it.
+
+    sources -> manifest -> parts (workers) -> KIND.jsonl, mm_niah/, meta.json
+
+What a part contains depends on the plan and the sources only, so workers take whichever part is next, and a run that
+was killed goes on with the parts that are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.schema import DataConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.logging import get_logger
+from megatron_v2pe.data.meta import DatasetEntry
+from megatron_v2pe.data.samples import SampleSettings, sample_settings
+from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Composer, Materials
+from megatron_v2pe.synthesis.kinds import plan
+from megatron_v2pe.synthesis.parts import Part, join_parts, parts_of
+from megatron_v2pe.synthesis.pictures import ImageStore
+from megatron_v2pe.synthesis.settings import LOCK, META, SKIPPED, WORK, SynthesisConfig, claim, open_folder
+from megatron_v2pe.synthesis.sources import Sources, read_sources
+from megatron_v2pe.synthesis.verify import verified_line
+
+_log = get_logger(__name__)
+_NO_LIMIT = 2**40
+_IN_FLIGHT_PER_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run made.
+
+    Attributes:
+        num_records: records in the folder.
+        num_new: records made by this run; the others were there.
+        seconds: wall time.
+    """
+
+    num_records: int
+    num_new: int
+    seconds: float
+
+
+def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConfig) -> Outcome:
+    """Make a folder of data, or finish it.
+
+    Args:
+        config: what and how much.
+        hf_folder: Hugging Face folder whose tokenizer, template and tile size count.
+        data: tiling that training will use.
+
+    Raises:
+        ConfigError: an option cannot work, or the folder holds other data.
+        DataError: a source cannot be used.
+        CheckpointError: the tokenizer cannot be read.
+    """
+    started = time.monotonic()
+    settings = _settings(hf_folder, data)
+    specs = plan(
+        config.kinds,
+        config.lengths,
+        count=config.count,
+        num_depths=config.num_depths,
+        split=config.split,
+        seed=config.seed,
+    )
+    out = Path(config.out)
+    open_folder(out)
+    with _alone(out), _workers(config.workers) as executor:
+        store = out / WORK
+        store.mkdir(exist_ok=True)
+        sources = read_sources(config, store=store, max_pixels=data.max_image_pixels, executor=executor)
+        claim(out, _identity(config, settings, sources))
+        if sources.skipped:
+            write_atomic(out / SKIPPED, "".join(f"{why}\n" for why in sources.skipped.values()))
+        parts = parts_of(specs, out)
+        is_complete = (out / META).exists()
+        missing = [] if is_complete else [part for part in parts if not part.path.exists()]
+        _make(missing, _materials(config, settings, sources, store), out=out, workers=config.workers)
+        if not is_complete:
+            join_parts(parts, out, with_mm_niah=config.split == "eval", data=data)
+        shutil.rmtree(store)
+    num_new = sum(len(part.specs) for part in missing)
+    return Outcome(num_records=len(specs), num_new=num_new, seconds=time.monotonic() - started)
+
+
+def _settings(hf_folder: str | Path, data: DataConfig) -> SampleSettings:
+    settings = sample_settings(RunConfig(data=data), read_architecture(hf_folder), hf_folder)
+    return replace(settings, text=replace(settings.text, max_tokens=_NO_LIMIT))
+
+
+def _identity(config: SynthesisConfig, settings: SampleSettings, sources: Sources) -> dict[str, Any]:
+    """Everything that decides the content, as json."""
+    return {
+        **config.content(),
+        "generator_version": GENERATOR_VERSION,
+        "tokenizer": settings.text.tokenizer.fingerprint,
+        "template": settings.text.template.name,
+        "tokens_per_tile": settings.text.tokens_per_tile,
+        "tiling": asdict(settings.tiling),
+        "sources": sources.digest,
+    }
+
+
+def _materials(config: SynthesisConfig, settings: SampleSettings, sources: Sources, store: Path) -> Materials:
+    return Materials(
+        split=config.split,
+        corpus=store,
+        pool=sources.pool,
+        questions=sources.questions,
+        settings=settings,
+        text_per_image=config.text_per_image,
+        num_decoys=config.num_decoys,
+    )
+
+
+class PartMaker:
+    """Makes parts; one in each process.
+
+    Args:
+        materials: what samples are made from.
+        out: output folder.
+    """
+
+    def __init__(self, materials: Materials, out: Path) -> None:
+        self._store = ImageStore(out)
+        self._composer = Composer(materials, self._store)
+        self._settings = materials.settings
+        tiling = materials.settings.tiling
+        self._entry = DatasetEntry(
+            name="synthetic",
+            annotation=str(out / "records"),
+            root=str(out),
+            root2="",
+            http_root="",
+            repeat_time=1.0,
+            data_augment=False,
+            max_dynamic_patch=tiling.max_tiles,
+            dynamic_image_size=tiling.dynamic,
+        )
+
+    def make(self, part: Part) -> int:
+        """Make, verify and write all samples of a part; returns their number."""
+        lines = []
+        for spec in part.specs:
+            record = self._composer.compose(spec)
+            lines.append(verified_line(record, spec, entry=self._entry, settings=self._settings))
+        self._store.flush()
+        write_atomic(part.path, "".join(f"{line}\n" for line in lines))
+        return len(lines)
+
+
+_maker: PartMaker | None = None
+
+
+def _start_worker(materials: Materials, out: Path) -> None:
+    global _maker  # noqa: PLW0603 - the process's own, as tasks bring only their part
+    _maker = PartMaker(materials, out)
+
+
+def _make_in_worker(part: Part) -> int:
+    assert _maker is not None
+    return _maker.make(part)
+
+
+def _make(parts: Sequence[Part], materials: Materials, *, out: Path, workers: int) -> None:
+    total = sum(len(part.specs) for part in parts)
+    with tqdm(total=total, desc="records", unit="record", disable=None) as bar:
+        if workers == 1:
+            maker = PartMaker(materials, out)
+            for part in parts:
+                bar.update(maker.make(part))
+            return
+        with ProcessPoolExecutor(
+            workers, mp_context=_context(), initializer=_start_worker, initargs=(materials, out)
+        ) as executor:
+            for made in _results(executor, parts, in_flight=workers * _IN_FLIGHT_PER_WORKER):
+                bar.update(made)
+
+
+def _results(executor: Executor, parts: Sequence[Part], *, in_flight: int) -> Iterator[int]:
+    """Numbers of records as parts finish; the first failure stops what has not begun."""
+    waiting = list(reversed(parts))
+    running: set[Future[int]] = set()
+    try:
+        while waiting or running:
+            while waiting and len(running) < in_flight:
+                running.add(executor.submit(_make_in_worker, waiting.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Workers are forked from a fresh server process that has imported this module once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@contextmanager
+def _workers(workers: int) -> Iterator[Executor | None]:
+    """Processes for reading images; None for one worker."""
+    with ProcessPoolExecutor(workers, mp_context=_context()) if workers > 1 else nullcontext() as executor:
+        yield executor
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second run out of the folder while this one works."""
+    with open(out / LOCK, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--out: another synthesize is at work in {out}; wait for it") from None
+        except OSError as error:
+            _log.warning("%s: no file locks here (%s); do not start a second run", out, error)
+        yield

@@ -1,0 +1,111 @@
+"""Every record is read back before it counts: by the loader's own functions, from the line that will be written.
+
+    length    exactly the wanted tokens, images opened from where the record says they are
+    images    one for each placeholder
+    needle    each statement once; words that only needles may have, nowhere else; depth where it was wanted
+
+A failure is a mistake of ours, never of the user, and ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_v2pe.data.encode import encode_record
+from megatron_v2pe.data.images import check_image
+from megatron_v2pe.data.meta import DatasetEntry
+from megatron_v2pe.data.records import IMAGE_PLACEHOLDER, parse_line
+from megatron_v2pe.data.samples import SampleSettings, image_refs
+from megatron_v2pe.synthesis.kinds import SampleSpec
+from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
+from megatron_v2pe.v2pe.layout import SampleLayout
+
+_STRIDES = (1, 16, 64)
+
+
+class BadRecord(RuntimeError):  # noqa: N818 - it names what it is
+    """A record that does not keep its promise."""
+
+
+def verified_line(
+    record: dict[str, Any], spec: SampleSpec, *, entry: DatasetEntry, settings: SampleSettings
+) -> str:
+    """The record as a line of json, with its last positions, after everything about it was checked.
+
+    Args:
+        record: see `records.internvl_record`; its images are stored.
+        spec: what was wanted.
+        entry: the data set that the line will be part of.
+        settings: of the run that reads it.
+
+    Raises:
+        BadRecord: a check failed.
+    """
+    layout = _layout(record, entry, settings)
+    _require(
+        layout.num_tokens == spec.tokens, record, f"has {layout.num_tokens} tokens, wanted {spec.tokens}"
+    )
+    message = record["conversations"][0]["value"]
+    context = message[: record["meta"]["context_chars"]]
+    num_images = record["meta"]["num_images"]
+    _require(context.count(IMAGE_PLACEHOLDER) == num_images, record, f"does not show its {num_images} images")
+    _check_needles(record, context)
+    _check_depth(record, spec)
+    record["meta"]["v2pe_last_pos"] = _last_positions(layout)
+    return json.dumps(record)
+
+
+def _layout(record: Mapping[str, Any], entry: DatasetEntry, settings: SampleSettings) -> SampleLayout:
+    """What the loader makes of the record."""
+    parsed = parse_line(json.dumps(record).encode(), entry=entry, line_number=1)
+    sizes = [check_image(path, max_pixels=settings.max_image_pixels) for path in parsed.images]
+    refs = image_refs(parsed, sizes, entry=entry, settings=settings)
+    strides = np.full(len(refs), settings.text.tokens_per_tile, dtype=np.int64)
+    return encode_record(parsed, refs=refs, settings=settings.text, strides=strides).layout
+
+
+def _last_positions(layout: SampleLayout) -> dict[str, int]:
+    """Position of the last token for several strides."""
+    full = layout.tokens_per_tile
+    return {
+        str(stride): layout.with_strides(np.full(layout.num_images, stride)).next_position - 1
+        for stride in (*(stride for stride in _STRIDES if stride < full), full)
+    }
+
+
+def _check_needles(record: Mapping[str, Any], context: str) -> None:
+    meta = record["meta"]
+    rest = context
+    for statement in (*meta["needles"], *meta["decoys"]):
+        if statement != "image":
+            found = context.count(statement)
+            _require(found == 1, record, f"has {found} times {statement!r}")
+            rest = rest.replace(statement, "")
+    for word in meta["forbidden"]:
+        again = re.search(rf"\b{re.escape(word)}\b", rest, re.IGNORECASE)
+        _require(again is None, record, f"has {word!r} outside of its needles")
+
+
+def _check_depth(record: Mapping[str, Any], spec: SampleSpec) -> None:
+    """A single needle of a haystack is in its band, or no further from it than one sentence and line break."""
+    placed = record["meta"]["placed_depth"]
+    if not isinstance(placed, float) or spec.kind.startswith("longvqa"):
+        return
+    low, high = spec.depth_band / spec.num_depths, (spec.depth_band + 1) / spec.num_depths
+    # Bytes bound tokens for every tokenizer, and a piece of text has at most MAX_UNIT_CHARS characters.
+    slack = 4 * MAX_UNIT_CHARS / record["meta"]["context_length"]
+    _require(
+        low - slack <= placed <= high + slack,
+        record,
+        f"has its needle at depth {placed}, wanted {low:.3f} to {high:.3f}",
+    )
+
+
+def _require(is_kept: bool, record: Mapping[str, Any], problem: str) -> None:
+    if not is_kept:
+        raise BadRecord(f"{record['id']} {problem}; please report this with the command line")
