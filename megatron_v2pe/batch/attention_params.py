@@ -20,8 +20,7 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
-        kv_cache: keys and values of earlier tokens (decoding), with
-            `extend(layer_number, key, value) -> (key, value)`; None in training.
+        kv_cache: keys and values of earlier tokens (decoding), an `inference.kv_cache.KVCache`; None in training.
     """
 
     rotary_angles: Tensor | None = None

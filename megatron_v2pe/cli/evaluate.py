@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 
@@ -13,7 +14,8 @@ HELP = """Ask about long documents, once per stride; report exact-match accuracy
 
 DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends
 with the expected answer, and carries id, length (tokens) and depth (0..1). Answers that OUT already holds are
-kept, so an interrupted evaluation continues. Under torchrun the processes share the questions.
+kept, so an interrupted evaluation continues. Under torchrun the processes share the questions, or, with --tp, --pp and
+--cp, groups of processes do: long documents are then cut over the group's ranks.
 
 Example: megatron-v2pe evaluate runs/a/checkpoints/step_00000400 --data eval.jsonl --strides default,1,2 --out eval"""
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strides", default="default", help="comma list of 'default' and position units")
     parser.add_argument("--out", required=True, help="folder for predictions, tables and pictures")
     parser.add_argument("--metrics", default="", help="metrics.jsonl of the run, for a loss curve")
+    add_parallel_arguments(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
     parser.add_argument("--max-dynamic-patch", type=int, default=12, metavar="N", help="most tiles per image")
@@ -38,20 +41,19 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
     from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
 
-    here = launcher()
     report.pyplot()  # a missing matplotlib is told before the work, not after it
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     data = DataConfig(max_dynamic_patch=args.max_dynamic_patch)
     limits = {"dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
-    answerer = EngineAnswerer(args.checkpoint, data=data, **limits)
+    answerer = EngineAnswerer(args.checkpoint, data=data, parallel=parallel_config(args), **limits)
     settings = parse_strides(args.strides, tokens_per_tile=answerer.arch.tokens_per_tile)
     items = read_items(args.data)
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
+    here = launcher()
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
-    shares = {"rank": here.rank, "world_size": here.world_size}
-    scores = run_strides(items, settings=settings, answerer=answerer, folder=folder, **shares)
+    scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
     if here.rank == 0:
         text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
         sys.stdout.write(text + "\n")

@@ -11,10 +11,10 @@ from typing import Literal
 
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.schema import DataConfig, RunConfig
+from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.samples import sample_settings
-from megatron_v2pe.evaluation.retrieval import RetrievalItem, StrideSetting
+from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt, build_prompt
 from megatron_v2pe.parallel.topology import shutdown
@@ -24,13 +24,14 @@ _NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
 class EngineAnswerer:
-    """Answers with a checkpoint, a whole model on every process.
+    """Answers with a checkpoint; under torchrun the ranks of a replica answer together, replicas side by side.
 
     Args:
         checkpoint: folder written by `import-hf` or by a run.
         data: tiling and normalisation; lengths and packing are not used.
         dtype: compute dtype.
         max_new_tokens: longest answer.
+        parallel: sizes of the parallel axes of one replica.
 
     Attributes:
         arch: architecture of the checkpoint.
@@ -46,9 +47,11 @@ class EngineAnswerer:
         data: DataConfig,
         dtype: Literal["float32", "bfloat16"],
         max_new_tokens: int,
+        parallel: ParallelConfig | None = None,
     ) -> None:
         read_info(checkpoint)
         self._checkpoint, self._dtype, self._max_new_tokens = checkpoint, dtype, max_new_tokens
+        self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))
         settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
@@ -58,18 +61,31 @@ class EngineAnswerer:
         self._engine: Engine | None = None
         self._mode: PositionMode = "default"
 
-    def prepare(self, setting: StrideSetting) -> None:
+    def prepare(self, setting: StrideSetting) -> Share:
         """Load the model for a position mode; strides of one mode share it, as each prompt brings its own.
 
-        Collective under torchrun: the processes hold one replica each.
+        Collective under torchrun.
+
+        Raises:
+            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
         """
         # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
         mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
         if self._engine is None or self._mode != mode:
             self.close()  # one model in memory at a time
             mean, std = NORMALIZATION[self._settings.normalize_type]
-            self._engine = Engine.load(self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype)
+            self._engine = Engine.load(
+                self._checkpoint,
+                mode=mode,
+                mean=mean,
+                std=std,
+                dtype=self._dtype,
+                parallel=self._parallel,
+            )
             self._mode = mode
+        plan, ranks = self._engine.plan, self._engine.ranks
+        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
+        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
         """Greedy answer as text.

@@ -80,14 +80,29 @@ class Cell:
         return self.correct / self.count
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which of the open questions a process answers.
+
+    Attributes:
+        index: its model replica, 0..count-1.
+        count: replicas that share the questions.
+        is_writer: one process of a replica writes the answers of all of it.
+    """
+
+    index: int = 0
+    count: int = 1
+    is_writer: bool = True
+
+
 class Answerer(Protocol):
     """Whatever can answer: a model, or a stand-in in tests.
 
     `prepare` and `close` are collective when several processes evaluate together: all must call them alike.
     """
 
-    def prepare(self, setting: StrideSetting) -> None:
-        """Get ready for questions with this setting."""
+    def prepare(self, setting: StrideSetting) -> Share:
+        """Get ready for questions with this setting; returns this process's share of them."""
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
         """Text of the greedy answer; `prepare` was called for the setting."""
@@ -188,10 +203,10 @@ def answer_items(
     *,
     setting: StrideSetting,
     answerer: Answerer,
-    predictions_path: str | Path,
+    predictions_path: str | Path | None,
     on_answer: Callable[[Prediction], None],
 ) -> None:
-    """Answer items, shortest first, and append each answer to the file as soon as it exists.
+    """Answer items, shortest first, and append each answer to the file (if any) as soon as it exists.
 
     Several processes may append to one file: a line is a single write.
     """
@@ -205,7 +220,8 @@ def answer_items(
             prediction=text,
             correct=text == item.answer,
         )
-        append_json(predictions_path, asdict(prediction))
+        if predictions_path is not None:
+            append_json(predictions_path, asdict(prediction))
         on_answer(prediction)
 
 

@@ -107,21 +107,17 @@ def run_strides(
     settings: Sequence[StrideSetting],
     answerer: Answerer,
     folder: Path,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, list[Cell]]:
     """Answer everything with every stride that has no answer yet.
 
-    Under torchrun every process calls this and answers its share. All of them see the same open questions:
-    nobody writes before `prepare` has brought everybody together, and all files are read before that.
+    Under torchrun every process calls this, and every replica of the model answers its share. All of them see the
+    same open questions: nobody writes before `prepare` has brought everybody together, and all files are read before.
 
     Args:
         items: what is asked.
         settings: strides.
         answerer: the model; closed at the end.
         folder: where predictions are kept.
-        rank: this process.
-        world_size: processes that share the work.
 
     Returns:
         cells by the stride's name, of all processes' answers.
@@ -133,15 +129,15 @@ def run_strides(
             pending = [item for item in items if item.item_id not in done[setting.name]]
             if not pending:
                 continue
-            answerer.prepare(setting)
-            # Dealt by length, so that all processes get as many long documents.
-            share = sorted(pending, key=lambda item: item.length)[rank::world_size]
-            with _progress(share, setting, is_shown=rank == 0) as counter:
+            share = answerer.prepare(setting)
+            # Dealt by length, so that all replicas get as many long documents.
+            mine = sorted(pending, key=lambda item: item.length)[share.index :: share.count]
+            with _progress(mine, setting, is_shown=share.is_writer and share.index == 0) as counter:
                 answer_items(
-                    share,
+                    mine,
                     setting=setting,
                     answerer=answerer,
-                    predictions_path=paths[setting.name],
+                    predictions_path=paths[setting.name] if share.is_writer else None,
                     on_answer=counter,
                 )
     return {name: score(read_predictions(path, items).values()) for name, path in paths.items()}

@@ -8,27 +8,30 @@ from typing import Literal
 
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.schema import DataConfig, RunConfig
+from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.samples import sample_settings
 from megatron_v2pe.data.templates import Turn
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
+from megatron_v2pe.parallel.plan import resolve
 
 
 class Chat:
-    """One-rank engine with the checkpoint's template, tokenizer and tiling.
+    """An engine with the checkpoint's template, tokenizer and tiling; all ranks of a replica call it alike.
 
     Args:
         checkpoint: folder of `import-hf` or of a run.
         stride: position units that a visual token advances; 0 is the default spacing.
         dtype: compute dtype.
         max_tokens: longest prompt.
+        parallel: sizes of the parallel axes; their product must be the number of processes.
 
     Raises:
         CheckpointError: not a checkpoint folder, or one of an unknown family.
-        ConfigError: the stride is out of range, or the template is unknown.
+        ConfigError: the stride is out of range, the template is unknown, or the sizes do not fit.
     """
 
     def __init__(
@@ -38,7 +41,14 @@ class Chat:
         stride: int = 0,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         max_tokens: int = 1_000_000,
+        parallel: ParallelConfig | None = None,
     ) -> None:
+        parallel = parallel or ParallelConfig()
+        if resolve(parallel, launcher().world_size).dp > 1:
+            raise ConfigError(
+                f"{launcher().world_size} processes were started for one answer, but --tp * --pp * --cp is "
+                f"{parallel.tp} * {parallel.pp} * {parallel.cp}; start as many processes as their product"
+            )
         read_info(checkpoint)
         hf_folder = hf_path(checkpoint)
         arch = read_architecture(hf_folder)
@@ -52,7 +62,7 @@ class Chat:
         self.settings = sample_settings(config, arch, hf_folder)
         mean, std = NORMALIZATION[config.data.normalize_type]
         mode: Literal["default", "v2pe_fixed"] = "v2pe_fixed" if stride else "default"
-        self.engine = Engine.load(checkpoint, mode=mode, mean=mean, std=std, dtype=dtype)
+        self.engine = Engine.load(checkpoint, mode=mode, mean=mean, std=std, dtype=dtype, parallel=parallel)
 
     def answer(
         self, question: str, images: Sequence[str] = (), *, max_new_tokens: int = 256

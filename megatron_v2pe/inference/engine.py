@@ -4,6 +4,9 @@
                                            ^                            |
                                            +---- decode, position + 1 --+
 
+The prompt is cut over context parallel ranks as in training; each keeps the keys and values of its shard, and all of
+them compute each new token (see `parallel.attention.cached`).
+
 A generated token is text: it advances the position by 1 from the prompt's last one, whatever the strides of
 the prompt's images. Dynamic NTK keeps the prompt's base for the whole answer, so that cached keys and new
 queries agree (the release changes the base in mid-generation, its defect D7).
@@ -23,20 +26,20 @@ from torch import Tensor
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, deal_tiles
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.kv_cache import KVCache
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.parallel.collect import from_last_stage
+from megatron_v2pe.parallel.collect import from_owner
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
-from megatron_v2pe.v2pe.layout import pack_layout
+from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,12 +58,12 @@ class Step:
 
 
 class Engine:
-    """A model that answers; every rank of a tensor and pipeline parallel world calls it alike.
+    """A model that answers; every rank of a tensor, pipeline and context parallel world calls it alike.
 
     Args:
         model: this rank's stage of the model, weights loaded.
         arch: its architecture.
-        plan: layout of ranks, without context and sequence parallelism.
+        plan: layout of ranks, without sequence parallelism.
         ranks: this rank's groups.
         dtype: compute dtype.
         mean: channel means of the pixel normalisation.
@@ -107,13 +110,9 @@ class Engine:
                 because a single decoded token cannot be split.
 
         Raises:
-            ConfigError: context parallelism is asked for, or the sizes do not make up the world.
+            ConfigError: the sizes do not make up the world.
         """
         parallel = replace(parallel or ParallelConfig(), sequence_parallel=False)
-        if parallel.cp > 1:
-            raise ConfigError(
-                f"parallel.cp is {parallel.cp}, but generation runs at parallel.cp 1; use tp or pp"
-            )
         read_info(checkpoint)
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
@@ -125,16 +124,19 @@ class Engine:
         load_model_weights(checkpoint, chunks, ranks=ranks)
         return cls(chunks[0], arch, plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
 
-    def _prefill_batch(self, prompt: Prompt) -> LocalBatch:
-        layout = pack_layout([prompt.layout])
+    def _prefill_batch(self, prompt: Prompt) -> tuple[LocalBatch, Int64Array]:
+        """This rank's share of the prompt, and its index into the prompt, int64 [l]; padding lies at its end."""
+        layout = pack_layout([prompt.layout], pad_to_multiple=self.plan.pad_to_multiple)
+        length = layout.num_tokens
+        start, stop = deal_tiles(len(prompt.tiles), self.plan.tile_ranks, self.ranks.tile_rank)
         packed = PackedBatch(
-            tokens=prompt.tokens,
-            labels=np.full(len(prompt.tokens), IGNORE_INDEX, dtype=np.int64),
-            loss_weights=np.zeros(len(prompt.tokens), dtype=np.float32),
+            tokens=np.pad(prompt.tokens, (0, length - len(prompt.tokens))),
+            labels=np.full(length, IGNORE_INDEX, dtype=np.int64),
+            loss_weights=np.zeros(length, dtype=np.float32),
             layout=layout,
             num_tiles=len(prompt.tiles),
-            tile_range=(0, len(prompt.tiles)),
-            tiles=prompt.tiles,  # type: ignore[arg-type]  # float tiles pass through unnormalised
+            tile_range=(start, stop),
+            tiles=prompt.tiles[start:stop],  # type: ignore[arg-type]  # float tiles pass through unnormalised
             sample_ids=("prompt",),
         )
         local = shard_batch(
@@ -146,7 +148,14 @@ class Engine:
             mean=self.mean,
             std=self.std,
         )
-        return replace(local, labels=None, loss_weights=None)
+        index = shard_indices(layout.cu_seqlens, cp_size=self.plan.cp, cp_rank=self.ranks.cp_rank)
+        return replace(local, labels=None, loss_weights=None), index
+
+    def _cache(self, prompt_rows: int, max_new_tokens: int) -> KVCache:
+        if self.plan.cp == 1:
+            return KVCache(prompt_rows + max_new_tokens)
+        turns = -(-max_new_tokens // self.plan.cp)
+        return KVCache(prompt_rows + turns, prompt_rows=prompt_rows, group=self.ranks.groups.cp)
 
     def _decode_batch(self, token: int, position: int, rope_length: int, num_tokens: int) -> LocalBatch:
         units = torch.tensor([position * self.arch.tokens_per_tile], device=self.device)
@@ -162,32 +171,40 @@ class Engine:
             route=None,
         )
 
-    def _last_logits(self, batch: LocalBatch) -> Tensor:
-        """Logits of the batch's last token, float32 [vocab_size] on every rank."""
+    def _logits(self, batch: LocalBatch, row: int | None) -> Tensor:
+        """Logits of one row of the batch, float32 [vocab_size] on every rank.
+
+        Args:
+            batch: prompt or new token.
+            row: local row, None where another context parallel rank has it.
+        """
         outputs = run_schedule(
             [self.model], lambda it, model: (model(next(it)), None), [batch], forward_only=True
         )
-        last = None
-        if self.ranks.is_last_stage:
-            last = self.model.logits(outputs[0][-1:]).squeeze(0)
-        return from_last_stage(last, shape=(self.arch.language.vocab_size,), ranks=self.ranks)
+        mine = None
+        if self.ranks.is_last_stage and row is not None:
+            mine = self.model.logits(outputs[0][row : row + 1]).squeeze(0)
+        return from_owner(mine, shape=(self.arch.language.vocab_size,), ranks=self.ranks)
 
     @torch.no_grad()
     def stream(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[Step]:
         """Yield greedy steps one by one; a stop token ends the answer and is not yielded."""
-        cache = KVCache(len(prompt.tokens) + max_new_tokens)
-        batch = replace(self._prefill_batch(prompt), kv_cache=cache)
+        batch, index = self._prefill_batch(prompt)
+        length = len(prompt.tokens)
+        cache = self._cache(int((index < length).sum()), max_new_tokens)
+        batch = replace(batch, kv_cache=cache)
+        owned = np.flatnonzero(index == length - 1)
+        row = int(owned[0]) if len(owned) else None
         position = prompt.layout.next_position - 1
         for count in range(max_new_tokens):
-            logits = self._last_logits(batch)
+            logits = self._logits(batch, row)
             token = int(logits.argmax())
             if token in stop_ids:
                 return
             yield Step(token=token, position=position, logits=logits)
             position += 1
-            num_tokens = len(prompt.tokens) + count + 1
-            decode = self._decode_batch(token, position, batch.rope_length, num_tokens)
-            batch = replace(decode, kv_cache=cache)
+            decode = self._decode_batch(token, position, batch.rope_length, length + count + 1)
+            batch, row = replace(decode, kv_cache=cache), 0 if self.ranks.cp_rank == 0 else None
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> list[int]:
         """Greedy answer as token ids, without the stop token."""

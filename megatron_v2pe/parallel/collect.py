@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.packed_batch import deal_tiles
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.parallel.zigzag import shard_indices
 from megatron_v2pe.v2pe.layout import Int64Array
@@ -14,10 +15,10 @@ from megatron_v2pe.v2pe.layout import Int64Array
 def gather_tokens(
     local: Tensor | None, *, cu_seqlens: Int64Array, width: tuple[int, ...], cp_size: int, ranks: Ranks
 ) -> Tensor:
-    """Rows of the last stage's context parallel shards in token order, on every rank of the replica.
+    """Rows of one stage's context parallel shards in token order, on every rank of the replica.
 
     Args:
-        local: [l, *width] on the last stage (the same on its tp ranks), None elsewhere.
+        local: [l, *width] on the stage that has them (the same on its tp ranks), None elsewhere.
         cu_seqlens: int64 [N+1], padded documents of the pack.
         width: trailing shape of a row.
         cp_size: context parallel size.
@@ -36,6 +37,38 @@ def gather_tokens(
     return whole
 
 
+def gather_slices(local: Tensor, *, ranks: Ranks) -> Tensor:
+    """Rows [r, ...] that sequence parallelism split over tp, as [r * tp, ...] on each of the tp ranks."""
+    group = ranks.groups.tp
+    slices = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(slices, local.contiguous(), group=group)
+    return torch.cat(slices)
+
+
+def gather_tiles(
+    local: Tensor | None, *, num_tiles: int, width: tuple[int, ...], tile_ranks: int, ranks: Ranks
+) -> Tensor:
+    """What ranks of the first stage made of their tiles, in the order of the pack, on every rank of the replica.
+
+    Args:
+        local: [n_local, *width] on the first stage, None elsewhere; rows behind this rank's share are left out.
+        num_tiles: tiles of the pack.
+        width: trailing shape of a tile's result.
+        tile_ranks: ranks that the tiles are dealt to.
+        ranks: this rank's place.
+
+    Returns:
+        float32 [num_tiles, *width].
+    """
+    whole = torch.zeros(num_tiles, *width, device=ranks.device)
+    if local is not None:
+        start, stop = deal_tiles(num_tiles, tile_ranks, ranks.tile_rank)
+        whole[start:stop] = local[: stop - start].float()
+    dist.all_reduce(whole, group=ranks.tile_group)
+    dist.all_reduce(whole, group=ranks.groups.pp)  # other stages hold zeros
+    return whole
+
+
 def worst_over_ranks(error: float, *, ranks: Ranks) -> float:
     """Largest of all ranks' errors; nan wins over every number."""
     value = torch.tensor(
@@ -45,15 +78,16 @@ def worst_over_ranks(error: float, *, ranks: Ranks) -> float:
     return float("nan") if value[0] else float(value[1])
 
 
-def from_last_stage(value: Tensor | None, *, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
-    """A float32 tensor of the last pipeline stage, on all stages.
+def from_owner(value: Tensor | None, *, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
+    """A tensor that one pipeline stage and context parallel rank of the replica has, as float32 on all its ranks.
 
     Args:
-        value: [*shape] on the last stage, None elsewhere.
+        value: [*shape] on the owner (and its tp ranks), None elsewhere.
         shape: its shape, known to all.
         ranks: this rank's place.
     """
     whole = torch.zeros(shape, device=ranks.device) if value is None else value.float().contiguous()
-    group = ranks.groups.pp
-    dist.broadcast(whole, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    for group in (ranks.groups.cp, ranks.groups.pp):
+        if group.size() > 1:
+            dist.all_reduce(whole, group=group)  # adds zeros, so the owner's bits arrive
     return whole

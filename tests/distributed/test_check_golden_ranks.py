@@ -39,3 +39,9 @@ def test_two_context_parallel_ranks(folder, capfd):
     passed = [line for line in lines if re.search(r"\d  pass\b", line)]
     assert {line.split()[0] for line in passed} == {f"model/{KEY}/{name}" for name in KEPT}
     assert lines[-1] == f"{len(passed)} pass, 1 fail, 0 unsupported"
+
+
+@pytest.mark.distributed
+def test_generation_over_context_parallel_ranks(capfd):
+    assert main(["check-golden", str(GOLDEN), "--group", "generation", "--family", "a", "--cp", "2"]) == 0
+    assert re.search(r"\d+ pass, 0 fail, 0 unsupported$", capfd.readouterr().out.strip())

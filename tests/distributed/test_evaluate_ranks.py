@@ -12,8 +12,8 @@ from megatron_v2pe.core.env import child_environment
 from megatron_v2pe.core.jsonl import read_jsonl
 
 
-def evaluate(launch, checkpoint, data, out):
-    command = [sys.executable, "-m", *launch, "evaluate", str(checkpoint), "--data", str(data)]
+def evaluate(launch, checkpoint, data, out, *sizes):
+    command = [sys.executable, "-m", *launch, "evaluate", str(checkpoint), "--data", str(data), *sizes]
     command += ["--out", str(out), "--strides", "default,2", "--max-new-tokens", "3"]
     environment = child_environment(OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
@@ -22,7 +22,8 @@ def evaluate(launch, checkpoint, data, out):
 
 
 @pytest.mark.distributed
-def test_two_ranks_answer_like_one(request, tmp_path):
+@pytest.mark.parametrize("sizes", [(), ("--cp", "2")], ids=["two replicas", "cp 2"])
+def test_two_ranks_answer_like_one(request, tmp_path, sizes):
     golden = request.config.rootpath / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
     import_hf(golden, tmp_path / "imported")
     Image.new("RGB", (112, 112), (200, 30, 90)).save(tmp_path / "a.png")
@@ -47,8 +48,8 @@ def test_two_ranks_answer_like_one(request, tmp_path):
     )
     two = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_v2pe")
     tables = {
-        name: evaluate(launch, tmp_path / "imported", data, tmp_path / name)
-        for name, launch in (("one", ("megatron_v2pe",)), ("two", two))
+        name: evaluate(launch, tmp_path / "imported", data, tmp_path / name, *given)
+        for name, launch, given in (("one", ("megatron_v2pe",), ()), ("two", two, sizes))
     }
     assert tables["one"] == tables["two"]
     for stride in ("default", "2"):

@@ -35,9 +35,6 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
         if family is not None and not case["ckpt"].startswith(family):
             continue
         name = f"generation/{case['name']}"
-        if parallel.cp > 1:
-            yield unsupported(name, "all", reason="generation runs at parallel.cp 1")
-            continue
         checkpoint = checkpoints[case["ckpt"]]
         if isinstance(checkpoint, CheckpointError):
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])

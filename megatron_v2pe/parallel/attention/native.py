@@ -1,7 +1,7 @@
 """Attention core on torch's own kernels: the CPU's, and a GPU's without Transformer Engine.
 
     decoder   packed (thd): rotate -> per-document causal attention over context parallel ranks (see `context`)
-              decoding:     rotate -> extend the cache -> new queries attend to all keys
+              decoding:     rotate -> extend the cache -> new queries attend to all keys (see `cached`)
     vision    sbhd, no mask: torch's scaled dot product attention, tile by tile
 
 It is what mcore calls a core attention: it has no parameters, and knows nothing of projections.
@@ -20,9 +20,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.context import context_attention
 from megatron_v2pe.parallel.attention.documents import local_lengths
-from megatron_v2pe.parallel.attention.kernels import block_forward
 from megatron_v2pe.parallel.attention.rotary import rotate
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -103,11 +103,19 @@ class NativeContextAttention(torch.nn.Module):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         query, key = rotate(query, key, params)
         cache = getattr(params, "kv_cache", None)
-        if cache is not None:
-            if self.cp_group is not None:
-                raise ConfigError("decoding with a cache runs at parallel.cp 1")
-            key, value = cache.extend(self.layer_number, key, value)
-            return attend_to_all(query, key, value, scale=self.scale).flatten(1)
+        if cache is None:
+            return self._attend(query, key, value, params)
+        return cached_attention(
+            query,
+            key,
+            value,
+            cache=cache,
+            layer_number=self.layer_number,
+            scale=self.scale,
+            attend_prompt=lambda: self._attend(query, key, value, params),
+        )
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         group = self.cp_group if params.cp_group is None else params.cp_group
         lengths = local_lengths(params, 1 if group is None else group.size())
         out = self.attend(query, key, value, lengths=lengths, scale=self.scale, group=group)
@@ -120,26 +128,6 @@ class NativeContextAttention(torch.nn.Module):
         grouped = query.shape[2] != key.shape[2]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2).to(query.dtype)  # [b, h, s, d] -> [s, b, h * d]
-
-
-def attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Attention of the last tokens of a document to all of it, without gradients (decoding).
-
-    Query i sees keys 0..T-t+i, the mask aligned at the bottom right.
-
-    Args:
-        query: [t, h, d], the newest tokens.
-        key: [T, k, d], all tokens.
-        value: [T, k, d].
-        scale: factor of the scores.
-    """
-    past = len(key) - len(query)
-    with torch.no_grad():
-        out, lse = block_forward(query, key[past:], value[past:], causal=True, scale=scale)
-        if past:
-            before, before_lse = block_forward(query, key[:past], value[:past], causal=False, scale=scale)
-            out = out + torch.sigmoid(before_lse - lse).unsqueeze(-1) * (before - out)
-    return out.to(query.dtype)
 
 
 def _for_cpu(x: Tensor) -> Tensor:

@@ -19,9 +19,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
-from megatron_v2pe.parallel.attention.native import attend_to_all
 from megatron_v2pe.parallel.attention.rotary import rotate
 
 
@@ -44,19 +43,21 @@ class RotaryTEAttention(TEDotProductAttention):
             raise ValueError("the decoder's attention takes packed sequences (thd) only")
         query, key = rotate(query, key, packed_seq_params)
         cache = getattr(packed_seq_params, "kv_cache", None)
-        if cache is not None:
-            if self.config.context_parallel_size > 1:
-                raise ConfigError("decoding with a cache runs at parallel.cp 1")
-            key, value = cache.extend(self.layer_number, key, value)
-            scale = self.config.softmax_scale or self.config.kv_channels**-0.5
-            return attend_to_all(query, key, value, scale=scale).flatten(1)
-        return super().forward(
+
+        def attend() -> Tensor:
+            params = padding_counts_as_tokens(packed_seq_params)
+            return TEDotProductAttention.forward(
+                self, query, key, value, attention_mask, attn_mask_type, attention_bias, params, **kwargs
+            )
+
+        if cache is None:
+            return attend()
+        return cached_attention(
             query,
             key,
             value,
-            attention_mask,
-            attn_mask_type,
-            attention_bias,
-            padding_counts_as_tokens(packed_seq_params),
-            **kwargs,
+            cache=cache,
+            layer_number=self.layer_number,
+            scale=self.config.softmax_scale or self.config.kv_channels**-0.5,
+            attend_prompt=attend,
         )

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
+from megatron_v2pe.evaluation.retrieval import Share, parse_strides, read_items
 from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
 
 DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
@@ -15,11 +15,13 @@ DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
 class TailReader:
     """Remembers the last `memory` tokens of a document, twice as many with stride 1."""
 
-    def __init__(self, memory):
+    def __init__(self, memory, share=None):
         self.memory, self.log, self.asked = memory, [], []
+        self.share = share or Share()
 
     def prepare(self, setting):
         self.log.append(setting.name)
+        return self.share
 
     def answer(self, item, setting):
         assert self.log[-1] == setting.name
@@ -97,18 +99,26 @@ def test_an_interrupted_evaluation_asks_only_what_is_open(items, tmp_path):
 
 def test_processes_share_the_questions(items, tmp_path):
     settings = parse_strides("default", tokens_per_tile=4)
-    readers = [TailReader(512) for _ in range(3)]
+    readers = [TailReader(512, Share(index=index, count=3)) for index in range(3)]
     shares = []
     for rank, reader in enumerate(readers):
         folder = tmp_path / str(rank)  # one each: here the processes do not start at the same time
         folder.mkdir()
-        run_strides(items, settings=settings, answerer=reader, folder=folder, rank=rank, world_size=3)
+        run_strides(items, settings=settings, answerer=reader, folder=folder)
         shares.append({name for _, name in reader.asked})
     assert sorted(name for share in shares for name in share) == sorted(item.item_id for item in items)
     for share in shares:
         assert {length: sum(f"{length}-" in name for name in share) for length in LENGTHS} == dict.fromkeys(
             LENGTHS, 2
         )
+
+
+def test_other_ranks_of_a_replica_answer_and_write_nothing(items, tmp_path):
+    settings = parse_strides("default", tokens_per_tile=4)
+    reader = TailReader(512, Share(is_writer=False))
+    assert run_strides(items, settings=settings, answerer=reader, folder=tmp_path) == {"default": []}
+    assert len(reader.asked) == len(items)
+    assert not (tmp_path / "predictions_default.jsonl").exists()
 
 
 def subject(tmp_path, *, options="float32"):

@@ -23,3 +23,23 @@ def test_overflow_is_an_error():
     cache = KVCache(2)
     with pytest.raises(IndexError, match="3 tokens do not fit a cache made for 2"):
         cache.extend(1, torch.zeros(3, 1, 4), torch.zeros(3, 1, 4))
+
+
+class Group:
+    def __init__(self, rank):
+        self.rank, self.size = lambda: rank, lambda: 2
+
+
+def test_ranks_take_turns_with_new_tokens_and_drop_padding():
+    prompt, steps = torch.randn(4, 1, 2), torch.randn(3, 1, 2)
+    held = []
+    for rank in range(2):
+        cache = KVCache(6, prompt_rows=4 - rank, group=Group(rank))
+        assert cache.is_empty(1)
+        cache.add_prompt_share(1, prompt, prompt)
+        assert not cache.is_empty(1)
+        for step in steps:
+            keys, _ = cache.add_turn(1, step[None], step[None])
+        held.append(keys)
+    assert torch.equal(held[0], torch.cat([prompt, steps[[0, 2]]]))
+    assert torch.equal(held[1], torch.cat([prompt[:3], steps[[1]]]))

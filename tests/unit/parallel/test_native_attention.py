@@ -114,6 +114,8 @@ def test_unpacked_tiles_attend_within_themselves(dtype, mask):
 class Cache:
     """Keys and values of one layer."""
 
+    group = None
+
     def __init__(self):
         self.held = {}
 

@@ -91,6 +91,8 @@ def test_decodes_with_a_cache_as_the_native_core_does(adapter):
     (query, key, value), angles = draw()
 
     class Cache:
+        group = None
+
         def extend(self, layer_number, new_key, new_value):
             assert layer_number == 3
             return torch.cat([key, new_key]), torch.cat([value, new_value])
