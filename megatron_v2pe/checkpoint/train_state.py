@@ -22,7 +22,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_v2pe.checkpoint.adapter_record import AdapterRecord, read_record, write_record
 from megatron_v2pe.checkpoint.dist_io import (
+    every_parameter,
     load_into_chunks,
     load_state,
     model_sharded_state_dict,
@@ -59,6 +61,7 @@ def save_checkpoint(
     ranks: Ranks,
     hf_folder: str | Path,
     keep: int,
+    adapters: AdapterRecord | None = None,
 ) -> Path:
     """Write the checkpoint of a step, point `latest` at it, delete old ones. Collective.
 
@@ -70,6 +73,7 @@ def save_checkpoint(
         ranks: this process's place.
         hf_folder: `hf/` of the checkpoint the run started from.
         keep: newest checkpoints that stay.
+        adapters: of a run that trains adapters: what is stored, and which base it belongs to.
 
     Returns:
         The finished folder.
@@ -78,12 +82,13 @@ def save_checkpoint(
         CheckpointError: it cannot be written; the previous checkpoint is untouched. Raised on all ranks.
     """
     _finish_parameter_gather(chunks)
-    states = model_sharded_state_dict(chunks, ranks)
+    wanted = adapters.holds if adapters else every_parameter
+    states = model_sharded_state_dict(chunks, ranks, wanted=wanted)
     states["optimizer"] = optimizer.sharded_state_dict(dict(states), metadata=sharded_state_metadata(ranks))
     states["generators"] = _generator_shard(ranks)
     num_bytes = stored_bytes(states)
     target = step_path(run_dir, run_state.step)
-    tmp = on_first_rank(lambda: _begin(target, num_bytes))
+    tmp = on_first_rank(lambda: _begin(target, num_bytes, adapters))
     save_state(state_path(tmp), states)
     on_first_rank(lambda: _finish(tmp, target, run_state=run_state, ranks=ranks, hf_folder=Path(hf_folder)))
     on_first_rank(lambda: _retain(run_dir, run_state.step, keep))
@@ -92,6 +97,8 @@ def save_checkpoint(
 
 def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any, ranks: Ranks) -> RunState:
     """Restore model, optimizer and generators from a training checkpoint. Collective.
+
+    Of a checkpoint of adapters, what it holds; the base's weights must be in the model already.
 
     Args:
         folder: a step folder, of any parallel layout.
@@ -104,7 +111,9 @@ def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any
     """
     info = read_info(folder)
     run_state = RunState.from_json(info.run_state)
-    states = model_sharded_state_dict(chunks, ranks)
+    record = read_record(folder)
+    wanted = record.holds if record else every_parameter
+    states = model_sharded_state_dict(chunks, ranks, wanted=wanted)
     metadata = sharded_state_metadata(ranks)
     states["optimizer"] = optimizer.sharded_state_dict(dict(states), is_loading=True, metadata=metadata)
     has_same_layout = info.topology == _topology(ranks)
@@ -117,17 +126,19 @@ def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any
             info.topology,
         )
     loaded = load_state(state_path(folder), states)
-    load_into_chunks(chunks, loaded)
+    load_into_chunks(chunks, loaded, wanted=wanted)
     optimizer.load_state_dict(loaded["optimizer"])
     if has_same_layout:
         _set_generators(loaded["generators"])
     return run_state
 
 
-def _begin(target: Path, num_bytes: int) -> Path:
+def _begin(target: Path, num_bytes: int, adapters: AdapterRecord | None) -> Path:
     """The empty folder to write into. A step that a restarted run reaches again replaces its old checkpoint."""
     tmp = begin(target, force=True, needed_bytes=num_bytes)
     state_path(tmp).mkdir()
+    if adapters:
+        write_record(tmp, adapters, target=target)
     return tmp
 
 

@@ -13,6 +13,8 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
+from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
+from megatron_v2pe.checkpoint.adapters import draw_adapters
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.retention import newest_checkpoint
@@ -44,10 +46,13 @@ def train(config: RunConfig) -> None:
         FloatingPointError: the loss became non-finite.
     """
     read_info(config.model.checkpoint)
+    require_whole(config.model.checkpoint)
     arch = read_architecture(hf_path(config.model.checkpoint))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
     resume_from = _resume_point(config)
+    if resume_from is not None:
+        require_same_adapters(describe_adapters(config), resume_from)
     ranks = init_distributed(plan, seed=config.runtime.seed)
     run = Run(config, arch, plan=plan, ranks=ranks)
     run.start(resume_from)
@@ -111,14 +116,16 @@ class Run:
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
         self.hf_folder = hf_path(config.model.checkpoint)
+        self.adapters = describe_adapters(config)
         self.trainer: Trainer
         self.state = initial_state(config)
 
     def start(self, resume_from: Path | None) -> None:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
         chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
-        if resume_from is None:
+        if resume_from is None or self.adapters is not None:  # whose checkpoints do not hold their base
             load_model_weights(self.config.model.checkpoint, chunks, ranks=self.ranks)
+            draw_adapters(chunks, lora=self.config.lora, arch=self.arch, seed=self.config.runtime.seed, ranks=self.ranks)
         self.trainer = wrap_for_training(chunks, self.config)
         saved = self._restore(resume_from) if resume_from is not None else None
         self.runner = self._micro_batch_runner()
@@ -223,6 +230,7 @@ class Run:
             ranks=self.ranks,
             hf_folder=self.hf_folder,
             keep=self.config.checkpoint.keep,
+            adapters=self.adapters,
         )
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
 
