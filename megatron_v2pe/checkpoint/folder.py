@@ -1,7 +1,7 @@
 """A checkpoint folder from birth to commit.
 
     target.incomplete/  hf/  state/            written here, invisible to every reader
-        `- checkpoint.json                     last, with the size of every other file
+        `- checkpoint.json                     last, with size and SHA-256 of every other file, and its own
     target/                                    one rename; from here on it is a checkpoint
 
 A folder without `checkpoint.json` is not a checkpoint, whatever else it holds. `hf/` is the Hugging Face folder
@@ -15,20 +15,22 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_v2pe.checkpoint.hashing import FileRecord, Verify, digest_of, find_damage, record_files
 from megatron_v2pe.checkpoint.hf_io import DTYPE_NAMES, DTYPES, TensorInfo, WeightFile
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import commit_folder, write_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had sizes of files and no hashes; it still loads
 INFO_FILE = "checkpoint.json"
 LAYOUT_FILE = "weights_layout.json"
 INCOMPLETE_SUFFIX = ".incomplete"
+_OWN_DIGEST = "sha256_of_this"
 _SPARE_BYTES = 64 * 2**20
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,9 @@ class CheckpointInfo:
         num_parameters: of the whole model, without padding rows.
         run_state: `RunState` as json for a training checkpoint.
         topology: world size and parallel sizes of the writer of a training checkpoint.
-        files: path inside the folder -> size in bytes, of every other file.
+        target_layout: parallel sizes that a converter was asked to check the weights for; a note, the tensors
+            themselves suit every layout.
+        files: path inside the folder -> size and hash, of every other file.
     """
 
     kind: Literal["import", "train"]
@@ -54,7 +58,8 @@ class CheckpointInfo:
     num_parameters: int
     run_state: dict[str, Any] = field(default_factory=dict)
     topology: dict[str, int] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    target_layout: dict[str, int] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -73,21 +78,52 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / INFO_FILE).is_file()
 
 
-def write_info(folder: Path, info: CheckpointInfo) -> None:
-    """Write `checkpoint.json`, with the sizes of all other files; the last act of a writer."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    values = {**asdict(info), "files": files}
-    write_atomic(folder / INFO_FILE, json.dumps(values, indent=2) + "\n")
+def write_info(folder: Path, info: CheckpointInfo, *, hashes: Mapping[str, str] | None = None) -> None:
+    """Write `checkpoint.json`, with sizes and hashes of all other files; the last act of a writer.
+
+    Args:
+        folder: the checkpoint.
+        info: everything but `files`.
+        hashes: SHA-256 of files that were hashed by those who wrote them, by path in the folder; the others
+            are hashed here.
+    """
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / INFO_FILE]
+    files = record_files(folder, paths, known=hashes)
+    plain = json.loads(json.dumps(asdict(replace(info, files=files))))
+    write_atomic(folder / INFO_FILE, json.dumps({**plain, _OWN_DIGEST: digest_of(plain)}, indent=2) + "\n")
 
 
-def read_info(folder: str | Path) -> CheckpointInfo:
+def read_info(
+    folder: str | Path, *, verify: Verify = "sizes", rank: int = 0, world_size: int = 1
+) -> CheckpointInfo:
     """Read `checkpoint.json` and check that every file it lists is there in full.
+
+    Args:
+        folder: a checkpoint.
+        verify: `full` hashes every file as well, which reads all of them.
+        rank: of the processes that share the hashing; each reports what it found itself.
+        world_size: how many share it.
 
     Raises:
         CheckpointError: no such folder, an interrupted or damaged checkpoint, or one of a newer format.
     """
-    path = Path(folder) / INFO_FILE
-    if not Path(folder).is_dir():
+    info = _parsed_info(Path(folder))
+    if verify == "full" and info.format_version < 2:
+        raise CheckpointError(
+            f"{folder}: was written in format {info.format_version}, which has no hashes to verify in full; verify "
+            "sizes, or write it again"
+        )
+    problems = find_damage(Path(folder), info.files, verify=verify, rank=rank, world_size=world_size)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: damaged checkpoint: {'; '.join(problems)}; restore it or use another one"
+        )
+    return info
+
+
+def _parsed_info(folder: Path) -> CheckpointInfo:
+    path = folder / INFO_FILE
+    if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder; `megatron-v2pe import-hf` makes one")
     if not path.is_file():
         raise CheckpointError(
@@ -101,25 +137,23 @@ def read_info(folder: str | Path) -> CheckpointInfo:
             raise CheckpointError(
                 f"{path}: format {version} is newer than this program's {FORMAT_VERSION}; update it"
             )
-        info = CheckpointInfo(**values)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-    _check_sizes(Path(folder), info.files)
-    return info
-
-
-def _check_sizes(folder: Path, files: dict[str, int]) -> None:
-    problems = []
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-    if problems:
-        raise CheckpointError(
-            f"{folder}: damaged checkpoint: {'; '.join(problems)}; restore it or use another one"
+        own_digest = values.pop(_OWN_DIGEST, "")
+        if version > 1 and own_digest != digest_of(values):
+            raise CheckpointError(
+                f"{path}: damaged, or edited by hand: its contents do not match their SHA-256"
+            )
+        files = values.pop("files")
+        records = (
+            {name: FileRecord(**item) for name, item in files.items()} if version > 1 else _sizes_only(files)
         )
+        return CheckpointInfo(**values, files=records)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _sizes_only(files: dict[str, int]) -> dict[str, FileRecord]:
+    """`files` of format 1."""
+    return {name: FileRecord(size) for name, size in files.items()}
 
 
 def write_layout(hf_folder: Path, files: Sequence[WeightFile]) -> None:

@@ -1,23 +1,29 @@
-"""Step folders of a run: their names, the newest complete one, which to delete.
+"""Step folders of a run: their names, the newest one, which to delete.
 
     run_dir/checkpoints/step_00000010/              complete: it has checkpoint.json
                         step_00000020.incomplete/   a writer died here, or is at work
                         latest                      text file: name of the newest complete folder
 
-`latest` is for people and scripts. A run that resumes looks at the folders themselves, because a crash between the
-commit of a folder and the update of `latest` must not lose the folder.
+`latest` is for people and scripts. A run that resumes (`resume.py`) looks at the folders themselves, because a crash
+between the commit of a folder and the update of `latest` must not lose the folder.
+
+Only checkpoints whose files are all there in full count as kept. A damaged one is left where it is: its storage may
+come back, and the older one that can replace it stays too.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.folder import INCOMPLETE_SUFFIX, is_complete
+from megatron_v2pe.checkpoint.folder import INCOMPLETE_SUFFIX, is_complete, read_info
+from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
 LATEST_FILE = "latest"
+logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -31,11 +37,16 @@ def step_path(run_dir: str | Path, step: int) -> Path:
     return checkpoints_path(run_dir) / f"step_{step:08d}"
 
 
-def complete_steps(run_dir: str | Path) -> list[int]:
-    """Steps of all complete checkpoints, oldest first."""
+def committed_steps(run_dir: str | Path) -> list[int]:
+    """Steps of all folders under their final name, oldest first, whatever has become of their contents."""
     root = checkpoints_path(run_dir)
     found = (_STEP.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match and is_complete(root / match[0]))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def complete_steps(run_dir: str | Path) -> list[int]:
+    """Steps of all complete checkpoints, oldest first."""
+    return [step for step in committed_steps(run_dir) if is_complete(step_path(run_dir, step))]
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -49,12 +60,19 @@ def write_latest(run_dir: str | Path, step: int) -> None:
     write_atomic(checkpoints_path(run_dir) / LATEST_FILE, step_path(run_dir, step).name + "\n")
 
 
+def read_latest(run_dir: str | Path) -> int | None:
+    """The step that `latest` names; None when there is no such file or it does not name a step's folder."""
+    path = checkpoints_path(run_dir) / LATEST_FILE
+    match = _STEP.fullmatch(path.read_text(errors="replace").strip()) if path.is_file() else None
+    return int(match[1]) if match else None
+
+
 def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
-    """Delete all but the `keep` newest complete checkpoints, and what interrupted writers left.
+    """Delete all but the `keep` newest good checkpoints, and what interrupted writers left.
 
     Args:
         run_dir: the run.
-        keep: at least 1.
+        keep: at least 1; checkpoints with a missing or cut file do not count, and are not deleted.
         written: step of the checkpoint that was committed last; never deleted, also when a run was
             restarted in a folder that holds later steps.
 
@@ -63,8 +81,8 @@ def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, must be at least 1")
-    steps = complete_steps(run_dir)
-    doomed = [step_path(run_dir, step) for step in steps[:-keep] if step != written]
+    good = [step for step in complete_steps(run_dir) if _is_good(step_path(run_dir, step))]
+    doomed = [step_path(run_dir, step) for step in good[:-keep] if step != written]
     doomed += sorted(checkpoints_path(run_dir).glob(f"step_*{INCOMPLETE_SUFFIX}"))
     for path in doomed:
         # Renamed first: a half-deleted folder must not look complete.
@@ -72,3 +90,12 @@ def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
         path.rename(aside)
         shutil.rmtree(aside)
     return doomed
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        read_info(folder)
+    except CheckpointError as error:
+        logger.warning("%s; it does not count as kept, and is not deleted", error)
+        return False
+    return True

@@ -1,8 +1,8 @@
 """Everything a run needs to go on, in one checkpoint folder.
 
     save   parameters in sync -> shards of model, optimizer, generators -> hf/ with the positions that were
-           trained -> checkpoint.json -> rename -> latest
-    load   the newest complete folder -> the same, at any tp, pp, cp, dp
+           trained -> hashes, each rank of its own files -> checkpoint.json -> rename -> latest
+    load   a folder that `resume_point` chose -> the same, at any tp, pp, cp, dp
 
 Tensors and optimizer state are stored in the shape of the whole model and load under any layout. Random generators are
 a property of the layout: they are restored at the same one, and left as seeded at another (with a warning).
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_v2pe.checkpoint.adapter_record import AdapterRecord, read_record, write_record
 from megatron_v2pe.checkpoint.dist_io import (
     every_parameter,
+    gather_from_ranks,
     load_into_chunks,
     load_state,
     model_sharded_state_dict,
     on_first_rank,
+    raise_together,
     save_state,
     sharded_state_metadata,
     stored_bytes,
@@ -42,7 +44,9 @@ from megatron_v2pe.checkpoint.folder import (
     state_path,
     write_info,
 )
+from megatron_v2pe.checkpoint.hashing import sha256_files
 from megatron_v2pe.checkpoint.hf_config import update_positions
+from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
@@ -71,7 +75,7 @@ def save_checkpoint(
         optimizer: mcore's optimizer over them.
         run_state: the rest; its step names the folder.
         ranks: this process's place.
-        hf_folder: `hf/` of the checkpoint the run started from.
+        hf_folder: `hf/` of the checkpoint the run started from, or the Hugging Face folder itself.
         keep: newest checkpoints that stay.
         adapters: of a run that trains adapters: what is stored, and which base it belongs to.
 
@@ -90,7 +94,9 @@ def save_checkpoint(
     target = step_path(run_dir, run_state.step)
     tmp = on_first_rank(lambda: _begin(target, num_bytes, adapters))
     save_state(state_path(tmp), states)
-    on_first_rank(lambda: _finish(tmp, target, run_state=run_state, ranks=ranks, hf_folder=Path(hf_folder)))
+    info = _info(run_state, ranks, Path(hf_folder))
+    hashes = _hashes_of_all_ranks(tmp, ranks)
+    on_first_rank(lambda: _finish(tmp, target, info=info, hashes=hashes, hf_folder=Path(hf_folder)))
     on_first_rank(lambda: _retain(run_dir, run_state.step, keep))
     return target
 
@@ -142,11 +148,9 @@ def _begin(target: Path, num_bytes: int, adapters: AdapterRecord | None) -> Path
     return tmp
 
 
-def _finish(tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hf_folder: Path) -> None:
+def _info(run_state: RunState, ranks: Ranks, hf_folder: Path) -> CheckpointInfo:
     arch = read_architecture(hf_folder)
-    shutil.copytree(hf_folder, hf_path(tmp), copy_function=shutil.copyfile)
-    update_positions(hf_path(tmp) / "config.json", run_state)
-    info = CheckpointInfo(
+    return CheckpointInfo(
         kind="train",
         step=run_state.step,
         family=family_name(arch),
@@ -154,7 +158,34 @@ def _finish(tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hf_fo
         topology=_topology(ranks),
         num_parameters=name_map(arch).num_parameters,
     )
-    write_info(tmp, info)
+
+
+def _hashes_of_all_ranks(tmp: Path, ranks: Ranks) -> dict[str, str]:
+    """SHA-256 of the tensor files, each made by the rank that wrote it, while its pages are still in memory.
+
+    Collective. A file that no rank knows as its own is hashed by the one who writes `checkpoint.json`.
+
+    Raises:
+        CheckpointError: a rank cannot read its file back.
+    """
+    started, problem, mine = time.perf_counter(), "", {}
+    written = sorted(state_path(tmp).glob(f"__{ranks.rank}_*"))  # torch's writer names files by rank
+    try:
+        mine = {str(path.relative_to(tmp)): value for path, value in sha256_files(written).items()}
+    except OSError as error:
+        problem = f"{error.filename}: cannot be read back ({error.strerror})"
+    told = gather_from_ranks((mine, problem))
+    raise_together(f"{tmp}: cannot be finished", [problem for _, problem in told if problem])
+    logger.info("hashed %d files in %.2f s", len(mine), time.perf_counter() - started)
+    return {name: value for hashes, _ in told for name, value in hashes.items()}
+
+
+def _finish(
+    tmp: Path, target: Path, *, info: CheckpointInfo, hashes: Mapping[str, str], hf_folder: Path
+) -> None:
+    copy_hf_folder(hf_folder, hf_path(tmp))
+    update_positions(hf_path(tmp) / "config.json", RunState.from_json(info.run_state))
+    write_info(tmp, info, hashes=hashes)
     commit(tmp, target)
 
 

@@ -1,39 +1,69 @@
 """Proof that a checkpoint holds exactly what a Hugging Face folder holds.
 
-Every tensor of the folder is compared, bit for bit, with the checkpoint's own after the inverse mapping; every state
-key of the checkpoint must belong to one of them; side files are compared byte for byte. Two SHA-256, each over
-name, dtype, shape and bytes of all tensors in the order of their names, put the result into one line.
+Every tensor of the folder is compared, bit for bit, with the checkpoint's own after the inverse mapping, and every
+state key of the checkpoint must belong to one of them; side files are compared byte for byte. `WeightsDigest` of both
+puts the result into one line: a folder, its import and what that exports to have the same one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megatron_v2pe.checkpoint.convert import ExportedTensors, Progress, open_hf
 from megatron_v2pe.checkpoint.folder import LAYOUT_FILE, hf_path, read_info
+from megatron_v2pe.checkpoint.hashing import Verify
 from megatron_v2pe.checkpoint.hf_io import DTYPE_NAMES, HFWeights, tensor_bytes
 
 _OPTIMIZER_PREFIX = "optimizer."
 
 
+class WeightsDigest:
+    """SHA-256 over name, dtype, shape and bytes of tensors, added in the order of their names.
+
+    How tensors lie in files, and what else a folder holds, has no part in it.
+    """
+
+    def __init__(self) -> None:
+        self._running = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in the next tensor; the caller keeps to sorted names."""
+        self._running.update(f"{name} {DTYPE_NAMES[tensor.dtype]} {tuple(tensor.shape)}\n".encode())
+        self._running.update(tensor_bytes(tensor))
+
+    def hexdigest(self) -> str:
+        """The hash so far, in hexadecimal."""
+        return self._running.hexdigest()
+
+
+def weights_sha256(names: Collection[str], read: Callable[[str], Tensor]) -> str:
+    """`WeightsDigest` of tensors that are read one by one."""
+    digest = WeightsDigest()
+    for name in sorted(names):
+        digest.add(name, read(name))
+    return digest.hexdigest()
+
+
 @dataclass
 class VerifyReport:
-    """What `verify` found.
+    """What `verify` found. Every source tensor is equal, different or dropped; every state key known or unexpected.
 
     Attributes:
         num_source: tensors of the Hugging Face folder.
         num_state: model parameters of the checkpoint.
         num_equal: source tensors whose dtype, shape and bytes came back.
         dropped: source tensor -> why the table leaves it out.
-        different: source tensor -> how it differs.
+        different: tensor -> how it differs, also when one of the two lacks it.
         unexpected: state keys that belong to no source tensor.
         side_files: files that differ, are missing or are new -> which of the three.
-        source_sha256: hash of the kept source tensors.
-        checkpoint_sha256: hash of the checkpoint's tensors under their Hugging Face names.
+        source_sha256: digest of the kept source tensors.
+        checkpoint_sha256: digest of all of the checkpoint's tensors under their Hugging Face names.
     """
 
     num_source: int
@@ -50,6 +80,10 @@ class VerifyReport:
     def is_equal(self) -> bool:
         """True when the checkpoint exports to the same folder, dropped tensors aside."""
         return not (self.different or self.unexpected or self.side_files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values, the verdict first."""
+        return {"is_equal": self.is_equal, **asdict(self)}
 
     def lines(self, *, shown: int = 20) -> list[str]:
         """The report as text."""
@@ -69,19 +103,24 @@ class VerifyReport:
 
 
 def verify(
-    hf_folder: str | Path, checkpoint_folder: str | Path, *, progress: Progress = lambda num_bytes: None
+    hf_folder: str | Path,
+    checkpoint_folder: str | Path,
+    *,
+    files: Verify = "sizes",
+    progress: Progress = lambda num_bytes: None,
 ) -> VerifyReport:
     """Compare a Hugging Face folder with a checkpoint folder.
 
     Args:
         hf_folder: the source.
         checkpoint_folder: a checkpoint; a trained one will differ, and the report says where.
+        files: how closely the checkpoint's own files are looked at first.
         progress: told the bytes of each tensor.
 
     Raises:
         CheckpointError: one of the two cannot be read at all.
     """
-    read_info(checkpoint_folder)
+    read_info(checkpoint_folder, verify=files)
     weights, _, _ = open_hf(hf_folder)
     exported = ExportedTensors(checkpoint_folder, progress=progress)
     state_keys = [key for key in exported.state.tensors if not key.startswith(_OPTIMIZER_PREFIX)]
@@ -96,26 +135,28 @@ def verify(
 
 
 def _compare_tensors(weights: HFWeights, exported: ExportedTensors, report: VerifyReport) -> None:
-    source_hash, checkpoint_hash = hashlib.sha256(), hashlib.sha256()
-    for name in sorted(set(weights.tensors) - set(report.dropped)):
-        source = weights.read(name)
-        _add(source_hash, name, source)
-        if name not in exported.names.by_hf:
-            report.different[name] = "the checkpoint's architecture has no such tensor"
-            continue
-        ours = exported.read(name)
-        _add(checkpoint_hash, name, ours)
+    source_digest, checkpoint_digest = WeightsDigest(), WeightsDigest()
+    here, there = set(weights.tensors) - set(report.dropped), set(exported.names.by_hf)
+    for name in sorted(here | there):
+        source = weights.read(name) if name in here else None
+        ours = exported.read(name) if name in there else None
+        if source is not None:
+            source_digest.add(name, source)
+        if ours is not None:
+            checkpoint_digest.add(name, ours)
         how = _difference(source, ours)
         if how:
             report.different[name] = how
         else:
             report.num_equal += 1
-    for name in sorted(set(exported.names.by_hf) - set(weights.tensors)):
-        report.different[name] = "not in the folder"
-    report.source_sha256, report.checkpoint_sha256 = source_hash.hexdigest(), checkpoint_hash.hexdigest()
+    report.source_sha256, report.checkpoint_sha256 = source_digest.hexdigest(), checkpoint_digest.hexdigest()
 
 
-def _difference(source: Tensor, ours: Tensor) -> str:
+def _difference(source: Tensor | None, ours: Tensor | None) -> str:
+    if source is None:
+        return "not in the folder"
+    if ours is None:
+        return "the checkpoint's architecture has no such tensor"
     if source.dtype != ours.dtype:
         return f"dtype {source.dtype}, in the checkpoint {ours.dtype}"
     if source.shape != ours.shape:
@@ -123,11 +164,6 @@ def _difference(source: Tensor, ours: Tensor) -> str:
     if tensor_bytes(source) == tensor_bytes(ours):  # bits, so that NaN equals NaN and 0.0 is not -0.0
         return ""
     return f"largest difference {(source.double() - ours.double()).abs().max().item():.3g}"
-
-
-def _add(running: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    running.update(f"{name} {DTYPE_NAMES[tensor.dtype]} {tuple(tensor.shape)}\n".encode())
-    running.update(tensor_bytes(tensor))
 
 
 def _compare_side_files(source: Path, carried: Path, report: VerifyReport) -> None:

@@ -1,7 +1,8 @@
-"""What the conversion verbs share: a byte counter, and a refusal to run many times at once."""
+"""What verbs that read checkpoints share: a byte counter, and how closely the files are looked at."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,3 +29,26 @@ def byte_progress(verb: str) -> Iterator[Callable[[int], None]]:
             bar.update(num_bytes)
 
         yield advance
+
+
+def add_verify_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add `--verify-checkpoint`, for verbs that read a checkpoint."""
+    parser.add_argument(
+        "--verify-checkpoint",
+        choices=("sizes", "full"),
+        default="sizes",
+        help="look at the checkpoint's files first: their sizes (default), or hash all of them, which also finds "
+        "flipped bits and reads every byte once more",
+    )
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Look at the files of `args.checkpoint` as `--verify-checkpoint` says; under torchrun each process hashes a share.
+
+    Raises:
+        CheckpointError: names the damaged files that this process found.
+    """
+    from megatron_v2pe.checkpoint.folder import read_info
+
+    here = launcher()
+    read_info(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)

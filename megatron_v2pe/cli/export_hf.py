@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import byte_progress
+from megatron_v2pe.cli.conversion import add_verify_checkpoint, byte_progress, check_files
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    add_verify_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.convert import export_hf
 
     with byte_progress(NAME) as progress:
+        check_files(args)
         export_hf(
             args.checkpoint,
             args.hf_folder,

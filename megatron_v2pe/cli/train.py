@@ -21,13 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's"
     )
+    parser.add_argument(
+        "--verify-checkpoint",
+        choices=("sizes", "full"),
+        help="short for checkpoint.verify=...: what is checked of a checkpoint's files before it is loaded",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; mistakes are raised as ConfigError, DataError or CheckpointError."""
     from megatron_v2pe.config.load import load_run_config
 
-    config = load_run_config(args.config, args.overrides)  # before torch: a typo is told in a blink
+    verify = [f"checkpoint.verify={args.verify_checkpoint}"] if args.verify_checkpoint else []
+    # Before torch is imported: a typo is told in a blink.
+    config = load_run_config(args.config, [*args.overrides, *verify])
 
     from megatron_v2pe.train.loop import train
 

@@ -23,6 +23,9 @@ class ModelConfig:
 
     checkpoint: str = ""
     """Folder written by `import-hf`, or a step folder of an earlier run; weights only are taken from it."""
+    hf_path: str = ""
+    """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
+    its slices of the safetensors."""
     freeze_language: bool = False
     """Keep the language model's weights as they are."""
     freeze_projector: bool = False
@@ -40,6 +43,11 @@ class ModelConfig:
         _require(
             self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive"
         )
+        if self.checkpoint and self.hf_path:
+            raise ConfigError(
+                f"model.checkpoint is {self.checkpoint!r} and model.hf_path is {self.hf_path!r}, but weights come from "
+                "one place; set one of the two to ''"
+            )
         _require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
         if self.mlp_chunks > 1 and self.recompute == "none":
             raise ConfigError(
@@ -325,7 +333,12 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = True
-    """Continue from the newest complete checkpoint of runtime.run_dir, when there is one."""
+    """Continue from the newest checkpoint of runtime.run_dir, when there is one."""
+    verify: Literal["sizes", "full"] = "sizes"
+    """How the files of a checkpoint are looked at before it is loaded. sizes: missing and cut files are found; full:
+    every file is read and hashed as well, which also finds flipped bits."""
+    fallback: bool = False
+    """Continue from the newest good checkpoint when newer ones are damaged; false stops and names it."""
 
     def __post_init__(self) -> None:
         _require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")

@@ -18,7 +18,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
 
     Args:
         config: the run.
-        arch: architecture of `model.checkpoint`.
+        arch: architecture of `model.checkpoint` or `model.hf_path`.
         world_size: ranks of the run.
 
     Raises:
@@ -39,8 +39,9 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
 
 def check_required(config: RunConfig) -> None:
     """Fields without a usable default."""
+    source = config.model.checkpoint or config.model.hf_path
     hints = {
-        "model.checkpoint": (config.model.checkpoint, "the folder that `megatron-v2pe import-hf` wrote"),
+        "model.checkpoint": (source, "the folder that `megatron-v2pe import-hf` wrote, or model.hf_path"),
         "data.meta": (config.data.meta, "a json file that names the data sets"),
         "runtime.run_dir": (config.runtime.run_dir, "the folder this run writes to"),
     }

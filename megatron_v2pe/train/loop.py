@@ -15,20 +15,23 @@ from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
 from megatron_v2pe.checkpoint.adapters import draw_adapters
+from megatron_v2pe.checkpoint.convert import open_hf
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
-from megatron_v2pe.checkpoint.retention import newest_checkpoint
+from megatron_v2pe.checkpoint.hf_load import load_hf_weights
+from megatron_v2pe.checkpoint.resume import resume_point, resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
 from megatron_v2pe.checkpoint.train_state import load_checkpoint, save_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.config.validate import validate
+from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader
+from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
@@ -45,9 +48,8 @@ def train(config: RunConfig) -> None:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
         FloatingPointError: the loss became non-finite.
     """
-    read_info(config.model.checkpoint)
-    require_whole(config.model.checkpoint)
-    arch = read_architecture(hf_path(config.model.checkpoint))
+    check_required(config)
+    arch = read_architecture(_model_folder(config))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
     resume_from = _resume_point(config)
@@ -60,8 +62,18 @@ def train(config: RunConfig) -> None:
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
 
 
+def _model_folder(config: RunConfig) -> Path:
+    """Where config.json and the tokenizer are, after a look at everything that can be seen without reading weights."""
+    if config.model.hf_path:
+        open_hf(config.model.hf_path)
+        return Path(config.model.hf_path)
+    read_info(config.model.checkpoint)
+    require_whole(config.model.checkpoint)
+    return hf_path(config.model.checkpoint)
+
+
 def _resume_point(config: RunConfig) -> Path | None:
-    """Newest complete checkpoint of the run folder; the folder is made, so that it is known to be writable."""
+    """Checkpoint of the run folder to continue from; the folder is made, so that it is known to be writable."""
     run_dir = Path(config.runtime.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +84,7 @@ def _resume_point(config: RunConfig) -> Path | None:
             f"runtime.run_dir is {config.runtime.run_dir!r}, which cannot be written ({error.strerror}); "
             "choose a folder that you may write to"
         ) from None
-    newest = newest_checkpoint(run_dir)
+    newest = resume_point(run_dir, fallback=config.checkpoint.fallback)
     if newest is not None and not config.checkpoint.resume:
         raise ConfigError(
             f"checkpoint.resume is false, but {newest} exists; set it to true to continue that run, or give this "
@@ -115,17 +127,19 @@ class Run:
         self.config, self.arch = config, arch
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
-        self.hf_folder = hf_path(config.model.checkpoint)
+        self.hf_folder = (
+            Path(config.model.hf_path) if config.model.hf_path else hf_path(config.model.checkpoint)
+        )
         self.adapters = describe_adapters(config)
         self.trainer: Trainer
         self.state = initial_state(config)
 
     def start(self, resume_from: Path | None) -> None:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
+        resume_from = self._verified(resume_from)
         chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
         if resume_from is None or self.adapters is not None:  # whose checkpoints do not hold their base
-            load_model_weights(self.config.model.checkpoint, chunks, ranks=self.ranks)
-            draw_adapters(chunks, lora=self.config.lora, arch=self.arch, seed=self.config.runtime.seed, ranks=self.ranks)
+            self._load_weights(chunks)
         self.trainer = wrap_for_training(chunks, self.config)
         saved = self._restore(resume_from) if resume_from is not None else None
         self.runner = self._micro_batch_runner()
@@ -136,6 +150,25 @@ class Run:
             saved.require_same_data(self.state)
             self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
+
+    def _verified(self, resume_from: Path | None) -> Path | None:
+        """Look at every byte that will be loaded where `checkpoint.verify` asks for it; the place to resume from."""
+        if self.config.checkpoint.verify != "full":
+            return resume_from
+        if resume_from is None:
+            if not self.config.model.hf_path:  # whose files came without hashes
+                verify_in_full(self.config.model.checkpoint, ranks=self.ranks)
+            return None
+        return resume_point_in_full(self.run_dir, fallback=self.config.checkpoint.fallback, ranks=self.ranks)
+
+    def _load_weights(self, chunks: Sequence[InternVL]) -> None:
+        model = self.config.model
+        if model.hf_path:
+            load_hf_weights(model.hf_path, chunks, ranks=self.ranks)
+        else:
+            load_model_weights(model.checkpoint, chunks, ranks=self.ranks)
+        seed, lora = self.config.runtime.seed, self.config.lora
+        draw_adapters(chunks, lora=lora, arch=self.arch, seed=seed, ranks=self.ranks)
 
     def _loader(self, *, start_step: int) -> TrainLoader:
         return TrainLoader(

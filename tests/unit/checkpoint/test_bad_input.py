@@ -216,8 +216,8 @@ def test_unreadable_state_is_a_checkpoint_error(golden, tmp_path):
 def test_newer_format(golden, tmp_path):
     import_hf(golden, tmp_path / "ckpt")
     path = tmp_path / "ckpt" / "checkpoint.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match="format 2 is newer"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match="format 3 is newer"):
         read_info(tmp_path / "ckpt")
 
 

@@ -1,7 +1,9 @@
-"""Step folders: the newest complete one is found, keep-N never deletes it."""
+"""Step folders: the newest one is found, an older one never silently; keep-N never deletes the last good one."""
 
 import pytest
 
+from megatron_v2pe.checkpoint.folder import CheckpointInfo, write_info
+from megatron_v2pe.checkpoint.resume import resume_point
 from megatron_v2pe.checkpoint.retention import (
     checkpoints_path,
     complete_steps,
@@ -20,7 +22,7 @@ def make(run_dir, *steps, complete=True):
         path.mkdir(parents=True)
         (path / "data").write_text("x")
         if complete:
-            (path / "checkpoint.json").write_text("{}")
+            write_info(path, CheckpointInfo(kind="train", step=step, family="f", num_parameters=1))
 
 
 def test_newest_is_the_newest_complete_one(tmp_path):
@@ -60,6 +62,83 @@ def test_what_was_just_written_stays_below_later_steps(tmp_path):
     make(tmp_path, 10, 50, 60)
     prune(tmp_path, keep=2, written=10)
     assert complete_steps(tmp_path) == [10, 50, 60]
+
+
+def damage(run_dir, step):
+    (step_path(run_dir, step) / "data").write_text("")
+
+
+def test_a_damaged_newest_does_not_count_as_kept_and_is_left_alone(tmp_path, caplog):
+    make(tmp_path, 10, 20, 30, 40)
+    damage(tmp_path, 40)
+    assert prune(tmp_path, keep=1, written=40) == [step_path(tmp_path, 10), step_path(tmp_path, 20)]
+    assert complete_steps(tmp_path) == [30, 40]
+    assert "step_00000040: damaged checkpoint: data has 0 bytes instead of 1" in caplog.text
+
+
+def test_resume_takes_the_newest_good_one(tmp_path):
+    assert resume_point(tmp_path, fallback=False) is None
+    make(tmp_path, 10, 20)
+    write_latest(tmp_path, 10)  # a crash before it was moved on
+    (checkpoints_path(tmp_path) / "step_00000030.incomplete").mkdir()
+    assert resume_point(tmp_path, fallback=False) == step_path(tmp_path, 20)
+
+
+def cut(run_dir):
+    damage(run_dir, 30)
+    return "step_00000030: damaged checkpoint: data has 0 bytes instead of 1"
+
+
+def lose_a_file(run_dir):
+    (step_path(run_dir, 30) / "data").unlink()
+    return "step_00000030: damaged checkpoint: data is missing"
+
+
+def lose_its_json(run_dir):
+    (step_path(run_dir, 30) / "checkpoint.json").unlink()
+    return "step_00000030: has no checkpoint.json"
+
+
+def lose_it(run_dir):
+    step_path(run_dir, 30).rename(run_dir / "gone")
+    return "latest names step_00000030, which is not there"
+
+
+DAMAGES = [cut, lose_a_file, lose_its_json, lose_it]
+
+
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_a_damaged_newest_stops_the_run_and_offers_the_one_before(tmp_path, harm):
+    make(tmp_path, 10, 20, 30)
+    write_latest(tmp_path, 30)
+    message = harm(tmp_path)
+    damage(tmp_path, 20)
+    with pytest.raises(CheckpointError) as error:
+        resume_point(tmp_path, fallback=False)
+    assert message in str(error.value)
+    assert "step_00000020: damaged" in str(error.value)
+    assert f"the newest good checkpoint is {step_path(tmp_path, 10)}" in str(error.value)
+    assert "checkpoint.fallback=true" in str(error.value)
+
+
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_fallback_takes_the_one_before_and_says_so_loudly(tmp_path, caplog, harm):
+    make(tmp_path, 10, 20, 30)
+    write_latest(tmp_path, 30)
+    message = harm(tmp_path)
+    assert resume_point(tmp_path, fallback=True) == step_path(tmp_path, 20)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert message in record.getMessage()
+    assert "an OLDER checkpoint" in record.getMessage()
+
+
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_without_a_good_one_nothing_is_started_from_scratch(tmp_path, harm):
+    make(tmp_path, 30)
+    write_latest(tmp_path, 30)
+    harm(tmp_path)
+    with pytest.raises(CheckpointError, match="no good checkpoint is left"):
+        resume_point(tmp_path, fallback=True)
 
 
 def test_keep_zero_is_refused(tmp_path):
