@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.env import Launcher, launcher
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -42,8 +42,11 @@ def add_verify_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> Launcher:
     """Look at the files of `args.checkpoint` as `--verify-checkpoint` says; under torchrun each process hashes a share.
+
+    Returns:
+        What the launcher says about this process.
 
     Raises:
         CheckpointError: names the damaged files that this process found.
@@ -52,3 +55,4 @@ def check_files(args: argparse.Namespace) -> None:
 
     here = launcher()
     read_info(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)
+    return here

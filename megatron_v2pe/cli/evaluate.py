@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_v2pe.cli.conversion import add_verify_checkpoint, check_files
 from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
-from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "evaluate"
 HELP = """Ask about long documents, once per stride; report exact-match accuracy by length and depth.
 
-DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends
-with the expected answer, and carries id, length (tokens) and depth (0..1). Answers that OUT already holds are
-kept, so an interrupted evaluation continues. Under torchrun the processes share the questions, or, with --tp, --pp and
---cp, groups of processes do: long documents are then cut over the group's ranks.
+DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends with the
+expected answer, with id, length (tokens) and depth (0..1). Answers in OUT are kept, so a stopped run continues. Under
+torchrun processes share the questions, or with --tp, --pp, --cp groups of them do, each cutting long documents up.
 
 Example: megatron-v2pe evaluate runs/a/checkpoints/step_00000400 --data eval.jsonl --strides default,1,2 --out eval"""
 
@@ -31,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
     parser.add_argument("--max-dynamic-patch", type=int, default=12, metavar="N", help="most tiles per image")
+    add_verify_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     report.pyplot()  # a missing matplotlib is told before the work, not after it
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
+    here = check_files(args)
     data = DataConfig(max_dynamic_patch=args.max_dynamic_patch)
     limits = {"dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
     answerer = EngineAnswerer(args.checkpoint, data=data, parallel=parallel_config(args), **limits)
     settings = parse_strides(args.strides, tokens_per_tile=answerer.arch.tokens_per_tile)
     items = read_items(args.data)
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
-    here = launcher()
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_v2pe.cli.conversion import add_verify_checkpoint, check_files
 from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
 from megatron_v2pe.core.env import launcher
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_parallel_arguments(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute dtype")
+    add_verify_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.parallel.topology import shutdown
 
     parallel = parallel_config(args)
+    check_files(args)
     limits = {"stride": args.stride, "dtype": args.dtype, "max_tokens": args.max_tokens}
     chat = Chat(args.checkpoint, parallel=parallel, **limits)
     is_shown = launcher().rank == 0

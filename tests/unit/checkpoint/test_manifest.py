@@ -117,7 +117,7 @@ def test_format_1_still_loads_but_has_nothing_to_verify_in_full(ckpt):
         read_info(ckpt)
 
 
-@pytest.mark.parametrize("verb", ["export-hf", "verify"])
+@pytest.mark.parametrize("verb", ["export-hf", "verify", "generate", "evaluate"])
 def test_verbs_that_read_a_checkpoint_can_look_at_every_byte(ckpt, tmp_path, capsys, verb):
     name = largest_file(ckpt)
     flip_bit(ckpt / name)
