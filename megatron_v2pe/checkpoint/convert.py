@@ -1,11 +1,13 @@
 """import: Hugging Face folder -> checkpoint folder. export: the way back.
 
-    import   header check -> side files, weights_layout.json -> shards, each read when it is written -> checkpoint.json
-    export   weights_layout.json -> for each tensor: read ours, undo the transform, append its bytes
+    import   header check -> side files, weights_layout.json -> state files, row by row -> checkpoint.json
+    export   weights_layout.json -> weight files of full size -> each tensor to its place, row by row
 
-No model is built: the name map says which state keys a model will ask for. Memory holds one parameter at a time
-(export keeps `linear_fc1` from its gate to its up part). Tensors keep their dtype, files their order, so an
-imported checkpoint exports to the files it came from, byte for byte.
+No model is built: the name map says which state keys a model will ask for. Memory holds a few blocks of 8 MiB, whatever
+the size of the model. Tensors keep their dtype if not told otherwise, files their order, so an imported checkpoint
+exports to the files it came from, byte for byte.
+
+Both run in one process or in several (`launched_ranks`), which share the files or tensors and write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,27 +15,45 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.dist_io import ReadLater, StateReader, raise_together, save_state
+from megatron_v2pe.checkpoint.block_stream import Block, BlockStream
+from megatron_v2pe.checkpoint.converted_blocks import (
+    Dtype,
+    Progress,
+    converted_blocks,
+    converted_info,
+    not_finite_message,
+    silent,
+)
+from megatron_v2pe.checkpoint.dist_io import (
+    gather_from_ranks,
+    on_all_ranks,
+    on_first_rank,
+    process_group,
+    raise_together,
+    rank_and_world_size,
+    save_state,
+)
 from megatron_v2pe.checkpoint.folder import (
     LAYOUT_FILE,
     CheckpointInfo,
+    begin,
+    commit,
     hf_path,
     read_info,
     read_layout,
-    staged,
     state_path,
     write_info,
     write_layout,
 )
+from megatron_v2pe.checkpoint.hf_config import update_dtype
 from megatron_v2pe.checkpoint.hf_io import (
     INDEX_FILE,
     HFWeights,
@@ -41,52 +61,67 @@ from megatron_v2pe.checkpoint.hf_io import (
     WeightFile,
     index_text,
     plan_shards,
-    write_weight_file,
 )
-from megatron_v2pe.checkpoint.hf_map import Entry, NameMap, family_name, name_map
+from megatron_v2pe.checkpoint.hf_map import NameMap, family_name, name_map
+from megatron_v2pe.checkpoint.import_plan import plan_import, unread_shards
+from megatron_v2pe.checkpoint.row_runs import rows_of_hf
+from megatron_v2pe.checkpoint.state_reader import StateReader
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int], None]
-"""Called with the bytes of each tensor that has been converted."""
-
-
-def _silent(num_bytes: int) -> None:
-    """Progress that nobody watches."""
-
 
 def import_hf(
-    hf_folder: str | Path, target: str | Path, *, force: bool = False, progress: Progress = _silent
+    hf_folder: str | Path,
+    target: str | Path,
+    *,
+    force: bool = False,
+    dtype: Dtype = "keep",
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+    expect: Progress = silent,
 ) -> CheckpointInfo:
-    """Turn a Hugging Face InternVL2 folder into a checkpoint folder.
+    """Turn a Hugging Face InternVL2 folder into a checkpoint folder. Collective where there are several ranks.
 
     Args:
         hf_folder: config.json, safetensors, tokenizer and other files.
         target: folder to create.
         force: replace `target` if it is there, once the new one is complete.
-        progress: told the bytes of each tensor.
+        dtype: cast floating point tensors.
+        allow_pickle: take pickle files where there is no safetensors file.
+        progress: told the bytes of each block.
+        expect: told all bytes of this rank beforehand.
 
     Raises:
         CheckpointError: everything that is wrong with the folder, in one message; or the target exists, or its
             disk is too small. Nothing is left behind.
     """
-    weights, arch, names = open_hf(hf_folder)
-    kept = [without_dropped(file, names) for file in weights.files]
-    with staged(target, force=force, needed_bytes=sum(file.num_bytes for file in kept)) as folder:
-        hf = hf_path(folder)
-        copy_side_files(weights.folder, hf, weights.side_files())
-        write_layout(hf, kept)
-        state_path(folder).mkdir()
-        shards, read_later = _shards(names.by_ours.values(), weights, progress)
-        save_state(state_path(folder), shards, read_later=read_later)
-        family, num_parameters = family_name(arch), names.num_parameters
-        write_info(
-            folder, CheckpointInfo(kind="import", step=0, family=family, num_parameters=num_parameters)
+    weights, arch, names = open_hf(hf_folder, allow_pickle=allow_pickle)
+    plan = plan_import(names.by_ours.values(), weights.tensors, dtype=dtype)
+    kept = [_converted(without_dropped(file, names), dtype) for file in weights.files]
+    not_finite: Counter[str] = Counter()
+    with process_group(), _staged(target, force=force, needed_bytes=plan.num_bytes) as folder:
+        on_first_rank(lambda: _begin_import(folder, weights, kept, dtype))
+        mine = plan.share(*rank_and_world_size())
+        expect(sum(shard.info.num_bytes for shard in mine))
+        shards, unread = unread_shards(mine, weights, not_finite=not_finite, progress=progress)
+        hashes = save_state(state_path(folder), shards, unread=unread, file_of=plan.file_of)
+        _warn_of(not_finite, dtype)
+        info = CheckpointInfo(
+            kind="import", step=0, family=family_name(arch), num_parameters=names.num_parameters, dtype=dtype
         )
+        known = {str(state_path("") / name): digest for name, digest in hashes.items()}
+        on_first_rank(lambda: write_info(folder, info, hashes=known))
     return read_info(target)
+
+
+def _begin_import(folder: Path, weights: HFWeights, kept: Sequence[WeightFile], dtype: Dtype) -> None:
+    copy_side_files(weights.folder, hf_path(folder), weights.side_files())
+    update_dtype(hf_path(folder) / "config.json", dtype)
+    write_layout(hf_path(folder), kept)
+    state_path(folder).mkdir()
 
 
 def export_hf(
@@ -94,34 +129,78 @@ def export_hf(
     target: str | Path,
     *,
     force: bool = False,
+    dtype: Dtype = "keep",
     max_shard_bytes: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
+    expect: Progress = silent,
 ) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder.
+    """Write the weights of a checkpoint as a Hugging Face folder. Collective where there are several ranks.
 
     Args:
         checkpoint_folder: written by `import_hf` or by training.
         target: folder to create.
         force: replace `target` if it is there, once the new one is complete.
+        dtype: cast floating point tensors.
         max_shard_bytes: largest weight file; 0 keeps the files of the imported folder.
-        progress: told the bytes of each tensor.
+        progress: told the bytes of each block.
+        expect: told all bytes of this rank beforehand.
 
     Raises:
         CheckpointError: not a complete checkpoint, a tensor is missing, or the target cannot be written.
     """
     read_info(checkpoint_folder)
     hf = hf_path(checkpoint_folder)
-    exported = ExportedTensors(checkpoint_folder, progress=progress)
+    exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress)
     files = [exported.as_stored(file) for file in read_layout(hf)]
     if max_shard_bytes:
         everything = {name: tensor for file in files for name, tensor in file.tensors.items()}
         files = plan_shards(everything, max_shard_bytes=max_shard_bytes)
-    with staged(target, force=force, needed_bytes=sum(file.num_bytes for file in files)) as folder:
-        side_files = HFWeights(hf).side_files()
-        copy_side_files(hf, folder, [path for path in side_files if str(path) != LAYOUT_FILE])
-        for file in files:
-            write_weight_file(folder, file=file, read=exported.read)
-        _write_index(folder, files)
+    needed_bytes = sum(file.num_bytes for file in files)
+    with process_group(), _staged(target, force=force, needed_bytes=needed_bytes) as folder:
+        on_first_rank(lambda: _begin_export(folder, hf, files, dtype))
+        mine = _share(files, *rank_and_world_size())
+        expect(sum(file.tensors[name].num_bytes for file, names in mine for name in names))
+        on_all_ranks(lambda: _write_tensors(folder, mine, exported))
+        _warn_of(exported.not_finite, dtype)
+
+
+def _begin_export(folder: Path, hf: Path, files: Sequence[WeightFile], dtype: Dtype) -> None:
+    """Everything but the tensors: side files, index, and weight files of their final size with a header."""
+    side_files = [path for path in HFWeights(hf).side_files() if str(path) != LAYOUT_FILE]
+    copy_side_files(hf, folder, side_files)
+    update_dtype(folder / "config.json", dtype)
+    _write_index(folder, files)
+    for file in files:
+        with (folder / file.name).open("wb") as stream:
+            stream.write(file.header())
+            stream.truncate(stream.tell() + file.num_bytes)
+
+
+def _share(files: Sequence[WeightFile], rank: int, world_size: int) -> list[tuple[WeightFile, list[str]]]:
+    """The tensors that a rank writes: an even stretch of all bytes, file by file."""
+    total = sum(file.num_bytes for file in files)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    share, before = [], 0
+    for file in files:
+        starts = file.offsets()
+        names = [name for name in file.tensors if first <= before + starts[name] < last]
+        if names:
+            share.append((file, names))
+        before += file.num_bytes
+    return share
+
+
+def _write_tensors(
+    folder: Path, share: Iterable[tuple[WeightFile, Iterable[str]]], exported: ExportedTensors
+) -> None:
+    with BlockStream() as stream:
+        for file, names in share:
+            stream.open(folder / file.name)
+            data, starts = len(file.header()), file.offsets()
+            for name in names:
+                stream.position = data + starts[name]
+                stream.put_blocks(exported.blocks(name))
+            stream.close()
 
 
 class ExportedTensors:
@@ -129,17 +208,25 @@ class ExportedTensors:
 
     Args:
         checkpoint_folder: a complete checkpoint.
-        progress: told the bytes of each tensor that is read.
+        dtype: cast floating point tensors.
+        progress: told the bytes of each block that is read.
+
+    Attributes:
+        names: the table of its architecture.
+        state: the stored tensors.
+        not_finite: NaN and Inf that were seen, by our names.
 
     Raises:
         CheckpointError: the checkpoint lacks parameters of its own architecture.
     """
 
-    def __init__(self, checkpoint_folder: str | Path, *, progress: Progress = _silent) -> None:
+    def __init__(
+        self, checkpoint_folder: str | Path, *, dtype: Dtype = "keep", progress: Progress = silent
+    ) -> None:
         self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
         self.state = StateReader(state_path(checkpoint_folder))
-        self._progress = progress
-        self._waiting: dict[str, Tensor] = {}
+        self.not_finite: Counter[str] = Counter()
+        self._dtype, self._progress = dtype, progress
         missing = sorted(set(self.names.by_ours) - set(self.state.tensors))
         raise_together(f"{checkpoint_folder}: lacks parameters", missing)
 
@@ -147,28 +234,48 @@ class ExportedTensors:
         """The same file with the dtypes that the checkpoint holds (a bfloat16 run of a float32 import)."""
         unknown = sorted(set(file.tensors) - set(self.names.by_hf))
         raise_together(f"{self.state.folder.parent}: {LAYOUT_FILE} names unknown tensors", unknown)
-        dtypes = {name: self.state.tensors[self.names.by_hf[name].ours].dtype for name in file.tensors}
-        tensors = {name: TensorInfo(dtypes[name], info.shape) for name, info in file.tensors.items()}
-        return WeightFile(file.name, tensors, file.metadata)
+        infos = self.infos()
+        return WeightFile(file.name, {name: infos[name] for name in file.tensors}, file.metadata)
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every Hugging Face name with its dtype, after the cast, and its shape, without padding."""
+        return {name: self._info(name) for name in self.names.by_hf}
+
+    def _info(self, hf_name: str) -> TensorInfo:
+        stored = self.state.tensors[self.names.by_hf[hf_name].ours]
+        return converted_info(TensorInfo(stored.dtype, self.names.hf_shape(hf_name)), self._dtype)
+
+    def blocks(self, hf_name: str) -> Iterator[Block]:
+        """The bytes of one tensor, read when each block is filled."""
+        return converted_blocks(
+            self.state,
+            rows_of_hf(self.names.by_hf[hf_name], hf_name),
+            target=self._info(hf_name),
+            not_finite=self.not_finite,
+            progress=self._progress,
+        )
 
     def read(self, hf_name: str) -> Tensor:
-        """One Hugging Face tensor; parts of the same parameter that were not asked for yet are kept."""
-        if hf_name not in self._waiting:
-            entry = self.names.by_hf[hf_name]
-            parts = entry.to_hf(self.state.read(entry.ours))
-            self._waiting.update(zip(entry.hf, parts, strict=True))
-        tensor = self._waiting.pop(hf_name)
-        self._progress(tensor.numel() * tensor.itemsize)
-        return tensor
+        """One tensor, whole."""
+        info = self._info(hf_name)
+        whole = torch.empty(info.num_bytes, dtype=torch.uint8)
+        first = 0
+        for block in self.blocks(hf_name):
+            data = block.fill(torch.empty(block.num_bytes, dtype=torch.uint8))
+            whole[first : first + data.numel()] = data
+            first += data.numel()
+        return whole.view(info.dtype).view(info.shape)
 
 
-def open_hf(hf_folder: str | Path) -> tuple[HFWeights, InternVLArchitecture, NameMap]:
+def open_hf(
+    hf_folder: str | Path, *, allow_pickle: bool = False
+) -> tuple[HFWeights, InternVLArchitecture, NameMap]:
     """Open a Hugging Face folder and check all of it: files, architecture, names, shapes.
 
     Raises:
         CheckpointError: one message with every problem found.
     """
-    weights = HFWeights(hf_folder)
+    weights = HFWeights(hf_folder, allow_pickle=allow_pickle)
     problems = list(weights.problems)
     names = None
     try:
@@ -199,38 +306,6 @@ def _compare(tensors: dict[str, TensorInfo], names: NameMap, *, is_whole: bool) 
             yield f"{', '.join(entry.hf)}: different dtypes, but together they are one parameter"
 
 
-def _shards(
-    entries: Iterable[Entry], weights: HFWeights, progress: Progress
-) -> tuple[dict[str, Any], ReadLater]:
-    """Descriptions of all shards, and how to read each when its turn comes.
-
-    Parts that lie one after another in our tensor become shards of their own and are never put together.
-    """
-    shards: dict[str, Any] = {}
-    readers: dict[tuple[str, tuple[int, ...]], Callable[[], Tensor]] = {}
-    for entry in entries:
-        groups = [(name,) for name in entry.hf] if entry.transform.is_stacked else [entry.hf]
-        for i, group in enumerate(groups):
-            like = [_meta(weights.tensors[name]) for name in group]
-            meta = like[0] if entry.transform.is_stacked else entry.transform.to_ours(like)
-            shard = ShardedTensor.from_rank_offsets(entry.ours, meta, (0, i, len(groups)))
-            shards[f"{entry.ours}/{i}"] = shard
-            readers[entry.ours, tuple(shard.global_offset)] = partial(
-                _read_group, weights, entry=entry, group=group, progress=progress
-            )
-    return shards, readers
-
-
-def _meta(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
-
-
-def _read_group(weights: HFWeights, *, entry: Entry, group: tuple[str, ...], progress: Progress) -> Tensor:
-    parts = [weights.read(name) for name in group]
-    progress(sum(part.numel() * part.itemsize for part in parts))
-    return parts[0] if entry.transform.is_stacked else entry.transform.to_ours(parts)
-
-
 def without_dropped(file: WeightFile, names: NameMap) -> WeightFile:
     """The file without the tensors that the table drops; each is logged with its reason."""
     dropped = {name: names.drop_reason(name) for name in file.tensors if name not in names.by_hf}
@@ -247,7 +322,12 @@ def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
         shutil.copyfile(source / path, target / path)
 
 
-def _write_index(folder: Path, files: list[WeightFile]) -> None:
+def _converted(file: WeightFile, dtype: Dtype) -> WeightFile:
+    tensors = {name: converted_info(info, dtype) for name, info in file.tensors.items()}
+    return WeightFile(file.name, tensors, file.metadata)
+
+
+def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
     """Keep the index that came with the side files if it is true of `files`, else write or remove it."""
     path = folder / INDEX_FILE
     weight_map = {name: file.name for file in files for name in file.tensors}
@@ -256,3 +336,27 @@ def _write_index(folder: Path, files: list[WeightFile]) -> None:
     path.unlink(missing_ok=True)
     if len(files) > 1:
         write_atomic(path, index_text(files))
+
+
+@contextmanager
+def _staged(target: str | Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+    """`folder.staged` for several ranks: the first one makes the folder, gives it its name, or removes it."""
+    target = Path(target)
+    tmp = on_first_rank(lambda: begin(target, force=force, needed_bytes=needed_bytes))
+    is_first = rank_and_world_size()[0] == 0
+    try:
+        yield tmp
+        on_first_rank(lambda: commit(tmp, target))
+    except BaseException as error:
+        if is_first:
+            shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def _warn_of(not_finite: Counter[str], dtype: Dtype) -> None:
+    """One warning for what all ranks found; float16 ends at 65504, so a cast to it may be the cause."""
+    message = not_finite_message(sum(gather_from_ranks(not_finite), Counter()))
+    if message and rank_and_world_size()[0] == 0:
+        logger.warning("%s%s", message, " (after the cast to float16)" if dtype == "float16" else "")

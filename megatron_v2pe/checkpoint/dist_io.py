@@ -8,14 +8,12 @@ Everyone who saves or loads a model goes through `model_sharded_state_dict`, so 
 Per-layer keys (not mcore's stacked ones) let a reader take one layer without touching the others.
 
 mcore's own writer is built for asynchronous saves: it copies every view before writing, forks, and starts a manager
-process. Its plan is kept here, but the data goes through torch's synchronous writer, which resolves a tensor
-when its turn comes; `read_later` uses this to write tensors that are not in memory yet.
+process. Its plan is kept here, but the data goes through `StreamingWriter`.
 """
 
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,21 +28,18 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_v2pe.checkpoint.folder import state_path
-from megatron_v2pe.checkpoint.hf_io import TensorInfo
+from megatron_v2pe.checkpoint.state_reader import StateReader
+from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter
+from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, V2PEError
 from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.parallel.topology import Ranks
@@ -55,9 +50,6 @@ SHARDED_STATE_METADATA: dict[str, Any] = {
     "chained_optim_avoid_prefix": True,
 }
 """How mcore names and splits state: one key per layer; optimizer state in the shape of its parameter."""
-
-ReadLater = Mapping[tuple[str, tuple[int, ...]], Callable[[], Tensor]]
-"""(state key, offset of the shard) -> reads that shard when it is about to be written."""
 
 Wanted = Callable[[str], bool]
 """Whether a parameter of this name is saved or loaded."""
@@ -136,23 +128,42 @@ def load_model_weights(
 
 
 def save_state(
-    folder: Path, sharded_state_dict: dict[str, Any], *, read_later: ReadLater | None = None
-) -> None:
+    folder: Path,
+    sharded_state_dict: dict[str, Any],
+    *,
+    unread: Shards | None = None,
+    file_of: Mapping[ShardKey, str] | None = None,
+) -> dict[str, str]:
     """Write a sharded state dict into `folder`, which exists and is empty. Collective.
 
     Args:
         folder: a folder that all ranks see.
         sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
-        read_later: readers of shards whose `data` is a meta tensor.
+        unread: bytes of shards whose `data` is a meta tensor.
+        file_of: see `StreamingWriter`.
+
+    Returns:
+        SHA-256 of the files with tensors, of all ranks, by name.
 
     Raises:
         CheckpointError: a rank could not write (raised on all).
     """
+    writer = StreamingWriter(folder, unread=unread, file_of=file_of)
     with process_group():
         try:
-            dist_checkpointing.save(sharded_state_dict, str(folder), _SerialSave(read_later or {}))
+            dist_checkpointing.save(sharded_state_dict, str(folder), _PlannedSave(writer))
         except (CheckpointException, OSError) as error:
-            raise CheckpointError(f"{folder}: cannot be written ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"{folder}: cannot be written ({_reason(error)})") from error
+        return {
+            name: digest for hashes in gather_from_ranks(writer.hashes) for name, digest in hashes.items()
+        }
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the ranks, without the traces that torch adds; a CheckpointError as it is."""
+    failures = getattr(error, "failures", {0: (error, None)})
+    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in failures.values()}
+    return "; ".join(sorted(reasons))
 
 
 def load_state(folder: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -176,83 +187,21 @@ def load_state(folder: Path, sharded_state_dict: dict[str, Any]) -> dict[str, An
             raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-class StateReader:
-    """Whole tensors of a state folder, one at a time, in this process alone.
-
-    Args:
-        folder: a state folder.
-
-    Attributes:
-        tensors: state key -> dtype and shape as stored.
-
-    Raises:
-        CheckpointError: the folder's metadata is missing or damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._reader = CachedMetadataFileSystemReader(str(folder))
-        try:
-            stored = self._reader.read_metadata().state_dict_metadata
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{folder}: no readable .metadata ({type(error).__name__}: {error})"
-            ) from None
-        self.tensors = {
-            key: TensorInfo(value.properties.dtype, tuple(value.size))
-            for key, value in stored.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, put together from its shards."""
-        info = self.tensors[key]
-        state = {key: torch.empty(info.shape, dtype=info.dtype)}
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="torch.distributed is disabled"
-                )  # it is meant to be
-                dcp.load(state, storage_reader=self._reader, no_dist=True)
-        except (CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            raise CheckpointError(
-                f"{self.folder}: {key} cannot be read ({type(error).__name__}: {error})"
-            ) from error
-        return state[key]
-
-
-class _SerialSave(SaveShardedStrategy):
-    """torch's writer under mcore's plan; see the module docstring."""
+class _PlannedSave(SaveShardedStrategy):
+    """torch's plan over mcore's shards; see the module docstring."""
 
     can_handle_sharded_objects = True
 
-    def __init__(self, read_later: ReadLater) -> None:
+    def __init__(self, writer: StreamingWriter) -> None:
         super().__init__("torch_dist", 1)
-        self._read_later = read_later
+        self._writer = writer
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Write this rank's main replicas."""
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(shards),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=_ReadLaterPlanner(self._read_later),
-        )
-
-
-class _ReadLaterPlanner(MCoreSavePlanner):
-    """mcore's planner, with shards read at the moment they are written."""
-
-    def __init__(self, read_later: ReadLater) -> None:
         # The decentralised plan belongs to mcore's own writer; torch's gathers the plans on rank 0.
-        super().__init__(flatten_state_dict=False, can_run_decentralized_global_plan=False)
-        self._read_later = read_later
-
-    def resolve_data(self, write_item: Any) -> Any:
-        """Data of one write item."""
-        index = write_item.index
-        read = self._read_later.get((index.fqn, tuple(index.offset or ())))
-        return super().resolve_data(write_item) if read is None else read()
+        planner = MCoreSavePlanner(flatten_state_dict=False, can_run_decentralized_global_plan=False)
+        dcp.save(mcore_to_pyt_state_dict(shards), storage_writer=self._writer, planner=planner)
 
 
 def stored_bytes(sharded_state_dict: dict[str, Any]) -> int:
@@ -323,6 +272,11 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def on_first_rank(act: Callable[[], T]) -> T:
     """Run `act` on rank 0 while the others wait; all get its result, or all raise its error. Collective."""
     result, failure = None, None
@@ -338,3 +292,37 @@ def on_first_rank(act: Callable[[], T]) -> T:
     if failure is not None or outcome[1] is not None:
         raise failure or outcome[1]
     return outcome[0]
+
+
+def on_all_ranks(act: Callable[[], T]) -> T:
+    """Run `act` on every rank; when it fails on some, all raise the first error. Collective.
+
+    `act` itself must not wait for other ranks.
+    """
+    result, failure = None, None
+    try:
+        result = act()
+    except Exception as error:  # told to every rank below, so that none of them waits for this one
+        failure = error
+    told = failure if failure is None or isinstance(failure, V2PEError) else RuntimeError(repr(failure))
+    elsewhere = [error for error in gather_from_ranks(told) if error is not None]
+    if failure is not None or elsewhere:
+        raise failure or elsewhere[0]
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """The ranks that torchrun started, as a gloo process group; a process alone stays alone.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete.
+    """
+    if launcher().world_size == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

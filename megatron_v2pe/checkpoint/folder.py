@@ -49,6 +49,7 @@ class CheckpointInfo:
         topology: world size and parallel sizes of the writer of a training checkpoint.
         target_layout: parallel sizes that a converter was asked to check the weights for; a note, the tensors
             themselves suit every layout.
+        dtype: cast that was asked for at import; `keep` when each tensor has its source's.
         files: path inside the folder -> size and hash, of every other file.
     """
 
@@ -59,6 +60,7 @@ class CheckpointInfo:
     run_state: dict[str, Any] = field(default_factory=dict)
     topology: dict[str, int] = field(default_factory=dict)
     target_layout: dict[str, int] = field(default_factory=dict)
+    dtype: str = "keep"
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

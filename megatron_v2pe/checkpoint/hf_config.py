@@ -1,4 +1,4 @@
-"""The one change that training makes to a config.json: which positions the weights were trained with."""
+"""What is changed in a config.json on its way: positions that were trained, the dtype of a cast; nothing else."""
 
 from __future__ import annotations
 
@@ -27,3 +27,20 @@ def update_positions(config_path: Path, run_state: RunState) -> None:
     if any(values.get(key) != value for key, value in wanted.items()):
         end = "\n" if text.endswith("\n") else ""
         write_atomic(config_path, json.dumps({**values, **wanted}, indent=2, ensure_ascii=False) + end)
+
+
+def update_dtype(config_path: Path, dtype: str) -> None:
+    """Write the dtype of a cast into the `torch_dtype` that a config.json has, also those of its parts.
+
+    A config that says the same already, or a dtype of `keep`, leaves its bytes.
+    """
+    text = config_path.read_text(encoding="utf-8")
+    values = json.loads(text)
+    sections = [values, *(value for value in values.values() if isinstance(value, dict))]
+    stale = [section for section in sections if section.get("torch_dtype", dtype) != dtype]
+    if dtype == "keep" or not stale:
+        return
+    for section in stale:
+        section["torch_dtype"] = dtype
+    end = "\n" if text.endswith("\n") else ""
+    write_atomic(config_path, json.dumps(values, indent=2, ensure_ascii=False) + end)

@@ -1,12 +1,13 @@
-"""Hugging Face weight folders: list what is there, read one tensor at a time, write shards.
+"""Hugging Face weight folders: list what is there, read rows of tensors, lay out new files.
 
     folder/  model.safetensors                                   one file
              model-0000k-of-0000n.safetensors + index.json       or shards, the index says which tensor is where
+             pytorch_model*.bin                                  the same as pickle, read only on demand
              everything else                                     configuration, tokenizer, code: side files
 
-Headers are parsed here, because they give order, sizes and truncation without touching data; tensor data is read
-through safetensors' memory map and written as raw bytes, so memory holds one tensor, never a file. Key order and
-metadata of a header are kept, so that a folder written from the same layout is the same file, byte for byte.
+Headers are parsed here, because they give order, sizes and truncation without touching data, and where in the file
+the bytes of each tensor are. Key order and metadata of a header are kept, so that a folder written from the same
+layout is the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.hf_pickle import read_pickle
+from megatron_v2pe.checkpoint.range_reader import RangeReader
 from megatron_v2pe.core.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_PICKLE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 """Files that hold weights in some form; none of them is a side file."""
 SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
@@ -60,6 +67,16 @@ class TensorInfo:
         """Bytes of the tensor's data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def num_rows(self) -> int:
+        """Size of the first dimension; a tensor without dimensions counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+
 
 @dataclass
 class WeightFile:
@@ -74,12 +91,34 @@ class WeightFile:
         """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def header(self) -> bytes:
+        """What stands before the data in the file."""
+        header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        for name, start in self.offsets().items():
+            info = self.tensors[name]
+            header[name] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [start, start + info.num_bytes],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+        return struct.pack("<Q", len(text)) + text
+
+    def offsets(self) -> dict[str, int]:
+        """Where each tensor's bytes begin, from the start of the data."""
+        ends = accumulate(info.num_bytes for info in self.tensors.values())
+        return {
+            name: end - info.num_bytes for (name, info), end in zip(self.tensors.items(), ends, strict=True)
+        }
+
 
 class HFWeights:
     """The weights of a Hugging Face folder. Opening it reads headers only.
 
     Args:
         folder: the folder.
+        allow_pickle: open pickle files too where there is no safetensors file; tensors only, no code is run.
 
     Attributes:
         files: weight files in the order of their names.
@@ -87,13 +126,17 @@ class HFWeights:
         problems: everything that is wrong with the folder, one sentence each; reading is only sound when empty.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
+        self._allow_pickle = allow_pickle
         self.files: list[WeightFile] = []
         self.problems: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
+        self._pickled: dict[str, Tensor] = {}
         self._handles: dict[str, Any] = {}
+        self._ranges = RangeReader(self.folder)
         if not self.folder.is_dir():
             self.problems.append(f"{self.folder}: no such folder")
             return
@@ -103,11 +146,35 @@ class HFWeights:
 
     def read(self, name: str) -> Tensor:
         """One tensor, memory-mapped from its file."""
-        return self._handle(name).get_tensor(name)
+        return self._pickled[name] if name in self._pickled else self._handle(name).get_tensor(name)
 
     def read_box(self, name: str, box: tuple[slice, ...]) -> Tensor:
         """A part of one tensor, one slice for each dimension; nothing else of the file is touched."""
+        if name in self._pickled:
+            return self._pickled[name][box]
         return self._handle(name).get_slice(name)[box]
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Rows [start, stop) of a tensor.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: row after the last.
+            out: takes them; contiguous, of the stored dtype, [stop - start, ...].
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        if name in self._pickled:
+            out.copy_(self._pickled[name][start:stop])
+            return
+        offset = self._starts[name] + start * self.tensors[name].row_bytes
+        try:
+            self._ranges.read_into(out, file=self._file_of[name], offset=offset)
+        except OSError as error:
+            path = self.folder / self._file_of[name]
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from error
 
     def _handle(self, name: str) -> Any:
         """The open memory map of the file that holds a tensor."""
@@ -122,10 +189,10 @@ class HFWeights:
         for root, folders, names in os.walk(self.folder):
             folders[:] = sorted(set(folders) - set(SKIPPED_FOLDERS))
             found += [(Path(root) / name).relative_to(self.folder) for name in names]
-        return sorted(path for path in found if path.suffix not in WEIGHT_SUFFIXES)
+        return sorted(path for path in found if _is_side_file(path))
 
     def _find_files(self) -> list[str]:
-        index = self._read_index()
+        index = self._read_index(self._index_file)
         if index:
             return sorted(set(index.values()))
         found = sorted(path.name for path in self.folder.glob("*.safetensors"))
@@ -133,23 +200,41 @@ class HFWeights:
             return [SINGLE_FILE] if SINGLE_FILE in found else found
         if found:
             self.problems.append(f"{self.folder}: {len(found)} safetensors files but no {INDEX_FILE}")
-        elif list(self.folder.glob("*.bin")) + list(self.folder.glob("*.pt*")):
-            self.problems.append(
-                f"{self.folder}: the weights are pickle files, which can run code when they are opened; "
-                f"save them as safetensors first (save_pretrained(..., safe_serialization=True))"
-            )
-        else:
-            self.problems.append(f"{self.folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
-        return []
+            return []
+        return self._find_pickles()
 
-    def _read_index(self) -> dict[str, str]:
-        path = self.folder / INDEX_FILE
+    def _find_pickles(self) -> list[str]:
+        found = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        if not found:
+            self.problems.append(f"{self.folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
+        elif not self._allow_pickle:
+            self.problems.append(
+                f"{self.folder}: the weights are pickle files ({found[0]}), which can run code when they are "
+                "opened; save them as safetensors first (save_pretrained(..., safe_serialization=True)), or let "
+                "--allow-pickle read them, tensors only"
+            )
+            return []
+        elif SINGLE_PICKLE in found:  # beside it may be the optimizer's, or arguments of a training script
+            return [SINGLE_PICKLE]
+        elif len(found) > 1:
+            self.problems.append(f"{self.folder}: {len(found)} pickle files but no {PICKLE_INDEX_FILE}")
+            return []
+        return found
+
+    @property
+    def _index_file(self) -> str:
+        """The index that counts: safetensors' if there is one, else that of allowed pickles."""
+        is_pickle = self._allow_pickle and not any(self.folder.glob("*.safetensors*"))
+        return PICKLE_INDEX_FILE if is_pickle else INDEX_FILE
+
+    def _read_index(self, index_file: str) -> dict[str, str]:
+        path = self.folder / index_file
         if not path.is_file():
             return {}
         try:
             index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            self.problems.append(f"{path}: not a safetensors index ({type(error).__name__}: {error})")
+            self.problems.append(f"{path}: not a weights index ({type(error).__name__}: {error})")
             return {}
         outside = sorted({file for file in index.values() if Path(file).name != file})
         if outside:
@@ -159,10 +244,10 @@ class HFWeights:
     def _open(self, name: str) -> None:
         path = self.folder / name
         if not path.is_file():
-            self.problems.append(f"{path}: missing; {INDEX_FILE} names this file")
+            self.problems.append(f"{path}: missing; {self._index_file} names this file")
             return
         try:
-            file = read_header(path)
+            file = self._open_pickle(path) if path.suffix in PICKLE_SUFFIXES else self._open_safetensors(path)
         except CheckpointError as error:
             self.problems.append(str(error))
             return
@@ -170,23 +255,47 @@ class HFWeights:
         self.tensors.update(file.tensors)
         self._file_of.update(dict.fromkeys(file.tensors, name))
 
+    def _open_safetensors(self, path: Path) -> WeightFile:
+        file, data_start = read_header(path)
+        self._starts.update({name: data_start + start for name, start in file.offsets().items()})
+        return file
+
+    def _open_pickle(self, path: Path) -> WeightFile:
+        """A pickle file as the safetensors file that it will be exported as."""
+        tensors = read_pickle(path)
+        self._pickled.update(tensors)
+        infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        stem = path.stem.replace("pytorch_model", "model")
+        return WeightFile(f"{stem}.safetensors", infos, {"format": "pt"})
+
     def _check_index(self) -> None:
-        opened = {file.name for file in self.files}
-        index = self._read_index() if (self.folder / INDEX_FILE).is_file() else {}
+        index_file = self._index_file
+        known = len(self.problems)
+        index = self._read_index(index_file)
+        del self.problems[known:]  # said when the files were looked for
+        opened = set(self._file_of.values())
         for name, file in index.items():
             if file in opened and self._file_of.get(name) != file:
                 self.problems.append(
-                    f"{self.folder / INDEX_FILE}: names {name!r} in {file}, but it is not there"
+                    f"{self.folder / index_file}: names {name!r} in {file}, but it is not there"
                 )
         if index:
             for name in sorted(set(self._file_of) - set(index)):
                 self.problems.append(
-                    f"{self.folder / self._file_of[name]}: holds {name!r}, which {INDEX_FILE} omits"
+                    f"{self.folder / self._file_of[name]}: holds {name!r}, which {index_file} omits"
                 )
 
 
-def read_header(path: Path) -> WeightFile:
+def _is_side_file(path: Path) -> bool:
+    """Neither weights nor an index of pickles; export would carry that along without the files that it names."""
+    return path.suffix not in WEIGHT_SUFFIXES and path.name != PICKLE_INDEX_FILE
+
+
+def read_header(path: Path) -> tuple[WeightFile, int]:
     """List the tensors of a safetensors file and check that its data is all there.
+
+    Returns:
+        The tensors in the order of their data; where the data begins.
 
     Raises:
         CheckpointError: the header is damaged, or the file is shorter or longer than the header says.
@@ -219,31 +328,25 @@ def read_header(path: Path) -> WeightFile:
             f"{path}: {state}, {size} bytes where its header wants {expected}; copy it again"
         )
     in_order = sorted(tensors, key=lambda name: ends[name])
-    return WeightFile(path.name, {name: tensors[name] for name in in_order}, metadata)
+    file = WeightFile(path.name, {name: tensors[name] for name in in_order}, metadata)
+    moved = [name for name, start in file.offsets().items() if start != ends[name][0]]
+    if moved:
+        raise CheckpointError(
+            f"{path}: damaged safetensors header, {moved[0]!r} does not begin where others end"
+        )
+    return file, 8 + header_bytes
 
 
 def write_weight_file(folder: Path, *, file: WeightFile, read: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file tensor by tensor.
+    """Write a small safetensors file tensor by tensor; large ones go through `BlockStream`.
 
     Args:
         folder: where `file.name` is created.
         file: tensors in the order in which they are written.
         read: gives the tensor of a name; its dtype and shape must be those in `file`.
     """
-    header: dict[str, Any] = {"__metadata__": file.metadata} if file.metadata else {}
-    offset = 0
-    for name, info in file.tensors.items():
-        end = offset + info.num_bytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with (folder / file.name).open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(file.header())
         for name, info in file.tensors.items():
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):

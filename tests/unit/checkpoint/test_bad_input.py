@@ -167,7 +167,7 @@ def test_failure_while_writing_leaves_nothing(golden, tmp_path, monkeypatch):
         raise OSError("disk on fire")
 
     monkeypatch.setattr(convert, "save_state", fail)
-    with pytest.raises(OSError, match="disk on fire"):
+    with pytest.raises(CheckpointError, match=r"ckpt: cannot be written \(disk on fire\)"):
         import_hf(golden, tmp_path / "ckpt")
     assert not list(tmp_path.glob("ckpt*"))
 
