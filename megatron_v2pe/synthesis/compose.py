@@ -1,9 +1,9 @@
 """One sample from its spec: needle, document, exact length, record.
 
-    spec --make_task--> needles, question --DocumentBuilder--> pieces --count, resize--> exactly spec.tokens --> record
+    spec --make_task--> needles, question --DocumentBuilder--> pieces --> record --read_back--> tokens --> resize
 
-Counting is what the loader does (`encode_conversation`), so a sample of N tokens is one of N tokens in training:
-chat template, question, choices, answer and its end included.
+The length is what the loader itself finds in the record (`verify.read_back`), so a sample of N tokens is one of N
+tokens in training: chat template, question, choices, answer and its end included.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage
 from megatron_v2pe.synthesis.records import Prompted, internvl_record
 from megatron_v2pe.synthesis.split import Split, generator_for
 from megatron_v2pe.synthesis.task import Task
+from megatron_v2pe.synthesis.verify import check_record, entry_of, last_positions, read_back
 from megatron_v2pe.synthesis.vqa import VqaItem
 
 GENERATOR_VERSION = 1
@@ -95,6 +96,7 @@ class Composer:
         self._haystack = Haystack(
             Corpus(materials.corpus, materials.split), self._counter, settings.text.tokenizer
         )
+        self._entry = entry_of(store.out, settings.tiling)
         self._studio = None
         if materials.pool:
             self._studio = Studio(
@@ -105,15 +107,31 @@ class Composer:
             )
 
     def compose(self, spec: SampleSpec) -> dict[str, Any]:
-        """The record of a sample; its images are in the store, not flushed.
+        """The checked record of a sample; its images are in the store, not flushed.
+
+        Text is added and taken away until the loader finds the wanted tokens; mostly it does at once.
 
         Raises:
             DataError: the length is too short for the kind, or a source cannot be read.
+            BadRecord: a check failed, which is a mistake of ours.
         """
         random = spec.generator()
         is_long_question = spec.kind.startswith("longvqa")
         draft = self._long_question(spec, random) if is_long_question else self._needles(spec, random)
-        return self._record(spec, self._with_exact_length(spec, draft))
+        for _ in range(_CORRECTIONS):
+            record = self._record(spec, draft)
+            layout = read_back(record, entry=self._entry, settings=self._materials.settings)
+            missing = spec.tokens - layout.num_tokens
+            if missing == 0:
+                check_record(record, spec)
+                record["meta"]["v2pe_last_pos"] = last_positions(layout)
+                return record
+            units = resize(draft.units, missing, stream=draft.stream, counter=self._counter)
+            draft = replace(draft, units=units)
+        raise DataError(
+            f"{spec.sample_id}: {_CORRECTIONS} corrections did not lead to exactly {spec.tokens} tokens; the "
+            "texts or the tokenizer are very odd, try another --tokens or --seed"
+        )
 
     def _needles(self, spec: SampleSpec, random: np.random.Generator) -> _Draft:
         materials = self._materials
@@ -178,22 +196,6 @@ class Composer:
         """Tokens of a sample without its document."""
         message = "\n" + prompted.question + prompted.suffix
         return self._counter.conversation(message, prompted.answer_text, prompted.choice_pictures)
-
-    def _with_exact_length(self, spec: SampleSpec, draft: _Draft) -> _Draft:
-        """Add and take away text until the whole sample has the wanted tokens; mostly it has them at once."""
-        units = draft.units
-        for _ in range(_CORRECTIONS):
-            prompted = draft.ask(units)
-            pictures = [*_pictures(units), *prompted.choice_pictures]
-            message = _context(units) + prompted.question + prompted.suffix
-            missing = spec.tokens - self._counter.conversation(message, prompted.answer_text, pictures)
-            if missing == 0:
-                return replace(draft, units=units)
-            units = resize(units, missing, stream=draft.stream, counter=self._counter)
-        raise DataError(
-            f"{spec.sample_id}: {_CORRECTIONS} corrections did not lead to exactly {spec.tokens} tokens; the "
-            "texts or the tokenizer are very odd, try another --tokens or --seed"
-        )
 
     def _record(self, spec: SampleSpec, draft: _Draft) -> dict[str, Any]:
         units, settings = draft.units, self._materials.settings

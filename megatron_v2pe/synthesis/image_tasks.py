@@ -21,6 +21,7 @@ from megatron_v2pe.synthesis.glyphs import Glyph, glyph_tile, glyphs_of, paste_g
 from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage, is_lossy, open_rgb
 from megatron_v2pe.synthesis.split import Split
 from megatron_v2pe.synthesis.task import Insertion, Task
+from megatron_v2pe.synthesis.words import article
 
 NUM_CHOICES = 4
 _DRAWS = 50
@@ -110,8 +111,8 @@ def counting(random: np.random.Generator, *, studio: Studio, depths: list[float]
             Insertion(depth=depth, pictures=(studio.with_glyph(glyph, random, count=count),), count=count)
             for depth, count in zip(depths, counts, strict=True)
         ),
-        question=f"How many times is a {glyph.name} drawn on each of the images above? Answer with a JSON list of one "
-        "number for each image, in order.",
+        question=f"How many times is {article(glyph.name)} drawn on each of the images above? Answer with a JSON list "
+        "of one number for each image, in order.",
         answer=None,
     )
 

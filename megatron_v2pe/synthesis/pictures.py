@@ -89,10 +89,13 @@ class ImageStore:
 
     Args:
         out: output folder; images go below `out/images`.
+
+    Attributes:
+        out: the folder.
     """
 
     def __init__(self, out: Path) -> None:
-        self._out = out
+        self.out = out
         self._unflushed: list[Path] = []
         self._known: set[str] = set()
 
@@ -127,7 +130,7 @@ class ImageStore:
 
     def path(self, picture: Picture) -> Path:
         """File of a stored image."""
-        return self._out / picture.name
+        return self.out / picture.name
 
     def flush(self) -> None:
         """Bring everything written so far to the disk; a record that names an image is written after this."""
@@ -142,7 +145,7 @@ class ImageStore:
         self._unflushed.clear()
 
     def _write(self, name: str, content: bytes) -> None:
-        path = self._out / name
+        path = self.out / name
         # A file of the right length may be one that a power cut left without its content.
         if not (path.exists() and path.read_bytes() == content):
             path.parent.mkdir(parents=True, exist_ok=True)

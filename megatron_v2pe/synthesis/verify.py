@@ -1,6 +1,6 @@
-"""Every record is read back before it counts: by the loader's own functions, from the line that will be written.
+"""Every record is read back before it counts, by the loader's own functions, from its json.
 
-    length    exactly the wanted tokens, images opened from where the record says they are
+    length    tokens as training will find them, images opened from where the record says they are
     images    one for each placeholder
     needle    each statement once; words that only needles may have, nowhere else; depth where it was wanted
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron_v2pe.data.images import check_image
 from megatron_v2pe.data.meta import DatasetEntry
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER, parse_line
 from megatron_v2pe.data.samples import SampleSettings, image_refs
+from megatron_v2pe.data.tiling import TilingRule
 from megatron_v2pe.synthesis.kinds import SampleSpec
 from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
 from megatron_v2pe.v2pe.layout import SampleLayout
@@ -32,36 +34,29 @@ class BadRecord(RuntimeError):  # noqa: N818 - it names what it is
     """A record that does not keep its promise."""
 
 
-def verified_line(
-    record: dict[str, Any], spec: SampleSpec, *, entry: DatasetEntry, settings: SampleSettings
-) -> str:
-    """The record as a line of json, with its last positions, after everything about it was checked.
+def entry_of(out: Path, tiling: TilingRule) -> DatasetEntry:
+    """The data set that the records of a folder will be part of."""
+    return DatasetEntry(
+        name="synthetic",
+        annotation=str(out / "records"),
+        root=str(out),
+        root2="",
+        http_root="",
+        repeat_time=1.0,
+        data_augment=False,
+        max_dynamic_patch=tiling.max_tiles,
+        dynamic_image_size=tiling.dynamic,
+    )
+
+
+def read_back(record: Mapping[str, Any], *, entry: DatasetEntry, settings: SampleSettings) -> SampleLayout:
+    """What the loader makes of a record.
 
     Args:
         record: see `records.internvl_record`; its images are stored.
-        spec: what was wanted.
-        entry: the data set that the line will be part of.
-        settings: of the run that reads it.
-
-    Raises:
-        BadRecord: a check failed.
+        entry: see `entry_of`.
+        settings: of the run that will read it.
     """
-    layout = _layout(record, entry, settings)
-    _require(
-        layout.num_tokens == spec.tokens, record, f"has {layout.num_tokens} tokens, wanted {spec.tokens}"
-    )
-    message = record["conversations"][0]["value"]
-    context = message[: record["meta"]["context_chars"]]
-    num_images = record["meta"]["num_images"]
-    _require(context.count(IMAGE_PLACEHOLDER) == num_images, record, f"does not show its {num_images} images")
-    _check_needles(record, context)
-    _check_depth(record, spec)
-    record["meta"]["v2pe_last_pos"] = _last_positions(layout)
-    return json.dumps(record)
-
-
-def _layout(record: Mapping[str, Any], entry: DatasetEntry, settings: SampleSettings) -> SampleLayout:
-    """What the loader makes of the record."""
     parsed = parse_line(json.dumps(record).encode(), entry=entry, line_number=1)
     sizes = [check_image(path, max_pixels=settings.max_image_pixels) for path in parsed.images]
     refs = image_refs(parsed, sizes, entry=entry, settings=settings)
@@ -69,13 +64,27 @@ def _layout(record: Mapping[str, Any], entry: DatasetEntry, settings: SampleSett
     return encode_record(parsed, refs=refs, settings=settings.text, strides=strides).layout
 
 
-def _last_positions(layout: SampleLayout) -> dict[str, int]:
-    """Position of the last token for several strides."""
+def last_positions(layout: SampleLayout) -> dict[str, int]:
+    """Position of the last token for several strides, in whole positions."""
     full = layout.tokens_per_tile
     return {
         str(stride): layout.with_strides(np.full(layout.num_images, stride)).next_position - 1
         for stride in (*(stride for stride in _STRIDES if stride < full), full)
     }
+
+
+def check_record(record: Mapping[str, Any], spec: SampleSpec) -> None:
+    """Placeholders, needles and depth of a record.
+
+    Raises:
+        BadRecord: a check failed.
+    """
+    message = record["conversations"][0]["value"]
+    context = message[: record["meta"]["context_chars"]]
+    num_images = record["meta"]["num_images"]
+    _require(context.count(IMAGE_PLACEHOLDER) == num_images, record, f"does not show its {num_images} images")
+    _check_needles(record, context)
+    _check_depth(record, spec)
 
 
 def _check_needles(record: Mapping[str, Any], context: str) -> None:
