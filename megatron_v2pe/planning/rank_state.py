@@ -1,0 +1,70 @@
+"""Weights, gradients and optimizer state of any rank of a run."""
+
+from __future__ import annotations
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.planning.parameters import chunk_parameters
+from megatron_v2pe.planning.stages import Chunk, chunks_of_rank
+from megatron_v2pe.planning.state_memory import StateBytes, state_bytes
+
+TIED = frozenset({"language.embedding.word_embeddings.weight", "language.output_layer.weight"})
+
+
+def frozen_parts(config: RunConfig) -> frozenset[str]:
+    """Parts that are not trained, by the first word of their parameters' names."""
+    flags = {
+        "vision": config.vision.freeze,
+        "projector": config.model.freeze_projector,
+        "language": config.model.freeze_language,
+    }
+    return frozenset(name for name, is_frozen in flags.items() if is_frozen)
+
+
+def own_bucket(arch: InternVLArchitecture, plan: ParallelPlan) -> frozenset[str]:
+    """Parameters with a bucket of their own: a tied embedding that first and last stage both hold."""
+    return TIED if arch.language.tie_word_embeddings and plan.pp > 1 else frozenset()
+
+
+def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan, rank: int) -> StateBytes:
+    """State of a rank of the world; rank = ((pp * dp + dp) * cp + cp) * tp + tp."""
+    sharing_ranks = plan.dp * plan.cp
+    pp_rank, rest = divmod(rank, sharing_ranks * plan.tp)
+    total = StateBytes(weights_bytes=0, gradients_bytes=0, optimizer_bytes=0)
+    for chunk in chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank):
+        total = total + state_bytes(
+            chunk_parameters(arch, plan, chunk),
+            element_bytes=2 if config.runtime.dtype == "bfloat16" else 4,
+            sharing_ranks=sharing_ranks,
+            sharing_rank=rest // plan.tp,
+            frozen=frozen_parts(config),
+            own_bucket=own_bucket(arch, plan),
+        )
+    return total
+
+
+def tp_summed_numbers(
+    config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan, chunks: tuple[Chunk, ...]
+) -> int:
+    """Gradients that mcore sums over tp at the end of a step, in one float32 copy.
+
+    With sequence parallelism: the norms, and the whole tower and projector where they are replicated and encode
+    different tiles.
+    """
+    if plan.tp == 1 or not plan.sequence_parallel:
+        return 0
+    frozen = frozen_parts(config)
+    return sum(
+        size
+        for chunk in chunks
+        for name, size in chunk_parameters(arch, plan, chunk)
+        if name.partition(".")[0] not in frozen and _is_summed(name, plan)
+    )
+
+
+def _is_summed(parameter: str, plan: ParallelPlan) -> bool:
+    part = parameter.partition(".")[0]
+    if part == "language":
+        return "layernorm" in parameter
+    return plan.vision == "replicated"
