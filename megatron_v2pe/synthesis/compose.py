@@ -20,7 +20,7 @@ from megatron_v2pe.data.samples import SampleSettings
 from megatron_v2pe.synthesis import longvqa
 from megatron_v2pe.synthesis.corpus import Corpus
 from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.document import DocumentBuilder, Unit, realised_depths, resize
+from megatron_v2pe.synthesis.document import DocumentBuilder, TooShort, Unit, realised_depths, resize
 from megatron_v2pe.synthesis.haystack import Haystack, TextStream
 from megatron_v2pe.synthesis.image_tasks import Studio
 from megatron_v2pe.synthesis.kinds import SampleSpec, depth_in_band
@@ -115,9 +115,20 @@ class Composer:
             DataError: the length is too short for the kind, or a source cannot be read.
             BadRecord: a check failed, which is a mistake of ours.
         """
+        try:
+            return self._with_exact_length(spec, self._draft(spec))
+        except TooShort as error:
+            raise DataError(
+                f"--tokens: {spec.tokens} is too short for {spec.kind}: besides template and question, {error.needed} "
+                "tokens are needed for what the document must have; ask for longer samples"
+            ) from None
+
+    def _draft(self, spec: SampleSpec) -> _Draft:
         random = spec.generator()
         is_long_question = spec.kind.startswith("longvqa")
-        draft = self._long_question(spec, random) if is_long_question else self._needles(spec, random)
+        return self._long_question(spec, random) if is_long_question else self._needles(spec, random)
+
+    def _with_exact_length(self, spec: SampleSpec, draft: _Draft) -> dict[str, Any]:
         for _ in range(_CORRECTIONS):
             record = self._record(spec, draft)
             layout = read_back(record, entry=self._entry, settings=self._materials.settings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.synthesis.counter import TokenCounter
 from megatron_v2pe.synthesis.filler import exact_text
@@ -38,6 +37,18 @@ class Unit:
     tokens: int
     pictures: tuple[Picture, ...] = ()
     insertion: Insertion | None = None
+
+
+class TooShort(ValueError):  # noqa: N818 - it names what is
+    """A document has no room for what must be in it.
+
+    Attributes:
+        needed: tokens of that.
+    """
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"{needed} tokens are needed")
+        self.needed = needed
 
 
 def size_of(units: Sequence[Unit]) -> int:
@@ -74,7 +85,7 @@ class DocumentBuilder:
         counter: counts tokens.
 
     Raises:
-        DataError: the insertions do not fit into `size`.
+        TooShort: the insertions do not fit into `size`.
     """
 
     def __init__(
@@ -97,10 +108,7 @@ class DocumentBuilder:
         self._text_since_image = 0
         self._waiting: Unit | None = None
         if self._room < 0:
-            raise DataError(
-                f"--tokens: {size} tokens are left for a document whose needles alone have {size - self._room}; ask "
-                "for longer samples"
-            )
+            raise TooShort(size - self._room)
 
     def build(self) -> list[Unit]:
         """All pieces; their sizes add up to the wanted one."""
@@ -184,7 +192,7 @@ def resize(units: Sequence[Unit], change: int, *, stream: TextStream, counter: T
         counter: counts tokens.
 
     Raises:
-        DataError: there is not so much haystack to take away.
+        TooShort: there is not so much haystack to take away.
     """
     units = list(units)
     end = max((place for place, unit in enumerate(units, start=1) if unit.insertion is None), default=0)
@@ -193,9 +201,7 @@ def resize(units: Sequence[Unit], change: int, *, stream: TextStream, counter: T
     while change < 0:
         place = next((place for place in reversed(range(len(head))) if head[place].insertion is None), None)
         if place is None:
-            raise DataError(
-                "--tokens: question, answer and needles leave no room for text; ask for longer samples"
-            )
+            raise TooShort(size_of(units))
         change += head.pop(place).tokens
     added = exact_text(change, stream=stream, counter=counter)
     return head + [Unit(text=each.text, tokens=each.tokens) for each in added] + tail

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.tiling import TilingRule, candidate_grids
 from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.document import Unit
+from megatron_v2pe.synthesis.document import TooShort, Unit
 from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage, open_rgb
 from megatron_v2pe.synthesis.task import Insertion
 from megatron_v2pe.synthesis.vqa import VqaItem
@@ -60,13 +59,13 @@ def pages(
         counter: counts tokens.
 
     Raises:
-        DataError: not even the item's image fits.
+        TooShort: not even the item's image fits.
     """
     line = counter.text("\nImage 8888: ")
     asked = store.copy(item.image)
     room = size - counter.picture(asked) - line
     if room < 0:
-        raise _too_short(size, counter.picture(asked) + line)
+        raise TooShort(counter.picture(asked) + line)
     chosen: list[Picture] = []
     misses = 0
     while misses < _TRIES:
@@ -124,7 +123,7 @@ def paste(
         tiling: decides how many pictures a sheet has.
 
     Raises:
-        DataError: not even one sheet fits.
+        TooShort: not even one sheet fits.
     """
     columns, rows = sheet_grid(tiling)
     sheet_size = (columns * tiling.image_size, rows * tiling.image_size)
@@ -132,7 +131,7 @@ def paste(
     cost = counter.picture(Picture(name="", size=sheet_size)) + counter.text(text.format(888))
     num_sheets = size // cost
     if num_sheets < 1:
-        raise _too_short(size, cost)
+        raise TooShort(cost)
     num_pictures = num_sheets * columns * rows
     place = min(int(depth * num_pictures), num_pictures - 1)
     sources = [others[index] for index in random.integers(len(others), size=num_pictures)]
@@ -185,9 +184,3 @@ def _draw_sheet(
         brush.rectangle((left, top, box[2] + 1, box[3] + 1), fill=(255, 255, 255))
         brush.text((left + 1, top + 1), label, fill=(0, 0, 0), font=font)
     return sheet
-
-
-def _too_short(size: int, needed: int) -> DataError:
-    return DataError(
-        f"--tokens: {size} tokens are left for images and one needs {needed}; ask for longer samples"
-    )

@@ -79,7 +79,7 @@ def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConf
         seed=config.seed,
     )
     out = Path(config.out)
-    open_folder(out)
+    open_folder(out, config.content())
     with _alone(out), _workers(config.workers) as executor:
         store = out / WORK
         store.mkdir(exist_ok=True)
@@ -93,9 +93,16 @@ def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConf
         _make(missing, _materials(config, settings, sources, store), out=out, workers=config.workers)
         if not is_complete:
             join_parts(parts, out, with_mm_niah=config.split == "eval", data=data)
-        shutil.rmtree(store)
+        _clean(out)
     num_new = sum(len(part.specs) for part in missing)
     return Outcome(num_records=len(specs), num_new=num_new, seconds=time.monotonic() - started)
+
+
+def _clean(out: Path) -> None:
+    """Remove the work folder, and what killed runs left aside."""
+    shutil.rmtree(out / WORK)
+    for aside in [*out.glob(".*.tmp-*"), *out.glob("images/*/.*.tmp-*"), *out.glob("mm_niah/.*.tmp-*")]:
+        aside.unlink()
 
 
 def _settings(hf_folder: str | Path, data: DataConfig) -> SampleSettings:

@@ -97,11 +97,15 @@ class SynthesisConfig:
         return json.loads(json.dumps(kept))
 
 
-def open_folder(out: Path) -> None:
+def open_folder(out: Path, content: dict[str, Any]) -> None:
     """Make the output folder, or find that a run of ours began it.
 
+    Args:
+        out: the folder.
+        content: see `SynthesisConfig.content`.
+
     Raises:
-        ConfigError: it cannot be written, or holds something else.
+        ConfigError: it cannot be written, holds something else, or data of another command.
     """
     writable_folder(out, field="--out")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in (WORK, LOCK))
@@ -109,6 +113,7 @@ def open_folder(out: Path) -> None:
         raise ConfigError(
             f"--out: {out} holds {foreign[0]!r} and was not made by synthesize; choose a new folder"
         )
+    _compare(out, content)
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> None:
@@ -116,14 +121,19 @@ def claim(out: Path, wanted: dict[str, Any]) -> None:
 
     Args:
         out: see `open_folder`.
-        wanted: what decides the content, as json.
+        wanted: everything that decides the content, as json.
 
     Raises:
         ConfigError: the folder holds other data.
     """
+    _compare(out, wanted)
+    write_atomic(out / MANIFEST, json.dumps(wanted, indent=2) + "\n")
+
+
+def _compare(out: Path, wanted: dict[str, Any]) -> None:
+    """Nothing is lost by another command as long as no part is finished."""
     manifest = out / MANIFEST
-    if not manifest.exists():
-        write_atomic(manifest, json.dumps(wanted, indent=2) + "\n")
+    if not manifest.exists() or not ((out / META).exists() or any((out / WORK).glob("part-*.jsonl"))):
         return
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
