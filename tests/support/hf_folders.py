@@ -41,12 +41,14 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def random_folder(folder: Path, *, shards: int, dtype: torch.dtype, llm: dict, vision: dict) -> Path:
+def random_folder(
+    folder: Path, *, shards: int, dtype: torch.dtype, llm: dict, vision: dict, top: dict | None = None
+) -> Path:
     """A folder of other sizes than the golden one, random bits, `shards` weight files."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(GOLDEN / name, folder / name)
-    edit_config(folder, llm_config=llm, vision_config=vision)
+    edit_config(folder, llm_config=llm, vision_config=vision, **(top or {}))
     arch = parse_architecture(json.loads((folder / "config.json").read_text()))
     generator = torch.Generator().manual_seed(1)
     name_to_shape = name_map(arch).hf_shape

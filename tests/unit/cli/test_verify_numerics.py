@@ -1,0 +1,93 @@
+"""`verify --numerics` as a user meets it: table, exit codes, mistakes. Several ranks: tests/distributed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.cli.main import main
+from tests.support.hf_folders import GOLDEN, edit_config, edit_weights, golden_copy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify") / "ckpt"
+    import_hf(GOLDEN, folder)
+    return folder
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr."""
+    code = main(["verify", *map(str, arguments)])
+    return (code, *capsys.readouterr())
+
+
+def test_the_same_weights(capsys, checkpoint):
+    code, out, _ = run(capsys, GOLDEN, checkpoint, "--numerics", "--stride", "4", "--every", "2")
+    assert code == 0
+    stages = [line.split()[0] for line in out.splitlines()[1:-1]]
+    assert stages == [
+        *("vision.embedding", "vision.layer.2", "vision", "projector"),
+        *("decoder.input", "decoder.layer.2", "decoder.norm", "logits"),
+    ]
+    assert out.splitlines()[-1].startswith("8 of 8 stages pass; largest relative error ")
+
+
+def test_a_checkpoint_as_the_source_and_json(capsys, checkpoint):
+    code, out, _ = run(capsys, checkpoint, checkpoint, "--numerics", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert rows[-1]["name"] == "logits"
+    assert 0 < rows[-1]["relative"] < 1e-5
+
+
+def test_other_weights(capsys, checkpoint, tmp_path):
+    source = golden_copy(tmp_path / "hf")
+    head = load_file(source / "model.safetensors")["language_model.output.weight"]
+    edit_weights(source, language_model__output__weight=head * 1.001)
+    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines() if "FAIL" in line] == ["logits"]
+
+
+def test_nan_is_no_pass(capsys, checkpoint, tmp_path):
+    source = golden_copy(tmp_path / "hf")
+    edit_weights(source, mlp1__3__bias=torch.full((64,), float("nan")))
+    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    assert code == 1
+    assert "projector" in next(line for line in out.splitlines() if "FAIL" in line)
+    assert "largest relative error nan" in out
+
+
+def test_another_rope_theta(capsys, checkpoint, tmp_path):
+    """Same tensors, another config.json: the comparison of bits knows side files only, this one what they do."""
+    source = golden_copy(tmp_path / "hf")
+    edit_config(source, llm_config={"rope_theta": 10000})
+    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    assert code == 1
+    assert "decoder.layer.1" in next(line for line in out.splitlines() if "FAIL" in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tp", "2"], "--tp only means something with --numerics"),
+        (["--stride", "4", "--sp"], "--sp, --stride only mean something with --numerics"),
+        (["--numerics", "--tp", "2"], "torchrun --nproc-per-node 2 -m megatron_v2pe verify"),
+        (["--numerics", "--stride", "17"], "must lie in 1..16"),
+        (["--numerics", "--every", "-1"], "--every is -1"),
+        (["--numerics", "--sp"], "parallel.sequence_parallel is true, but parallel.tp is 1"),
+    ],
+)
+def test_mistakes(capsys, checkpoint, arguments, words):
+    code, _, err = run(capsys, GOLDEN, checkpoint, *arguments)
+    assert code == 2
+    assert words in err
+
+
+def test_a_model_of_other_sizes(capsys, checkpoint):
+    code, _, err = run(capsys, GOLDEN.parent / "c_qwen2_vit300m", checkpoint, "--numerics")
+    assert code == 2
+    assert "tile size is 56 in the source and 112 in the checkpoint" in err
