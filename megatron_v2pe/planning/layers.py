@@ -143,6 +143,7 @@ def linear_op(
         keeps=(source,) if kernels.is_trained else (),
         forward_bytes=forward_bytes + (output_bytes if adds_bias else 0.0),
         backward_bytes=backward_bytes + (weight_bytes if kernels.is_trained else 0.0),
+        is_matrix=True,
     )
 
 
@@ -207,6 +208,7 @@ def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, kernels: Kerne
             forward_bytes=attention.forward_bytes,
             backward_bytes=attention.backward_bytes,
             gradient_bytes=(query, key, key),
+            is_matrix=True,
         ),
         linear_op(
             "projected",
@@ -323,6 +325,7 @@ def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: K
             forward_bytes=attention.forward_bytes,
             backward_bytes=attention.backward_bytes,
             gradient_bytes=(width, width, width),
+            is_matrix=True,
         ),
         linear_op(
             "projected",

@@ -25,7 +25,7 @@ from megatron_v2pe.planning.layers import (
     tower_attention_ops,
     tower_mlp_ops,
 )
-from megatron_v2pe.planning.tape import INPUT, Op, Peaks, peaks
+from megatron_v2pe.planning.tape import INPUT, Op, Peaks, moved_bytes, peaks
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -40,6 +40,8 @@ class Stack:
         forward_bytes: most during forward, kept tensors included.
         inference_bytes: most during a forward pass without backward.
         backward_bytes: most during backward, kept tensors and the gradient of the output included.
+        moved_forward_bytes: read and written by element-wise operations in a forward pass.
+        moved_backward_bytes: the same in backward, recomputation included.
         kept: what a layer keeps, by tensor.
     """
 
@@ -48,11 +50,20 @@ class Stack:
     forward_bytes: float
     inference_bytes: float
     backward_bytes: float
+    moved_forward_bytes: float
+    moved_backward_bytes: float
     kept: dict[str, float]
 
 
 EMPTY = Stack(
-    kept_bytes=0.0, host_bytes=0.0, forward_bytes=0.0, inference_bytes=0.0, backward_bytes=0.0, kept={}
+    kept_bytes=0.0,
+    host_bytes=0.0,
+    forward_bytes=0.0,
+    inference_bytes=0.0,
+    backward_bytes=0.0,
+    moved_forward_bytes=0.0,
+    moved_backward_bytes=0.0,
+    kept={},
 )
 
 
@@ -69,6 +80,7 @@ def stack(
         return EMPTY
     whole = peaks(layer, input_bytes=input_bytes, keeps_input=True)
     inference = input_bytes + whole.inference_bytes
+    forward, backward = (num_layers * moved for moved in moved_bytes(layer, input_bytes=input_bytes))
     if recompute != "full":
         others = (num_layers - 1) * whole.kept_bytes
         return Stack(
@@ -77,6 +89,8 @@ def stack(
             forward_bytes=others + input_bytes + whole.forward_bytes,
             inference_bytes=inference,
             backward_bytes=others + whole.backward_bytes,
+            moved_forward_bytes=forward,
+            moved_backward_bytes=backward,
             kept=whole.kept,
         )
     inner = peaks(layer, input_bytes=input_bytes)
@@ -88,6 +102,8 @@ def stack(
         forward_bytes=on_device + inner.inference_bytes,
         inference_bytes=inference,
         backward_bytes=on_device + _again(inner) + input_bytes,
+        moved_forward_bytes=forward,
+        moved_backward_bytes=forward + backward,
         kept={"layer input": input_bytes},
     )
 
@@ -106,6 +122,8 @@ def recomputed_op(
     the gradients of all pieces until they are put together: the whole input's once more.
     """
     inner = peaks(piece, input_bytes=input_bytes / pieces)
+    forward, backward = (pieces * moved for moved in moved_bytes(piece, input_bytes=input_bytes / pieces))
+    joined = 2 * output_bytes  # pieces are put together
     last_piece = output_bytes * (pieces - 1) / pieces + inner.inference_bytes
     return Op(
         name=name,
@@ -114,6 +132,7 @@ def recomputed_op(
         keeps=(source,),
         forward_bytes=max(last_piece - output_bytes, output_bytes),
         backward_bytes=max(_again(inner) - inner.output_bytes, input_bytes),
+        moved=(forward + joined, forward + backward + 2 * input_bytes),
     )
 
 

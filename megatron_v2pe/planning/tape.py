@@ -31,6 +31,8 @@ class Op:
         gradient_bytes: size of the gradient that goes to each input; None means the input's own size.
         view_of: name of the tensor whose memory the output is.
         passes_gradient: inputs get the output's own gradient (additions).
+        is_matrix: its time is that of its FLOPs; otherwise that of the bytes it reads and writes.
+        moved: bytes read and written in forward and in backward, where they do not follow from the rest.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Op:
     gradient_bytes: tuple[float, ...] | None = None
     view_of: str | None = None
     passes_gradient: bool = False
+    is_matrix: bool = False
+    moved: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,26 @@ def peaks(ops: Sequence[Op], *, input_bytes: float, keeps_input: bool = False) -
         backward_bytes=tape.backward(counted),
         output_bytes=tape.size(ops[-1].name),
     )
+
+
+def moved_bytes(ops: Sequence[Op], *, input_bytes: float) -> tuple[float, float]:
+    """Bytes that operations other than matrix products read and write, (forward, backward).
+
+    Forward: inputs once, the output once, temporaries written and read. Backward: the output's gradient, what was kept,
+    the inputs' gradients, temporaries written and read. Additions move nothing in backward.
+    """
+    tape = _Tape(ops, input_bytes)
+    forward = backward = 0.0
+    for op in ops:
+        if op.moved is not None:
+            forward, backward = forward + op.moved[0], backward + op.moved[1]
+        if op.moved is not None or op.is_matrix or op.view_of is not None:
+            continue
+        given = op.gradient_bytes or tuple(tape.size(name) for name in op.inputs)
+        forward += sum(given) + op.output_bytes + 2 * op.forward_bytes
+        if not op.passes_gradient:
+            backward += op.output_bytes + 2 * sum(given) + 2 * op.backward_bytes
+    return forward, backward
 
 
 class _Tape:

@@ -29,6 +29,7 @@ class TowerPeaks:
         forward_bytes: most during forward.
         backward_bytes: most during backward, the gradient of the features included.
         features_bytes: [n K, H].
+        moved_bytes: read and written by element-wise operations, forward and backward.
         kept: what a layer keeps, by tensor.
     """
 
@@ -36,6 +37,7 @@ class TowerPeaks:
     forward_bytes: float
     backward_bytes: float
     features_bytes: float
+    moved_bytes: float
     kept: dict[str, float]
 
 
@@ -139,6 +141,8 @@ def tower_peaks(
         forward_bytes=kept + features + max(whole.forward_bytes, features),
         backward_bytes=kept + features + again if trains else 0.0,
         features_bytes=features,
+        moved_bytes=_moved(arch, vision, shape, kernels)
+        * (4 / 3 if trains else 1),  # slices run forward twice
         kept={},
     )
 
@@ -166,8 +170,15 @@ def _at_once(
             layers.backward_bytes if shape.is_trained else 0.0,
         ),
         features_bytes=last.output_bytes,
+        moved_bytes=_moved(arch, vision, shape, kernels),
         kept=layers.kept if shape.is_trained else {},
     )
+
+
+def _moved(arch: InternVLArchitecture, vision: VisionConfig, shape: TowerShape, kernels: Kernels) -> float:
+    """Bytes of element-wise operations for all tiles of the rank; the projector's are left out."""
+    layers = tower_stack(arch, vision, tiles=shape.tiles, tower_tp=shape.tower_tp, kernels=kernels)
+    return layers.moved_forward_bytes + (layers.moved_backward_bytes if shape.is_trained else 0.0)
 
 
 def _projector_kept(projector: Peaks, shape: TowerShape) -> float:

@@ -1,0 +1,292 @@
+"""The whole plan of a run: memory of every pipeline rank, FLOPs, traffic and time of a step.
+
+RunConfig + architecture + GPUs --estimate--> Estimate --report--> table or json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.flops import step_flops
+from megatron_v2pe.parallel.plan import ParallelPlan, resolve
+from megatron_v2pe.planning.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
+from megatron_v2pe.planning.compute import chunk_flops
+from megatron_v2pe.planning.hardware import GIB, Hardware
+from megatron_v2pe.planning.parameters import chunk_parameters
+from megatron_v2pe.planning.rank_state import frozen_parts, rank_state, tp_summed_numbers
+from megatron_v2pe.planning.stages import Chunk, chunks_in_flight, chunks_of_rank
+from megatron_v2pe.planning.state_memory import GRADIENT_BYTES, StateBytes
+from megatron_v2pe.planning.step_time import (
+    StepTime,
+    micro_batch_seconds,
+    once_a_step_seconds,
+    step_time,
+)
+from megatron_v2pe.planning.traffic import StepTraffic, chunk_traffic, step_traffic
+from megatron_v2pe.planning.workload import Pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Memory of one pipeline rank (of its tp, cp and dp copies the first).
+
+    Attributes:
+        pp_rank: which.
+        chunks: its model chunks.
+        state: weights, gradients, optimizer.
+        phases: a micro batch's phases, with what other micro batches in flight keep.
+        in_flight: micro batches (forward passes of chunks) held at a time.
+        host_bytes: activations that were moved to host memory.
+        reserved_bytes: context, libraries.
+        fragmentation_share: of the activations.
+    """
+
+    pp_rank: int
+    chunks: tuple[Chunk, ...]
+    state: StateBytes
+    phases: tuple[Phase, ...]
+    in_flight: int
+    host_bytes: float
+    reserved_bytes: float
+    fragmentation_share: float
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total_bytes)
+
+    @property
+    def lost_bytes(self) -> float:
+        """What the allocator loses between blocks."""
+        return self.fragmentation_share * self.peak.total_bytes
+
+    @property
+    def total_bytes(self) -> float:
+        """State, activations at their peak, what the allocator loses, and the reserve."""
+        return self.state.total_bytes + self.peak.total_bytes + self.lost_bytes + self.reserved_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Everything the planner says about a run.
+
+    Attributes:
+        setting: the run and its fullest pack.
+        hardware: the GPU.
+        ranks: memory of every pipeline rank.
+        micro_batches: packs of a data parallel rank in a step.
+        model_flops: of a step, causal attention.
+        full_flops: of a step, attention counted as a whole square.
+        executed_flops: of a step, all ranks.
+        traffic: bytes a rank sends in a step, by kind, on the busiest stage.
+        time: of a step.
+    """
+
+    setting: Setting
+    hardware: Hardware
+    ranks: tuple[RankMemory, ...]
+    micro_batches: int
+    model_flops: float
+    full_flops: float
+    executed_flops: float
+    traffic: dict[str, float]
+    time: StepTime
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """Sizes of the axes."""
+        return self.setting.plan
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The pipeline rank that needs most."""
+        return max(self.ranks, key=lambda rank: rank.total_bytes)
+
+    @property
+    def room_bytes(self) -> float:
+        """What is left on the fullest rank; negative when it does not fit."""
+        return self.hardware.memory_gib * GIB - self.fullest.total_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.room_bytes >= 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of a step over its time, per GPU."""
+        tokens = self.setting.pack.num_tokens * self.micro_batches * self.plan.dp
+        return tokens / self.time.seconds / self.plan.world_size
+
+    def utilisation(self, flops: float) -> float:
+        """Share of the peak that `flops` of a step are."""
+        peak = self.hardware.peak_tflops * 1e12 * self.plan.world_size
+        return flops / (self.time.seconds * peak)
+
+
+def backend_of(config: RunConfig) -> str:
+    """The attention back end on a GPU cluster: `auto` means Transformer Engine there."""
+    backend = config.parallel.attention_backend
+    return "native" if backend == "native" else "transformer_engine"
+
+
+def refuse_unknown(config: RunConfig) -> None:
+    """Refuse what the cost model does not know, rather than leave it out of the sum."""
+    if config.lora.is_on:
+        raise ConfigError(
+            "lora: adapters are not in the planner's cost model yet; plan the same run without adapters for an upper "
+            "bound (lora.language_rank=0 lora.vision_rank=0 lora.projector_rank=0)"
+        )
+
+
+def estimate(
+    config: RunConfig, arch: InternVLArchitecture, pack: Pack, *, gpus: int, hardware: Hardware
+) -> Estimate:
+    """Plan a run; the configuration must be valid for that many GPUs (`config.validate`).
+
+    Args:
+        config: the run.
+        arch: its model.
+        pack: micro batch that memory has to hold and time is worked out for.
+        gpus: ranks of the run.
+        hardware: one of them.
+    """
+    refuse_unknown(config)
+    plan = resolve(config.parallel, gpus)
+    setting = Setting(config=config, arch=arch, plan=plan, pack=pack.padded(plan), backend=backend_of(config))
+    micro_batches = config.optim.global_batch_size // plan.dp
+    stages = [
+        chunks_of_rank(config.parallel, arch.language.num_layers, plan, rank) for rank in range(plan.pp)
+    ]
+    known = {chunk: chunk_memory(setting, chunk) for chunks in stages for chunk in chunks}
+    ranks = tuple(
+        rank_memory(setting, rank, chunks, known, micro_batches, hardware)
+        for rank, chunks in enumerate(stages)
+    )
+    packs = [setting.pack.counts] * config.optim.global_batch_size
+    per_pack = sum(chunk_flops(setting, chunk).total for chunks in stages for chunk in chunks)
+    time, traffic = _time(setting, stages, known, ranks, micro_batches, hardware)
+    return Estimate(
+        setting=setting,
+        hardware=hardware,
+        ranks=ranks,
+        micro_batches=micro_batches,
+        model_flops=step_flops(arch, packs),
+        full_flops=step_flops(arch, packs, full_attention=True),
+        executed_flops=per_pack * plan.tp * plan.cp * config.optim.global_batch_size,
+        traffic=traffic,
+        time=time,
+    )
+
+
+def rank_memory(
+    setting: Setting,
+    pp_rank: int,
+    chunks: tuple[Chunk, ...],
+    known: dict[Chunk, ChunkMemory],
+    micro_batches: int,
+    hardware: Hardware,
+) -> RankMemory:
+    """Memory of a pipeline rank: state, and its chunks' phases on top of what is in flight."""
+    plan, arch = setting.plan, setting.arch
+    state = rank_state(setting.config, arch, plan, pp_rank * plan.tp * plan.cp * plan.dp)
+    held = in_flight_chunks(plan, pp_rank, micro_batches)
+    kept = {index: known[chunk].kept_bytes for index, chunk in enumerate(chunks)}
+    hidden = setting.rows * arch.language.hidden_size * setting.element_bytes
+    phases = []
+    for index, chunk in enumerate(chunks):
+        others = sum(count * kept[other] for other, count in held.items()) - kept[index]
+        for phase in chunk_phases(known[chunk], hidden):
+            parts = {**phase.parts, "other micro batches in flight": max(0.0, others)}
+            phases.append(Phase(name=phase.name, parts=parts if plan.pp > 1 else phase.parts))
+    summed = tp_summed_numbers(setting.config, arch, plan, chunks)
+    if summed:
+        parts = {"copy of gradients summed over tp": float(summed * GRADIENT_BYTES)}
+        phases.append(Phase(name="reduce", parts=parts))
+    return RankMemory(
+        pp_rank=pp_rank,
+        chunks=chunks,
+        state=state,
+        phases=tuple(phases),
+        in_flight=sum(held.values()),
+        host_bytes=sum(count * known[chunks[index]].layers.host_bytes for index, count in held.items()),
+        reserved_bytes=hardware.reserved_gib * GIB,
+        fragmentation_share=hardware.fragmentation_share,
+    )
+
+
+def in_flight_chunks(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> dict[int, int]:
+    """Forward passes held, by chunk: the first ones of the schedule, pp micro batches of each chunk in turn."""
+    counts: dict[int, int] = {}
+    for number in range(chunks_in_flight(plan, pp_rank, micro_batches)):
+        chunk = number // plan.pp % plan.vpp if plan.vpp > 1 else 0
+        counts[chunk] = counts.get(chunk, 0) + 1
+    return counts
+
+
+def _time(
+    setting: Setting,
+    stages: list[tuple[Chunk, ...]],
+    known: dict[Chunk, ChunkMemory],
+    ranks: tuple[RankMemory, ...],
+    micro_batches: int,
+    hardware: Hardware,
+) -> tuple[StepTime, dict[str, float]]:
+    """Time of a step, and the busiest stage's traffic."""
+    per_stage = []
+    for chunks in stages:
+        terms: dict[str, float] = {}
+        for chunk in chunks:
+            for name, value in micro_batch_seconds(setting, chunk, known[chunk], hardware).items():
+                terms[name] = terms.get(name, 0.0) + value
+        per_stage.append(terms)
+    once = _once(setting, stages, ranks)
+    busiest = max(range(len(once)), key=lambda index: once[index][1].gradients_bytes)
+    trained, traffic = once[busiest]
+    per_step = once_a_step_seconds(setting, traffic, hardware, trained=trained, micro_batches=micro_batches)
+    plan = setting.plan
+    time = step_time(per_stage, per_step, micro_batches=micro_batches, pp=plan.pp, vpp=plan.vpp)
+    return time, _sent(setting, stages[time.slowest], once[time.slowest][1], micro_batches)
+
+
+def _once(
+    setting: Setting, stages: list[tuple[Chunk, ...]], ranks: tuple[RankMemory, ...]
+) -> list[tuple[int, StepTraffic]]:
+    """Trained numbers and once-a-step traffic of every stage."""
+    frozen = frozen_parts(setting.config)
+    found = []
+    for chunks, rank in zip(stages, ranks, strict=True):
+        trained = sum(
+            size
+            for chunk in chunks
+            for name, size in chunk_parameters(setting.arch, setting.plan, chunk)
+            if name.partition(".")[0] not in frozen
+        )
+        traffic = step_traffic(
+            setting,
+            gradients_bytes=rank.state.gradients_bytes,
+            weights_bytes=rank.state.gradients_bytes // GRADIENT_BYTES * setting.element_bytes,
+            tp_summed=tp_summed_numbers(setting.config, setting.arch, setting.plan, chunks),
+        )
+        found.append((trained, traffic))
+    return found
+
+
+def _sent(
+    setting: Setting, chunks: tuple[Chunk, ...], once: StepTraffic, micro_batches: int
+) -> dict[str, float]:
+    """Bytes that a rank of a stage sends in a step, by kind."""
+    each = [chunk_traffic(setting, chunk) for chunk in chunks]
+    return {
+        "tensor parallel": micro_batches * sum(part.tp_bytes for part in each),
+        "context parallel": micro_batches
+        * sum(part.cp_forward_bytes + part.cp_backward_bytes for part in each),
+        "feature router": micro_batches * sum(part.router_bytes for part in each),
+        "pipeline": micro_batches * sum(part.pp_bytes for part in each),
+        "gradients over dp, cp": once.gradients_bytes,
+        "weights over dp, cp": once.weights_bytes,
+        "gradients summed over tp": once.tp_sum_bytes,
+    }
