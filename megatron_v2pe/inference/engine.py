@@ -27,7 +27,8 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.adapters import load_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
@@ -117,11 +118,12 @@ class Engine:
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        config = RunConfig(position=position, parallel=parallel, runtime=RuntimeConfig(dtype=dtype))
+        runtime, lora = RuntimeConfig(dtype=dtype), adapters_of(checkpoint)
+        config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora)
         plan = resolve(parallel, launcher().world_size)
         ranks = init_distributed(plan, seed=config.runtime.seed)
         chunks = build_model(config, arch, plan=plan, ranks=ranks)
-        load_model_weights(checkpoint, chunks, ranks=ranks)
+        load_weights(checkpoint, chunks, ranks=ranks)
         return cls(chunks[0], arch, plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
 
     def _prefill_batch(self, prompt: Prompt) -> tuple[LocalBatch, Int64Array]:
