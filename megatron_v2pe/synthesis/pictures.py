@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -21,11 +21,14 @@ from PIL import Image
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import sync_folder
 from megatron_v2pe.data.images import check_image
+from megatron_v2pe.synthesis.processes import worker_context
 from megatron_v2pe.synthesis.split import digest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDER = "images"
 _CHUNK = 64
+_WORTH_PROCESSES = 2000
+"""Fewer files are read sooner than processes are started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,14 @@ def inspect(path: str, max_pixels: int) -> PoolImage | str:
         return str(error)
 
 
-def inspect_all(
-    paths: Iterable[Path], *, max_pixels: int, executor: Executor | None = None
-) -> Iterator[PoolImage | str]:
-    """`inspect` each file, in order, in the workers if there are any."""
+def inspect_all(paths: Sequence[Path], *, max_pixels: int, workers: int) -> Iterator[PoolImage | str]:
+    """`inspect` each file, in order; many files by several processes."""
     names = [str(path) for path in paths]
-    if executor is None:
-        return (inspect(name, max_pixels) for name in names)
-    return executor.map(inspect, names, repeat(max_pixels), chunksize=_CHUNK)
+    if workers == 1 or len(names) < _WORTH_PROCESSES:
+        yield from (inspect(name, max_pixels) for name in names)
+        return
+    with ProcessPoolExecutor(workers, mp_context=worker_context()) as executor:
+        yield from executor.map(inspect, names, repeat(max_pixels), chunksize=_CHUNK)
 
 
 class ImageStore:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Composer, Materia
 from megatron_v2pe.synthesis.kinds import plan
 from megatron_v2pe.synthesis.parts import Part, join_parts, parts_of
 from megatron_v2pe.synthesis.pictures import ImageStore
+from megatron_v2pe.synthesis.processes import worker_context
 from megatron_v2pe.synthesis.settings import LOCK, META, SKIPPED, WORK, SynthesisConfig, claim, open_folder
 from megatron_v2pe.synthesis.sources import Sources, read_sources
 
@@ -80,10 +81,10 @@ def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConf
     )
     out = Path(config.out)
     open_folder(out, config.content())
-    with _alone(out), _workers(config.workers) as executor:
+    with _alone(out):
         store = out / WORK
         store.mkdir(exist_ok=True)
-        sources = read_sources(config, store=store, max_pixels=data.max_image_pixels, executor=executor)
+        sources = read_sources(config, store=store, max_pixels=data.max_image_pixels, workers=config.workers)
         claim(out, _identity(config, settings, sources))
         if sources.skipped:
             write_atomic(out / SKIPPED, "".join(f"{why}\n" for why in sources.skipped.values()))
@@ -169,15 +170,16 @@ def _make_in_worker(part: Part) -> int:
 
 
 def _make(parts: Sequence[Part], materials: Materials, *, out: Path, workers: int) -> None:
+    workers = min(workers, len(parts))
     total = sum(len(part.specs) for part in parts)
     with tqdm(total=total, desc="records", unit="record", disable=None) as bar:
-        if workers == 1:
+        if workers <= 1:
             maker = PartMaker(materials, out)
             for part in parts:
                 bar.update(maker.make(part))
             return
         with ProcessPoolExecutor(
-            workers, mp_context=_context(), initializer=_start_worker, initargs=(materials, out)
+            workers, mp_context=worker_context(), initializer=_start_worker, initargs=(materials, out)
         ) as executor:
             for made in _results(executor, parts, in_flight=workers * _IN_FLIGHT_PER_WORKER):
                 bar.update(made)
@@ -194,23 +196,14 @@ def _results(executor: Executor, parts: Sequence[Part], *, in_flight: int) -> It
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            "--workers: a worker process was killed, mostly for want of memory; start again with fewer workers, what is "
+            "finished is kept"
+        ) from None
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         raise
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a fresh server process that has imported this module once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-@contextmanager
-def _workers(workers: int) -> Iterator[Executor | None]:
-    """Processes for reading images; None for one worker."""
-    with ProcessPoolExecutor(workers, mp_context=_context()) if workers > 1 else nullcontext() as executor:
-        yield executor
 
 
 @contextmanager

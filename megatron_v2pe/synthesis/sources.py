@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.synthesis.corpus import build_corpus, text_files
+from megatron_v2pe.synthesis.corpus import Corpus, build_corpus, text_files
 from megatron_v2pe.synthesis.pictures import PoolImage, image_files, inspect_all
 from megatron_v2pe.synthesis.settings import SynthesisConfig
 from megatron_v2pe.synthesis.split import digest, split_of
@@ -46,16 +45,14 @@ class Sources:
     skipped: dict[str, str]
 
 
-def read_sources(
-    config: SynthesisConfig, *, store: Path, max_pixels: int, executor: Executor | None
-) -> Sources:
+def read_sources(config: SynthesisConfig, *, store: Path, max_pixels: int, workers: int) -> Sources:
     """Read everything and write the store of passages.
 
     Args:
         config: names the folders.
         store: existing folder.
         max_pixels: largest image that is used.
-        executor: workers for the images; None reads them here.
+        workers: processes for reading images.
 
     Raises:
         DataError: a folder or file is missing, or the split gets nothing of a kind of material that it needs.
@@ -63,12 +60,13 @@ def read_sources(
     files = text_files(Path(config.texts))
     with tqdm(total=len(files), desc="texts", unit="file", disable=None) as bar:
         corpus = build_corpus(files, store=store, held_out=config.held_out, on_file=bar.update)
+    Corpus(store, config.split)  # a split without text is told here and not by every worker
     skipped = dict(corpus.skipped)
     pool: list[PoolImage] = []
     if config.images:
         paths = image_files(Path(config.images), option="--images")
-        pool = _distinct(_inspected(paths, max_pixels, executor, skipped))
-    questions = _read_vqa(config, max_pixels, executor, skipped) if config.vqa else []
+        pool = _distinct(_inspected(paths, max_pixels, workers, skipped))
+    questions = _read_vqa(config, max_pixels, workers, skipped) if config.vqa else []
     identity = [corpus.digest, [image.digest for image in pool], [_identity(item) for item in questions]]
     _report_skipped(skipped)
     return Sources(
@@ -80,14 +78,14 @@ def read_sources(
 
 
 def _inspected(
-    paths: Iterable[Path], max_pixels: int, executor: Executor | None, skipped: dict[str, str]
+    paths: Iterable[Path], max_pixels: int, workers: int, skipped: dict[str, str]
 ) -> list[PoolImage]:
     """Usable images; the others are noted in `skipped`."""
     paths = list(paths)
     found: list[PoolImage] = []
     with tqdm(total=len(paths), desc="images", unit="file", disable=None) as bar:
         for path, result in zip(
-            paths, inspect_all(paths, max_pixels=max_pixels, executor=executor), strict=True
+            paths, inspect_all(paths, max_pixels=max_pixels, workers=workers), strict=True
         ):
             if isinstance(result, str):
                 skipped[str(path)] = result
@@ -118,13 +116,13 @@ def _of_split(pool: list[PoolImage], config: SynthesisConfig) -> tuple[PoolImage
 
 
 def _read_vqa(
-    config: SynthesisConfig, max_pixels: int, executor: Executor | None, skipped: dict[str, str]
+    config: SynthesisConfig, max_pixels: int, workers: int, skipped: dict[str, str]
 ) -> list[VqaItem]:
     raw = list(read_questions(Path(config.vqa), Path(config.vqa_images)))
     if not raw:
         raise DataError(f"--vqa: {config.vqa}: no record has exactly one image; Long-VQA is made of those")
     paths = [Path(name) for name in dict.fromkeys(question.image for question in raw)]
-    by_path = {image.path: image for image in _inspected(paths, max_pixels, executor, skipped)}
+    by_path = {image.path: image for image in _inspected(paths, max_pixels, workers, skipped)}
     return [_item(question, by_path[question.image]) for question in raw if question.image in by_path]
 
 
