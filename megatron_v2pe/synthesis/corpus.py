@@ -90,7 +90,7 @@ def build_corpus(
                     for passage in _passages(document):
                         writer.add(passage)
                 if writer.num_passages == num_passages:
-                    skipped[str(path)] = "no text"
+                    skipped[str(path)] = f"{path}: has no text"
             except DataError as error:
                 skipped[str(path)] = str(error)
             on_file()

@@ -198,8 +198,8 @@ def _results(executor: Executor, parts: Sequence[Part], *, in_flight: int) -> It
                 yield future.result()
     except BrokenProcessPool:
         raise ConfigError(
-            "--workers: a worker process was killed, mostly for want of memory; start again with fewer workers, what is "
-            "finished is kept"
+            "--workers: a worker process was killed, mostly for want of memory; start again with fewer workers, "
+            "what is finished is kept"
         ) from None
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
