@@ -64,8 +64,8 @@ from megatron_v2pe.checkpoint.hf_io import (
 )
 from megatron_v2pe.checkpoint.hf_map import NameMap, family_name, name_map
 from megatron_v2pe.checkpoint.import_plan import plan_import, unread_shards
+from megatron_v2pe.checkpoint.merge import open_state
 from megatron_v2pe.checkpoint.row_runs import rows_of_hf
-from megatron_v2pe.checkpoint.state_reader import StateReader
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
@@ -137,7 +137,7 @@ def export_hf(
     """Write the weights of a checkpoint as a Hugging Face folder. Collective where there are several ranks.
 
     Args:
-        checkpoint_folder: written by `import_hf` or by training.
+        checkpoint_folder: written by `import_hf` or by training; adapters are merged into their base.
         target: folder to create.
         force: replace `target` if it is there, once the new one is complete.
         dtype: cast floating point tensors.
@@ -207,7 +207,7 @@ class ExportedTensors:
     """A checkpoint's tensors under their Hugging Face names.
 
     Args:
-        checkpoint_folder: a complete checkpoint.
+        checkpoint_folder: a complete checkpoint; one of adapters appears merged into its base.
         dtype: cast floating point tensors.
         progress: told the bytes of each block that is read.
 
@@ -224,7 +224,7 @@ class ExportedTensors:
         self, checkpoint_folder: str | Path, *, dtype: Dtype = "keep", progress: Progress = silent
     ) -> None:
         self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
-        self.state = StateReader(state_path(checkpoint_folder))
+        self.state = open_state(checkpoint_folder)
         self.not_finite: Counter[str] = Counter()
         self._dtype, self._progress = dtype, progress
         missing = sorted(set(self.names.by_ours) - set(self.state.tensors))

@@ -30,6 +30,7 @@ FORMAT_VERSION = 2  # 1 had sizes of files and no hashes; it still loads
 INFO_FILE = "checkpoint.json"
 LAYOUT_FILE = "weights_layout.json"
 INCOMPLETE_SUFFIX = ".incomplete"
+_OURS = {INFO_FILE, "config.json", "adapter_config.json"}  # one of them is in every folder that is replaced
 _OWN_DIGEST = "sha256_of_this"
 _SPARE_BYTES = 64 * 2**20
 
@@ -221,7 +222,7 @@ def begin(target: Path, *, force: bool, needed_bytes: int = 0) -> Path:
     """Create the empty `.incomplete` folder beside `target`; see `staged` for arguments and errors."""
     if target.exists() and not force:
         raise CheckpointError(f"{target}: exists already; choose another folder or add --force to replace it")
-    if target.is_dir() and any(target.iterdir()) and not {INFO_FILE, "config.json"} & set(os.listdir(target)):
+    if target.is_dir() and any(target.iterdir()) and not _OURS & set(os.listdir(target)):
         raise CheckpointError(
             f"{target}: is neither a checkpoint nor a Hugging Face folder; remove it yourself"
         )

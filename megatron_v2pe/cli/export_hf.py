@@ -6,13 +6,16 @@ import argparse
 import sys
 
 from megatron_v2pe.cli.conversion import add_verify_checkpoint, byte_progress, check_files
+from megatron_v2pe.cli.sizes import parse_size
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
 HELP = """write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder
 
-Example:  megatron-v2pe export-hf run/checkpoints/step_00001000 InternVL2-2B-v2pe --max-shard-size 5GB"""
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+Example:  megatron-v2pe export-hf run/checkpoints/step_00001000 InternVL2-2B-v2pe --max-shard-size 5GB
+
+Adapters (a run with lora.*) are merged into their base, W + alpha / rank * B A. With --adapter they are written alone,
+as a folder that PEFT loads onto the Hugging Face model of the base."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder written by import-hf, or a step folder of a run")
     parser.add_argument("hf_folder", help="folder to create")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
     parser.add_argument(
         "--max-shard-size",
         default="",
@@ -30,28 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export; errors are raised as CheckpointError or ConfigError."""
-    max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
+    if args.adapter:
+        return _export_adapters(args)
     from megatron_v2pe.checkpoint.convert import export_hf
 
+    max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
+    options = {"force": args.force, "max_shard_bytes": max_shard_bytes}
     with byte_progress(NAME) as progress:
         check_files(args)
-        export_hf(
-            args.checkpoint,
-            args.hf_folder,
-            force=args.force,
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
+        export_hf(args.checkpoint, args.hf_folder, progress=progress, **options)
     sys.stdout.write(f"{args.hf_folder}: exported\n")
     return 0
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "5GB" or "500MiB"."""
-    unit = text.lstrip("0123456789")
-    digits = text.removesuffix(unit)
-    if unit not in _UNITS or not digits or int(digits) == 0:
-        raise ConfigError(
-            f"--max-shard-size is {text!r}, must be a whole number and one of {', '.join(_UNITS)}"
-        )
-    return int(digits) * _UNITS[unit]
+def _export_adapters(args: argparse.Namespace) -> int:
+    from megatron_v2pe.checkpoint.peft_io import export_peft
+
+    if args.max_shard_size:
+        raise ConfigError("--max-shard-size is for whole models; a PEFT folder (--adapter) has one file")
+    check_files(args)
+    count = export_peft(args.checkpoint, args.hf_folder, force=args.force)
+    sys.stdout.write(f"{args.hf_folder}: {count} tensors for PEFT\n")
+    return 0
