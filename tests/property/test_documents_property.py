@@ -75,8 +75,11 @@ def test_size_is_exact_and_a_single_needle_stands_at_its_depth(
     assert all("sextant" not in unit.text for unit in units if unit.insertion is None)
     needles = [each for each in insertions if not each.is_decoy]
     if len(needles) == 1:
-        longest = max((unit.tokens for unit in units if not unit.pictures), default=0)
-        assert abs(realised_depths(units)[0] - needles[0].depth) * size <= longest + 1
+        (tokens,) = (unit.tokens for unit in units if unit.insertion is needles[0])
+        longest = max(
+            each.tokens for passage in haystack.passages for each in haystack.sentences(int(passage))
+        )
+        assert abs(realised_depths(units)[0] - needles[0].depth) * (size - tokens) <= longest
     try:
         assert size_of(resize(units, change, stream=stream, counter=counter)) == size + change
     except TooShort:
