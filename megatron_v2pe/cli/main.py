@@ -28,6 +28,7 @@ VERBS = {
     "generate": "answer a prompt with images, greedily",
     "evaluate": "retrieval benchmark over lengths and strides, with a report",
     "synthesize": "long-context training and evaluation data from texts and images",
+    "plan": "memory, time and best layouts of a run, worked out without a cluster",
     "doctor": "what this machine has and what will therefore be used",
     "check-golden": "run recorded cases of the V2PE release",
 }
@@ -68,7 +69,7 @@ def _run_verb(module: ModuleType, arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments))
+    return module.run(parser.parse_intermixed_args(arguments))  # overrides before and after options
 
 
 def _load(verb: str) -> ModuleType:

@@ -15,6 +15,7 @@ Micro batches in flight on a pipeline add what they keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
@@ -22,7 +23,7 @@ from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
 from megatron_v2pe.planning.attention_memory import AttentionShape
 from megatron_v2pe.planning.head_memory import Head, HeadPeaks, head_peaks
 from megatron_v2pe.planning.layers import FLOAT_BYTES, DecoderSizes, Kernels
-from megatron_v2pe.planning.stacks import Stack, decoder_layer, stack
+from megatron_v2pe.planning.stacks import Recompute, Stack, decoder_layer, stack
 from megatron_v2pe.planning.stages import Chunk
 from megatron_v2pe.planning.tower_memory import TowerPeaks, TowerShape, tower_peaks
 from megatron_v2pe.planning.workload import Pack
@@ -145,13 +146,31 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         cp=plan.cp,
         comm_type=setting.config.parallel.cp_comm_type,
     )
-    kernels = setting.kernels(is_trained=not model.freeze_language)
+    return _decoder_stack(
+        sizes,
+        shape,
+        setting.backend,
+        setting.kernels(is_trained=not model.freeze_language),
+        num_layers,
+        (model.recompute, model.offload_activations),
+    )
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same layers again and again
+def _decoder_stack(
+    sizes: DecoderSizes,
+    shape: AttentionShape,
+    backend: str,
+    kernels: Kernels,
+    num_layers: int,
+    saving: tuple[Recompute, bool],
+) -> Stack:
     return stack(
-        decoder_layer(sizes, shape, backend=setting.backend, kernels=kernels),
+        decoder_layer(sizes, shape, backend=backend, kernels=kernels),
         num_layers=num_layers,
         input_bytes=sizes.rows * sizes.hidden * kernels.element_bytes,
-        recompute=model.recompute,
-        offload=model.offload_activations,
+        recompute=saving[0],
+        offload=saving[1],
     )
 
 

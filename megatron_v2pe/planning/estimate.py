@@ -15,8 +15,7 @@ from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
 from megatron_v2pe.planning.compute import chunk_flops
 from megatron_v2pe.planning.hardware import GIB, Hardware
-from megatron_v2pe.planning.parameters import chunk_parameters
-from megatron_v2pe.planning.rank_state import frozen_parts, rank_state, tp_summed_numbers
+from megatron_v2pe.planning.rank_state import TrainedNumbers, frozen_parts, rank_state, trained_numbers
 from megatron_v2pe.planning.stages import Chunk, chunks_in_flight, chunks_of_rank
 from megatron_v2pe.planning.state_memory import GRADIENT_BYTES, StateBytes
 from megatron_v2pe.planning.step_time import (
@@ -202,7 +201,7 @@ def rank_memory(
         for phase in chunk_phases(known[chunk], hidden):
             parts = {**phase.parts, "other micro batches in flight": max(0.0, others)}
             phases.append(Phase(name=phase.name, parts=parts if plan.pp > 1 else phase.parts))
-    summed = tp_summed_numbers(setting.config, arch, plan, chunks)
+    summed = trained_numbers(arch, plan, chunks, frozen_parts(setting.config)).summed_over_tp
     if summed:
         parts = {"copy of gradients summed over tp": float(summed * GRADIENT_BYTES)}
         phases.append(Phase(name="reduce", parts=parts))
@@ -246,7 +245,9 @@ def _time(
     once = _once(setting, stages, ranks)
     busiest = max(range(len(once)), key=lambda index: once[index][1].gradients_bytes)
     trained, traffic = once[busiest]
-    per_step = once_a_step_seconds(setting, traffic, hardware, trained=trained, micro_batches=micro_batches)
+    per_step = once_a_step_seconds(
+        setting, traffic, hardware, trained=trained.all, micro_batches=micro_batches
+    )
     plan = setting.plan
     time = step_time(per_stage, per_step, micro_batches=micro_batches, pp=plan.pp, vpp=plan.vpp)
     return time, _sent(setting, stages[time.slowest], once[time.slowest][1], micro_batches)
@@ -254,22 +255,17 @@ def _time(
 
 def _once(
     setting: Setting, stages: list[tuple[Chunk, ...]], ranks: tuple[RankMemory, ...]
-) -> list[tuple[int, StepTraffic]]:
+) -> list[tuple[TrainedNumbers, StepTraffic]]:
     """Trained numbers and once-a-step traffic of every stage."""
     frozen = frozen_parts(setting.config)
     found = []
     for chunks, rank in zip(stages, ranks, strict=True):
-        trained = sum(
-            size
-            for chunk in chunks
-            for name, size in chunk_parameters(setting.arch, setting.plan, chunk)
-            if name.partition(".")[0] not in frozen
-        )
+        trained = trained_numbers(setting.arch, setting.plan, chunks, frozen)
         traffic = step_traffic(
             setting,
             gradients_bytes=rank.state.gradients_bytes,
             weights_bytes=rank.state.gradients_bytes // GRADIENT_BYTES * setting.element_bytes,
-            tp_summed=tp_summed_numbers(setting.config, setting.arch, setting.plan, chunks),
+            tp_summed=trained.summed_over_tp,
         )
         found.append((trained, traffic))
     return found

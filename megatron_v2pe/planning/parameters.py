@@ -12,6 +12,7 @@ ranks without memory and compares every name and number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
@@ -111,10 +112,11 @@ def language_parameters(arch: InternVLArchitecture, plan: ParallelPlan, chunk: C
             yield "language.output_layer.weight", words
 
 
-def chunk_parameters(arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk) -> list[Parameter]:
+@lru_cache(maxsize=256)  # asked for several times in an estimate, and again for the next one of a search
+def chunk_parameters(arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk) -> tuple[Parameter, ...]:
     """All parameters of a chunk."""
     parameters: list[Parameter] = []
     if chunk.is_first:
         parameters += vision_parameters(arch, plan.tower_tp)
         parameters += projector_parameters(arch, plan.tower_tp)
-    return [*parameters, *language_parameters(arch, plan, chunk)]
+    return (*parameters, *language_parameters(arch, plan, chunk))

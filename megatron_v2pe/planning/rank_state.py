@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
@@ -44,27 +47,43 @@ def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan
     return total
 
 
-def tp_summed_numbers(
-    config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan, chunks: tuple[Chunk, ...]
-) -> int:
-    """Gradients that mcore sums over tp at the end of a step, in one float32 copy.
+@dataclass(frozen=True, kw_only=True)
+class TrainedNumbers:
+    """Trained numbers of a rank, and those whose gradients are summed over tp at the end of a step."""
 
-    With sequence parallelism: the norms, and the whole tower and projector where they are replicated and encode
-    different tiles.
+    all: int
+    summed_over_tp: int
+
+
+@lru_cache(maxsize=512)
+def trained_numbers(
+    arch: InternVLArchitecture, plan: ParallelPlan, chunks: tuple[Chunk, ...], frozen: frozenset[str]
+) -> TrainedNumbers:
+    """Count a pipeline rank's trained numbers.
+
+    With sequence parallelism mcore sums over tp, in one float32 copy, the gradients of the norms, and of the whole
+    tower and projector where they are replicated and encode different tiles.
+
+    Args:
+        arch: the model.
+        plan: sizes of the axes.
+        chunks: of the rank.
+        frozen: see `frozen_parts`.
     """
-    if plan.tp == 1 or not plan.sequence_parallel:
-        return 0
-    frozen = frozen_parts(config)
-    return sum(
-        size
+    trained = [
+        (name, size)
         for chunk in chunks
         for name, size in chunk_parameters(arch, plan, chunk)
-        if name.partition(".")[0] not in frozen and _is_summed(name, plan)
+        if name.partition(".")[0] not in frozen
+    ]
+    sums = plan.tp > 1 and plan.sequence_parallel
+    return TrainedNumbers(
+        all=sum(size for _, size in trained),
+        summed_over_tp=sum(size for name, size in trained if _is_summed(name, plan)) if sums else 0,
     )
 
 
 def _is_summed(parameter: str, plan: ParallelPlan) -> bool:
-    part = parameter.partition(".")[0]
-    if part == "language":
+    if parameter.startswith("language."):
         return "layernorm" in parameter
     return plan.vision == "replicated"

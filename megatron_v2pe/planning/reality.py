@@ -76,7 +76,7 @@ def compare_rank(
     built = built_rank(config, arch, plan=plan, rank=rank)
     pp_rank = rank // (plan.tp * plan.cp * plan.dp)
     chunks = chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank)
-    predicted = tuple(tuple(chunk_parameters(arch, plan, chunk)) for chunk in chunks)
+    predicted = tuple(chunk_parameters(arch, plan, chunk) for chunk in chunks)
     return RankComparison(
         rank=rank,
         predicted=rank_state(config, arch, plan, rank),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_v2pe.planning.parameters import Parameter
 
@@ -101,8 +102,9 @@ class StateBytes:
         )
 
 
+@lru_cache(maxsize=256)
 def state_bytes(
-    parameters: Sequence[Parameter],
+    parameters: tuple[Parameter, ...],
     *,
     element_bytes: int,
     sharing_ranks: int,

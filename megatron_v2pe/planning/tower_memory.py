@@ -11,6 +11,7 @@ Shape legend: n tiles of this rank, P patches + 1, K visual tokens of a tile, C 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
@@ -123,6 +124,7 @@ def tower_stack(
     )
 
 
+@lru_cache(maxsize=1024)  # a search asks for the same tower again and again
 def tower_peaks(
     arch: InternVLArchitecture, vision: VisionConfig, shape: TowerShape, kernels: Kernels
 ) -> TowerPeaks:

@@ -133,7 +133,7 @@ def step_traffic(
         setting: the run.
         gradients_bytes: this rank's gradient buffers.
         weights_bytes: trained weights of this rank.
-        tp_summed: numbers whose gradients are summed over tp (`rank_state.tp_summed_numbers`).
+        tp_summed: numbers whose gradients are summed over tp (`rank_state.trained_numbers`).
     """
     sharing, tp = setting.plan.dp * setting.plan.cp, setting.plan.tp
     return StepTraffic(

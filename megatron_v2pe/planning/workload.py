@@ -107,7 +107,7 @@ def assumed_pack(config: RunConfig, arch: InternVLArchitecture, assumptions: Ass
         document_lengths=(length,) * count,
         num_tiles=tiles,
         supervised_tokens=round(assumptions.supervised_share * length * count),
-        source=f"assumed: a full pack of {count} document(s), {assumptions.supervised_share:.0%} supervised",
+        source="assumed; --measure-data reads data.meta",
     )
 
 

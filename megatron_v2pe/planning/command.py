@@ -1,0 +1,163 @@
+"""What `megatron-v2pe plan` does, between its arguments and its text.
+
+arguments --inputs--> config, architecture, pack, hardware --estimate / search / inference--> text or json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.plan import resolve
+from megatron_v2pe.planning.activations import Setting
+from megatron_v2pe.planning.as_json import advice_data, estimate_data, inference_data, search_data
+from megatron_v2pe.planning.changes import advise, relax
+from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
+from megatron_v2pe.planning.hardware import GPUS, Hardware, with_rates
+from megatron_v2pe.planning.inference_memory import inference_memory
+from megatron_v2pe.planning.inputs import check_run, find_architecture, hf_folder
+from megatron_v2pe.planning.report import estimate_text, heading_lines, inference_lines, search_lines
+from megatron_v2pe.planning.search import search
+from megatron_v2pe.planning.stages import chunks_of_rank
+from megatron_v2pe.planning.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        config: the run.
+        gpus: ranks.
+        arch: size, config.json or folder; None takes the run's model.
+        gpu: key of `hardware.GPUS`.
+        gpu_memory: device memory in GB as the vendor writes it; 0 takes the GPU's own.
+        rates: replaced fields of the hardware, `name=value`.
+        assumptions: what a pack is made of.
+        measure_data: read it from data.meta instead.
+        inference: prompt tokens; 0 plans training.
+        search: number of layouts to list; 0 plans the run's own.
+        as_json: machine-readable answer.
+    """
+
+    config: RunConfig
+    gpus: int
+    arch: str | None = None
+    gpu: str = "h100"
+    gpu_memory: float = 0.0
+    rates: tuple[str, ...] = ()
+    assumptions: Assumptions = dataclasses.field(default_factory=Assumptions)
+    measure_data: bool = False
+    inference: int = 0
+    search: int = 0
+    as_json: bool = False
+
+
+def chosen_hardware(question: Question) -> Hardware:
+    """The GPU with the question's memory and rates. An "80 GB" GPU shows a little less in GiB than 80.
+
+    Raises:
+        ConfigError: unknown rate, or a memory that is not positive.
+    """
+    hardware = GPUS[question.gpu]
+    if question.gpu_memory < 0:
+        raise ConfigError(f"--gpu-memory is {question.gpu_memory}, but must be positive (GB)")
+    if question.gpu_memory:
+        nominal = float(hardware.name.split()[-2])
+        share = hardware.memory_gib / nominal
+        name = hardware.name.replace(f"{nominal:g} GB", f"{question.gpu_memory:g} GB")
+        hardware = replace(hardware, name=name, memory_gib=question.gpu_memory * share)
+    return with_rates(hardware, question.rates)
+
+
+def packs_of(question: Question, arch: InternVLArchitecture) -> tuple[Pack, Pack]:
+    """The pack that memory has to hold, and the one that time is worked out for."""
+    if not question.measure_data:
+        pack = assumed_pack(question.config, arch, question.assumptions)
+        return pack, pack
+    from megatron_v2pe.planning.measured_packs import measured_packs  # torch, tokenizer, images
+
+    packs = measured_packs(question.config, arch, hf_folder(question.config))
+    return fullest_pack(packs), mean_pack(packs)
+
+
+def evaluate(
+    config: RunConfig, *, arch: InternVLArchitecture, packs: tuple[Pack, Pack], gpus: int, hardware: Hardware
+) -> Estimate:
+    """Check and estimate a run: memory of the fullest pack, everything else of the mean one."""
+    check_run(config, arch, gpus)
+    full = estimate(config, arch, packs[0], gpus=gpus, hardware=hardware)
+    if packs[0] == packs[1]:
+        return full
+    mean = estimate(config, arch, packs[1], gpus=gpus, hardware=hardware)
+    return replace(mean, ranks=full.ranks)
+
+
+def answer(question: Question) -> tuple[str, bool]:
+    """The report, and whether the run (or any layout of a search) fits.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: mistakes in the question, the configuration or the data.
+    """
+    name, arch = find_architecture(question.arch, question.config)
+    hardware = chosen_hardware(question)
+    if question.inference:
+        return _inference(question, name, arch, hardware)
+    ask = partial(evaluate, arch=arch, packs=packs_of(question, arch), gpus=question.gpus, hardware=hardware)
+    if question.search:
+        found = search(question.config, arch, ask, gpus=question.gpus, hardware=hardware)
+        fits = any(advice.estimate.fits for advice in found)
+        if question.as_json:
+            return _json(
+                {"model": name, "search": search_data(found, question.config, count=question.search)}
+            ), fits
+        heading = heading_lines(found[0].estimate, name)
+        batch = f"  step     {question.config.optim.global_batch_size} packs"
+        rows = search_lines(found, question.config, count=question.search)
+        lines = [heading[0], heading[3], batch, "", *rows]
+        return "\n".join(lines) + "\n", fits
+    result = ask(question.config)
+    change = (relax if result.fits else advise)(question.config, ask)
+    if question.as_json:
+        return _json({**estimate_data(result, name), "advice": advice_data(change)}), result.fits
+    return estimate_text(result, name, change), result.fits
+
+
+def _inference(
+    question: Question, name: str, arch: InternVLArchitecture, hardware: Hardware
+) -> tuple[str, bool]:
+    """Memory of answering one prompt with the run's layout."""
+    data = replace(
+        question.config.data,
+        max_pack_tokens=question.inference,
+        max_sample_tokens=question.inference,
+        max_pack_tiles=max(question.config.data.max_pack_tiles, question.inference // arch.tokens_per_tile),
+    )
+    config = replace(question.config, data=data)
+    check_run(config, arch, question.gpus)
+    pack = replace(assumed_pack(config, arch, question.assumptions), source="a prompt")
+    setting = Setting(
+        config=config,
+        arch=arch,
+        plan=resolve(config.parallel, question.gpus),
+        pack=pack,
+        backend=backend_of(config),
+    )
+    layers = arch.language.num_layers
+    stages = [chunks_of_rank(config.parallel, layers, setting.plan, rank) for rank in range(setting.plan.pp)]
+    memories = [inference_memory(setting, chunks, hardware) for chunks in stages]
+    fits = max(memory.total_bytes for memory in memories) <= hardware.memory_gib * 2**30
+    if question.as_json:
+        return _json({"model": name, "fits": fits, "stages": inference_data(memories)}), fits
+    plan = setting.plan
+    title = f"{name} on {plan.world_size} x {hardware.name}: tp {plan.tp}, pp {plan.pp}, cp {plan.cp}, dp {plan.dp}"
+    return "\n".join([title, "", *inference_lines(setting, memories, hardware)]) + "\n", fits
+
+
+def _json(values: dict[str, object]) -> str:
+    return json.dumps(values, indent=2) + "\n"

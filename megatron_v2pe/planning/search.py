@@ -1,0 +1,134 @@
+"""The best layouts of a run on a number of GPUs: every split of the axes, each with the least saving that fits.
+
+    tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, pieces, slices, offload, cheapest first--> fits?
+                                            --> by predicted time
+
+What `config.validate` refuses is left out. Batch, data and frozen parts stay as the run has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.pipeline import split_layers
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.planning.changes import Advice, Evaluate, Override, changed
+from megatron_v2pe.planning.hardware import Hardware
+
+DECODER_SAVINGS: tuple[tuple[Override, ...], ...] = tuple(
+    (
+        ("model", "recompute", recompute),
+        ("model", "mlp_chunks", chunks),
+        ("model", "offload_activations", offload),
+    )
+    for recompute, chunks, offload in (
+        ("none", 1, False),
+        ("selective", 1, False),
+        ("selective", 4, False),
+        ("full", 1, False),
+        ("full", 4, False),
+        ("full", 4, True),
+    )
+)
+TOWER_SAVINGS: tuple[tuple[Override, ...], ...] = tuple(
+    (("vision", "recompute", recompute), ("vision", "micro_batch_tiles", tiles))
+    for recompute, tiles in (("none", 0), ("full", 0), ("none", 16))
+)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most]
+
+
+def splits(arch: InternVLArchitecture, gpus: int, hardware: Hardware) -> Iterator[tuple[Override, ...]]:
+    """Sizes of the axes: tp inside a node, pp up to one layer a stage, the rest over cp and dp.
+
+    Sequence parallelism always comes with tp: it saves memory and costs nothing here.
+    """
+    layers = arch.language.num_layers
+    for tp, pp in product(powers_of_two(min(hardware.gpus_per_node, gpus)), powers_of_two(min(gpus, layers))):
+        for cp in powers_of_two(gpus // (tp * pp)):
+            for vpp, tower, comm in product(
+                (1, 2) if pp > 1 else (1,),
+                ("replicated", "tensor") if tp > 1 else ("replicated",),
+                ("p2p", "a2a") if cp > 1 else ("p2p",),
+            ):
+                yield tuple(
+                    ("parallel", key, value)
+                    for key, value in (
+                        ("tp", tp),
+                        ("pp", pp),
+                        ("cp", cp),
+                        ("vpp", vpp),
+                        ("sequence_parallel", tp > 1),
+                        ("vision", tower),
+                        ("cp_comm_type", comm),
+                        ("pipeline_layout", split_layers(layers, num_stages=pp * vpp)),
+                    )
+                )
+
+
+def search(
+    config: RunConfig, arch: InternVLArchitecture, evaluate: Evaluate, *, gpus: int, hardware: Hardware
+) -> list[Advice]:
+    """Layouts that fit, the fastest first; where none fits, the ones that come nearest, by what they lack.
+
+    Raises:
+        ConfigError: no layout is valid for this model, batch and number of GPUs.
+    """
+    fitting: list[Advice] = []
+    lacking: list[Advice] = []
+    for axes in splits(arch, gpus, hardware):
+        advice = best_savings(config, axes, evaluate)
+        if advice is not None:
+            (fitting if advice.estimate.fits else lacking).append(advice)
+    if not fitting and not lacking:
+        raise ConfigError(
+            f"--search: no split of {gpus} GPUs is valid for this model with optim.global_batch_size "
+            f"{config.optim.global_batch_size}; the data parallel size must divide it"
+        )
+    if not fitting:
+        return sorted(lacking, key=lambda advice: -advice.estimate.room_bytes)
+    return sorted(fitting, key=lambda advice: advice.estimate.time.seconds)
+
+
+def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+    """The fastest combination of savings that fits a split, or the smallest one; None for an invalid split.
+
+    The largest savings are tried first: where they do not fit, nothing does.
+    """
+    smallest = _evaluated(config, (*axes, *DECODER_SAVINGS[-1], *TOWER_SAVINGS[-1]), evaluate)
+    if smallest is None or not smallest.estimate.fits:
+        return smallest
+    best = smallest
+    for tower in TOWER_SAVINGS:
+        for decoder in DECODER_SAVINGS:
+            advice = _evaluated(config, (*axes, *decoder, *tower), evaluate)
+            if advice is None or not advice.estimate.fits:
+                continue
+            if advice.estimate.time.seconds < best.estimate.time.seconds:
+                best = advice
+            break  # further savings cost more time
+    return best
+
+
+def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+    try:
+        return Advice(overrides=overrides, estimate=evaluate(changed(config, overrides)))
+    except ConfigError:
+        return None
+
+
+def shown_overrides(advice: Advice, config: RunConfig) -> tuple[Override, ...]:
+    """Those that differ from the run, and those that differ from the defaults, so that a row says its layout."""
+    defaults = RunConfig()
+    return tuple(
+        (section, key, value)
+        for section, key, value in advice.overrides
+        if getattr(getattr(defaults, section), key) != value
+        or getattr(getattr(config, section), key) != value
+    )
