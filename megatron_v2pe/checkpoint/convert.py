@@ -16,18 +16,14 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from megatron_v2pe.checkpoint.block_stream import Block, BlockStream
+from megatron_v2pe.checkpoint.block_stream import BlockStream
 from megatron_v2pe.checkpoint.converted_blocks import (
     Dtype,
     Progress,
-    converted_blocks,
     converted_info,
     not_finite_message,
     silent,
@@ -41,6 +37,7 @@ from megatron_v2pe.checkpoint.dist_io import (
     rank_and_world_size,
     save_state,
 )
+from megatron_v2pe.checkpoint.exported import ExportedTensors
 from megatron_v2pe.checkpoint.folder import (
     LAYOUT_FILE,
     CheckpointInfo,
@@ -64,8 +61,6 @@ from megatron_v2pe.checkpoint.hf_io import (
 )
 from megatron_v2pe.checkpoint.hf_map import NameMap, family_name, name_map
 from megatron_v2pe.checkpoint.import_plan import plan_import, unread_shards
-from megatron_v2pe.checkpoint.merge import open_state
-from megatron_v2pe.checkpoint.row_runs import rows_of_hf
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
@@ -80,6 +75,7 @@ def import_hf(
     force: bool = False,
     dtype: Dtype = "keep",
     allow_pickle: bool = False,
+    target_layout: Mapping[str, int] | None = None,
     progress: Progress = silent,
     expect: Progress = silent,
 ) -> CheckpointInfo:
@@ -91,6 +87,7 @@ def import_hf(
         force: replace `target` if it is there, once the new one is complete.
         dtype: cast floating point tensors.
         allow_pickle: take pickle files where there is no safetensors file.
+        target_layout: parallel sizes for `CheckpointInfo.target_layout`; tensors are the same for every layout.
         progress: told the bytes of each block.
         expect: told all bytes of this rank beforehand.
 
@@ -110,7 +107,12 @@ def import_hf(
         hashes = save_state(state_path(folder), shards, unread=unread, file_of=plan.file_of)
         _warn_of(not_finite, dtype)
         info = CheckpointInfo(
-            kind="import", step=0, family=family_name(arch), num_parameters=names.num_parameters, dtype=dtype
+            kind="import",
+            step=0,
+            family=family_name(arch),
+            num_parameters=names.num_parameters,
+            target_layout=dict(target_layout or {}),
+            dtype=dtype,
         )
         known = {str(state_path("") / name): digest for name, digest in hashes.items()}
         on_first_rank(lambda: write_info(folder, info, hashes=known))
@@ -201,70 +203,6 @@ def _write_tensors(
                 stream.position = data + starts[name]
                 stream.put_blocks(exported.blocks(name))
             stream.close()
-
-
-class ExportedTensors:
-    """A checkpoint's tensors under their Hugging Face names.
-
-    Args:
-        checkpoint_folder: a complete checkpoint; one of adapters appears merged into its base.
-        dtype: cast floating point tensors.
-        progress: told the bytes of each block that is read.
-
-    Attributes:
-        names: the table of its architecture.
-        state: the stored tensors.
-        not_finite: NaN and Inf that were seen, by our names.
-
-    Raises:
-        CheckpointError: the checkpoint lacks parameters of its own architecture.
-    """
-
-    def __init__(
-        self, checkpoint_folder: str | Path, *, dtype: Dtype = "keep", progress: Progress = silent
-    ) -> None:
-        self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
-        self.state = open_state(checkpoint_folder)
-        self.not_finite: Counter[str] = Counter()
-        self._dtype, self._progress = dtype, progress
-        missing = sorted(set(self.names.by_ours) - set(self.state.tensors))
-        raise_together(f"{checkpoint_folder}: lacks parameters", missing)
-
-    def as_stored(self, file: WeightFile) -> WeightFile:
-        """The same file with the dtypes that the checkpoint holds (a bfloat16 run of a float32 import)."""
-        unknown = sorted(set(file.tensors) - set(self.names.by_hf))
-        raise_together(f"{self.state.folder.parent}: {LAYOUT_FILE} names unknown tensors", unknown)
-        infos = self.infos()
-        return WeightFile(file.name, {name: infos[name] for name in file.tensors}, file.metadata)
-
-    def infos(self) -> dict[str, TensorInfo]:
-        """Every Hugging Face name with its dtype, after the cast, and its shape, without padding."""
-        return {name: self._info(name) for name in self.names.by_hf}
-
-    def _info(self, hf_name: str) -> TensorInfo:
-        stored = self.state.tensors[self.names.by_hf[hf_name].ours]
-        return converted_info(TensorInfo(stored.dtype, self.names.hf_shape(hf_name)), self._dtype)
-
-    def blocks(self, hf_name: str) -> Iterator[Block]:
-        """The bytes of one tensor, read when each block is filled."""
-        return converted_blocks(
-            self.state,
-            rows_of_hf(self.names.by_hf[hf_name], hf_name),
-            target=self._info(hf_name),
-            not_finite=self.not_finite,
-            progress=self._progress,
-        )
-
-    def read(self, hf_name: str) -> Tensor:
-        """One tensor, whole."""
-        info = self._info(hf_name)
-        whole = torch.empty(info.num_bytes, dtype=torch.uint8)
-        first = 0
-        for block in self.blocks(hf_name):
-            data = block.fill(torch.empty(block.num_bytes, dtype=torch.uint8))
-            whole[first : first + data.numel()] = data
-            first += data.numel()
-        return whole.view(info.dtype).view(info.shape)
 
 
 def open_hf(

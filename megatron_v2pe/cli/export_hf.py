@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint, byte_progress, check_files
+from megatron_v2pe.cli.conversion import (
+    add_dtype,
+    add_verify_checkpoint,
+    check_files,
+    refuse_ranks,
+    shared_progress,
+)
 from megatron_v2pe.cli.sizes import parse_size
+from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
@@ -29,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    add_dtype(parser)
     add_verify_checkpoint(parser)
 
 
@@ -39,17 +47,23 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.convert import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
-    options = {"force": args.force, "max_shard_bytes": max_shard_bytes}
-    with byte_progress(NAME) as progress:
+    options = {"force": args.force, "dtype": args.dtype, "max_shard_bytes": max_shard_bytes}
+    with shared_progress(NAME) as progress:
         check_files(args)
-        export_hf(args.checkpoint, args.hf_folder, progress=progress, **options)
-    sys.stdout.write(f"{args.hf_folder}: exported\n")
+        export_hf(args.checkpoint, args.hf_folder, progress=progress, expect=progress.expect, **options)
+    if launcher().rank == 0:
+        sys.stdout.write(f"{args.hf_folder}: exported\n")
     return 0
 
 
 def _export_adapters(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.peft_io import export_peft
 
+    refuse_ranks(f"{NAME} --adapter")
+    if args.dtype != "keep":
+        raise ConfigError(
+            "--dtype is for whole models; adapters (--adapter) keep the dtype that they were trained in"
+        )
     if args.max_shard_size:
         raise ConfigError("--max-shard-size is for whole models; a PEFT folder (--adapter) has one file")
     check_files(args)
