@@ -6,13 +6,16 @@ and up fused in Hugging Face. With dropout nothing can be compared with one rank
 """
 
 import contextlib
+import dataclasses
 
 import pytest
+import torch
 
 from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig
-from tests.support import parity
+from tests.support import parity, whole
 from tests.support.parity import Layout, Options, Work
 from tests.support.parity_cases import Case
+from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
 TOLERANCES = {"loss": 1e-6, "norm": 3e-6, "gradient": 1e-5, "weight 1": 3e-4, "weight 2": 3e-4}
@@ -43,43 +46,33 @@ def work(name, options, *, sp=False, layout="", recompute="none", micro_batch_ti
 WORK = [
     work("tp2", INTERNLM2, tp=2),
     work("tp2 sp", INTERNLM2, tp=2, sp=True),
-    work("tp2, split tower", INTERNLM2, tp=2, vision="tensor"),
     work("tp2 sp, split tower", INTERNLM2, tp=2, sp=True, vision="tensor"),
     work("pp2", INTERNLM2, pp=2),
     work("cp2", INTERNLM2, cp=2),
-    work("dp2", INTERNLM2),
-    work(
-        "tp2 sp, full recompute, 1 tile at a time",
-        INTERNLM2,
-        tp=2,
-        sp=True,
-        recompute="full",
-        micro_batch_tiles=1,
-    ),
-    work("cp2, selective recompute", INTERNLM2, cp=2, recompute="selective"),
-    work("Llama, tp2", LLAMA, tp=2),
     work("Llama, tp2 sp", LLAMA, tp=2, sp=True),
-    work(
-        "Llama, pp2, nothing trained in the first decoder stage but the projector",
-        LLAMA,
-        pp=2,
-        layout="E|ttttL",
-    ),
     work("Phi-3, tp2 sp", PHI3, tp=2, sp=True),
     work("Phi-3, pp2, nothing trained in the first stage", PHI3, pp=2, layout="E|ttttL"),
+]
+RECOMPUTED = dict(recompute="full", micro_batch_tiles=1)
+MORE_WORK = [
+    work("tp2, split tower", INTERNLM2, tp=2, vision="tensor"),
+    work("dp2", INTERNLM2),
+    work("tp2 sp, full recompute, 1 tile at a time", INTERNLM2, tp=2, sp=True, **RECOMPUTED),
+    work("cp2, selective recompute", INTERNLM2, cp=2, recompute="selective"),
+    work("Llama, tp2", LLAMA, tp=2),
+    work("Llama, pp2, no decoder layer in the first stage", LLAMA, pp=2, layout="E|ttttL"),
     work("vision alone, pp2, nothing trained in the second stage", VISION, pp=2),
 ]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    wanted = sorted({(SPREAD, row.layout.options) for row in WORK}, key=str)
+    wanted = sorted({(SPREAD, row.layout.options) for row in [*WORK, *MORE_WORK]}, key=str)
     return parity.reference_file(tmp_path_factory.mktemp("reference"), wanted)
 
 
-@pytest.mark.timeout(400)
-def test_equal_to_one_rank(reference):
-    found = parity.compare_ranks(2, WORK, reference, timeout=380)
+def check(work, reference):
+    found = parity.compare_ranks(2, work, reference, timeout=380)
     beyond = [
         f"{name} {quantity}: {error:.2g}, {TOLERANCES[quantity]:g} allowed, worst in {where}"
         for (name, _), quantities in found.items()
@@ -87,6 +80,17 @@ def test_equal_to_one_rank(reference):
         if not error <= TOLERANCES[quantity]
     ]
     assert beyond == [], "\n".join(beyond)
+
+
+@pytest.mark.timeout(400)
+def test_equal_to_one_rank(reference):
+    check(WORK, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_equal_to_one_rank_in_more_layouts(reference):
+    check(MORE_WORK, reference)
 
 
 @contextlib.contextmanager
@@ -119,6 +123,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_wrong_variants_are_seen(reference):
     rows = [Work(name, row.layout, row.cases, mutation) for name, (row, mutation, _) in WRONG.items()]
     found = parity.compare_ranks(2, rows, reference, timeout=120)
@@ -146,3 +151,78 @@ def test_adapters_are_trained_and_what_they_are_added_to_is_not(reference):
         key.split(".lora.")[1].partition(".")[0] for key in scales[str(SPREAD), LLAMA] if ".lora." in key
     }
     assert adapters == {"q_proj", "v_proj", "up_proj", "down_proj"}
+
+
+FIRST_VALUES = {
+    "one rank": (1, ParallelConfig()),
+    "tp2 sp": (2, ParallelConfig(tp=2, sequence_parallel=True)),
+    "tp2, split tower": (2, ParallelConfig(tp=2, vision="tensor")),
+    "pp2": (2, ParallelConfig(pp=2)),
+}
+
+
+def draw(rank, world_size, sizes):
+    """Adapters that a rank starts from, as pieces; the tower has five heads, which two ranks pad to six."""
+    from megatron_v2pe.assembly.build import build_model
+    from megatron_v2pe.checkpoint.adapters import draw_adapters
+
+    arch = INTERNLM2.arch
+    arch = dataclasses.replace(arch, vision=dataclasses.replace(arch.vision, hidden_size=40, num_heads=5))
+    found = {}
+    for name, parallel in sizes.items():
+        layout = Layout(parallel, INTERNLM2)
+        plan, ranks = parity.join(layout, world_size)
+        chunks = build_model(layout.config(SPREAD), arch, plan=plan, ranks=ranks)
+        draw_adapters(chunks, lora=EVERYWHERE, arch=arch, seed=7, ranks=ranks)
+        found[name] = [piece for piece in whole.pieces(chunks, ranks) if ".lora." in piece[0]]
+    return found
+
+
+def test_every_layout_starts_from_the_same_adapters():
+    """Bit for bit; what pads the heads of a split tower is zero, and so are all B."""
+    by_world = {
+        count: run_ranks(draw, count, {n: p for n, (c, p) in FIRST_VALUES.items() if c == count})
+        for count in (1, 2)
+    }
+    ((reference,),) = [list(found.values()) for found in by_world[1]]
+    wholes = {key: data for key, _, _, data in reference}
+    assert all(data.any() == key.endswith("lora_A") for key, data in wholes.items())
+    held = dict.fromkeys(wholes, 0)
+    for found in by_world[2]:
+        for pieces in found.values():
+            for key, slices, _, data in pieces:
+                real = wholes[key][slices]
+                inside = data[tuple(slice(size) for size in real.shape)]
+                assert torch.equal(inside, real), key
+                assert data.count_nonzero() == inside.count_nonzero(), key
+                held[key] += 1
+    assert all(held.values())
+
+
+def train_with_dropout(rank, world_size, layouts):
+    """What each rank holds after two updates, as pieces."""
+    found = {}
+    for name, layout in layouts.items():
+        plan, ranks = parity.join(layout, world_size)
+        found[name] = parity.two_steps(layout, SPREAD, plan=plan, ranks=ranks)
+    return {name: (outcome.losses, outcome.weights[-1]) for name, outcome in found.items()}
+
+
+@pytest.mark.slow
+def test_dropout_keeps_copies_equal_and_changes_the_loss():
+    """Where tp ranks see the same input they must zero the same part of it, or their copies of A drift apart."""
+    plain, dropout = INTERNLM2, Options(lora=dataclasses.replace(EVERYWHERE, dropout=0.5))
+    sizes = {"tp2": ParallelConfig(tp=2), "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True)}
+    layouts = {name: Layout(parallel, dropout) for name, parallel in sizes.items()}
+    layouts["recomputed"] = Layout(sizes["tp2 sp"], dropout, recompute="full")
+    layouts["plain"] = Layout(sizes["tp2"], plain)
+    first, second = run_ranks(train_with_dropout, 2, layouts, timeout=120)
+    for name, (losses, pieces) in first.items():
+        other = {(key, str(slices)): data for key, slices, _, data in second[name][1]}
+        copies = [(key, data, other.get((key, str(slices)))) for key, slices, _, data in pieces]
+        compared = [key for key, data, copy in copies if copy is not None]
+        assert [key for key, data, copy in copies if copy is not None and not torch.equal(data, copy)] == []
+        assert any(".lora." in key for key in compared)
+        assert name == "plain" or losses != first["plain"][0]
+    # Masks are drawn again alike when a layer runs again.
+    assert first["recomputed"][0] == pytest.approx(first["tp2 sp"][0], rel=1e-6)
