@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_v2pe.core.env import launcher
+
 NAME = "train"
 HELP = """fine-tune an imported checkpoint as RUN.yaml says
 
@@ -12,7 +14,12 @@ Two ranks:      torchrun --standalone --nproc-per-node 2 -m megatron_v2pe train 
 Other numbers:  megatron-v2pe train run.yaml optim.lr=1e-5 position.mode=v2pe_random
 
 The run writes config.yaml, metrics.jsonl, tensorboard/ and checkpoints/ to runtime.run_dir, and continues from
-its newest checkpoint when it is started again. docs/configuration.md explains every field."""
+its newest checkpoint when it is started again. docs/configuration.md explains every field.
+
+SIGTERM, SIGUSR1, Ctrl-C, or a file RUN_DIR/stop end it behind the current step with a checkpoint and
+RUN_DIR/interrupted.json. The exit code is then 75; under torchrun it is 0, because torchrun would restart the ranks."""
+
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: starting again continues
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_v2pe.train.loop import train
 
-    train(config)
-    return 0
+    reason = train(config)
+    return INTERRUPTED if reason and launcher().world_size == 1 else 0

@@ -35,14 +35,18 @@ from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
+from megatron_v2pe.train.interruption import Interruption
 from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, peak_memory_gib
 from megatron_v2pe.train.step import StepReport, train_step
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig) -> str:
     """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
+
+    Returns:
+        What interrupted the run (see `interruption`), "" when it reached its last step.
 
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
@@ -57,9 +61,11 @@ def train(config: RunConfig) -> None:
         require_same_adapters(describe_adapters(config), resume_from)
     ranks = init_distributed(plan, seed=config.runtime.seed)
     run = Run(config, arch, plan=plan, ranks=ranks)
-    run.start(resume_from)
-    run.steps()
+    with Interruption(run.run_dir, ranks=ranks) as interruption:
+        run.start(resume_from)
+        reason = run.steps(interruption)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
+    return reason
 
 
 def _model_folder(config: RunConfig) -> Path:
@@ -205,8 +211,8 @@ class Run:
         )
         return MicroBatchRunner(shard=shard, device=self.ranks.device)
 
-    def steps(self) -> None:
-        """Train from the current step to the last."""
+    def steps(self, interruption: Interruption) -> str:
+        """Train from the current step to the last, or to an interruption, whose reason is returned."""
         log = MetricsLog(
             self.run_dir,
             rank=self.ranks.rank,
@@ -215,6 +221,7 @@ class Run:
             total_steps=self.config.optim.steps,
             first_step=self.state.step + 1,
         )
+        reason = ""
         for batches, data_seconds in timed(self.loader):
             report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
             self.state = replace(
@@ -223,11 +230,14 @@ class Run:
                 consumed_packs=self.state.consumed_packs + self.config.optim.global_batch_size,
             )
             log.write(self._metrics(report, batches, data_seconds))
-            if self._is_save_due():
+            reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
+            if self._is_save_due() or reason:
                 self._save()
-            if self.state.step >= self.config.optim.steps:
+            if reason:
+                interruption.record(reason, step=self.state.step)
                 break
         log.close()
+        return reason
 
     def _metrics(
         self, report: StepReport, batches: Sequence[PackedBatch], data_seconds: float

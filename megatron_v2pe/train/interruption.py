@@ -1,0 +1,84 @@
+"""Requests to stop: a signal to any rank, or a file in the run folder; all ranks stop behind the same step.
+
+    SIGTERM, SIGUSR1, SIGINT to a rank --+
+    RUN_DIR/stop (looked for by rank 0) -+--> agreed over ranks after each step --> checkpoint --> interrupted.json
+
+The file is for batch scripts: torchrun gives its ranks 30 seconds after a signal to itself, which is too short for
+a large checkpoint, while a script that traps the signal and makes the file gives them all the time it has left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.parallel.topology import Ranks
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "stop"
+RECORD = "interrupted.json"
+_BY_FILE = 1000  # stands for the file among signal numbers
+_ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has sent to its ranks already
+
+
+class Interruption:
+    """Watches for requests while it is entered; a second SIGINT, some seconds after the first, stops at once.
+
+    Args:
+        run_dir: folder of the run.
+        ranks: this rank's place.
+
+    Entering removes what an earlier interruption left in the folder.
+    """
+
+    def __init__(self, run_dir: Path, *, ranks: Ranks) -> None:
+        self._stop_file, self._record_path = run_dir / STOP_FILE, run_dir / RECORD
+        self._ranks = ranks
+        self._seen, self._seen_at = 0, 0.0
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if self._ranks.rank == 0:
+            self._stop_file.unlink(missing_ok=True)
+            self._record_path.unlink(missing_ok=True)
+        self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._seen == number and now - self._seen_at > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+        self._seen, self._seen_at = number, now
+
+    def agreed(self) -> str:
+        """What asked any rank to stop, "" if nothing did. Collective, after every step; one number travels."""
+        if self._ranks.rank == 0 and not self._seen and self._stop_file.exists():
+            self._seen = _BY_FILE
+        asked = torch.tensor(self._seen, device=self._ranks.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        number = int(asked)
+        return "" if not number else STOP_FILE if number == _BY_FILE else signal.Signals(number).name
+
+    def record(self, reason: str, *, step: int) -> None:
+        """Leave interrupted.json for whoever starts the run again; rank 0 writes it, behind the checkpoint."""
+        if self._ranks.rank == 0:
+            self._stop_file.unlink(missing_ok=True)
+            write_atomic(self._record_path, json.dumps({"reason": reason, "step": step}) + "\n")
+        logger.warning("stopped by %s behind step %d; the same command continues from there", reason, step)
