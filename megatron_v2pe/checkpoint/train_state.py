@@ -1,19 +1,19 @@
 """Everything a run needs to go on, in one checkpoint folder.
 
     save   parameters in sync -> shards of model, optimizer, generators -> hf/ with the positions that were
-           trained -> hashes, each rank of its own files -> checkpoint.json -> rename -> latest
+           trained -> checkpoint.json, with the hashes that the ranks made while writing -> rename -> latest
     load   a folder that `resume_point` chose -> the same, at any tp, pp, cp, dp
 
 Tensors and optimizer state are stored in the shape of the whole model and load under any layout. Random generators are
-a property of the layout: they are restored at the same one, and left as seeded at another (with a warning).
+a property of the layout: they are restored at the same one, and seeded by the step at another (with a warning).
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_v2pe.checkpoint.adapter_record import AdapterRecord, read_record, write_record
 from megatron_v2pe.checkpoint.dist_io import (
     every_parameter,
-    gather_from_ranks,
     load_into_chunks,
     load_state,
     model_sharded_state_dict,
     on_first_rank,
-    raise_together,
     save_state,
     sharded_state_metadata,
     stored_bytes,
@@ -44,16 +42,16 @@ from megatron_v2pe.checkpoint.folder import (
     state_path,
     write_info,
 )
-from megatron_v2pe.checkpoint.hashing import sha256_files
 from megatron_v2pe.checkpoint.hf_config import update_positions
 from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.parallel.topology import Ranks, seed_generators
 
 logger = logging.getLogger(__name__)
+_SEEDS_PER_STEP = 1_000_003  # beyond what stages and tensor parallel ranks add to a seed
 
 
 def save_checkpoint(
@@ -93,10 +91,10 @@ def save_checkpoint(
     num_bytes = stored_bytes(states)
     target = step_path(run_dir, run_state.step)
     tmp = on_first_rank(lambda: _begin(target, num_bytes, adapters))
-    save_state(state_path(tmp), states)
-    info = _info(run_state, ranks, Path(hf_folder))
-    hashes = _hashes_of_all_ranks(tmp, ranks)
-    on_first_rank(lambda: _finish(tmp, target, info=info, hashes=hashes, hf_folder=Path(hf_folder)))
+    written = save_state(state_path(tmp), states)
+    hashes = {f"{state_path(tmp).name}/{name}": digest for name, digest in written.items()}
+    finish = partial(_finish, run_state=run_state, ranks=ranks, hashes=hashes, hf_folder=Path(hf_folder))
+    on_first_rank(lambda: finish(tmp, target))
     on_first_rank(lambda: _retain(run_dir, run_state.step, keep))
     return target
 
@@ -127,15 +125,18 @@ def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any
         states["generators"] = _generator_shard(ranks)
     else:
         logger.warning(
-            "%s was written by another parallel layout (%s): random generators start from the seed",
+            "%s was written by another parallel layout (%s): random generators are seeded anew for step %d",
             folder,
             info.topology,
+            run_state.step,
         )
     loaded = load_state(state_path(folder), states)
     load_into_chunks(chunks, loaded, wanted=wanted)
     optimizer.load_state_dict(loaded["optimizer"])
     if has_same_layout:
         _set_generators(loaded["generators"])
+    else:  # not as at step 0, or the draws of the first steps would come again
+        seed_generators(run_state.data_seed + _SEEDS_PER_STEP * run_state.step)
     return run_state
 
 
@@ -148,9 +149,13 @@ def _begin(target: Path, num_bytes: int, adapters: AdapterRecord | None) -> Path
     return tmp
 
 
-def _info(run_state: RunState, ranks: Ranks, hf_folder: Path) -> CheckpointInfo:
+def _finish(
+    tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hashes: Mapping[str, str], hf_folder: Path
+) -> None:
     arch = read_architecture(hf_folder)
-    return CheckpointInfo(
+    copy_hf_folder(hf_folder, hf_path(tmp))
+    update_positions(hf_path(tmp) / "config.json", run_state)
+    info = CheckpointInfo(
         kind="train",
         step=run_state.step,
         family=family_name(arch),
@@ -158,33 +163,6 @@ def _info(run_state: RunState, ranks: Ranks, hf_folder: Path) -> CheckpointInfo:
         topology=_topology(ranks),
         num_parameters=name_map(arch).num_parameters,
     )
-
-
-def _hashes_of_all_ranks(tmp: Path, ranks: Ranks) -> dict[str, str]:
-    """SHA-256 of the tensor files, each made by the rank that wrote it, while its pages are still in memory.
-
-    Collective. A file that no rank knows as its own is hashed by the one who writes `checkpoint.json`.
-
-    Raises:
-        CheckpointError: a rank cannot read its file back.
-    """
-    started, problem, mine = time.perf_counter(), "", {}
-    written = sorted(state_path(tmp).glob(f"__{ranks.rank}_*"))  # torch's writer names files by rank
-    try:
-        mine = {str(path.relative_to(tmp)): value for path, value in sha256_files(written).items()}
-    except OSError as error:
-        problem = f"{error.filename}: cannot be read back ({error.strerror})"
-    told = gather_from_ranks((mine, problem))
-    raise_together(f"{tmp}: cannot be finished", [problem for _, problem in told if problem])
-    logger.info("hashed %d files in %.2f s", len(mine), time.perf_counter() - started)
-    return {name: value for hashes, _ in told for name, value in hashes.items()}
-
-
-def _finish(
-    tmp: Path, target: Path, *, info: CheckpointInfo, hashes: Mapping[str, str], hf_folder: Path
-) -> None:
-    copy_hf_folder(hf_folder, hf_path(tmp))
-    update_positions(hf_path(tmp) / "config.json", RunState.from_json(info.run_state))
     write_info(tmp, info, hashes=hashes)
     commit(tmp, target)
 

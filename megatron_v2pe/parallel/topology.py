@@ -100,9 +100,16 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
             order=RANK_ORDER,
             create_gloo_process_groups=False,
         )
-    # Stages draw differently, as Megatron has it; tp ranks differ inside mcore's tracked generator only.
-    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    seed_generators(seed)
     return _ranks(plan, device, timeout_minutes)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the default generator and mcore's tracked ones; the groups must have been made.
+
+    Stages draw differently, as Megatron has it; tp ranks differ inside mcore's tracked generator only.
+    """
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def _has_groups_of(plan: ParallelPlan) -> bool:

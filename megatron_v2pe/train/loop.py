@@ -161,9 +161,10 @@ class Run:
         """Look at every byte that will be loaded where `checkpoint.verify` asks for it; the place to resume from."""
         if self.config.checkpoint.verify != "full":
             return resume_from
+        loads_base = resume_from is None or self.adapters is not None
+        if loads_base and not self.config.model.hf_path:  # whose files came without hashes
+            verify_in_full(self.config.model.checkpoint, ranks=self.ranks)
         if resume_from is None:
-            if not self.config.model.hf_path:  # whose files came without hashes
-                verify_in_full(self.config.model.checkpoint, ranks=self.ranks)
             return None
         return resume_point_in_full(self.run_dir, fallback=self.config.checkpoint.fallback, ranks=self.ranks)
 
