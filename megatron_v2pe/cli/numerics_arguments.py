@@ -16,6 +16,7 @@ _DEFAULTS = {
     "dtype": "float32",
     "stride": 0,
     "every": 0,
+    "reference": "plain",
 }
 
 
@@ -35,6 +36,12 @@ def add_numerics_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--every", type=int, default=0, help="show each k-th layer (default: about 8 of a part)"
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("plain", "transformers"),
+        default="plain",
+        help="judge: plain PyTorch (default), or with transformers' decoder (needs the extra 'verify')",
     )
 
 

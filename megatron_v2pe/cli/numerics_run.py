@@ -28,6 +28,7 @@ def run_numerics(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         stride=args.stride,
         every=args.every,
+        reference=args.reference,
     )
     if here.rank == 0:
         sys.stdout.write((json.dumps(to_json(rows), indent=2) if args.json else format_rows(rows)) + "\n")

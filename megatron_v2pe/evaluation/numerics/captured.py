@@ -1,6 +1,6 @@
 """Our model on this layout's ranks, with what each stage gave, put together on every rank.
 
-    checkpoint --load_model_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
+    checkpoint --load_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
     pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
 Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
@@ -20,7 +20,8 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.adapters import load_weights
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.evaluation.numerics.inputs import Inputs
@@ -81,10 +82,11 @@ class CapturedRun:
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
+        config = replace(config, lora=adapters_of(checkpoint))
         self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
         self.inputs, self.wanted = inputs, wanted
         self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)
-        load_model_weights(checkpoint, self.chunks, ranks=ranks)
+        load_weights(checkpoint, self.chunks, ranks=ranks)
         self._local: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:

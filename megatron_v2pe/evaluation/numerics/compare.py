@@ -11,6 +11,7 @@ entries near zero have no relative accuracy after a sum of thousands of terms.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from megatron_v2pe.evaluation.numerics.captured import (
 )
 from megatron_v2pe.evaluation.numerics.inputs import Inputs, make_inputs
 from megatron_v2pe.evaluation.numerics.reference_model import ReadTensor, ReferenceModel, positions_of
+from megatron_v2pe.evaluation.numerics.transformers_model import TransformersReference
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.parallel.topology import init_distributed
 
@@ -94,6 +96,7 @@ def compare_numerics(
     dtype: Literal["float32", "bfloat16"] = "float32",
     stride: int = 0,
     every: int = 0,
+    reference: Literal["plain", "transformers"] = "plain",
 ) -> list[StageRow]:
     """Run one input through a reference made of `source` and through `checkpoint` in our model. Collective.
 
@@ -105,15 +108,17 @@ def compare_numerics(
         dtype: in which our model computes; the reference computes in float64.
         stride: see `make_inputs`.
         every: see `stage_names`.
+        reference: `plain` PyTorch, or the same with `transformers`' decoder.
 
     Returns:
         A row for each stage, the same on every rank.
 
     Raises:
-        ConfigError: the layout does not fit the ranks or the model.
+        ConfigError: the layout does not fit the ranks or the model, or the reference cannot be had.
         CheckpointError: one of the two folders cannot be read, or they are of models of other sizes.
     """
-    reference_arch, read = _open_source(source)
+    read, config_folder = _open_source(source)
+    reference_arch = read_architecture(config_folder)
     read_info(checkpoint)
     arch = read_architecture(hf_path(checkpoint))
     _check_layout(parallel, arch, world_size)
@@ -123,6 +128,7 @@ def compare_numerics(
             f"--every is {every}, but must be at least 1, or 0 for about eight layers of each part"
         )
     inputs = make_inputs(arch, stride=stride)
+    judge = _reference(reference, read, config_folder, is_v2pe=inputs.is_v2pe)
     layout = split_layers(arch.language.num_layers, num_stages=parallel.pp)
     config = RunConfig(
         parallel=ParallelConfig(**{**parallel.__dict__, "pipeline_layout": layout}),
@@ -134,9 +140,7 @@ def compare_numerics(
     wanted = stage_names(arch, every=every)
     run = CapturedRun(checkpoint, arch, config, plan=plan, ranks=ranks, inputs=inputs, wanted=wanted)
     ours = run.outputs()
-    is_v2pe = inputs.is_v2pe or reference_arch.position_mode != "default"
-    reference = ReferenceModel(reference_arch, read, is_v2pe=is_v2pe)
-    return on_first_rank(lambda: compare_stages(reference, inputs, ours, tolerance=TOLERANCES[dtype]))
+    return on_first_rank(lambda: compare_stages(judge, inputs, ours, tolerance=TOLERANCES[dtype]))
 
 
 def compare_stages(
@@ -198,14 +202,22 @@ def to_json(rows: list[StageRow]) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(row), "relative": row.relative, "passes": row.passes} for row in rows]
 
 
-def _open_source(source: str | Path) -> tuple[InternVLArchitecture, ReadTensor]:
-    """Architecture and tensors of the reference, by Hugging Face names."""
+def _open_source(source: str | Path) -> tuple[ReadTensor, Path]:
+    """Tensors of the reference by Hugging Face names, and the folder of its config.json."""
     if is_complete(source):
         read_info(source)
-        exported = ExportedTensors(source)
-        return read_architecture(hf_path(source)), exported.read
-    weights, arch, _ = open_hf(source)
-    return arch, weights.read
+        return ExportedTensors(source).read, hf_path(source)
+    weights, _, _ = open_hf(source)
+    return weights.read, Path(source)
+
+
+def _reference(kind: str, read: ReadTensor, folder: Path, *, is_v2pe: bool) -> ReferenceModel:
+    arch = read_architecture(folder)
+    is_v2pe = is_v2pe or arch.position_mode != "default"
+    if kind == "plain":
+        return ReferenceModel(arch, read, is_v2pe=is_v2pe)
+    llm_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["llm_config"]
+    return TransformersReference(arch, read, is_v2pe=is_v2pe, llm_config=llm_config)
 
 
 def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_size: int) -> None:

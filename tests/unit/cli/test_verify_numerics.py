@@ -1,6 +1,7 @@
 """`verify --numerics` as a user meets it: table, exit codes, mistakes. Several ranks: tests/distributed."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -78,6 +79,10 @@ def test_another_rope_theta(capsys, checkpoint, tmp_path):
         (["--numerics", "--tp", "2"], "torchrun --nproc-per-node 2 -m megatron_v2pe verify"),
         (["--numerics", "--stride", "17"], "must lie in 1..16"),
         (["--numerics", "--every", "-1"], "--every is -1"),
+        (
+            ["--numerics", "--reference", "transformers"],
+            "transformers has no InternLM2ForCausalLM, only Llama",
+        ),
         (["--numerics", "--sp"], "parallel.sequence_parallel is true, but parallel.tp is 1"),
     ],
 )
@@ -91,3 +96,12 @@ def test_a_model_of_other_sizes(capsys, checkpoint):
     code, _, err = run(capsys, GOLDEN.parent / "c_qwen2_vit300m", checkpoint, "--numerics")
     assert code == 2
     assert "tile size is 56 in the source and 112 in the checkpoint" in err
+
+
+def test_transformers_is_optional_and_asked_for_by_name(capsys, tmp_path, monkeypatch):
+    source = GOLDEN.parent / "c_qwen2_vit300m"
+    import_hf(source, tmp_path / "ckpt")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    code, _, err = run(capsys, source, tmp_path / "ckpt", "--numerics", "--reference", "transformers")
+    assert code == 2
+    assert "install the extra 'verify', or leave --reference out" in err

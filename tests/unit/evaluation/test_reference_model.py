@@ -10,6 +10,7 @@ import torch
 from megatron_v2pe.checkpoint.hf_io import HFWeights
 from megatron_v2pe.evaluation.golden.cases import ForwardFile
 from megatron_v2pe.evaluation.numerics.reference_model import ReferenceModel, positions_of
+from megatron_v2pe.evaluation.numerics.transformers_model import TransformersReference
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = [
@@ -88,3 +89,17 @@ def test_a_wrong_frequency_is_seen():
     rows = case.wanted("logit_rows")
     error = (wrong.logits(run(case, wrong)[-1][rows]) - case.wanted("logits")).abs().max()
     assert float(error) > 1e-2
+
+
+@pytest.mark.parametrize("key", ["c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m"])
+@pytest.mark.parametrize("name", ["default_single", "v2pe_fix_64", "packed_v2pe"])
+def test_transformers_agrees(key, name):
+    """Only where transformers is installed (extra `verify`); run with 5.23."""
+    pytest.importorskip("transformers")
+    case, plain = golden(key, name)
+    llm_config = json.loads((GOLDEN / "ckpt" / key / "config.json").read_text())["llm_config"]
+    model = TransformersReference(plain.arch, plain._read_raw, is_v2pe=plain.is_v2pe, llm_config=llm_config)
+    with torch.no_grad():
+        theirs, ours = run(case, model), run(case, plain)
+    for index, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+        assert float((one - other).abs().max()) <= 1e-4, index
