@@ -101,16 +101,13 @@ def encode_conversation(
     Raises:
         ValueError: fewer placeholders than images.
     """
-    turns, offsets = _mark_images(turns, len(num_tiles), settings.template)
-    rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
-    image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
-    marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
-    ids, places = settings.tokenizer.encode_marked(rendered.text, marks)
-    place_of = dict(zip(marks, places, strict=True))
-    gaps = np.array([place_of[mark] for mark in image_marks], dtype=np.int64)
+    text = _encode_text(
+        turns, num_images=len(num_tiles), settings=settings, add_generation_prompt=add_generation_prompt
+    )
+    gaps = np.array(text.gaps, dtype=np.int64)
     lengths = np.asarray(num_tiles, dtype=np.int64) * settings.tokens_per_tile
     whole = np.insert(
-        np.array(ids, dtype=np.int64), np.repeat(gaps, lengths), settings.tokenizer.image_token_id
+        np.array(text.ids, dtype=np.int64), np.repeat(gaps, lengths), settings.tokenizer.image_token_id
     )
     tokens = whole[: settings.max_tokens]
 
@@ -118,13 +115,11 @@ def encode_conversation(
         """Index of a text token once the visual tokens before it are there."""
         return place + int(lengths[gaps < place].sum())
 
-    spans: list[Span] = [
-        (shifted(place_of[start]), shifted(place_of[end])) for start, end in rendered.answers
-    ]
+    spans: list[Span] = [(shifted(start), shifted(end)) for start, end in text.answers]
     lengths_disagree = False
     if settings.label_rule == "release":
         spans, lengths_disagree = release_spans(
-            _expanded(rendered.text, image_marks, lengths),
+            _expanded(text.rendered, text.image_marks, lengths),
             tokens,
             tokenizer=settings.tokenizer,
             template=settings.template,
@@ -137,6 +132,64 @@ def encode_conversation(
         num_uncut_tokens=len(whole),
         lengths_disagree=lengths_disagree,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EncodedWords:
+    """The text of a conversation as ids, before visual tokens are put in.
+
+    Attributes:
+        ids: text tokens.
+        gaps: for each image, how many text tokens stand before its visual tokens.
+        answers: half-open ranges of `ids` that are supervised.
+        rendered: the text.
+        image_marks: character offset of each image's inside in `rendered`.
+    """
+
+    ids: list[int]
+    gaps: list[int]
+    answers: list[Span]
+    rendered: str
+    image_marks: list[int]
+
+
+def _encode_text(
+    turns: Sequence[Turn], *, num_images: int, settings: TextSettings, add_generation_prompt: bool = False
+) -> _EncodedWords:
+    turns, offsets = _mark_images(turns, num_images, settings.template)
+    rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
+    image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
+    marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
+    ids, places = settings.tokenizer.encode_marked(rendered.text, marks)
+    place_of = dict(zip(marks, places, strict=True))
+    return _EncodedWords(
+        ids=ids,
+        gaps=[place_of[mark] for mark in image_marks],
+        answers=[(place_of[start], place_of[end]) for start, end in rendered.answers],
+        rendered=rendered.text,
+        image_marks=image_marks,
+    )
+
+
+def conversation_length(
+    turns: Sequence[Turn], *, num_tiles: Sequence[int], settings: TextSettings
+) -> tuple[int, int]:
+    """Length and supervised tokens of a whole conversation; `settings.max_tokens` does not cut it.
+
+    The same numbers as `encode_conversation` gives, without making a quarter million visual tokens for them.
+
+    Returns:
+        tokens and supervised tokens.
+
+    Raises:
+        ValueError: fewer placeholders than images.
+    """
+    text = _encode_text(turns, num_images=len(num_tiles), settings=settings)
+    supervised = sum(end - start for start, end in text.answers)
+    for gap, tiles in zip(text.gaps, num_tiles, strict=True):
+        if any(start <= gap < end for start, end in text.answers):
+            supervised += tiles * settings.tokens_per_tile
+    return len(text.ids) + sum(num_tiles) * settings.tokens_per_tile, supervised
 
 
 def _mark_images(

@@ -6,7 +6,7 @@ Two uses: `measure_line` (line -> lengths and image sizes; opens image headers) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.encode import EncodedSample, TextSettings, encode_record
+from megatron_v2pe.data.encode import EncodedSample, TextSettings, conversation_length, encode_record
 from megatron_v2pe.data.images import ImageRef, NormalizeType, check_image, mean_color
 from megatron_v2pe.data.meta import DatasetEntry
 from megatron_v2pe.data.records import Record, parse_line
+from megatron_v2pe.data.split import WHOLE, Units, part_of
 from megatron_v2pe.data.templates import get_template
 from megatron_v2pe.data.tiling import TilingRule, choose_grid, rule_for_sample
 from megatron_v2pe.data.tokenizer import load_tokenizer
@@ -74,12 +75,14 @@ class Measurement:
 
     Attributes:
         num_tokens: after the cut at the longest sample.
+        num_uncut_tokens: before it.
         num_supervised: supervised tokens.
         num_tiles: tiles of all images.
         sizes: (width, height) of each image.
     """
 
     num_tokens: int
+    num_uncut_tokens: int
     num_supervised: int
     num_tiles: int
     sizes: tuple[Size, ...]
@@ -193,13 +196,23 @@ def read_sample(
     entry: DatasetEntry,
     settings: SampleSettings,
     draw: Draw,
+    units: Units = WHOLE,
 ) -> EncodedSample:
     """Parse and encode a line that was measured before.
+
+    Args:
+        line: as read from the annotation file.
+        line_number: 1-based.
+        sizes: (width, height) of each image, of the part that is wanted.
+        entry: its data set.
+        settings: of the run.
+        draw: what random choices depend on.
+        units: the part of a long sample that is wanted, see `split`.
 
     Raises:
         DataError: the line or the sample is not usable, or has changed since it was measured.
     """
-    record = parse_line(line, entry=entry, line_number=line_number)
+    record, _ = part_of(parse_line(line, entry=entry, line_number=line_number), units)
     if len(record.images) != len(sizes):
         raise DataError(
             f"{record.where}: has {len(record.images)} images, but had {len(sizes)} when lengths were measured; "
@@ -209,21 +222,62 @@ def read_sample(
 
 
 def measure_line(
-    line: bytes, line_number: int, *, entry: DatasetEntry, settings: SampleSettings
+    line: bytes,
+    line_number: int,
+    *,
+    entry: DatasetEntry,
+    settings: SampleSettings,
+    size_of: Callable[..., Size] = check_image,
 ) -> Measurement:
     """Lengths of a line, from its text and the headers of its images.
+
+    Args:
+        line: as read from the annotation file.
+        line_number: 1-based.
+        entry: its data set.
+        settings: of the run.
+        size_of: `images.check_image`, or the same with a memory.
 
     Raises:
         DataError: the line, one of its images, or the sample is not usable.
     """
     record = parse_line(line, entry=entry, line_number=line_number)
-    sizes = tuple(check_image(path, max_pixels=settings.max_image_pixels) for path in record.images)
-    refs = image_refs(record, sizes, entry=entry, settings=settings)
-    strides = np.full(len(refs), settings.text.tokens_per_tile, dtype=np.int64)
-    sample = encode_record(record, refs=refs, settings=settings.text, strides=strides)
+    sizes = record_sizes(record, settings=settings, size_of=size_of)
+    return measure_record(record, sizes, entry=entry, settings=settings)
+
+
+def record_sizes(
+    record: Record, *, settings: SampleSettings, size_of: Callable[..., Size] = check_image
+) -> tuple[Size, ...]:
+    """(width, height) of each image of a record, from the files' headers.
+
+    Raises:
+        DataError: an image is not usable.
+    """
+    return tuple(size_of(path, max_pixels=settings.max_image_pixels) for path in record.images)
+
+
+def measure_record(
+    record: Record, sizes: Sequence[Size], *, entry: DatasetEntry, settings: SampleSettings
+) -> Measurement:
+    """Lengths of a record whose image sizes are known.
+
+    Raises:
+        DataError: see `encode.encode_record`.
+    """
+    rule = rule_for_sample(dataset_tiling(settings, entry), len(record.images))
+    num_tiles = [choose_grid(width, height, rule=rule).num_tiles for width, height in sizes]
+    uncut, supervised = conversation_length(record.turns, num_tiles=num_tiles, settings=settings.text)
+    num_tokens = uncut
+    if uncut > settings.text.max_tokens or not supervised:  # the cut decides, and what is wrong is said there
+        refs = image_refs(record, sizes, entry=entry, settings=settings)
+        strides = np.full(len(refs), settings.text.tokens_per_tile, dtype=np.int64)
+        sample = encode_record(record, refs=refs, settings=settings.text, strides=strides)
+        num_tokens, supervised = len(sample.tokens), int((sample.labels != IGNORE_INDEX).sum())
     return Measurement(
-        num_tokens=len(sample.tokens),
-        num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-        num_tiles=sample.layout.total_tiles,
-        sizes=sizes,
+        num_tokens=num_tokens,
+        num_uncut_tokens=uncut,
+        num_supervised=supervised,
+        num_tiles=sum(num_tiles),
+        sizes=tuple(sizes),
     )

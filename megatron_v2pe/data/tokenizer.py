@@ -28,6 +28,7 @@ from megatron_v2pe.data.vocabularies import (
 )
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+_SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
 SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 
 
@@ -52,6 +53,9 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, adds_bos: bool) -> None:
         self._vocabulary, self._files, self._adds_bos = vocabulary, files, adds_bos
         self._added_by_id = {index: token for token, index in files.added.items()}
+        self._known_parts: dict[
+            str, list[int]
+        ] = {}  # line breaks between images, roles: seen in every sample
         # Longest first, so that at one place in the text the longest added token wins.
         names = sorted(files.added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -119,15 +123,26 @@ class Tokenizer:
         start = 0
         for part, num_stripped, added in self._cut(prepared):
             start += num_stripped
-            chunk = [added] if added is not None else (self._vocabulary.encode(part) if part else [])
+            chunk = [added] if added is not None else (self._encode_part(part) if part else [])
             while len(places) < len(marks) and marks[len(places)] + shift < start + len(part):
                 prefix = part[: max(0, marks[len(places)] + shift - start)]
-                inside = _common_prefix(self._vocabulary.encode(prefix), chunk) if prefix else 0
+                inside = _common_prefix(self._encode_part(prefix), chunk) if prefix else 0
                 places.append(len(ids) + inside)
             ids.extend(chunk)
             start += len(part)
         places.extend([len(ids)] * (len(marks) - len(places)))
         return ids, places
+
+    def _encode_part(self, part: str) -> list[int]:
+        """Ids of a text without added tokens; short ones are remembered. The caller must not change the list."""
+        if len(part) > _SHORT_PART:
+            return self._vocabulary.encode(part)
+        known = self._known_parts.get(part)
+        if known is None:
+            known = self._vocabulary.encode(part)
+            if len(self._known_parts) < _MAX_KNOWN_PARTS:
+                self._known_parts[part] = known
+        return known
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids.
