@@ -13,7 +13,7 @@ from megatron_v2pe.evaluation.golden.runner import select_groups
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
 CASE = "packed_v2pe"
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,11 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("parallel", [dict(tp=2, sequence_parallel=True), dict(pp=2)], ids=["tp2 sp", "pp2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [dict(tp=2, sequence_parallel=True), pytest.param(dict(pp=2), marks=pytest.mark.slow)],
+    ids=["tp2 sp", "pp2"],
+)
 def test_two_ranks(folder, parallel):
     """Tolerances are FORMAT's, as on one rank. The Llama's 3 layers lie unevenly on two stages."""
     groups = select_groups(folder, name="model", model_only=True)

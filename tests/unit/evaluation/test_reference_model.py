@@ -101,5 +101,6 @@ def test_transformers_agrees(key, name):
     model = TransformersReference(plain.arch, plain._read_raw, is_v2pe=plain.is_v2pe, llm_config=llm_config)
     with torch.no_grad():
         theirs, ours = run(case, model), run(case, plain)
+    tolerance = max(1e-4, 8 * case.values["tolerance"]["logits_maxabs_f32_vs_f64"])  # its angles are float32
     for index, (one, other) in enumerate(zip(theirs, ours, strict=True)):
-        assert float((one - other).abs().max()) <= 1e-4, index
+        assert float((one - other).abs().max()) <= tolerance, index
