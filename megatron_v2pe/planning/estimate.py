@@ -14,7 +14,7 @@ from megatron_v2pe.models.flops import step_flops
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
 from megatron_v2pe.planning.compute import chunk_flops
-from megatron_v2pe.planning.hardware import GIB, Hardware
+from megatron_v2pe.planning.hardware import GIB, H100, Hardware
 from megatron_v2pe.planning.rank_state import TrainedNumbers, frozen_parts, rank_state, trained_numbers
 from megatron_v2pe.planning.stages import Chunk, chunks_in_flight, chunks_of_rank
 from megatron_v2pe.planning.state_memory import GRADIENT_BYTES, StateBytes
@@ -286,3 +286,17 @@ def _sent(
         "weights over dp, cp": once.weights_bytes,
         "gradients summed over tp": once.tp_sum_bytes,
     }
+
+
+def activation_peak(setting: Setting, *, pp_rank: int = 0, micro_batches: int = 1) -> Phase:
+    """The fullest phase of a pipeline rank, state excluded: what is compared with measured steps.
+
+    Args:
+        setting: the run; `on_cpu` for a step that is measured on a CPU.
+        pp_rank: pipeline rank.
+        micro_batches: of a step.
+    """
+    plan, layers = setting.plan, setting.arch.language.num_layers
+    chunks = chunks_of_rank(setting.config.parallel, layers, plan, pp_rank)
+    known = {chunk: chunk_memory(setting, chunk) for chunk in chunks}
+    return rank_memory(setting, pp_rank, chunks, known, micro_batches, H100).peak

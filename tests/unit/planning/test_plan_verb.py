@@ -1,0 +1,144 @@
+"""`megatron-v2pe plan` as a user calls it: reports, json, and mistakes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_v2pe.cli.main import main
+from tests.support.hf_folders import GOLDEN
+
+RUN = """
+data: {max_pack_tokens: 131072, max_sample_tokens: 131072}
+parallel: {cp: 4}
+model: {recompute: full}
+vision: {micro_batch_tiles: 16}
+optim: {global_batch_size: 4}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, capsys):
+    """(exit code, stdout, stderr) of `plan run.yaml ARGUMENTS`."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+
+    def call(*arguments):
+        code = main(["plan", str(path), *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def test_a_run_that_fits(plan):
+    code, out, _ = plan("--gpus", "8", "--gpu-memory", "80", "--arch", "2B")
+    assert code == 0
+    assert "InternVL2-2B on 8 x H100 SXM 80 GB" in out
+    assert "fits:" in out
+    assert "binds: attention" in out
+    for block in (
+        "memory of a GPU",
+        "phases of stage 0",
+        "FLOPs of a step",
+        "sent by a GPU",
+        "predicted time",
+    ):
+        assert block in out
+
+
+def test_a_run_that_does_not_fit_says_what_to_change(plan):
+    code, out, _ = plan("--gpus", "8", "--gpu-memory", "24", "--arch", "2B")
+    assert code == 1
+    assert "24 GB" in out
+    assert "DOES NOT FIT" in out
+    overrides = out.partition("advice, to make it fit: ")[2].partition("\n")[0].split()
+    assert plan("--gpus", "8", "--gpu-memory", "24", "--arch", "2B", *overrides)[0] == 0
+
+
+def test_overrides_may_stand_on_both_sides_of_options(plan):
+    code, out, _ = plan("parallel.cp=8", "--gpus", "8", "--arch", "2B", "model.recompute=selective", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["layout"]["cp"] == 8
+
+
+def test_json_says_what_the_text_says(plan):
+    found = json.loads(plan("--gpus", "8", "--arch", "2B", "--json")[1])
+    stage = found["stages"][0]
+    parts = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "lost_bytes")
+    assert stage["total_bytes"] == pytest.approx(sum(stage[p] for p in parts) + stage["reserved_bytes"])
+    assert found["step_seconds"] == pytest.approx(sum(found["seconds"].values()))
+    assert found["room_bytes"] == pytest.approx(found["memory_bytes"] - stage["total_bytes"])
+    assert found["mfu"] < found["mfu_full_attention"]
+
+
+def test_the_runs_own_checkpoint_and_a_config_json_are_read(plan, tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "ckpt" / "hf")
+    tiny = ("data.max_pack_tokens=1024", "data.max_sample_tokens=1024", "parallel.cp=2")
+    named = plan("--gpus", "2", "--json", f"model.checkpoint={tmp_path / 'ckpt'}", *tiny)
+    given = plan("--gpus", "2", "--json", "--arch", str(GOLDEN / "config.json"), *tiny)
+    assert named[0] == given[0] == 0
+    assert json.loads(named[1])["stages"] == json.loads(given[1])["stages"]
+
+
+def test_search_prints_layouts_that_plan_confirms(plan):
+    code, out, _ = plan("--gpus", "8", "--arch", "2B", "--search", "3")
+    assert code == 0
+    best = out.splitlines()[-3].split()
+    overrides = [word for word in best if "=" in word]
+    confirmed = json.loads(plan("--gpus", "8", "--arch", "2B", "--json", *overrides)[1])
+    assert confirmed["fits"]
+    assert f"{confirmed['step_seconds']:,.2f}" == best[0]
+
+
+def test_inference(plan):
+    code, out, _ = plan("--gpus", "8", "--arch", "2B", "--inference", "1000000", "parallel.cp=8", "--json")
+    assert code == 0
+    (stage,) = json.loads(out)["stages"]
+    assert stage["kv_cache_bytes"] == 2 * 24 * 1024 * 1_000_000 / 8 * 2
+    code, out, _ = plan("--gpus", "1", "--arch", "26B", "--inference", "1000000", "parallel.cp=1")
+    assert code == 1
+    assert "cache of keys and values" in out
+
+
+MISTAKES = {
+    "no model": (("--gpus", "8"), "give --arch SIZE"),
+    "no such checkpoint": (
+        ("--gpus", "8", "model.checkpoint=/nowhere"),
+        "to plan before the checkpoint is there",
+    ),
+    "unknown size": (("--gpus", "8", "--arch", "9B"), "--arch 9B"),
+    "world": (("--gpus", "6", "--arch", "2B"), "the world has 6 ranks"),
+    "no gpus": (("--gpus", "0", "--arch", "2B"), "--gpus is 0"),
+    "heads": (("--gpus", "12", "--arch", "2B", "parallel.tp=3"), "parallel.tp is 3"),
+    "rate": (("--gpus", "8", "--arch", "2B", "--rate", "speed=1"), "no rate is called 'speed'"),
+    "memory": (("--gpus", "8", "--arch", "2B", "--gpu-memory", "-1"), "--gpu-memory is -1"),
+    "tiles": (("--gpus", "8", "--arch", "2B", "--tiles", "9999"), "--tiles is 9999"),
+    "key": (("--gpus", "8", "--arch", "2B", "paralel.cp=1"), "paralel"),
+    "adapters": (("--gpus", "8", "--arch", "2B", "lora.language_rank=8"), "lora"),
+    "data without a model": (("--gpus", "8", "--arch", "2B", "--measure-data"), "model.checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message(name, plan):
+    arguments, message = MISTAKES[name]
+    code, out, err = plan(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_planning_needs_no_torch(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    program = (
+        "import sys; from megatron_v2pe.cli.main import main; "
+        f"code = main(['plan', {str(path)!r}, '--gpus', '8', '--arch', '2B', '--search', '1']); "
+        "sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
