@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.checkpoint.convert import ExportedTensors
-from megatron_v2pe.checkpoint.dist_io import StateReader
 from megatron_v2pe.checkpoint.folder import INFO_FILE, CheckpointInfo, read_info, state_path
 from megatron_v2pe.checkpoint.hashing import Verify
 from megatron_v2pe.checkpoint.hf_io import HFWeights, TensorInfo, tensor_bytes
 from megatron_v2pe.checkpoint.retention import LATEST_FILE, checkpoints_path
+from megatron_v2pe.checkpoint.state_reader import StateReader
 from megatron_v2pe.core.errors import CheckpointError
 
 _BLOCK = 2**22  # numbers that are widened to float64 at a time
@@ -95,17 +95,7 @@ def open_folder(path: str | Path, *, hf_names: bool = False, verify: Verify = "s
         reader = StateReader(state_path(folder))
         return TensorFolder(folder, reader.tensors, reader.read, info)
     exported = ExportedTensors(folder)
-
-    def read(name: str) -> Tensor:
-        """Parts that were not asked for are not kept, as `ExportedTensors.read` would: a filter may skip them all."""
-        entry = exported.names.by_hf[name]
-        return entry.to_hf(exported.state.read(entry.ours))[entry.hf.index(name)]
-
-    infos = {
-        name: TensorInfo(exported.state.tensors[entry.ours].dtype, exported.names.hf_shape(name))
-        for name, entry in exported.names.by_hf.items()
-    }
-    return TensorFolder(folder, infos, read, info)
+    return TensorFolder(folder, exported.infos(), exported.read, info)
 
 
 def matching(names: list[str], pattern: str) -> list[str]:
