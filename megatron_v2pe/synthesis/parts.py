@@ -1,6 +1,6 @@
 """Finished parts of a run: which samples belong together, and how parts become the final files.
 
-    plan --chunks--> [(path of the part, its samples)] --worker--> work/part-000012.jsonl --join--> KIND.jsonl
+    plan --chunks--> [(path of the part, its samples)] --worker--> unfinished/part-000012.jsonl --join--> KIND.jsonl
 
 A part has about a million tokens, so an interruption loses little and a thousand short samples cost one file.
 """

@@ -1,7 +1,7 @@
 """Records: a composed sample as a line of InternVL jsonl, and the same sample as a line of MM-NIAH.
 
 message = context + question + choices and instruction         (the prompt of the release's evaluation)
-InternVL: image, conversations, and for `evaluate` id, length, depth
+InternVL: image, conversations, and for `evaluate` id, length, depth; metadata as Long-VQA has it
 MM-NIAH:  images_list, context, question, answer, meta         (cut out of the InternVL record)
 """
 
@@ -14,15 +14,16 @@ from typing import Any
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.synthesis.pictures import Picture
 
+# Decoys and absent needles are no tasks of MM-NIAH; under names of their own they leave its six scores comparable.
 MM_NIAH_TASKS = {
     "text-retrieval": "retrieval-text",
-    "text-decoys": "retrieval-text",
-    "text-absent": "retrieval-text",
+    "text-decoys": "retrieval-text-decoys",
+    "text-absent": "retrieval-text-absent",
     "text-counting": "counting-text",
     "text-reasoning": "reasoning-text",
     "image-retrieval": "retrieval-image",
-    "image-decoys": "retrieval-image",
-    "image-absent": "retrieval-image",
+    "image-decoys": "retrieval-image-decoys",
+    "image-absent": "retrieval-image-absent",
     "image-counting": "counting-image",
     "image-jigsaw": "reasoning-image",
     "image-multiview": "reasoning-image",
@@ -102,6 +103,7 @@ def internvl_record(
         "conversations": [human, {"from": "gpt", "value": prompted.answer_text}],
         "length": length,
         "depth": depth,
+        "metadata": {"context_length": length},
         "meta": {**asked, **meta},
     }
 

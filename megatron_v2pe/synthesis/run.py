@@ -100,7 +100,7 @@ def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConf
 
 
 def _clean(out: Path) -> None:
-    """Remove the work folder, and what killed runs left aside."""
+    """Remove the folder of parts, and what killed runs left aside."""
     shutil.rmtree(out / WORK)
     for aside in [*out.glob(".*.tmp-*"), *out.glob("images/*/.*.tmp-*"), *out.glob("mm_niah/.*.tmp-*")]:
         aside.unlink()

@@ -1,7 +1,7 @@
 """What a run makes, and the folder it makes it in.
 
 out/synthesis.json      what decides the content; another command in the same folder is refused
-out/work/               store of passages and finished parts; removed at the end
+out/unfinished/         store of passages and finished parts; removed at the end
 out/skipped.txt         source files that could not be used, if there were any
 out/images/             named by content
 out/KIND.jsonl          records, by number
@@ -21,7 +21,7 @@ from megatron_v2pe.core.files import writable_folder, write_atomic
 from megatron_v2pe.synthesis.kinds import IMAGE_KINDS, VQA_KINDS
 from megatron_v2pe.synthesis.split import Split
 
-MANIFEST, META, WORK, SKIPPED, LOCK = "synthesis.json", "meta.json", "work", "skipped.txt", ".lock"
+MANIFEST, META, WORK, SKIPPED, LOCK = "synthesis.json", "meta.json", "unfinished", "skipped.txt", ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The sources of a run, read once: texts into the store, images and questions with their hashes and sizes.
 
-    texts  --build_corpus--> out/work/passages.*
+    texts  --build_corpus--> out/unfinished/passages.*
     images --inspect_all---> pool of the split        questions --> those of the split, their images inspected too
 
 A file that cannot be used is skipped with a warning and listed beside the data; a folder with nothing usable is an

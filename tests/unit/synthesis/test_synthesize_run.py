@@ -58,7 +58,10 @@ def test_mm_niah_records_have_one_image_for_each_placeholder(both_splits):
         for task in ("retrieval", "counting", "reasoning")
         for medium in ("text", "image")
     }
-    assert {path.name for path in folder.iterdir()} == names
+    extra = {
+        f"retrieval-{medium}-{kind}.jsonl" for medium in ("text", "image") for kind in ("decoys", "absent")
+    }
+    assert {path.name for path in folder.iterdir()} == names | extra
     assert not (both_splits["train"] / "mm_niah").exists()
     for path in folder.iterdir():
         for record in read_lines(path):
@@ -151,11 +154,13 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(inputs, tmp_path, 
     process = multiprocessing.get_context("spawn").Process(target=make_slowly, args=(config,))
     process.start()
     deadline = time.monotonic() + 60
-    while len(list((tmp_path / "killed").glob("work/part-*.jsonl"))) < 3 and time.monotonic() < deadline:
+    while (
+        len(list((tmp_path / "killed").glob("unfinished/part-*.jsonl"))) < 3 and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    finished = len(list((tmp_path / "killed").glob("work/part-*.jsonl")))
+    finished = len(list((tmp_path / "killed").glob("unfinished/part-*.jsonl")))
     assert 3 <= finished < 40
     monkeypatch.setattr(parts, "MOST_SAMPLES", 1)
     assert synthesize(config, hf_folder=HF, data=DATA).num_new == 40 - finished
