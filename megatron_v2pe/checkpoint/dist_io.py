@@ -153,10 +153,18 @@ def save_state(
         try:
             dist_checkpointing.save(sharded_state_dict, str(folder), _PlannedSave(writer))
         except (CheckpointException, OSError) as error:
+            _let_interrupt_through(error)
             raise CheckpointError(f"{folder}: cannot be written ({_reason(error)})") from error
         return {
             name: digest for hashes in gather_from_ranks(writer.hashes) for name, digest in hashes.items()
         }
+
+
+def _let_interrupt_through(error: BaseException) -> None:
+    """Raise the KeyboardInterrupt that torch's checkpointing makes an error of its own of."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        raise KeyboardInterrupt from error
 
 
 def _reason(error: BaseException) -> str:
