@@ -8,8 +8,9 @@ import torch
 from megatron_v2pe.checkpoint.convert import export_hf, import_hf
 from megatron_v2pe.checkpoint.folder import hf_path
 from megatron_v2pe.checkpoint.retention import step_path
+from megatron_v2pe.cli.main import main
 from tests.support import tiny
-from tests.support.hf_folders import GOLDEN, folder_bytes
+from tests.support.hf_folders import GOLDEN, edit_weights, folder_bytes, golden_copy
 from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -72,6 +73,23 @@ def test_weights_are_those_of_the_import_and_no_rank_reads_more_than_its_own(tmp
         assert different == []
         assert 0.95 * own_bytes < num_bytes <= own_bytes
         assert world_size == 1 or num_bytes < (0.85 if layout == "tp2" else 0.75) * total
+
+
+def test_a_folder_with_problems_is_refused_before_anything_starts(tmp_path, capsys):
+    """All problems at once, exit code 2, no run folder."""
+    hf = golden_copy(tmp_path / "hf")
+    edit_weights(hf, mlp1__0__bias=None, mlp1__0__weight=torch.zeros(3))
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(
+        f"{{model: {{hf_path: {hf}}}, data: {{meta: m}}, runtime: {{run_dir: {tmp_path / 'run'}}}}}\n"
+    )
+    assert main(["train", str(run_yaml)]) == 2
+    message = capsys.readouterr().err
+    assert "mlp1.0.bias: missing" in message
+    assert "mlp1.0.weight: has shape (3,)" in message
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(run_yaml), "model.checkpoint=elsewhere"]) == 2
+    assert "weights come from one place; set one of the two to ''" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

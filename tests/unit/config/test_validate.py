@@ -72,6 +72,14 @@ def test_required_fields(section, value, name):
         run(**{section: value})
 
 
+def test_weights_come_from_one_place():
+    run(model=ModelConfig(hf_path="InternVL2-2B"))
+    with pytest.raises(
+        ConfigError, match=r"model\.checkpoint is 'a' and model\.hf_path is 'b', but weights come from"
+    ):
+        ModelConfig(checkpoint="a", hf_path="b")
+
+
 def test_kv_heads_by_tp():
     with pytest.raises(
         ConfigError, match=r"parallel.tp is 8, but must divide the 4 KV heads.*possible: 1, 2, 4$"
