@@ -21,8 +21,9 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
 from megatron_v2pe.planning.attention_memory import AttentionShape
+from megatron_v2pe.planning.decoder_ops import DecoderSizes
 from megatron_v2pe.planning.head_memory import Head, HeadPeaks, head_peaks
-from megatron_v2pe.planning.layers import FLOAT_BYTES, DecoderSizes, Kernels
+from megatron_v2pe.planning.layers import FLOAT_BYTES, Kernels
 from megatron_v2pe.planning.stacks import Recompute, Stack, decoder_layer, stack
 from megatron_v2pe.planning.stages import Chunk
 from megatron_v2pe.planning.tower_memory import TowerPeaks, TowerShape, tower_peaks

@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.planning.attention_memory import AttentionShape, context_attention, tower_attention
-from megatron_v2pe.planning.layers import (
-    DecoderSizes,
-    Kernels,
-    TowerSizes,
-    attention_ops,
-    gated_mlp_ops,
-    norm_ops,
-    scaled_ops,
-    tower_attention_ops,
-    tower_mlp_ops,
-)
+from megatron_v2pe.planning.decoder_ops import DecoderSizes, attention_ops, gated_mlp_ops
+from megatron_v2pe.planning.layers import Kernels, norm_ops
 from megatron_v2pe.planning.tape import INPUT, Op, Peaks, moved_bytes, peaks
+from megatron_v2pe.planning.tower_ops import TowerSizes, scaled_ops, tower_attention_ops, tower_mlp_ops
 
 Recompute = Literal["none", "selective", "full"]
 

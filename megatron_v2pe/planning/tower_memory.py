@@ -15,10 +15,11 @@ from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
-from megatron_v2pe.planning.layers import Kernels, TowerSizes, linear_op, norm_ops
+from megatron_v2pe.planning.layers import Kernels, linear_op, norm_ops
 from megatron_v2pe.planning.parameters import tower_heads
 from megatron_v2pe.planning.stacks import Stack, stack, tower_layer
 from megatron_v2pe.planning.tape import INPUT, Op, Peaks, peaks
+from megatron_v2pe.planning.tower_ops import TowerSizes
 
 
 @dataclass(frozen=True, kw_only=True)

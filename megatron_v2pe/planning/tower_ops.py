@@ -1,0 +1,111 @@
+"""The operations of a layer of the vision tower, as a tape: what `models/vision.py` adds to mcore's layer.
+
+Shape legend: t = tiles * (patches + 1) rows, C channels, F feed-forward channels of this rank. Sizes of tensors are
+bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.planning.layers import AttentionBytes, Kernels, linear_op, norm_ops
+from megatron_v2pe.planning.tape import INPUT, Op
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSizes:
+    """A layer of the vision tower on one rank; `width` is the channels of its heads."""
+
+    rows: int
+    hidden: int
+    width: int
+    ffn: int
+    rms_norm: bool
+    qk_normalization: bool
+    qkv_bias: bool
+    drops_paths: bool
+    mlp_chunks: int
+    """1 recomputes the MLP, 0 keeps its activations."""
+
+
+def tower_mlp_ops(source: str, sizes: TowerSizes, kernels: Kernels, *, rows: int) -> list[Op]:
+    """fc1 -> bias -> gelu -> fc2 -> bias; biases are added out of place."""
+    e = kernels.element_bytes
+    inner, hidden = rows * sizes.ffn * e, rows * sizes.hidden * e
+    weight = sizes.ffn * sizes.hidden * e
+    return [
+        linear_op("fc1", source, output_bytes=inner, weight_bytes=weight, kernels=kernels),
+        Op(name="fc1 biased", inputs=("fc1",), output_bytes=inner, passes_gradient=True),
+        Op(name="gelu", inputs=("fc1 biased",), output_bytes=inner, keeps=("fc1 biased",)),
+        linear_op("fc2", "gelu", output_bytes=hidden, weight_bytes=weight, kernels=kernels),
+        Op(name="fc2 biased", inputs=("fc2",), output_bytes=hidden, passes_gradient=True),
+    ]
+
+
+def scaled_ops(name: str, source: str, size: float, sizes: TowerSizes, kernels: Kernels) -> list[Op]:
+    """LayerScale keeps what it scales; drop path keeps a number per tile."""
+    kept = (source,) if kernels.is_trained else ()
+    ops = [Op(name=f"{name} scaled", inputs=(source,), output_bytes=size, keeps=kept, backward_bytes=size)]
+    if sizes.drops_paths:
+        ops.append(Op(name=f"{name} dropped", inputs=(f"{name} scaled",), output_bytes=size))
+    return ops
+
+
+def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: Kernels) -> list[Op]:
+    """norm -> qkv -> (norms) -> attend -> project -> bias -> scale -> add."""
+    e = kernels.element_bytes
+    hidden, width = sizes.rows * sizes.hidden * e, sizes.rows * sizes.width * e
+    ops = norm_ops("attention norm", INPUT, hidden, kernels, rms=sizes.rms_norm)
+    ops += [
+        linear_op(
+            "qkv",
+            "attention norm",
+            output_bytes=3 * width,
+            weight_bytes=3 * sizes.width * sizes.hidden * e,
+            kernels=kernels,
+            adds_bias=sizes.qkv_bias,
+        ),
+        Op(name="heads", inputs=("qkv",), view_of="qkv", output_bytes=3 * width),
+    ]
+    sides = []
+    for side in ("query", "key"):
+        if sizes.qk_normalization:
+            ops.append(
+                Op(
+                    name=side,
+                    inputs=("heads",),
+                    output_bytes=width,
+                    gradient_bytes=(width,),
+                    passes_gradient=True,
+                )
+            )
+            ops += norm_ops(f"{side} norm", side, width, kernels, rms=sizes.rms_norm)
+            sides.append(f"{side} norm")
+        else:
+            sides.append("heads")
+    ops += [
+        Op(
+            name="attended",
+            inputs=(*sides, "heads"),
+            output_bytes=width,
+            keeps=(*sides, "heads", "attended") if attention.keeps_inputs else ("attended",),
+            keeps_extra_bytes=attention.kept_bytes,
+            forward_bytes=attention.forward_bytes,
+            backward_bytes=attention.backward_bytes,
+            gradient_bytes=(width, width, width),
+            is_matrix=True,
+        ),
+        linear_op(
+            "projected",
+            "attended",
+            output_bytes=hidden,
+            weight_bytes=sizes.width * sizes.hidden * e,
+            kernels=kernels,
+            forward_bytes=width,  # tiles and tokens are swapped back
+            backward_bytes=width,
+        ),
+        Op(name="projected biased", inputs=("projected",), output_bytes=hidden, passes_gradient=True),
+        *scaled_ops("attention", "projected biased", hidden, sizes, kernels),
+    ]
+    ops.append(Op(name="middle", inputs=(INPUT, ops[-1].name), output_bytes=hidden, passes_gradient=True))
+    return ops
