@@ -42,6 +42,7 @@ def folders(tmp_path_factory):
                 llm=values["llm_config"],
                 vision=values["vision_config"],
                 top={"force_image_size": values["force_image_size"]},
+                scaled=True,
             )
         import_hf(source, root / key)
         found.append((source, root / key))
@@ -63,13 +64,13 @@ def compare_all(rank, world_size, folders, layouts, stride):
 
 def test_one_rank(folders):
     """Ordinary positions; V2PE positions run below, on several ranks."""
-    (results,) = run_ranks(compare_all, 1, folders, {"one": {}}, 0, timeout=120)
+    (results,) = run_ranks(compare_all, 1, folders, {"one": {}}, 0, timeout=250)
     check(results, layouts=1)
 
 
 @pytest.mark.distributed
 def test_two_ranks(folders):
-    by_rank = run_ranks(compare_all, 2, folders, LAYOUTS, 1, timeout=240)
+    by_rank = run_ranks(compare_all, 2, folders, LAYOUTS, 1, timeout=280)
     assert by_rank[0] == by_rank[1]
     check(by_rank[0], layouts=len(LAYOUTS))
 
@@ -89,7 +90,7 @@ def test_a_changed_tensor_shows_where_it_acts(tmp_path):
     import_hf(source, tmp_path / "ckpt")
     name = "language_model.model.layers.1.feed_forward.w2.weight"
     edit_weights(source, **{name.replace(".", "__"): load_file(source / "model.safetensors")[name] * 1.01})
-    (results,) = run_ranks(compare_all, 1, [(source, tmp_path / "ckpt")], {"one": {}}, 4, timeout=120)
+    (results,) = run_ranks(compare_all, 1, [(source, tmp_path / "ckpt")], {"one": {}}, 4, timeout=250)
     (rows,) = results.values()
     failing = [row.name for row in rows if not row.passes]
     assert failing == ["decoder.layer.2", "decoder.norm", "logits"]

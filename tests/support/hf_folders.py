@@ -42,9 +42,19 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 def random_folder(
-    folder: Path, *, shards: int, dtype: torch.dtype, llm: dict, vision: dict, top: dict | None = None
+    folder: Path,
+    *,
+    shards: int,
+    dtype: torch.dtype,
+    llm: dict,
+    vision: dict,
+    top: dict | None = None,
+    scaled: bool = False,
 ) -> Path:
-    """A folder of other sizes than the golden one, random bits, `shards` weight files."""
+    """A folder of other sizes than the golden one, random bits, `shards` weight files.
+
+    `scaled` divides matrices by the root of their columns, so that activations stay near 1.
+    """
     folder.mkdir()
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(GOLDEN / name, folder / name)
@@ -53,7 +63,14 @@ def random_folder(
     generator = torch.Generator().manual_seed(1)
     name_to_shape = name_map(arch).hf_shape
     names = sorted(name_map(arch).by_hf)
-    tensors = {name: torch.randn(name_to_shape(name), generator=generator).to(dtype) for name in names}
+    shapes = {name: name_to_shape(name) for name in names}
+    scales = {
+        name: shape[-1] ** -0.5 if scaled and len(shape) == 2 else 1.0 for name, shape in shapes.items()
+    }
+    tensors = {
+        name: (scales[name] * torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in shapes.items()
+    }
     per_file = -(-len(names) // shards)
     weight_map = {}
     for i in range(shards):

@@ -82,7 +82,7 @@ class CapturedRun:
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
-        config = replace(config, lora=adapters_of(checkpoint))
+        config = dataclasses.replace(config, lora=adapters_of(checkpoint))
         self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
         self.inputs, self.wanted = inputs, wanted
         self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)
@@ -97,7 +97,8 @@ class CapturedRun:
         pack = self.inputs.pack(pad_to_multiple=self.plan.pad_to_multiple)
         hooks = [hook for chunk in self.chunks for hook in self._hooks(chunk.eval())]
         runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
-        with torch.no_grad():
+        # On GPUs convolutions would round float32 to 10 bits (tf32); matrix products do not by default.
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             hidden = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
             if self.ranks.is_last_stage:
                 self._local[LOGITS] = self.chunks[-1].logits(hidden[0])
