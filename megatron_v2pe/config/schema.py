@@ -226,7 +226,15 @@ class DataConfig:
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops."""
     max_image_pixels: int = 178_956_970
-    """Largest width x height that is decoded."""
+    """Largest width x height that is decoded, of images and of frames."""
+    min_num_frame: int = 4
+    """Fewest frames of a video; fewer only where it has fewer."""
+    max_num_frame: int = 20
+    """Most frames of a video; how many a sample shows is drawn once, from its identity."""
+    video_sampling: Literal["rand", "middle"] = "rand"
+    """One frame of each equal interval: `rand` anew in every epoch, `middle` the same always."""
+    max_video_seconds: float = 7200.0
+    """Longest video, or clip of one, that is gone through."""
     cache_dir: str = ""
     """Where measured lengths are kept; empty means `<runtime.run_dir>/data_cache`."""
     curriculum: tuple[CurriculumStage, ...] = ()
@@ -245,6 +253,15 @@ class DataConfig:
             0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]"
         )
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
+        _require(
+            1 <= self.min_num_frame <= self.max_num_frame,
+            "data.min_num_frame",
+            self.min_num_frame,
+            f"must lie in 1..data.max_num_frame = {self.max_num_frame}",
+        )
+        _require(
+            self.max_video_seconds > 0, "data.max_video_seconds", self.max_video_seconds, "must be positive"
+        )
         steps = [stage.from_step for stage in self.curriculum]
         _require(
             steps == sorted(set(steps)) and (not steps or steps[0] == 0),

@@ -1,18 +1,18 @@
 """Image files: bounded, inside their folder, and opened as late as possible.
 
-    header (size, format) -> index        decode -> resize -> cut -> uint8 tiles of this rank's share only
+    header (size, format) -> index        decode -> resize -> cut -> uint8 tiles
 
 Every failure is a DataError that names the file. Images are taken as the release takes them: first frame,
-no EXIF rotation, `convert("RGB")`, bicubic resizing.
+no EXIF rotation, `convert("RGB")` whatever the mode, bicubic resizing. Which images of a pack are opened is
+decided in `pixels.py`.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data import storage
+from megatron_v2pe.data.frames import FrameRef
 from megatron_v2pe.data.tiling import TileGrid
 
 UInt8Array = NDArray[np.uint8]
@@ -36,6 +38,7 @@ NORMALIZATION: dict[NormalizeType, tuple[Channels, Channels]] = {
 # What Pillow raises for files that are not images, are cut off, or carry broken compressed data.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, IndexError)
 # Last bytes of a complete file; any other ending is settled by decoding the file once.
+_HEADER_BYTES = 2**16  # of a remote image; enough for the size in all but files with large leading metadata
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
@@ -44,13 +47,14 @@ class ImageRef:
     """One image of a sample and how it is cut; no pixels.
 
     Attributes:
-        path: file.
+        path: file; of a frame, its video.
         size: (width, height) that the grid was chosen for; a file that changed since is refused.
         grid: its tiles.
         pad_color: fill of the square that the image is padded to before resizing; None does not pad.
         jpeg_qualities: re-encode each tile (the whole image when it is one tile without grid) as JPEG of
             that quality, the release's augmentation; empty does not.
         max_pixels: largest width x height that is decoded.
+        frame: which frame of a video it is; None is a still image.
     """
 
     path: str
@@ -59,37 +63,24 @@ class ImageRef:
     pad_color: tuple[int, int, int] | None = None
     jpeg_qualities: tuple[int, ...] = ()
     max_pixels: int = 178_956_970
-
-
-def resolve_path(root: str, name: str, *, where: str) -> str:
-    """File `name` inside folder `root`.
-
-    Args:
-        root: folder of the data set's images; empty means that names are complete paths.
-        name: path as the annotation gives it.
-        where: place of the annotation, for the message.
-
-    Raises:
-        DataError: the name is absolute or climbs out of `root`, or is a URL.
-    """
-    if "://" in name or "\0" in name:
-        raise DataError(f"{where}: image {name!r} is not a local file; copy it below the data set's root")
-    if not root:
-        return name
-    inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-        raise DataError(
-            f"{where}: image {name!r} lies outside the data set's root {root!r}; give a path inside the root"
-        )
-    return os.path.join(root, inside)
+    frame: FrameRef | None = None
 
 
 @contextmanager
-def _opened(path: str, *, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image (header only until it is used) and turn every Pillow failure into a DataError."""
+def open_image(path: str, *, max_pixels: int, header_only: bool = False) -> Iterator[Image.Image]:
+    """Open an image (header only until it is used) and turn every failure into a DataError.
+
+    Args:
+        path: file or address.
+        max_pixels: larger images are refused before anything is decoded.
+        header_only: of a remote file take no more than the header if that is enough.
+
+    Raises:
+        DataError: missing, not an image, or too large; also while the caller decodes it.
+    """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own bound is checked just below
     try:
-        with Image.open(path) as image:
+        with _pillow_open(path, header_only) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
@@ -107,13 +98,24 @@ def _opened(path: str, *, max_pixels: int) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def _pillow_open(path: str, header_only: bool) -> Image.Image:
+    if not storage.is_remote(path):
+        return Image.open(path)
+    if header_only:
+        try:
+            return Image.open(io.BytesIO(storage.read_range(path, 0, _HEADER_BYTES)))
+        except (OSError, SyntaxError, ValueError):  # metadata in front of the size; the whole file decides
+            pass
+    return Image.open(io.BytesIO(storage.read_whole(path)))
+
+
 def image_size(path: str, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) from the file's header.
 
     Raises:
         DataError: missing, not an image, or larger than `max_pixels`.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with open_image(path, max_pixels=max_pixels, header_only=True) as image:
         return image.size
 
 
@@ -125,16 +127,25 @@ def check_image(path: str, *, max_pixels: int) -> tuple[int, int]:
     Raises:
         DataError: missing, not an image, truncated, or larger than `max_pixels`.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with open_image(path, max_pixels=max_pixels, header_only=True) as image:
+        size = image.size
         mark = _END_MARKS.get(image.format or "")
-        if mark is None or _tail(path, len(mark)) != mark:
+        if mark is not None and _tail(path, len(mark)) == mark:
+            return size
+        if not storage.is_remote(path):
             image.load()
+            return size
+    with open_image(path, max_pixels=max_pixels) as image:
+        image.load()
         return image.size
 
 
 def _tail(path: str, num_bytes: int) -> bytes:
+    if storage.is_remote(path):
+        return storage.read_range(path, -num_bytes, None)
     with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - num_bytes))
         return file.read()
 
 
@@ -160,20 +171,23 @@ def load_tiles(ref: ImageRef, *, image_size: int, first: int = 0, last: int | No
         DataError: see `image_size`; also a file whose size changed since it was indexed.
     """
     last = ref.grid.num_tiles if last is None else last
-    with _opened(ref.path, max_pixels=ref.max_pixels) as opened:
+    with open_image(ref.path, max_pixels=ref.max_pixels) as opened:
         if opened.size != ref.size:
             raise DataError(
                 f"{ref.path}: is {opened.size[0]} x {opened.size[1]}, but was {ref.size[0]} x {ref.size[1]} when "
                 "lengths were measured; remove data.cache_dir so that they are measured again"
             )
         image = opened.convert("RGB")
-        if ref.pad_color is not None:
-            image = _pad_to_square(image, ref.pad_color)
-    return _cut(image, ref, size=image_size, first=first, last=last)
+    return cut_tiles(image, ref, image_size=image_size, first=first, last=last)
 
 
-def _cut(image: Image.Image, ref: ImageRef, *, size: int, first: int, last: int) -> UInt8Array:
-    """Tiles first..last-1 of a decoded image as uint8 [n, 3, S, S]."""
+def cut_tiles(
+    image: Image.Image, ref: ImageRef, *, image_size: int, first: int = 0, last: int = 1
+) -> UInt8Array:
+    """Tiles first..last-1 of a decoded RGB image as uint8 [n, 3, S, S]."""
+    size = image_size
+    if ref.pad_color is not None:
+        image = _pad_to_square(image, ref.pad_color)
     num_cells = ref.grid.columns * ref.grid.rows
     if num_cells == 1 and ref.jpeg_qualities:
         image = _reencode(image, ref.jpeg_qualities[0])
@@ -206,22 +220,3 @@ def _reencode(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")
-
-
-def load_tile_range(refs: Sequence[ImageRef], *, image_size: int, tile_range: tuple[int, int]) -> UInt8Array:
-    """Tiles `tile_range` of a list of images, numbered over the list; other images are not opened.
-
-    Returns:
-        uint8 [stop - start, 3, S, S].
-    """
-    start, stop = tile_range
-    out = np.empty((stop - start, 3, image_size, image_size), dtype=np.uint8)
-    base = 0
-    for ref in refs:
-        low, high = max(start, base), min(stop, base + ref.grid.num_tiles)
-        if low < high:
-            out[low - start : high - start] = load_tiles(
-                ref, image_size=image_size, first=low - base, last=high - base
-            )
-        base += ref.grid.num_tiles
-    return out

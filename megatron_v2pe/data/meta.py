@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data import storage
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "annotation": (str,),
@@ -22,6 +23,9 @@ _KNOWN: dict[str, tuple[type, ...]] = {
     "data_augment": (bool,),
     "max_dynamic_patch": (int,),
     "dynamic_image_size": (bool,),
+    "min_num_frame": (int,),
+    "max_num_frame": (int,),
+    "video_fps": (int, float),
     "length": (int,),  # informational, as in the release; the file itself is counted
 }
 
@@ -40,6 +44,9 @@ class DatasetEntry:
         data_augment: re-encode tiles as JPEG of random quality.
         max_dynamic_patch: overrides `data.max_dynamic_patch`; None keeps it.
         dynamic_image_size: overrides `data.dynamic_image_size`; None keeps it.
+        min_num_frame: overrides `data.min_num_frame`; None keeps it.
+        max_num_frame: overrides `data.max_num_frame`; None keeps it.
+        video_fps: frames per second of folders of frames, which clips of them need.
     """
 
     name: str
@@ -51,6 +58,9 @@ class DatasetEntry:
     data_augment: bool
     max_dynamic_patch: int | None
     dynamic_image_size: bool | None
+    min_num_frame: int | None = None
+    max_num_frame: int | None = None
+    video_fps: float | None = None
 
 
 def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
@@ -94,27 +104,42 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         raise DataError(f"{where}: repeat_time is {entry['repeat_time']}, but must be positive")
     if entry.get("max_dynamic_patch", 1) < 1:
         raise DataError(f"{where}: max_dynamic_patch is {entry['max_dynamic_patch']}, but must be at least 1")
+    for key in ("min_num_frame", "max_num_frame", "video_fps"):
+        if entry.get(key, 1) <= 0:
+            raise DataError(f"{where}: {key} is {entry[key]}, but must be positive")
     annotation = _locate(entry["annotation"], path)
-    if not Path(annotation).is_file():
-        raise DataError(
-            f"{where}: annotation {entry['annotation']!r} is neither beside the meta file nor in the current folder"
-        )
+    _require_file(annotation, entry["annotation"], where)
     return DatasetEntry(
         name=name,
         annotation=annotation,
         root=_locate(entry.get("root"), path),
         root2=_locate(entry.get("root2"), path),
-        http_root=entry.get("http_root") or "",
+        http_root=storage.check_address(entry.get("http_root") or "", where=where),
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],
         max_dynamic_patch=entry.get("max_dynamic_patch"),
         dynamic_image_size=entry.get("dynamic_image_size"),
+        min_num_frame=entry.get("min_num_frame"),
+        max_num_frame=entry.get("max_num_frame"),
+        video_fps=entry.get("video_fps"),
     )
 
 
+def _require_file(annotation: str, name: str, where: str) -> None:
+    try:
+        if storage.is_file(annotation):
+            return
+    except OSError as error:
+        raise DataError(f"{where}: annotation {name!r}: {error.strerror}") from None
+    place = "there" if storage.is_remote(annotation) else "beside the meta file nor in the current folder"
+    raise DataError(f"{where}: annotation {name!r} is {'not' if place == 'there' else 'neither'} {place}")
+
+
 def _locate(name: str | None, meta_path: Path) -> str:
-    """A path of the meta file: beside the meta file if it exists there, else as it stands; empty stays empty."""
+    """A path of the meta file: an address as it stands, a path beside the meta file if it exists there."""
     if not name:
         return ""
+    if storage.is_remote(name):
+        return storage.check_address(name, where=str(meta_path))
     beside = meta_path.parent / name
     return str(beside if beside.exists() else Path(name))

@@ -1,23 +1,25 @@
-"""One line of an annotation file: parsed, checked, image paths resolved. Nothing is opened.
+"""One line of an annotation file: parsed, checked, paths resolved. Nothing is opened.
 
 Example: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, ...]}; a text
-record has no image, one with several has a list.
+record has no image, one with several has a list; {"video": "v.mp4", "clip": [3, 9.5]} has frames instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.images import resolve_path
+from megatron_v2pe.data.frames import VideoSource, frame_lines
 from megatron_v2pe.data.meta import DatasetEntry
+from megatron_v2pe.data.storage import resolve_path
 from megatron_v2pe.data.templates import Turn
 from megatron_v2pe.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,31 @@ class Record:
         where: `file:line`, for messages.
         turns: human and gpt in turn, human first; as many placeholders in all as there are images.
         images: paths, in order of their placeholders.
+        video: instead of images; the turns then hold one `<video>`, see `with_frames`.
     """
 
     sample_id: str
     where: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
+    video: VideoSource | None = None
+
+
+def with_frames(record: Record, count: int) -> Record:
+    """The record with one placeholder for each of `count` frames, if it has a video.
+
+    The lines are those of the release's evaluation, `Frame1: <image>` and a line break each; its training code
+    wrote `Frame1:<image>` and no break before the question (its defect D23).
+    """
+    if record.video is None:
+        return record
+    turns = list(record.turns)
+    for index, turn in enumerate(turns):
+        before, found, after = turn.value.partition(VIDEO_PLACEHOLDER)
+        if found:
+            value = before + frame_lines(count) + after.removeprefix("\n")
+            turns[index] = Turn(role=turn.role, value=value)
+    return replace(record, turns=tuple(turns))
 
 
 def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
@@ -46,7 +67,7 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
         line_number: 1-based.
 
     Raises:
-        DataError: `file:line: ...`, for anything that is not a usable text or image record.
+        DataError: `file:line: ...`, for anything that is not a usable text, image or video record.
     """
     where = f"{entry.annotation}:{line_number}"
     try:
@@ -63,7 +84,10 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
 def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str, where: str) -> Record:
     """Check one record; see `parse_line`."""
     images = _parse_images(values, entry, where)
+    video = _parse_video(values, entry, where)
     turns = _parse_turns(values.get("conversations"), where)
+    if video is not None:
+        turns = _place_video(turns, where)
     num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
     # The release puts a missing placeholder in front of a single image's conversation. It looks at the first
     # message only and would leave a placeholder of a later message as plain text.
@@ -75,13 +99,11 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
             f"{where}: {num_placeholders} times {IMAGE_PLACEHOLDER} for {len(images)} images; each image needs "
             "exactly one placeholder"
         )
-    return Record(sample_id=sample_id, where=where, turns=turns, images=images)
+    return Record(sample_id=sample_id, where=where, turns=turns, images=images, video=video)
 
 
 def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tuple[str, ...]:
     image = values.get("image")
-    if not image and values.get("video"):
-        raise DataError(f"{where}: video samples are not supported; give frames as a list of images")
     if not image:
         return ()
     names = [image] if isinstance(image, str) else image
@@ -89,6 +111,49 @@ def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tu
         raise DataError(f"{where}: image must be a path or a list of paths, found {image!r}")
     root = entry.root2 if isinstance(image, list) and entry.root2 else entry.root
     return tuple(_image_path(name, root, entry, where) for name in names)
+
+
+def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> VideoSource | None:
+    name = values.get("video")
+    if not name:
+        return None
+    if values.get("image"):
+        raise DataError(f"{where}: has an image and a video; make two records of it")
+    if not isinstance(name, str):
+        raise DataError(f"{where}: video must be one path, found {name!r}")
+    path = resolve_path(entry.root, name, where=where, kind="video")
+    clip = values.get("clip")
+    if clip is not None:
+        is_pair = isinstance(clip, list) and len(clip) == 2 and all(_is_second(second) for second in clip)
+        if not is_pair or not clip[0] < clip[1]:
+            raise DataError(
+                f"{where}: clip must be [start, end] in seconds with 0 <= start < end, found {clip!r}"
+            )
+        clip = (float(clip[0]), float(clip[1]))
+    # A slash at the end says that the video is a folder of frames; normalised paths have lost it.
+    return VideoSource(
+        path=path.rstrip("/") + ("/" if name.endswith("/") else ""),
+        clip=clip,
+        fps=entry.video_fps,
+        min_frames=entry.min_num_frame,
+        max_frames=entry.max_num_frame,
+    )
+
+
+def _is_second(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
+def _place_video(turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    """Exactly one `<video>`; a missing one goes in front of the first message, as in the release."""
+    count = sum(turn.value.count(VIDEO_PLACEHOLDER) for turn in turns)
+    if count > 1:
+        raise DataError(
+            f"{where}: {count} times {VIDEO_PLACEHOLDER}, but a record has one video; keep one of them"
+        )
+    if count == 1:
+        return turns
+    return (Turn(role=turns[0].role, value=f"{VIDEO_PLACEHOLDER}\n{turns[0].value}"), *turns[1:])
 
 
 def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:

@@ -17,9 +17,11 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.encode import EncodedSample, TextSettings, conversation_length, encode_record
+from megatron_v2pe.data.frames import DEFAULT_RULE, FrameDraw, FrameRef, VideoRule, draw_places
 from megatron_v2pe.data.images import ImageRef, NormalizeType, check_image, mean_color
 from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.records import Record, parse_line
+from megatron_v2pe.data.pixels import measure_video
+from megatron_v2pe.data.records import Record, parse_line, with_frames
 from megatron_v2pe.data.split import WHOLE, Units, part_of
 from megatron_v2pe.data.templates import get_template
 from megatron_v2pe.data.tiling import TilingRule, choose_grid, rule_for_sample
@@ -41,6 +43,7 @@ class SampleSettings:
         max_image_pixels: largest width x height that is decoded.
         position: mode and stride of the visual positions.
         seed: seed of the run.
+        video: how videos are sampled.
     """
 
     text: TextSettings
@@ -50,6 +53,7 @@ class SampleSettings:
     max_image_pixels: int
     position: PositionConfig
     seed: int
+    video: VideoRule = DEFAULT_RULE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,12 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
         max_image_pixels=data.max_image_pixels,
         position=config.position,
         seed=config.runtime.seed,
+        video=VideoRule(
+            min_frames=data.min_num_frame,
+            max_frames=data.max_num_frame,
+            sampling=data.video_sampling,
+            max_seconds=data.max_video_seconds,
+        ),
     )
 
 
@@ -127,6 +137,27 @@ def dataset_tiling(settings: SampleSettings, entry: DatasetEntry) -> TilingRule:
     if entry.dynamic_image_size is not None:
         rule = replace(rule, dynamic=entry.dynamic_image_size)
     return rule
+
+
+def _record_tiling(record: Record, entry: DatasetEntry, settings: SampleSettings) -> TilingRule:
+    """The rule for each image of a record; a frame of a video is one tile."""
+    rule = rule_for_sample(dataset_tiling(settings, entry), len(record.images))
+    return rule if record.video is None else replace(rule, dynamic=False)
+
+
+def _frame_refs(
+    record: Record, count: int, *, settings: SampleSettings, draw: Draw | None
+) -> list[FrameRef | None]:
+    """Frames of a draw of a video; None for each still image."""
+    if record.video is None:
+        return [None] * count
+    rule = settings.video.of(record.video)
+    drawn = draw or Draw(epoch=0)
+    places = draw_places(
+        rule, count, seed=settings.seed, epoch=drawn.epoch, identity=drawn.identity(record.sample_id)
+    )
+    frames = FrameDraw(source=record.video, max_seconds=rule.max_seconds, places=places)
+    return [FrameRef(draw=frames, number=number) for number in range(count)]
 
 
 def image_refs(
@@ -141,7 +172,7 @@ def image_refs(
 
     Qualities of the JPEG augmentation are drawn uniformly from 75..100 for every tile, as in the release.
     """
-    rule = rule_for_sample(dataset_tiling(settings, entry), len(record.images))
+    rule = _record_tiling(record, entry, settings)
     is_padded = settings.pad2square and not rule.dynamic and not entry.data_augment
     pad_color = mean_color(settings.normalize_type) if is_padded else None
     grids = [choose_grid(width, height, rule=rule) for width, height in sizes]
@@ -151,6 +182,8 @@ def image_refs(
             settings.seed, draw.epoch, f"{draw.identity(record.sample_id)}/augmentation"
         )
         qualities = [tuple(generator.integers(75, 101, size=grid.num_tiles).tolist()) for grid in grids]
+    frames = _frame_refs(record, len(grids), settings=settings, draw=draw)
+    paths = record.images if record.video is None else (record.video.path,) * len(grids)
     return tuple(
         ImageRef(
             path=path,
@@ -159,8 +192,9 @@ def image_refs(
             pad_color=pad_color,
             jpeg_qualities=quality,
             max_pixels=settings.max_image_pixels,
+            frame=frame,
         )
-        for path, size, grid, quality in zip(record.images, sizes, grids, qualities, strict=True)
+        for path, size, grid, quality, frame in zip(paths, sizes, grids, qualities, frames, strict=True)
     )
 
 
@@ -177,6 +211,7 @@ def encode_draw(
     Raises:
         DataError: see `encode.encode_record`.
     """
+    record = with_frames(record, len(sizes))
     strides = image_strides(
         settings.position.mode,
         len(sizes),
@@ -213,7 +248,7 @@ def read_sample(
         DataError: the line or the sample is not usable, or has changed since it was measured.
     """
     record, _ = part_of(parse_line(line, entry=entry, line_number=line_number), units)
-    if len(record.images) != len(sizes):
+    if record.video is None and len(record.images) != len(sizes):
         raise DataError(
             f"{record.where}: has {len(record.images)} images, but had {len(sizes)} when lengths were measured; "
             "do not change annotation files during a run, and start it again"
@@ -249,11 +284,18 @@ def measure_line(
 def record_sizes(
     record: Record, *, settings: SampleSettings, size_of: Callable[..., Size] = check_image
 ) -> tuple[Size, ...]:
-    """(width, height) of each image of a record, from the files' headers.
+    """(width, height) of each image of a record, or of each frame that it will show, from the files' headers.
 
     Raises:
-        DataError: an image is not usable.
+        DataError: an image or the video is not usable.
     """
+    if record.video is not None:
+        return measure_video(
+            record.video,
+            sample_id=record.sample_id,
+            rule=settings.video.of(record.video),
+            max_pixels=settings.max_image_pixels,
+        )
     return tuple(size_of(path, max_pixels=settings.max_image_pixels) for path in record.images)
 
 
@@ -265,7 +307,8 @@ def measure_record(
     Raises:
         DataError: see `encode.encode_record`.
     """
-    rule = rule_for_sample(dataset_tiling(settings, entry), len(record.images))
+    record = with_frames(record, len(sizes))
+    rule = _record_tiling(record, entry, settings)
     num_tiles = [choose_grid(width, height, rule=rule).num_tiles for width, height in sizes]
     uncut, supervised = conversation_length(record.turns, num_tiles=num_tiles, settings=settings.text)
     num_tokens = uncut

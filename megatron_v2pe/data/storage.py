@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.errors import ConfigError, DataError
 
 MAX_OBJECT_BYTES = 512 * 2**20  # of an image or a line; a video is read piece by piece
 _SEPARATOR = "://"
@@ -111,7 +111,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
     except OSError as error:
         if isinstance(error.__cause__, ImportError):
             package = _PACKAGES.get(scheme, "the one that fsspec names")
-            raise DataError(
+            raise ConfigError(
                 f"{path}: {scheme}:// needs a package that is not installed: {package} ({error.__cause__}); "
                 f"run  pip install {_PACKAGES.get(scheme, 'PACKAGE')}"
             ) from None
@@ -127,7 +127,8 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: it cannot be opened or read.
-        DataError: nothing can read its scheme.
+        DataError: nobody knows its scheme.
+        ConfigError: the package for its scheme is not installed.
     """
     if not is_remote(path):
         with open(path, "rb") as file:

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.encode import encode_conversation
-from megatron_v2pe.data.images import ImageRef, check_image, load_tile_range
+from megatron_v2pe.data.images import ImageRef, check_image
+from megatron_v2pe.data.pixels import load_tile_range
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.samples import SampleSettings
 from megatron_v2pe.data.templates import Turn

@@ -23,9 +23,10 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, normalize_tiles
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.encode import EncodedSample, TextSettings, encode_record
-from megatron_v2pe.data.images import NORMALIZATION, check_image, load_tile_range
+from megatron_v2pe.data.images import NORMALIZATION, check_image
 from megatron_v2pe.data.masking import LabelRule
 from megatron_v2pe.data.meta import DatasetEntry
+from megatron_v2pe.data.pixels import load_tile_range
 from megatron_v2pe.data.records import Record, parse_record
 from megatron_v2pe.data.samples import SampleSettings, image_refs
 from megatron_v2pe.data.templates import ChatTemplate

@@ -11,11 +11,11 @@ from megatron_v2pe.data.images import (
     ImageRef,
     check_image,
     image_size,
-    load_tile_range,
     load_tiles,
     mean_color,
-    resolve_path,
 )
+from megatron_v2pe.data.pixels import load_tile_range
+from megatron_v2pe.data.storage import resolve_path
 from megatron_v2pe.data.tiling import TileGrid
 from tests.support.mixture import write_image
 

@@ -77,7 +77,14 @@ def turn(role, value):
         (record("<image>", "a", {"path": "x"}), "image must be a path or a list of paths"),
         (record("a <IMG_CONTEXT> b", "a"), "reserved token <IMG_CONTEXT>"),
         (record("a", "b </img>"), "reserved token </img>"),
-        ({**record("a", "b"), "video": "v.mp4"}, "video samples are not supported"),
+        ({**record("a", "b"), "video": ["v.mp4"]}, "video must be one path"),
+        ({**record("a", "b", "x.png"), "video": "v.mp4"}, "an image and a video"),
+        ({**record("<video> <video>", "b"), "video": "v.mp4"}, "2 times <video>"),
+        ({**record("<image>", "b"), "video": "v.mp4"}, "1 times <image> for 0 images"),
+        ({**record("a", "b"), "video": "../v.mp4"}, "video '../v.mp4' lies outside"),
+        ({**record("a", "b"), "video": "v.mp4", "clip": [3]}, r"clip must be \[start, end\]"),
+        ({**record("a", "b"), "video": "v.mp4", "clip": [3, 3]}, r"clip must be \[start, end\]"),
+        ({**record("a", "b"), "video": "v.mp4", "clip": [-1, 3]}, r"clip must be \[start, end\]"),
     ],
 )
 def test_mistakes_name_file_and_line(values, message):

@@ -5,7 +5,7 @@ import importlib.util
 import fsspec
 import pytest
 
-from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data import storage
 
 
@@ -109,7 +109,7 @@ def test_addresses_with_credentials_are_refused_without_repeating_them(address):
 @pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed here")
 def test_a_missing_package_is_named():
     with pytest.raises(
-        DataError, match=r"s3:// needs a package that is not installed: s3fs .*pip install s3fs"
+        ConfigError, match=r"s3:// needs a package that is not installed: s3fs .*pip install s3fs"
     ):
         storage.read_line("s3://bucket/a.jsonl", 0)
     with pytest.raises(DataError, match=r"^nowhere://a: .*nowhere"):
