@@ -36,6 +36,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_v2pe.checkpoint.adapter_record import require_whole
 from megatron_v2pe.checkpoint.folder import state_path
 from megatron_v2pe.checkpoint.state_reader import StateReader
 from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter
@@ -121,8 +122,9 @@ def load_model_weights(
     Call it before the optimizer is built, whose float32 copies are taken from the weights at that time.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint, or one of another model.
+        CheckpointError: the folder is not a complete checkpoint, holds adapters alone, or is of another model.
     """
+    require_whole(checkpoint_folder)
     states = model_sharded_state_dict(chunks, ranks, wanted=own_parameter)
     load_into_chunks(chunks, load_state(state_path(checkpoint_folder), states), wanted=own_parameter)
 
