@@ -96,6 +96,7 @@ class Composer:
         self._haystack = Haystack(
             Corpus(materials.corpus, materials.split), self._counter, settings.text.tokenizer
         )
+        self._tokens_per_tile = settings.text.tokens_per_tile
         self._entry = entry_of(store.out, settings.tiling)
         self._studio = None
         if materials.pool:
@@ -120,7 +121,8 @@ class Composer:
         except TooShort as error:
             raise DataError(
                 f"--tokens: {spec.tokens} is too short for {spec.kind}: besides template and question, {error.needed} "
-                "tokens are needed for what the document must have; ask for longer samples"
+                "tokens are needed for what the document must have; ask for longer samples, fewer --decoys, or a "
+                "smaller --max-dynamic-patch"
             ) from None
 
     def _draft(self, spec: SampleSpec) -> _Draft:
@@ -146,7 +148,15 @@ class Composer:
 
     def _needles(self, spec: SampleSpec, random: np.random.Generator) -> _Draft:
         materials = self._materials
-        task = make_task(spec, random, studio=self._studio, num_decoys=materials.num_decoys)
+        tiling = materials.settings.tiling
+        largest = (tiling.max_tiles + tiling.use_thumbnail if tiling.dynamic else 1) * self._tokens_per_tile
+        task = make_task(
+            spec,
+            random,
+            studio=self._studio,
+            num_decoys=materials.num_decoys,
+            most_images=spec.tokens // (2 * largest),
+        )
         stream = self._haystack.stream(random, forbidden=task.forbidden)
         builder = DocumentBuilder(
             task.insertions,
@@ -209,9 +219,9 @@ class Composer:
         return self._counter.conversation(message, prompted.answer_text, prompted.choice_pictures)
 
     def _record(self, spec: SampleSpec, draft: _Draft) -> dict[str, Any]:
-        units, settings = draft.units, self._materials.settings
+        units = draft.units
         pictures = _pictures(units)
-        visual = sum(self._counter.tiles(picture) for picture in pictures) * settings.text.tokens_per_tile
+        visual = sum(self._counter.tiles(picture) for picture in pictures) * self._tokens_per_tile
         inserted = [unit.insertion for unit in units if unit.insertion is not None]
         depths = [round(depth, 5) for depth in realised_depths(units)]
         depth = draft.depth if draft.depth is not None else sum(depths) / max(1, len(depths))

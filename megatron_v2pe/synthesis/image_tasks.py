@@ -132,12 +132,23 @@ def jigsaw(random: np.random.Generator, *, studio: Studio, depth: float) -> Task
         insertions=(Insertion(depth=depth, pictures=(studio.store.draw(image, lossy=lossy),)),),
         question="One image above has no lower right corner, it is grey there. Which of these pieces completes it?",
         answer=answer,
-        choice_pictures=tuple(studio.store.draw(choice, lossy=lossy) for choice in pieces),
+        choice_pictures=tuple(
+            studio.store.draw(_on_tile(choice, studio.tile_size), lossy=lossy) for choice in pieces
+        ),
     )
 
 
 def _corner(image: Image.Image) -> Image.Image:
     return image.crop((image.width // 2, image.height // 2, image.width, image.height))
+
+
+def _on_tile(piece: Image.Image, size: int) -> Image.Image:
+    """A piece as large as a square tile allows, on white; tiling by aspect would make a dozen tiles of it."""
+    scale = size / max(piece.size)
+    fitted = piece.resize((max(1, round(piece.width * scale)), max(1, round(piece.height * scale))))
+    tile = Image.new("RGB", (size, size), (255, 255, 255))
+    tile.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    return tile
 
 
 def _different(random: np.random.Generator, studio: Studio, piece: Image.Image) -> list[Image.Image]:

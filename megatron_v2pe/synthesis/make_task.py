@@ -14,7 +14,12 @@ MOST_COUNTED_IMAGES = 5
 
 
 def make_task(
-    spec: SampleSpec, random: np.random.Generator, *, studio: Studio | None, num_decoys: int
+    spec: SampleSpec,
+    random: np.random.Generator,
+    *,
+    studio: Studio | None,
+    num_decoys: int,
+    most_images: int,
 ) -> Task:
     """Needles, question and answer of a sample, of any kind but Long-VQA.
 
@@ -23,12 +28,13 @@ def make_task(
         random: source of every choice.
         studio: makes images; kinds of images need it.
         num_decoys: facts or figures that only look like the answer, for the kinds that have them.
+        most_images: images with figures to count that fit into half of the sample.
     """
     if spec.kind.startswith("text-"):
         return _text_task(spec, random, num_decoys)
     if studio is None:
         raise ValueError(f"{spec.kind} without a studio")
-    return _image_task(spec, random, studio, num_decoys)
+    return _image_task(spec, random, studio, num_decoys, most_images)
 
 
 def _text_task(spec: SampleSpec, random: np.random.Generator, num_decoys: int) -> Task:
@@ -49,10 +55,12 @@ def _text_task(spec: SampleSpec, random: np.random.Generator, num_decoys: int) -
     )
 
 
-def _image_task(spec: SampleSpec, random: np.random.Generator, studio: Studio, num_decoys: int) -> Task:
+def _image_task(
+    spec: SampleSpec, random: np.random.Generator, studio: Studio, num_decoys: int, most_images: int
+) -> Task:
     kind = spec.kind
     if kind == "image-counting":
-        number = int(random.integers(1, MOST_COUNTED_IMAGES + 1))
+        number = int(random.integers(1, max(1, min(MOST_COUNTED_IMAGES, most_images)) + 1))
         return image_tasks.counting(random, studio=studio, depths=_depths(spec, random, number))
     depth = depth_in_band(spec, random)
     if kind == "image-retrieval":
