@@ -9,6 +9,7 @@ import pytest
 
 from megatron_v2pe.cli.main import main
 from tests.support.hf_folders import GOLDEN
+from tests.support.tiny import make_data
 
 RUN = """
 data: {max_pack_tokens: 131072, max_sample_tokens: 131072}
@@ -102,6 +103,28 @@ def test_inference(plan):
     code, out, _ = plan("--gpus", "1", "--arch", "26B", "--inference", "1000000", "parallel.cp=1")
     assert code == 1
     assert "cache of keys and values" in out
+
+
+def test_packs_are_measured_from_the_runs_own_data(plan, tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "ckpt" / "hf")
+    meta = make_data(tmp_path / "data", num_samples=12)
+    arguments = (
+        f"model.checkpoint={tmp_path / 'ckpt'}",
+        f"data.meta={meta}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.max_pack_tokens=640",
+        "data.max_sample_tokens=600",
+        "data.max_dynamic_patch=2",
+        "parallel.cp=2",
+        "optim.steps=3",
+    )
+    code, out, err = plan("--gpus", "2", "--measure-data", "--json", *arguments)
+    assert code == 0, err
+    pack = json.loads(out)["pack"]
+    assert pack["source"] == "measured: mean of 12 planned packs"  # 3 steps of 4
+    assert 0 < pack["num_tokens"] <= 640 + 4 * len(pack["document_lengths"])
+    assert pack["num_tiles"] > 0
+    assert 0 < pack["supervised_tokens"] < pack["num_tokens"]
 
 
 MISTAKES = {
