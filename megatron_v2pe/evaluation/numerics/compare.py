@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.adapter_record import adapters_of
 from megatron_v2pe.checkpoint.convert import ExportedTensors, open_hf
 from megatron_v2pe.checkpoint.dist_io import on_first_rank
 from megatron_v2pe.checkpoint.folder import hf_path, is_complete, read_info
@@ -134,6 +135,7 @@ def compare_numerics(
         parallel=ParallelConfig(**{**parallel.__dict__, "pipeline_layout": layout}),
         position=inputs.position_config,
         runtime=RuntimeConfig(dtype=dtype),
+        lora=adapters_of(checkpoint),
     )
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=0)
