@@ -91,6 +91,7 @@ class ChunkMemory:
 
     batch_bytes: float
     cut_bytes: float
+    gathered_bytes: float
     hidden_bytes: float
     visual_bytes: float
     embedding_gradient_bytes: float
@@ -189,6 +190,7 @@ def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
         batch_bytes=tokens + pixels * e,
         # uint8 from the loader, float32 while it is normalised, then the compute dtype
         cut_bytes=tokens + pixels * ((0 if setting.on_cpu else 1) + FLOAT_BYTES + (e if is_half else 0)),
+        gathered_bytes=setting.tokens * language.hidden_size * e if plan.sequence_parallel else 0.0,
         hidden_bytes=hidden if plan.pp > 1 else 0.0,
         visual_bytes=hidden * visual_share if chunk.is_first else 0.0,
         embedding_gradient_bytes=0.0
@@ -229,6 +231,8 @@ def _head(setting: Setting, words: int) -> HeadPeaks:
 def chunk_phases(memory: ChunkMemory, hidden_bytes: float) -> list[Phase]:
     """Phases of one micro batch in a chunk; `hidden_bytes` is [r, H]."""
     held = {"batch": memory.batch_bytes}
+    if memory.gathered_bytes:
+        held["gathered rows"] = memory.gathered_bytes
     phases = [Phase(name="cut", parts={"batch": memory.cut_bytes})]
     tower, layers, head = memory.tower, memory.layers, memory.head
     if tower is not None:
@@ -245,8 +249,8 @@ def chunk_phases(memory: ChunkMemory, hidden_bytes: float) -> list[Phase]:
     phases.append(Phase(name="decode'", parts={**held, "decoder layers": layers.backward_bytes}))
     if tower is not None:
         gradients = hidden_bytes + memory.visual_bytes
-        encode = {"batch": memory.batch_bytes, "embedding": gradients, "vision tower": tower.backward_bytes}
+        encode = {**held, "embedding": gradients, "vision tower": tower.backward_bytes}
         phases.append(Phase(name="encode'", parts=encode))
         embedding = hidden_bytes + memory.embedding_gradient_bytes
-        phases.append(Phase(name="embed'", parts={"batch": memory.batch_bytes, "embedding": embedding}))
+        phases.append(Phase(name="embed'", parts={**held, "vision tower": 0.0, "embedding": embedding}))
     return phases

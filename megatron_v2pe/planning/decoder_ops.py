@@ -61,7 +61,11 @@ def rotation_op(name: str, source: str, size: float, element_bytes: int) -> Op:
 
 
 def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, kernels: Kernels) -> list[Op]:
-    """norm -> qkv -> rotate -> attend -> project -> add."""
+    """norm -> qkv -> rotate -> attend -> project -> add.
+
+    With sequence parallelism the gathered rows of qkv and fc1 lie in one buffer that mcore keeps for the whole run;
+    what comes back (row linears, and column linears' gradients) exists whole for a moment.
+    """
     e = kernels.element_bytes
     hidden, query = sizes.rows * sizes.hidden * e, sizes.tokens * sizes.query_width * e
     key, mixed = sizes.tokens * sizes.key_width * e, sizes.tokens * sizes.mixed_width * e
@@ -76,8 +80,7 @@ def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, kernels: Kerne
             weight_bytes=sizes.hidden * sizes.mixed_width * e,
             kernels=kernels,
             adds_bias=sizes.qkv_bias,
-            forward_bytes=whole,
-            backward_bytes=2 * whole,
+            backward_bytes=whole,
         ),
         Op(name="heads", inputs=("qkv",), view_of="qkv", output_bytes=mixed),
         # Queries lie between keys and values in the output of qkv, so splitting them off copies them.
@@ -127,8 +130,7 @@ def gated_mlp_ops(source: str, sizes: DecoderSizes, kernels: Kernels, *, tokens:
             output_bytes=2 * inner,
             weight_bytes=2 * sizes.ffn * sizes.hidden * e,
             kernels=kernels,
-            forward_bytes=whole,
-            backward_bytes=2 * whole,
+            backward_bytes=whole,
         ),
         Op(name="halves", inputs=("fc1",), view_of="fc1", output_bytes=2 * inner),
         Op(name="gate", inputs=("halves",), output_bytes=inner, keeps=("halves",), gradient_bytes=(inner,)),
