@@ -329,10 +329,10 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
         _require(
-            0 <= self.warmup_steps <= self.steps,
+            0 <= self.warmup_steps < self.steps,
             "optim.warmup_steps",
             self.warmup_steps,
-            "must lie in [0, optim.steps]",
+            f"must be less than optim.steps = {self.steps}, as the decay takes at least one step, and not negative",
         )
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")

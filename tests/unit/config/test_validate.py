@@ -80,6 +80,14 @@ def test_weights_come_from_one_place():
         ModelConfig(checkpoint="a", hf_path="b")
 
 
+def test_warmup_leaves_a_step_for_the_decay():
+    OptimConfig(steps=2, warmup_steps=1)
+    with pytest.raises(
+        ConfigError, match=r"optim\.warmup_steps is 2, but must be less than optim\.steps = 2"
+    ):
+        OptimConfig(steps=2, warmup_steps=2)
+
+
 def test_kv_heads_by_tp():
     with pytest.raises(
         ConfigError, match=r"parallel.tp is 8, but must divide the 4 KV heads.*possible: 1, 2, 4$"
