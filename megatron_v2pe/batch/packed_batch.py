@@ -36,6 +36,8 @@ class PackedBatch:
             pack in order of appearance.
         tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
         sample_ids: identity of each document, for error messages.
+        damaged: (document, message) of each document one of whose images this rank could not read; its tiles
+            are black. Ranks that read other images do not know of it before they agree (`train.damaged`).
     """
 
     tokens: Int64Array
@@ -46,6 +48,7 @@ class PackedBatch:
     tile_range: tuple[int, int]
     tiles: NDArray[np.uint8]
     sample_ids: tuple[str, ...]
+    damaged: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -223,8 +223,10 @@ class DataConfig:
     """Shuffle samples before packing, anew each epoch."""
     num_workers: int = 0
     """Loader processes per rank."""
+    prefetch_mib: int = 2048
+    """Memory of a rank for packs that are made but not yet used, in MiB; at least one pack is always under way."""
     max_bad_samples: float = 0.001
-    """Share of samples that may be skipped as bad before the run stops."""
+    """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
     max_image_pixels: int = 178_956_970
     """Largest width x height that is decoded, of images and of frames."""
     min_num_frame: int = 4
@@ -253,6 +255,7 @@ class DataConfig:
             0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]"
         )
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
+        _require(self.prefetch_mib >= 1, "data.prefetch_mib", self.prefetch_mib, "must be at least 1")
         _require(
             1 <= self.min_num_frame <= self.max_num_frame,
             "data.min_num_frame",

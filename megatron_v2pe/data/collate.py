@@ -53,6 +53,7 @@ def collate_pack(
     loss_reduction: str,
     image_size: int,
     tile_range_of: Callable[[int], tuple[int, int]] = lambda num_tiles: (0, num_tiles),
+    tolerate_damage: bool = False,
 ) -> PackedBatch:
     """Make one micro batch of documents.
 
@@ -64,13 +65,14 @@ def collate_pack(
         image_size: tile size S in pixels.
         tile_range_of: tiles of the pack -> half-open range whose pixels are wanted; only the images of that
             range are opened.
+        tolerate_damage: an image that cannot be read becomes black tiles and an entry of `damaged`.
 
     Returns:
         the pack, with uint8 pixels of the wanted tiles.
 
     Raises:
-        DataError: nothing in the pack is supervised (the loss would be 0/0), or an image cannot be read. The
-            first depends on tokens alone, so all ranks that share the pack agree on it.
+        DataError: nothing in the pack is supervised (the loss would be 0/0), or an image cannot be read and
+            damage is not tolerated. The first depends on tokens alone, so all ranks that share the pack agree on it.
     """
     layout = pack_layout([sample.layout for sample in samples], pad_to_multiple=pad_to_multiple)
     tokens = np.full(layout.num_tokens, pad_token_id, dtype=np.int64)
@@ -89,6 +91,15 @@ def collate_pack(
         )
     tile_range = tile_range_of(layout.num_tiles)
     refs = [ref for sample in samples for ref in sample.image_refs]
+    document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
+    damaged: dict[int, str] = {}
+
+    def note(image: int, error: DataError) -> None:
+        damaged.setdefault(document_of[image], str(error))
+
+    tiles = load_tile_range(
+        refs, image_size=image_size, tile_range=tile_range, on_damage=note if tolerate_damage else None
+    )
     return PackedBatch(
         tokens=tokens,
         labels=labels,
@@ -96,6 +107,7 @@ def collate_pack(
         layout=layout,
         num_tiles=layout.num_tiles,
         tile_range=tile_range,
-        tiles=load_tile_range(refs, image_size=image_size, tile_range=tile_range),
+        tiles=tiles,
         sample_ids=sample_ids,
+        damaged=tuple(damaged.items()),
     )

@@ -30,10 +30,11 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.images import NORMALIZATION
-from megatron_v2pe.data.loader import TrainLoader
+from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
 from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, peak_memory_gib
@@ -63,7 +64,8 @@ def train(config: RunConfig) -> str:
     run = Run(config, arch, plan=plan, ranks=ranks)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
-        reason = run.steps(interruption)
+        with explained_worker_deaths():
+            reason = run.steps(interruption)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
@@ -152,6 +154,13 @@ class Run:
         attach(self.runner, self.trainer.wrapped)
         self.loader = self._loader(start_step=saved.step if saved else 0)
         self.state = replace(self.state, data_hash=self.loader.fingerprint)
+        self.damaged = DamagedSamples(
+            run_dir=self.run_dir,
+            ranks=self.ranks,
+            num_bad=self.loader.num_bad,
+            num_samples=self.loader.num_samples,
+            max_share=self.config.data.max_bad_samples,
+        )
         if saved is not None:
             saved.require_same_data(self.state)
             self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
@@ -223,7 +232,8 @@ class Run:
             first_step=self.state.step + 1,
         )
         reason = ""
-        for batches, data_seconds in timed(self.loader):
+        for loaded, data_seconds in timed(self.loader):
+            batches = self.damaged.settle(loaded, step=self.state.step + 1)
             report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
             self.state = replace(
                 self.state,
@@ -253,6 +263,8 @@ class Run:
             tokens=counts.tokens,
             visual_tokens=counts.visual_tokens,
             samples=counts.samples,
+            bad_samples=self.damaged.num_skipped,
+            data_digest=counts.data_digest,
             tokens_per_s=counts.tokens / wall,
             tflops_per_rank=counts.flops / wall / 1e12 / self.ranks.world_size,
             step_s=report.seconds,

@@ -6,6 +6,7 @@ sum over ranks, so every line is the same whatever the layout.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
@@ -30,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One line of metrics.jsonl. Tokens exclude padding of documents; rates are over the whole world."""
+    """One line of metrics.jsonl. Tokens exclude padding of documents; rates are over the whole world.
+
+    `data_digest` is the sum of digests of the packs' samples: equal digests mean equal packs, whichever rank took them;
+    `bad_samples` counts those that are skipped so far, found while measuring or while training.
+    """
 
     step: int
     loss: float
@@ -39,6 +44,8 @@ class StepMetrics:
     tokens: int
     visual_tokens: int
     samples: int
+    bad_samples: int
+    data_digest: str
     tokens_per_s: float
     tflops_per_rank: float
     step_s: float
@@ -48,12 +55,13 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCounts:
-    """Sums over the packs of a global batch."""
+    """Sums over the packs of a global batch, and a digest of their samples' identities."""
 
     tokens: int
     visual_tokens: int
     samples: int
     flops: float
+    data_digest: str
 
 
 def count_batches(
@@ -75,13 +83,26 @@ def count_batches(
             sum(document.num_visual_tokens for document in documents),
             len(documents),
             step_flops(arch, packs),
+            sum(_pack_digest(batch.sample_ids) for batch in batches),
         ],
         dtype=torch.float64,
         device=device,
     )
     dist.all_reduce(counts, group=ranks.groups.dp)
-    tokens, visual, samples, flops = counts.tolist()
-    return BatchCounts(tokens=int(tokens), visual_tokens=int(visual), samples=int(samples), flops=flops)
+    tokens, visual, samples, flops, digest = counts.tolist()
+    return BatchCounts(
+        tokens=int(tokens),
+        visual_tokens=int(visual),
+        samples=int(samples),
+        flops=flops,
+        data_digest=f"{int(digest):x}",
+    )
+
+
+def _pack_digest(sample_ids: Sequence[str]) -> int:
+    """38 bits of the samples of a pack, in order; 2**15 of them add up exactly in float64."""
+    digest = hashlib.blake2b("\n".join(sample_ids).encode(), digest_size=5).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 def peak_memory_gib() -> float:
@@ -140,7 +161,7 @@ class MetricsLog:
         append_json(self.path, asdict(metrics))
         if self.board is not None:
             for name, value in asdict(metrics).items():
-                if name != "step":
+                if name != "step" and not isinstance(value, str):
                     self.board.add_scalar(f"train/{name}", value, metrics.step)
         seconds = metrics.step_s + metrics.data_s
         self.seconds_per_step = (

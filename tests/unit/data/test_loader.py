@@ -1,13 +1,16 @@
 """The loader: the same stream at any number of ranks, workers and starts; pixels only where they are due."""
 
+import multiprocessing
 import os
+import signal
 
 import numpy as np
 import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.data import images
+from megatron_v2pe.data import pixels
+from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
 from tests.support.mixture import record, write_image
 
 RANDOM = PositionConfig(mode="v2pe_random")
@@ -48,8 +51,8 @@ def test_order_does_not_depend_on_data_parallel_size(filled):
     for size in (2, 4):
         ranks = [stream(filled, config, dp=(rank, size)) for rank in range(size)]
         for step, expected in enumerate(whole):
-            dealt = [ranks[place % size][step][place // size] for place in range(4)]
-            assert dealt == expected
+            assert all(len(rank[step]) == 4 // size for rank in ranks)
+            assert sorted(pack for rank in ranks for pack in rank[step]) == sorted(expected)
 
 
 def test_workers_give_the_same_packs_and_pixels(filled):
@@ -79,9 +82,9 @@ def test_a_rank_opens_only_the_images_of_its_tiles(filled, monkeypatch):
     config = filled.config(steps=4)
     filled.loader(config)  # measures
     opened = []
-    real = images.load_tiles
+    real = pixels.load_tiles
     monkeypatch.setattr(
-        images, "load_tiles", lambda ref, **rest: opened.append(ref.path) or real(ref, **rest)
+        pixels, "load_tiles", lambda ref, **rest: opened.append(ref.path) or real(ref, **rest)
     )
     list(filled.loader(config, holds_vision=False))
     assert opened == []
@@ -120,17 +123,68 @@ def test_bad_samples_are_named_and_skipped(mixture, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_later_stops_with_one_clear_message(mixture, workers):
-    write_image(mixture.folder / "images" / "a.png", 60, 60)
-    mixture.write([record("<image>", "x", "a.png")])
-    config = mixture.config(num_workers=workers)
-    loader = mixture.loader(config)
-    content = bytearray((mixture.folder / "images" / "a.png").read_bytes())
+def test_an_image_that_breaks_later_is_reported_by_the_rank_that_reads_it(mixture, workers):
+    """Everything but the pixels is as if nothing had happened; ranks agree on the rest, see train.damaged."""
+    for name in ("a.png", "b.png"):
+        write_image(mixture.folder / "images" / name, 200, 60)
+    mixture.write([record("<image>", "x", name) for name in ("a.png", "b.png")])
+    config = mixture.config(num_workers=workers, steps=2, batch=1)
+    whole = [facts(batch) for step in mixture.loader(config) for batch in step]
+    ranks = [mixture.loader(config, tile=(rank, 2)) for rank in range(2)]
+    damage(mixture.folder / "images" / "a.png")
+    for step, steps in enumerate(zip(*ranks, strict=True)):
+        batches = [batch for (batch,) in steps]
+        place = batches[0].sample_ids.index("a:1")
+        knowing = [rank for rank in range(2) if batches[rank].damaged]
+        assert knowing == [place]  # two documents of equal size: the rank is the place
+        ((document, message),) = batches[place].damaged
+        assert document == place
+        assert "a.png: cannot be read as an image" in message
+        assert "Traceback" not in message
+        assert not batches[place].tiles.any()
+        assert batches[1 - place].tiles.any()
+        assert all(facts(batch) == whole[step] for batch in batches)
+
+
+def damage(path):
+    """Break the compressed data, not the header or the end."""
+    content = bytearray(path.read_bytes())
     content[200:260] = bytes(60)
-    (mixture.folder / "images" / "a.png").write_bytes(bytes(content))
-    with pytest.raises(DataError, match=r"^\S*a\.png: cannot be read as an image") as caught:
-        list(loader)
-    assert "Traceback" not in str(caught.value)
+    path.write_bytes(bytes(content))
+
+
+def test_packs_under_way_stay_within_their_memory():
+    gib, mib = 2**30, 2**20
+    assert packs_under_way(75 * mib, num_workers=4, budget=2 * gib) == (4, 6)
+    assert packs_under_way(600 * mib, num_workers=4, budget=2 * gib) == (3, 1)
+    assert packs_under_way(3 * gib, num_workers=4, budget=2 * gib) == (1, 1)
+    assert packs_under_way(3 * gib, num_workers=0, budget=2 * gib) == (0, 1)
+    assert packs_under_way(1000, num_workers=2, budget=2 * gib) == (2, 16)
+
+
+def test_few_workers_for_large_packs_are_announced(filled, caplog):
+    caplog.set_level("WARNING", logger="megatron_v2pe")
+    loader = filled.loader(filled.config(steps=1, num_workers=3, prefetch_mib=3))
+    assert (
+        "data.num_workers is 3, but packs of up to 1.5 MiB in data.prefetch_mib = 3 leave room for 2"
+        in caplog.text
+    )
+    assert len(list(loader)) == 1
+
+
+def test_a_killed_worker_is_explained(filled):
+    loader = filled.loader(filled.config(steps=400, num_workers=2))
+
+    def kill_workers_while_reading():
+        for _ in loader:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+
+    with (
+        pytest.raises(DataError, match=r"data loading process ended .* lower data\.prefetch_mib"),
+        explained_worker_deaths(),
+    ):
+        kill_workers_while_reading()
 
 
 def test_an_annotation_file_that_vanishes(mixture):
