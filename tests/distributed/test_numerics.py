@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file
 
 from megatron_v2pe.checkpoint.convert import import_hf
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.evaluation.numerics.compare import compare_numerics
-from tests.support.hf_folders import edit_weights, golden_copy, random_folder
+from megatron_v2pe.parallel.topology import shutdown
+from tests.support.hf_folders import random_folder
 from tests.support.spawn import run_ranks
 
 CKPT = Path(__file__).parents[1] / "golden" / "ckpt"
@@ -64,7 +64,8 @@ def compare_all(rank, world_size, folders, layouts, stride):
 
 def test_one_rank(folders):
     """Ordinary positions; V2PE positions run below, on several ranks."""
-    (results,) = run_ranks(compare_all, 1, folders, {"one": {}}, 0, timeout=250)
+    results = compare_all(0, 1, folders, {"one": {}}, 0)
+    shutdown()
     check(results, layouts=1)
 
 
@@ -82,15 +83,3 @@ def check(results, *, layouts):
         assert [row for row in rows if not row.passes] == [], which
         assert rows[0].name == "vision.embedding"
         assert rows[-1].name == "logits"
-
-
-def test_a_changed_tensor_shows_where_it_acts(tmp_path):
-    """One layer's weights scaled by 1.01: stages before it pass, it and all after it fail."""
-    source = golden_copy(tmp_path / "hf")
-    import_hf(source, tmp_path / "ckpt")
-    name = "language_model.model.layers.1.feed_forward.w2.weight"
-    edit_weights(source, **{name.replace(".", "__"): load_file(source / "model.safetensors")[name] * 1.01})
-    (results,) = run_ranks(compare_all, 1, [(source, tmp_path / "ckpt")], {"one": {}}, 4, timeout=250)
-    (rows,) = results.values()
-    failing = [row.name for row in rows if not row.passes]
-    assert failing == ["decoder.layer.2", "decoder.norm", "logits"]

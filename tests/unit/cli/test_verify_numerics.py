@@ -53,6 +53,17 @@ def test_other_weights(capsys, checkpoint, tmp_path):
     assert [line.split()[0] for line in out.splitlines() if "FAIL" in line] == ["logits"]
 
 
+def test_a_changed_layer_shows_where_it_acts(capsys, checkpoint, tmp_path):
+    """One matrix scaled by 1.01: stages before it pass, all after it fail."""
+    source = golden_copy(tmp_path / "hf")
+    name = "language_model.model.layers.1.feed_forward.w2.weight"
+    edit_weights(source, **{name.replace(".", "__"): load_file(source / "model.safetensors")[name] * 1.01})
+    code, out, _ = run(capsys, source, checkpoint, "--numerics", "--stride", "4")
+    assert code == 1
+    failing = [line.split()[0] for line in out.splitlines() if "FAIL" in line]
+    assert failing == ["decoder.layer.2", "decoder.norm", "logits"]
+
+
 def test_nan_is_no_pass(capsys, checkpoint, tmp_path):
     source = golden_copy(tmp_path / "hf")
     edit_weights(source, mlp1__3__bias=torch.full((64,), float("nan")))
