@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
+_SHOWN_CHANGES = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
@@ -23,6 +25,7 @@ class RunState:
         position_mode: positions that were trained.
         position_stride: stride of `v2pe_fixed`, else 0.
         schedule: state of the learning rate schedule.
+        data_facts: what `data_hash` is the hash of, by name, to tell what changed; absent in older checkpoints.
     """
 
     step: int
@@ -33,6 +36,7 @@ class RunState:
     position_mode: str = "default"
     position_stride: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
+    data_facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `checkpoint.json`."""
@@ -50,8 +54,8 @@ class RunState:
             raise CheckpointError(
                 "the checkpoint holds weights only (it was imported); a run cannot resume from it"
             )
-        if set(values) != known:
-            odd = ", ".join(sorted(set(values) ^ known))
+        if set(values) | {"data_facts"} != known:
+            odd = ", ".join(sorted((set(values) | {"data_facts"}) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
         return cls(**values)
 
@@ -66,7 +70,21 @@ class RunState:
                 f"the checkpoint stopped after {self.consumed_packs} packs of another plan (data seed "
                 f"{self.data_seed}, settings {self.data_hash}; now {now.data_seed}, {now.data_hash}); restore the data "
                 "settings, or start a new run with model.checkpoint set to this checkpoint"
+                f"{self._changes(now)}"
             )
+
+    def _changes(self, now: RunState) -> str:
+        """What differs in the data, one line each: name, then, now."""
+        if not self.data_facts or not now.data_facts:
+            return ""
+        names = list(dict.fromkeys([*self.data_facts, *now.data_facts]))
+        changed = [name for name in names if self.data_facts.get(name) != now.data_facts.get(name)]
+        lines = [
+            f"\n  {name}: {self.data_facts.get(name, 'absent')} -> {now.data_facts.get(name, 'absent')}"
+            for name in changed[:_SHOWN_CHANGES]
+        ]
+        more = len(changed) - len(lines)
+        return "; changed:" + "".join(lines) + (f"\n  ... and {more} more" if more else "")
 
 
 def settings_hash(values: dict[str, Any]) -> str:

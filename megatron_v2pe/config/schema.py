@@ -202,7 +202,11 @@ class DataConfig:
     max_pack_tiles: int = 1024
     """Tile budget of a pack."""
     max_sample_tokens: int = 4096
-    """Longest sample; longer text is truncated on the right, a cut through an image makes the sample bad."""
+    """Longest sample; what happens to longer ones is data.long_samples."""
+    long_samples: Literal["cut", "split", "bad", "refuse"] = "cut"
+    """Samples longer than max_sample_tokens. cut: text is cut on the right, as in the release, and a cut through an image
+    makes the sample bad; split: parts are made between rounds and before images; bad: skipped, counted, named; refuse:
+    the run stops with their list."""
     dynamic_image_size: bool = True
     """Cut images into a grid of tiles; false resizes each image to one tile."""
     min_dynamic_patch: int = 1
@@ -219,6 +223,10 @@ class DataConfig:
     """Mean and standard deviation of the pixel normalisation."""
     loss_reduction: Literal["token", "sample", "square"] = "square"
     """Weight of a supervised token of a sample with x of them: 1, 1/x, or 1/sqrt(x)."""
+    packing: Literal["best_fit", "release_greedy"] = "best_fit"
+    """best_fit: packs as full and as alike as possible; release_greedy: the release's packer with its buffer of 20."""
+    balance: bool = True
+    """Steps of packs that cost about the same, dealt so that data parallel ranks finish together; false is random."""
     shuffle: bool = True
     """Shuffle samples before packing, anew each epoch."""
     num_workers: int = 0

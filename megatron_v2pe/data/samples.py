@@ -16,6 +16,7 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.cost import NO_COST, PackCost, pack_cost
 from megatron_v2pe.data.encode import EncodedSample, TextSettings, conversation_length, encode_record
 from megatron_v2pe.data.frames import DEFAULT_RULE, FrameDraw, FrameRef, VideoRule, draw_places
 from megatron_v2pe.data.images import ImageRef, NormalizeType, check_image, mean_color
@@ -44,6 +45,9 @@ class SampleSettings:
         position: mode and stride of the visual positions.
         seed: seed of the run.
         video: how videos are sampled.
+        long_samples: see `data.long_samples`.
+        max_pack_tiles: most tiles of a sample, which must fit a pack.
+        cost: what packs are balanced by.
     """
 
     text: TextSettings
@@ -54,6 +58,9 @@ class SampleSettings:
     position: PositionConfig
     seed: int
     video: VideoRule = DEFAULT_RULE
+    long_samples: str = "cut"
+    max_pack_tiles: int = 2**62
+    cost: PackCost = NO_COST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,9 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
             sampling=data.video_sampling,
             max_seconds=data.max_video_seconds,
         ),
+        long_samples=data.long_samples,
+        max_pack_tiles=data.max_pack_tiles,
+        cost=pack_cost(arch, trains_vision=not config.vision.freeze or config.lora.vision_rank > 0),
     )
 
 

@@ -153,7 +153,7 @@ class Run:
         self.runner = self._micro_batch_runner()
         attach(self.runner, self.trainer.wrapped)
         self.loader = self._loader(start_step=saved.step if saved else 0)
-        self.state = replace(self.state, data_hash=self.loader.fingerprint)
+        self.state = replace(self.state, data_hash=self.loader.fingerprint, data_facts=self.loader.facts)
         self.damaged = DamagedSamples(
             run_dir=self.run_dir,
             ranks=self.ranks,

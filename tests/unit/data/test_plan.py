@@ -7,7 +7,8 @@ import pytest
 
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.index import BadSample, DatasetIndex
+from megatron_v2pe.data.index import DatasetIndex
+from megatron_v2pe.data.index_rows import BadSample
 from megatron_v2pe.data.plan import MixturePlan
 from tests.support.mixture import entry
 
@@ -17,7 +18,10 @@ def index(num_tokens, *, name="a", repeat=1.0, num_tiles=None, bad=0):
     tiles = np.zeros(count, dtype=np.int64) if num_tiles is None else np.array(num_tiles)
     return DatasetIndex(
         entry=entry(name=name, annotation=f"{name}.jsonl", repeat_time=repeat),
-        key=name,
+        content=name,
+        settings={"tokenizer": "t"},
+        units=np.zeros((count, 2), dtype=np.int32),
+        num_cut=0,
         offsets=np.arange(count),
         line_numbers=np.arange(1, count + 1),
         num_tokens=np.array(num_tokens, dtype=np.int64),

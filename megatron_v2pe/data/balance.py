@@ -1,0 +1,74 @@
+"""Steps whose ranks finish together: packs of about equal cost share a step, and ranks get equal shares of it.
+
+    packs of an epoch --sort by cost, cut into groups of a step, shuffle the groups--> order of the packs
+    packs of a step   --largest first, to the rank with least so far--> packs of each rank
+
+The slowest rank decides a step's time. With one pack per rank only packs of equal cost help, so what a step holds is
+chosen by cost, with 1 % of noise, and which step comes when is random. That does not depend on the number of ranks;
+only the dealing does.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_v2pe.v2pe.layout import Int64Array
+
+_NOISE = 0.01  # so that tiny differences, such as the file of origin, do not decide what shares a step
+
+
+def order_for_steps(costs: Any, *, batch_size: int, first: int, generator: np.random.Generator) -> Int64Array:
+    """Order of an epoch's packs in which every step's packs cost about the same.
+
+    Packs that share a step with another epoch's (at both ends, where the epoch is no multiple of a step) are taken from
+    the middle of all costs.
+
+    Args:
+        costs: float [n], cost of each pack.
+        batch_size: packs of a step.
+        first: packs at the beginning that fill up a step of the epoch before.
+        generator: of the epoch.
+
+    Returns:
+        int64 [n], a permutation.
+    """
+    count = len(costs)
+    head = min(first, count)
+    num_loose = head + (count - head) % batch_size
+    ranking = np.argsort(np.asarray(costs) * (1 + _NOISE * generator.random(count)), kind="stable")
+    low = (count - num_loose) // 2
+    loose = generator.permutation(ranking[low : low + num_loose])
+    groups = np.delete(ranking, slice(low, low + num_loose)).reshape(-1, batch_size)
+    groups = generator.permuted(generator.permutation(groups), axis=1)
+    return np.concatenate([loose[:head], groups.ravel(), loose[head:]]).astype(np.int64)
+
+
+def deal_packs(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Equally many packs to each rank, of about equal cost.
+
+    Args:
+        costs: of the packs of a step.
+        num_ranks: must divide their number.
+
+    Returns:
+        for each rank, the places of its packs in rising order.
+    """
+    each = len(costs) // num_ranks
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    lightest = [(0.0, rank) for rank in range(num_ranks)]  # of the ranks that want more, a heap
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        cost, rank = heapq.heappop(lightest)
+        dealt[rank].append(place)
+        if len(dealt[rank]) < each:
+            heapq.heappush(lightest, (cost + costs[place], rank))
+    return [sorted(places) for places in dealt]
+
+
+def imbalance(costs: Any, dealt: Sequence[Sequence[int]]) -> float:
+    """Cost of the slowest rank of a step over the mean of all."""
+    sums = [float(sum(costs[place] for place in places)) for places in dealt]
+    return max(sums) / (sum(sums) / len(sums))
