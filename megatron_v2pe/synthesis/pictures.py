@@ -21,7 +21,7 @@ from PIL import Image
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import sync_folder
 from megatron_v2pe.data.images import check_image
-from megatron_v2pe.synthesis.processes import worker_context
+from megatron_v2pe.synthesis.processes import end_with_parent, worker_context
 from megatron_v2pe.synthesis.split import digest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -83,7 +83,7 @@ def inspect_all(paths: Sequence[Path], *, max_pixels: int, workers: int) -> Iter
     if workers == 1 or len(names) < _WORTH_PROCESSES:
         yield from (inspect(name, max_pixels) for name in names)
         return
-    with ProcessPoolExecutor(workers, mp_context=worker_context()) as executor:
+    with ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=end_with_parent) as executor:
         yield from executor.map(inspect, names, repeat(max_pixels), chunksize=_CHUNK)
 
 

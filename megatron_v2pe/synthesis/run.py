@@ -9,18 +9,13 @@ was killed goes on with the parts that are missing.
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
@@ -28,17 +23,15 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.samples import SampleSettings, sample_settings
-from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Composer, Materials
+from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Materials
 from megatron_v2pe.synthesis.kinds import plan
-from megatron_v2pe.synthesis.parts import Part, join_parts, parts_of
-from megatron_v2pe.synthesis.pictures import ImageStore
-from megatron_v2pe.synthesis.processes import worker_context
+from megatron_v2pe.synthesis.parts import join_parts, parts_of
 from megatron_v2pe.synthesis.settings import LOCK, META, SKIPPED, WORK, SynthesisConfig, claim, open_folder
 from megatron_v2pe.synthesis.sources import Sources, read_sources
+from megatron_v2pe.synthesis.workers import make_parts
 
 _log = get_logger(__name__)
 _NO_LIMIT = 2**40
-_IN_FLIGHT_PER_WORKER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +84,8 @@ def synthesize(config: SynthesisConfig, *, hf_folder: str | Path, data: DataConf
         parts = parts_of(specs, out)
         is_complete = (out / META).exists()
         missing = [] if is_complete else [part for part in parts if not part.path.exists()]
-        _make(missing, _materials(config, settings, sources, store), out=out, workers=config.workers)
+        materials = _materials(config, settings, sources, store)
+        make_parts(missing, materials, out=out, workers=config.workers)
         if not is_complete:
             join_parts(parts, out, with_mm_niah=config.split == "eval", data=data)
         _clean(out)
@@ -134,76 +128,6 @@ def _materials(config: SynthesisConfig, settings: SampleSettings, sources: Sourc
         text_per_image=config.text_per_image,
         num_decoys=config.num_decoys,
     )
-
-
-class PartMaker:
-    """Makes parts, whose records are checked; one in each process.
-
-    Args:
-        materials: what samples are made from.
-        out: output folder.
-    """
-
-    def __init__(self, materials: Materials, out: Path) -> None:
-        self._store = ImageStore(out)
-        self._composer = Composer(materials, self._store)
-
-    def make(self, part: Part) -> int:
-        """Make and write all samples of a part; returns their number."""
-        lines = [json.dumps(self._composer.compose(spec)) for spec in part.specs]
-        self._store.flush()
-        write_atomic(part.path, "".join(f"{line}\n" for line in lines))
-        return len(lines)
-
-
-_maker: PartMaker | None = None
-
-
-def _start_worker(materials: Materials, out: Path) -> None:
-    global _maker  # noqa: PLW0603 - the process's own, as tasks bring only their part
-    _maker = PartMaker(materials, out)
-
-
-def _make_in_worker(part: Part) -> int:
-    assert _maker is not None
-    return _maker.make(part)
-
-
-def _make(parts: Sequence[Part], materials: Materials, *, out: Path, workers: int) -> None:
-    workers = min(workers, len(parts))
-    total = sum(len(part.specs) for part in parts)
-    with tqdm(total=total, desc="records", unit="record", disable=None) as bar:
-        if workers <= 1:
-            maker = PartMaker(materials, out)
-            for part in parts:
-                bar.update(maker.make(part))
-            return
-        with ProcessPoolExecutor(
-            workers, mp_context=worker_context(), initializer=_start_worker, initargs=(materials, out)
-        ) as executor:
-            for made in _results(executor, parts, in_flight=workers * _IN_FLIGHT_PER_WORKER):
-                bar.update(made)
-
-
-def _results(executor: Executor, parts: Sequence[Part], *, in_flight: int) -> Iterator[int]:
-    """Numbers of records as parts finish; the first failure stops what has not begun."""
-    waiting = list(reversed(parts))
-    running: set[Future[int]] = set()
-    try:
-        while waiting or running:
-            while waiting and len(running) < in_flight:
-                running.add(executor.submit(_make_in_worker, waiting.pop()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise ConfigError(
-            "--workers: a worker process was killed, mostly for want of memory; start again with fewer workers, "
-            "what is finished is kept"
-        ) from None
-    except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 @contextmanager

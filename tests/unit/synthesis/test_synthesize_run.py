@@ -7,6 +7,7 @@ import re
 import signal
 import time
 
+import psutil
 import pytest
 
 from megatron_v2pe.config.schema import DataConfig
@@ -150,7 +151,7 @@ def make_slowly(config):
 
 
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(inputs, tmp_path, monkeypatch):
-    config = config_for(inputs, tmp_path / "killed", ("image-decoys",), count=40)
+    config = config_for(inputs, tmp_path / "killed", ("image-decoys",), count=40, workers=2)
     process = multiprocessing.get_context("spawn").Process(target=make_slowly, args=(config,))
     process.start()
     deadline = time.monotonic() + 60
@@ -158,9 +159,12 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(inputs, tmp_path, 
         len(list((tmp_path / "killed").glob("unfinished/part-*.jsonl"))) < 3 and time.monotonic() < deadline
     ):
         time.sleep(0.005)
+    workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert psutil.wait_procs(workers, timeout=30)[1] == [], "workers outlive the run"
     finished = len(list((tmp_path / "killed").glob("unfinished/part-*.jsonl")))
+    assert len(workers) >= 3  # two, and the server that forks them
     assert 3 <= finished < 40
     monkeypatch.setattr(parts, "MOST_SAMPLES", 1)
     assert synthesize(config, hf_folder=HF, data=DATA).num_new == 40 - finished
