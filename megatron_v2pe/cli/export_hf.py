@@ -9,12 +9,11 @@ from megatron_v2pe.cli.conversion import (
     add_dtype,
     add_verify_checkpoint,
     check_files,
-    refuse_ranks,
     shared_progress,
 )
+from megatron_v2pe.cli.peft_folders import export_adapters
 from megatron_v2pe.cli.sizes import parse_size
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
 HELP = """write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; errors are raised as CheckpointError or ConfigError."""
     if args.adapter:
-        return _export_adapters(args)
+        return export_adapters(args)
     from megatron_v2pe.checkpoint.convert import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
@@ -53,20 +52,4 @@ def run(args: argparse.Namespace) -> int:
         export_hf(args.checkpoint, args.hf_folder, progress=progress, expect=progress.expect, **options)
     if launcher().rank == 0:
         sys.stdout.write(f"{args.hf_folder}: exported\n")
-    return 0
-
-
-def _export_adapters(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.peft_io import export_peft
-
-    refuse_ranks(f"{NAME} --adapter")
-    if args.dtype != "keep":
-        raise ConfigError(
-            "--dtype is for whole models; adapters (--adapter) keep the dtype that they were trained in"
-        )
-    if args.max_shard_size:
-        raise ConfigError("--max-shard-size is for whole models; a PEFT folder (--adapter) has one file")
-    check_files(args)
-    count = export_peft(args.checkpoint, args.hf_folder, force=args.force)
-    sys.stdout.write(f"{args.hf_folder}: {count} tensors for PEFT\n")
     return 0

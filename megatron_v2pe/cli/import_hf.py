@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from megatron_v2pe.cli.conversion import add_dtype, shared_progress
+from megatron_v2pe.cli.peft_folders import import_adapters
 from megatron_v2pe.core.env import launcher
 
 NAME = "import-hf"
@@ -14,7 +15,7 @@ HELP = """turn a Hugging Face InternVL2 folder into a checkpoint that train and 
 Example:  megatron-v2pe import-hf InternVL2-2B checkpoints/internvl2-2b
 
 The checkpoint suits every parallel layout. Several processes (torchrun -m megatron_v2pe import-hf ...) write the same
-bytes as one."""
+bytes as one. With --base CHECKPOINT the folder is one of PEFT adapters, which become a checkpoint on that base."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hf_folder", help="config.json, *.safetensors, tokenizer files")
     parser.add_argument("checkpoint", help="folder to create")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint folder if it exists")
+    parser.add_argument(
+        "--base", default="", metavar="CHECKPOINT", help="hf_folder is a PEFT folder of this model"
+    )
     add_dtype(parser)
     parser.add_argument(
         "--allow-pickle",
@@ -32,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import; errors are raised as CheckpointError."""
+    if args.base:
+        return import_adapters(args)
     from megatron_v2pe.checkpoint.convert import import_hf
 
     with shared_progress(NAME) as progress:
