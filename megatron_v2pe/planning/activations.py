@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
+from megatron_v2pe.planning.adapters import adapters_of
 from megatron_v2pe.planning.attention_memory import AttentionShape
 from megatron_v2pe.planning.decoder_ops import DecoderSizes
 from megatron_v2pe.planning.head_memory import Head, HeadPeaks, head_peaks
@@ -73,7 +75,15 @@ class Setting:
         """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
         return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
 
-    def kernels(self, *, is_trained: bool) -> Kernels:
+    def trains(self, part: Part) -> bool:
+        """Whether a part's own weights are trained."""
+        return part in parts_trained_whole(self.config)
+
+    def has_gradients(self, part: Part) -> bool:
+        """Whether a part, or its adapters, get gradients."""
+        return self.trains(part) or self.config.lora.rank_of(part) > 0
+
+    def kernels(self, part: Part) -> Kernels:
         """What the back end's modules allocate for a part."""
         fused = self.backend == "transformer_engine"
         return Kernels(
@@ -81,7 +91,9 @@ class Setting:
             fused_norm=fused,
             float_attention=self.on_cpu,
             expands_keys=not fused,
-            is_trained=is_trained,
+            is_trained=self.trains(part),
+            adapters=adapters_of(self.config.lora, part, self.arch).pairs,
+            drops_inputs=self.config.lora.dropout > 0,
         )
 
 
@@ -152,7 +164,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         sizes,
         shape,
         setting.backend,
-        setting.kernels(is_trained=not model.freeze_language),
+        setting.kernels("language"),
         num_layers,
         (model.recompute, model.offload_activations),
     )
@@ -178,7 +190,7 @@ def _decoder_stack(
 
 def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
     """Memory of one micro batch in a chunk."""
-    arch, config, e = setting.arch, setting.config, setting.element_bytes
+    arch, e = setting.arch, setting.element_bytes
     language, plan = arch.language, setting.plan
     hidden = setting.rows * language.hidden_size * e
     words = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp
@@ -194,7 +206,7 @@ def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
         hidden_bytes=hidden if plan.pp > 1 else 0.0,
         visual_bytes=hidden * visual_share if chunk.is_first else 0.0,
         embedding_gradient_bytes=0.0
-        if config.model.freeze_language or not chunk.is_first
+        if not (setting.trains("language") and chunk.is_first)
         else words * language.hidden_size * e,
         tower=_tower(setting) if chunk.is_first else None,
         layers=decoder_stack(setting, chunk.num_layers),
@@ -203,14 +215,14 @@ def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
 
 
 def _tower(setting: Setting) -> TowerPeaks:
-    vision, model = setting.config.vision, setting.config.model
     shape = TowerShape(
         tiles=setting.tiles,
         tower_tp=setting.plan.tower_tp,
-        is_trained=not vision.freeze,
-        trains_projector=not model.freeze_projector,
+        is_trained=setting.has_gradients("vision"),
+        trains_projector=setting.has_gradients("projector"),
+        projector=setting.kernels("projector"),
     )
-    return tower_peaks(setting.arch, vision, shape, setting.kernels(is_trained=not vision.freeze))
+    return tower_peaks(setting.arch, setting.config.vision, shape, setting.kernels("vision"))
 
 
 def _head(setting: Setting, words: int) -> HeadPeaks:
@@ -222,10 +234,10 @@ def _head(setting: Setting, words: int) -> HeadPeaks:
         chunk=model.loss_chunk_tokens,
         hidden=setting.arch.language.hidden_size,
         words=words,
-        is_trained=not model.freeze_language,
+        is_trained=setting.trains("language"),
         gathers=setting.plan.sequence_parallel,
     )
-    return head_peaks(head, setting.kernels(is_trained=head.is_trained))
+    return head_peaks(head, setting.kernels("language"))
 
 
 def chunk_phases(memory: ChunkMemory, hidden_bytes: float) -> list[Phase]:

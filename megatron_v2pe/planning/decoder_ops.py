@@ -76,6 +76,8 @@ def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, kernels: Kerne
         linear_op(
             "qkv",
             "attention norm",
+            role="linear_qkv",
+            input_bytes=hidden,
             output_bytes=mixed,
             weight_bytes=sizes.hidden * sizes.mixed_width * e,
             kernels=kernels,
@@ -103,6 +105,8 @@ def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, kernels: Kerne
         linear_op(
             "projected",
             "attended",
+            role="linear_proj",
+            input_bytes=query,
             output_bytes=hidden,
             weight_bytes=sizes.query_width * sizes.hidden * e,
             kernels=kernels,
@@ -127,6 +131,8 @@ def gated_mlp_ops(source: str, sizes: DecoderSizes, kernels: Kernels, *, tokens:
         linear_op(
             "fc1",
             source,
+            role="linear_fc1",
+            input_bytes=rows * sizes.hidden * e,
             output_bytes=2 * inner,
             weight_bytes=2 * sizes.ffn * sizes.hidden * e,
             kernels=kernels,
@@ -139,6 +145,8 @@ def gated_mlp_ops(source: str, sizes: DecoderSizes, kernels: Kernels, *, tokens:
         linear_op(
             "fc2",
             "gated",
+            role="linear_fc2",
+            input_bytes=inner,
             output_bytes=rows * sizes.hidden * e,
             weight_bytes=sizes.ffn * sizes.hidden * e,
             kernels=kernels,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.flops import step_flops
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
@@ -132,15 +131,6 @@ def backend_of(config: RunConfig) -> str:
     return "native" if backend == "native" else "transformer_engine"
 
 
-def refuse_unknown(config: RunConfig) -> None:
-    """Refuse what the cost model does not know, rather than leave it out of the sum."""
-    if config.lora.is_on:
-        raise ConfigError(
-            "lora: adapters are not in the planner's cost model yet; plan the same run without adapters for an upper "
-            "bound (lora.language_rank=0 lora.vision_rank=0 lora.projector_rank=0)"
-        )
-
-
 def estimate(
     config: RunConfig, arch: InternVLArchitecture, pack: Pack, *, gpus: int, hardware: Hardware
 ) -> Estimate:
@@ -153,7 +143,6 @@ def estimate(
         gpus: ranks of the run.
         hardware: one of them.
     """
-    refuse_unknown(config)
     plan = resolve(config.parallel, gpus)
     setting = Setting(config=config, arch=arch, plan=plan, pack=pack.padded(plan), backend=backend_of(config))
     micro_batches = config.optim.global_batch_size // plan.dp
@@ -201,7 +190,9 @@ def rank_memory(
         for phase in chunk_phases(known[chunk], hidden):
             parts = {**phase.parts, "other micro batches in flight": max(0.0, others)}
             phases.append(Phase(name=phase.name, parts=parts if plan.pp > 1 else phase.parts))
-    summed = trained_numbers(arch, plan, chunks, frozen_parts(setting.config)).summed_over_tp
+    summed = trained_numbers(
+        arch, plan, chunks, frozen_parts(setting.config), setting.config.lora
+    ).summed_over_tp
     if summed:
         parts = {"copy of gradients summed over tp": float(summed * GRADIENT_BYTES)}
         phases.append(Phase(name="reduce", parts=parts))
@@ -260,7 +251,7 @@ def _once(
     frozen = frozen_parts(setting.config)
     found = []
     for chunks, rank in zip(stages, ranks, strict=True):
-        trained = trained_numbers(setting.arch, setting.plan, chunks, frozen)
+        trained = trained_numbers(setting.arch, setting.plan, chunks, frozen, setting.config.lora)
         traffic = step_traffic(
             setting,
             gradients_bytes=rank.state.gradients_bytes,

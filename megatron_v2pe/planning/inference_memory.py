@@ -49,17 +49,22 @@ def inference_memory(setting: Setting, chunks: tuple[Chunk, ...], hardware: Hard
         is_first=chunks[0].is_first,
         is_last=chunks[-1].is_last,
     )
-    weights = sum(size for part in chunks for _, size in chunk_parameters(setting.arch, plan, part))
+    weights = sum(
+        size for part in chunks for _, size in chunk_parameters(setting.arch, plan, part, setting.config.lora)
+    )
     hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
     moments = {"decoder layer": decoder_stack(setting, 1).inference_bytes + hidden}
     if chunk.is_last:
         moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
     if chunk.is_first:
         shape = TowerShape(
-            tiles=setting.tiles, tower_tp=plan.tower_tp, is_trained=False, trains_projector=False
+            tiles=setting.tiles,
+            tower_tp=plan.tower_tp,
+            is_trained=False,
+            trains_projector=False,
+            projector=setting.kernels("projector"),
         )
-        vision = replace(setting.config.vision, freeze=True)
-        tower = tower_peaks(setting.arch, vision, shape, setting.kernels(is_trained=False))
+        tower = tower_peaks(setting.arch, setting.config.vision, shape, setting.kernels("vision"))
         pixels = 3 * setting.arch.image_size**2 * setting.tiles * setting.element_bytes
         moments["vision tower"] = pixels + hidden + tower.forward_bytes
     largest = max(moments, key=lambda name: moments[name])

@@ -26,6 +26,8 @@ class Kernels:
         float_attention: attention computes in float32 whatever the dtype is (torch's kernels on a CPU).
         expands_keys: key gradients are formed for every query head and then summed (grouped heads on the CPU).
         is_trained: linears keep their inputs for the gradients of their weights.
+        adapters: pairs of each linear of a layer (`linear_qkv`, ...) that has any.
+        drops_inputs: adapters drop numbers of their inputs, and keep what is left.
     """
 
     element_bytes: int
@@ -33,6 +35,8 @@ class Kernels:
     float_attention: bool
     expands_keys: bool
     is_trained: bool = True
+    adapters: tuple[tuple[str, int], ...] = ()
+    drops_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,8 @@ def linear_op(
     name: str,
     source: str,
     *,
+    role: str,
+    input_bytes: float,
     output_bytes: float,
     weight_bytes: float,
     kernels: Kernels,
@@ -94,14 +100,35 @@ def linear_op(
 ) -> Op:
     """A linear: keeps its input for the weight's gradient, which exists for a moment in the compute dtype.
 
-    A bias is added out of place. A frozen linear keeps nothing and forms no weight gradient.
+    A bias is added out of place. A frozen linear keeps nothing and forms no weight gradient. Adapters keep the input
+    too, or what dropout leaves of it with a mask, for each pair; in forward their output and its sum with the linear's
+    are two tensors more, in backward there is a gradient of the input for each side.
+
+    Args:
+        name: of the operation.
+        source: name of the input.
+        role: mcore's name of the linear, by which adapters are found.
+        input_bytes: size of the input.
+        output_bytes: size of the output.
+        weight_bytes: size of the weight.
+        kernels: of the back end.
+        adds_bias: the linear itself adds a bias.
+        forward_bytes: otherwise needed for a moment in forward.
+        backward_bytes: the same in backward.
     """
+    pairs = dict(kernels.adapters).get(role, 0)
+    mask = input_bytes / kernels.element_bytes
     return Op(
         name=name,
         inputs=(source,),
         output_bytes=output_bytes,
-        keeps=(source,) if kernels.is_trained else (),
-        forward_bytes=forward_bytes + (output_bytes if adds_bias else 0.0),
-        backward_bytes=backward_bytes + (weight_bytes if kernels.is_trained else 0.0),
+        keeps=(source,) if kernels.is_trained or (pairs and not kernels.drops_inputs) else (),
+        keeps_extra_bytes=pairs * (input_bytes + mask) if kernels.drops_inputs else 0.0,
+        forward_bytes=forward_bytes
+        + (output_bytes if adds_bias else 0.0)
+        + (2 * output_bytes if pairs else 0.0),
+        backward_bytes=backward_bytes
+        + (weight_bytes if kernels.is_trained else 0.0)
+        + (output_bytes + input_bytes if pairs else 0.0),
         is_matrix=True,
     )

@@ -6,23 +6,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.lora import PARTS, parts_trained_whole
+from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.parameters import chunk_parameters
 from megatron_v2pe.planning.stages import Chunk, chunks_of_rank
-from megatron_v2pe.planning.state_memory import StateBytes, state_bytes
+from megatron_v2pe.planning.state_memory import StateBytes, is_trained, state_bytes
 
 TIED = frozenset({"language.embedding.word_embeddings.weight", "language.output_layer.weight"})
 
 
 def frozen_parts(config: RunConfig) -> frozenset[str]:
-    """Parts that are not trained, by the first word of their parameters' names."""
-    flags = {
-        "vision": config.vision.freeze,
-        "projector": config.model.freeze_projector,
-        "language": config.model.freeze_language,
-    }
-    return frozenset(name for name, is_frozen in flags.items() if is_frozen)
+    """Parts whose own weights are not trained, by the first word of their parameters' names."""
+    return frozenset(PARTS) - frozenset(parts_trained_whole(config))
 
 
 def own_bucket(arch: InternVLArchitecture, plan: ParallelPlan) -> frozenset[str]:
@@ -37,7 +33,7 @@ def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan
     total = StateBytes(weights_bytes=0, gradients_bytes=0, optimizer_bytes=0)
     for chunk in chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank):
         total = total + state_bytes(
-            chunk_parameters(arch, plan, chunk),
+            chunk_parameters(arch, plan, chunk, config.lora),
             element_bytes=2 if config.runtime.dtype == "bfloat16" else 4,
             sharing_ranks=sharing_ranks,
             sharing_rank=rest // plan.tp,
@@ -57,7 +53,11 @@ class TrainedNumbers:
 
 @lru_cache(maxsize=512)
 def trained_numbers(
-    arch: InternVLArchitecture, plan: ParallelPlan, chunks: tuple[Chunk, ...], frozen: frozenset[str]
+    arch: InternVLArchitecture,
+    plan: ParallelPlan,
+    chunks: tuple[Chunk, ...],
+    frozen: frozenset[str],
+    lora: LoRAConfig,
 ) -> TrainedNumbers:
     """Count a pipeline rank's trained numbers.
 
@@ -69,12 +69,13 @@ def trained_numbers(
         plan: sizes of the axes.
         chunks: of the rank.
         frozen: see `frozen_parts`.
+        lora: adapters.
     """
     trained = [
         (name, size)
         for chunk in chunks
-        for name, size in chunk_parameters(arch, plan, chunk)
-        if name.partition(".")[0] not in frozen
+        for name, size in chunk_parameters(arch, plan, chunk, lora)
+        if is_trained(name, frozen)
     ]
     sums = plan.tp > 1 and plan.sequence_parallel
     return TrainedNumbers(

@@ -12,7 +12,8 @@ from megatron_v2pe.assembly.rank_shapes import rank_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.parameters import Parameter, chunk_parameters
+from megatron_v2pe.planning.adapters import Parameter
+from megatron_v2pe.planning.parameters import chunk_parameters
 from megatron_v2pe.planning.rank_state import rank_state
 from megatron_v2pe.planning.stages import chunks_of_rank
 from megatron_v2pe.planning.state_memory import MAIN_WEIGHT_BYTES, MOMENT_BYTES, StateBytes
@@ -76,7 +77,7 @@ def compare_rank(
     built = built_rank(config, arch, plan=plan, rank=rank)
     pp_rank = rank // (plan.tp * plan.cp * plan.dp)
     chunks = chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank)
-    predicted = tuple(chunk_parameters(arch, plan, chunk) for chunk in chunks)
+    predicted = tuple(chunk_parameters(arch, plan, chunk, config.lora) for chunk in chunks)
     return RankComparison(
         rank=rank,
         predicted=rank_state(config, arch, plan, rank),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_v2pe.planning.parameters import Parameter
+from megatron_v2pe.planning.adapters import Parameter, is_adapter
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
@@ -102,6 +102,11 @@ class StateBytes:
         )
 
 
+def is_trained(parameter: str, frozen: frozenset[str]) -> bool:
+    """Whether a parameter is trained, by its name and the parts that are not."""
+    return parameter.partition(".")[0] not in frozen or is_adapter(parameter)
+
+
 @lru_cache(maxsize=256)
 def state_bytes(
     parameters: tuple[Parameter, ...],
@@ -119,11 +124,11 @@ def state_bytes(
         element_bytes: 2 for bfloat16, 4 for float32.
         sharing_ranks: dp * cp.
         sharing_rank: which of them.
-        frozen: parts (first words of names) that are not trained.
+        frozen: parts (first words of names) whose own weights are not trained; adapters always are.
         own_bucket: names that get a bucket of their own.
     """
-    still = [size for name, size in parameters if name.partition(".")[0] in frozen]
-    trained = [(name, size) for name, size in parameters if name.partition(".")[0] not in frozen]
+    still = [size for name, size in parameters if not is_trained(name, frozen)]
+    trained = [(name, size) for name, size in parameters if is_trained(name, frozen)]
     alone = frozenset(index for index, (name, _) in enumerate(trained) if name in own_bucket)
     buckets = fill_buckets([size for _, size in trained], sharing_ranks=sharing_ranks, own_bucket=alone)
     length = sum(bucket.length for bucket in buckets)

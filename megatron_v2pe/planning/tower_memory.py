@@ -50,14 +50,16 @@ class TowerShape:
     Attributes:
         tiles: n, at least 1: a rank without tiles encodes a blank one.
         tower_tp: ranks that the tower is split over.
-        is_trained: the tower gets gradients.
-        trains_projector: the projector gets gradients.
+        is_trained: the tower, or its adapters, get gradients.
+        trains_projector: the projector, or its adapters, get gradients.
+        projector: what the projector's modules allocate.
     """
 
     tiles: int
     tower_tp: int
     is_trained: bool
     trains_projector: bool
+    projector: Kernels
 
 
 def patch_rows(arch: InternVLArchitecture) -> int:
@@ -94,6 +96,8 @@ def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, kern
         linear_op(
             "projector fc1",
             "projector norm",
+            role="linear_fc1",
+            input_bytes=shuffled,
             output_bytes=inner,
             weight_bytes=channels * hidden // tower_tp * e,
             kernels=kernels,
@@ -103,6 +107,8 @@ def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, kern
         linear_op(
             "projector fc2",
             "gelu",
+            role="linear_fc2",
+            input_bytes=inner,
             output_bytes=output,
             weight_bytes=hidden * hidden // tower_tp * e,
             kernels=kernels,
@@ -161,7 +167,7 @@ def _at_once(
     layers = tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, kernels=kernels)
     hidden = tiles * patch_rows(arch) * arch.vision.hidden_size * kernels.element_bytes
     last = peaks(
-        projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, kernels=kernels), input_bytes=hidden
+        projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, kernels=shape.projector), input_bytes=hidden
     )
     kept = layers.kept_bytes if shape.is_trained else 0.0
     first = layers.forward_bytes if shape.is_trained else layers.inference_bytes

@@ -34,10 +34,26 @@ def tower_mlp_ops(source: str, sizes: TowerSizes, kernels: Kernels, *, rows: int
     inner, hidden = rows * sizes.ffn * e, rows * sizes.hidden * e
     weight = sizes.ffn * sizes.hidden * e
     return [
-        linear_op("fc1", source, output_bytes=inner, weight_bytes=weight, kernels=kernels),
+        linear_op(
+            "fc1",
+            source,
+            role="linear_fc1",
+            input_bytes=hidden,
+            output_bytes=inner,
+            weight_bytes=weight,
+            kernels=kernels,
+        ),
         Op(name="fc1 biased", inputs=("fc1",), output_bytes=inner, passes_gradient=True),
         Op(name="gelu", inputs=("fc1 biased",), output_bytes=inner, keeps=("fc1 biased",)),
-        linear_op("fc2", "gelu", output_bytes=hidden, weight_bytes=weight, kernels=kernels),
+        linear_op(
+            "fc2",
+            "gelu",
+            role="linear_fc2",
+            input_bytes=inner,
+            output_bytes=hidden,
+            weight_bytes=weight,
+            kernels=kernels,
+        ),
         Op(name="fc2 biased", inputs=("fc2",), output_bytes=hidden, passes_gradient=True),
     ]
 
@@ -60,6 +76,8 @@ def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: K
         linear_op(
             "qkv",
             "attention norm",
+            role="linear_qkv",
+            input_bytes=hidden,
             output_bytes=3 * width,
             weight_bytes=3 * sizes.width * sizes.hidden * e,
             kernels=kernels,
@@ -98,6 +116,8 @@ def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: K
         linear_op(
             "projected",
             "attended",
+            role="linear_proj",
+            input_bytes=width,
             output_bytes=hidden,
             weight_bytes=sizes.width * sizes.hidden * e,
             kernels=kernels,

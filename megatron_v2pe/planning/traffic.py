@@ -76,7 +76,7 @@ def tensor_bytes(setting: Setting, chunk: Chunk) -> float:
     if chunk.is_first and plan.tower_tp > 1:
         vision = setting.arch.vision
         rows = setting.tiles * patch_rows(setting.arch) * vision.hidden_size * setting.element_bytes
-        total += ends * rows * vision.num_layers * 4 * (1 if setting.config.vision.freeze else 2)
+        total += ends * rows * vision.num_layers * 4 * (2 if setting.has_gradients("vision") else 1)
     return total
 
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_v2pe.config.schema import ModelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.config.schema import (
+    LoRAConfig,
+    ModelConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.compute import chunk_flops
@@ -101,6 +107,16 @@ STEPS = {
     "tower frozen": run(vision=VisionConfig(freeze=True)),
     "language frozen": run(model=ModelConfig(freeze_language=True)),
 }
+ADAPTERS = {
+    "adapters": run(lora=LoRAConfig(language_rank=4, vision_rank=4, projector_rank=4)),
+    "adapters of the language, tower frozen": run(
+        lora=LoRAConfig(language_rank=4), vision=VisionConfig(freeze=True)
+    ),
+    "adapters with dropout": run(lora=LoRAConfig(language_rank=4, dropout=0.1)),
+    "adapters, decoder recomputed": run(
+        lora=LoRAConfig(language_rank=4, vision_rank=4), model=ModelConfig(recompute="full")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -111,11 +127,11 @@ def test_executed_flops_are_those_that_torch_counts(name, one_rank):
     assert counted_flops(size, config) == pytest.approx(predicted, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if "language" not in name])
+@pytest.mark.parametrize("name", [*(name for name in STEPS if "language" not in name), *ADAPTERS])
 def test_activation_peaks_are_those_that_the_allocator_sees(name, one_rank):
     from bench_support.step import Step, peak_bytes
 
-    size, config = sizes(), STEPS[name]
+    size, config = sizes(), {**STEPS, **ADAPTERS}[name]
     measured = peak_bytes(Step(config=config, sizes=size))
     predicted = activation_peak(setting(config, size)).total_bytes
     assert predicted == pytest.approx(measured, rel=0.10)

@@ -153,9 +153,13 @@ def test_unknown_rates_are_refused(rate):
         with_rates(H100, [rate])
 
 
-def test_adapters_are_refused_not_ignored():
-    with pytest.raises(ConfigError, match="lora"):
-        plan(run(32_768, lora=LoRAConfig(language_rank=8)), gpus=1)
+def test_adapters_need_little_state_and_save_the_optimizer():
+    whole = plan(run(32_768, **FULL), gpus=1)
+    lora = LoRAConfig(language_rank=16, vision_rank=16, projector_rank=16)
+    adapted = plan(run(32_768, lora=lora, **FULL), gpus=1)
+    assert adapted.ranks[0].state.weights_bytes < 1.05 * whole.ranks[0].state.weights_bytes
+    assert adapted.ranks[0].state.optimizer_bytes < 0.05 * whole.ranks[0].state.optimizer_bytes
+    assert adapted.executed_flops < whole.executed_flops
 
 
 def test_advice_fits_and_its_overrides_lead_to_what_it_says():

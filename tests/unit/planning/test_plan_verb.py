@@ -141,7 +141,7 @@ MISTAKES = {
     "memory": (("--gpus", "8", "--arch", "2B", "--gpu-memory", "-1"), "--gpu-memory is -1"),
     "tiles": (("--gpus", "8", "--arch", "2B", "--tiles", "9999"), "--tiles is 9999"),
     "key": (("--gpus", "8", "--arch", "2B", "paralel.cp=1"), "paralel"),
-    "adapters": (("--gpus", "8", "--arch", "2B", "lora.language_rank=8"), "lora"),
+    "adapters": (("--gpus", "8", "--arch", "2B", "lora.language_rank=8", "lora.targets=[q_proj]"), "wqkv"),
     "data without a model": (("--gpus", "8", "--arch", "2B", "--measure-data"), "model.checkpoint"),
 }
 

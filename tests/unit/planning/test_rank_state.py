@@ -4,7 +4,14 @@ import pytest
 
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
-from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.config.schema import (
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.parameters import chunk_parameters
 from megatron_v2pe.planning.rank_state import rank_state
@@ -65,6 +72,21 @@ LAYOUTS = {
         2,
         [0],
         run(parallel=ParallelConfig(tp=2), model=ModelConfig(freeze_language=True)),
+    ),
+    "1B, adapters everywhere": (
+        "1B",
+        4,
+        [0, 3],
+        run(
+            parallel=ParallelConfig(tp=2, sequence_parallel=True),
+            lora=LoRAConfig(language_rank=8, vision_rank=8, projector_rank=4),
+        ),
+    ),
+    "8B, adapters of two linears": (
+        "8B",
+        8,
+        [0, 7],
+        run(parallel=ParallelConfig(tp=2, pp=2), lora=LoRAConfig(language_rank=8, targets=("wqkv", "w1"))),
     ),
     "76B on 256 ranks": (
         "76B",
