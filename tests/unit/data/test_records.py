@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.records import parse_line
+from megatron_v2pe.data.records import parse_line, with_frames
 from tests.support.mixture import entry, record
 
 SET = entry(annotation="a.jsonl", root="images")
@@ -49,6 +49,23 @@ def test_roots_of_lists_and_of_web_addresses():
     url = "http://example.org/x.png"
     digest = hashlib.sha256(url.encode()).hexdigest()
     assert parse(record("<image>", "hi", url), dataset).images == (f"web/{digest}",)
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("what happens?", "{}what happens?"),
+        ("<video>\nwhat happens?", "{}what happens?"),
+        ("look: <video> what happens?", "look: {} what happens?"),
+    ],
+)
+def test_a_video_becomes_a_line_for_each_frame(question, wanted):
+    """The lines of the release's evaluation, not those of its training code (its defect D23)."""
+    parsed = parse({**record(question, "hi"), "video": "sub/v.mp4", "clip": [1, 2.5]})
+    assert (parsed.video.path, parsed.video.clip, parsed.images) == ("images/sub/v.mp4", (1.0, 2.5), ())
+    lines = "Frame1: <image>\nFrame2: <image>\n"
+    assert with_frames(parsed, 2).turns[0].value == wanted.format(lines)
+    assert parse({**record(question, "hi"), "video": "frames/"}).video.path == "images/frames/"
 
 
 def turn(role, value):
