@@ -23,7 +23,7 @@ from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
-from megatron_v2pe.core.errors import V2PEError
+from megatron_v2pe.core.errors import ConfigError, V2PEError
 from megatron_v2pe.core.logging import quiet_dependencies
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 
@@ -78,6 +78,8 @@ def architecture(options: argparse.Namespace) -> InternVLArchitecture:
 
 def parallel_config(options: argparse.Namespace) -> ParallelConfig:
     """The layout that was asked for."""
+    if options.dp < 1:
+        raise ConfigError(f"--dp is {options.dp}, but must be at least 1")
     return ParallelConfig(
         tp=options.tp,
         pp=options.pp,
