@@ -27,11 +27,11 @@ _RELEASE_MODES = {"v2pe_fix": "v2pe_fixed", "v2pe_rnd": "v2pe_random"}
 _COMMAND_LINE = "command line"
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file and apply overrides in order.
 
     Args:
-        path: YAML file whose top-level keys are sections of `RunConfig`.
+        path: YAML file whose top-level keys are sections of `RunConfig`; None starts from the defaults.
         overrides: `section.key=value`, the value in YAML: `optim.lr=5e-6`,
             `data.curriculum=[{from_step: 0, max_sample_tokens: 512}]`.
 
@@ -41,7 +41,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     merged: Any = OmegaConf.structured(RunConfig)
     curriculum: tuple[CurriculumStage, ...] | None = None
-    sources = [(str(path), _read_yaml(Path(path)))]
+    sources = [(str(path), _read_yaml(Path(path)))] if path is not None else []
     sources += [(_COMMAND_LINE, _parse_override(text)) for text in overrides]
     for source, tree in sources:
         stages = _take_curriculum(tree, source)
@@ -53,9 +53,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         if curriculum is not None:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, curriculum=curriculum))
     except ConfigError as error:
-        raise ConfigError(f"{path}{' with overrides' if overrides else ''}: {error}") from None
+        origin = f"{path}{' with overrides' if overrides else ''}" if path is not None else _COMMAND_LINE
+        raise ConfigError(f"{origin}: {error}") from None
     except OmegaConfBaseException as error:
-        _raise_as_config_error(error, str(path))
+        _raise_as_config_error(error, str(path or _COMMAND_LINE))
     return config
 
 

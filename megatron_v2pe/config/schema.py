@@ -204,9 +204,9 @@ class DataConfig:
     max_sample_tokens: int = 4096
     """Longest sample; what happens to longer ones is data.long_samples."""
     long_samples: Literal["cut", "split", "bad", "refuse"] = "cut"
-    """Samples longer than max_sample_tokens. cut: text is cut on the right, as in the release, and a cut through an image
-    makes the sample bad; split: parts are made between rounds and before images; bad: skipped, counted, named; refuse:
-    the run stops with their list."""
+    """Samples longer than max_sample_tokens. cut: text is cut on the right, as in the release, and a cut through an
+    image makes the sample bad; split: parts are made between rounds and before images; bad: skipped, counted, named;
+    refuse: the run stops with their list."""
     dynamic_image_size: bool = True
     """Cut images into a grid of tiles; false resizes each image to one tile."""
     min_dynamic_patch: int = 1

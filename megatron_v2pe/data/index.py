@@ -296,7 +296,7 @@ class _Cache:
                     bad.offset,
                     bad.line_number,
                     measurer=measurer,
-                    name=self._entry.name,
+                    entry=self._entry,
                 )
         if len(collected.bad) == len(rows.bad):
             return rows, facts["content"]

@@ -60,7 +60,7 @@ def measure_range(
                 if not line:
                     raise DataError(f"{entry.annotation}: became shorter while it was measured; try again")
                 if line.strip():
-                    measure_into(rows, line, offset, number, measurer=measurer, name=entry.name)
+                    measure_into(rows, line, offset, number, measurer=measurer, entry=entry)
                 offset, number = offset + len(line), number + 1
     except OSError as error:
         raise DataError(f"{entry.annotation}: {error.strerror}") from None
@@ -71,17 +71,18 @@ def measure_range(
 
 
 def measure_into(
-    rows: RowCollector, line: bytes, offset: int, number: int, *, measurer: LineMeasurer, name: str
+    rows: RowCollector, line: bytes, offset: int, number: int, *, measurer: LineMeasurer, entry: DatasetEntry
 ) -> None:
-    """Measure one line; what is wrong with it goes to the list of bad ones."""
+    """Measure one line; what is wrong with it goes to the list of bad ones, with file and line."""
     try:
         rows.add(offset, number, measurer(line, number))
     except DataError as error:
+        where, message = f"{entry.annotation}:{number}", str(error)
         rows.bad.append(
             BadSample(
-                sample_id=f"{name}:{number}",
+                sample_id=f"{entry.name}:{number}",
                 line_number=number,
-                message=str(error),
+                message=message if message.startswith(where) else f"{where}: {message}",
                 kind="long" if isinstance(error, LongSampleError) else "broken",
                 offset=offset,
             )

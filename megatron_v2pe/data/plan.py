@@ -114,6 +114,21 @@ class MixturePlan:
         costs = [float(self.epoch(stage, epoch).costs[local]) for stage, epoch, local in places]
         return [self._pack(*places[place]) for place in deal_packs(costs, dp_size)[dp_rank]]
 
+    def pack_totals(self, plan: EpochPlan) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Tokens, tiles and samples of each pack of an epoch, int64 [P] each."""
+        if not plan.num_packs:
+            return (np.zeros(0, dtype=np.int64),) * 3
+        tokens = np.add.reduceat(self._num_tokens[plan.rows], plan.bounds[:-1])
+        tiles = np.add.reduceat(self._num_tiles[plan.rows], plan.bounds[:-1])
+        return tokens, tiles, np.diff(plan.bounds)
+
+    def draws_by_dataset(self, plan: EpochPlan) -> tuple[Int64Array, Int64Array]:
+        """Draws and drawn tokens of each data set in an epoch, int64 [D] each."""
+        dataset = np.searchsorted(self._first_rows, plan.rows, side="right") - 1
+        count = len(self._indexes)
+        tokens = np.bincount(dataset, weights=self._num_tokens[plan.rows], minlength=count)
+        return np.bincount(dataset, minlength=count).astype(np.int64), tokens.astype(np.int64)
+
     def _places(self, step: int) -> list[tuple[int, int, int]]:
         """Stage, epoch and number within the epoch of each pack of a step."""
         starts = [stage.from_step for stage in self._stages]

@@ -89,7 +89,7 @@ def write_heat_map(
         axes.axvline(within - 0.5, color="black", linestyle="--", linewidth=1.5)
     axes.set_title(f"{_stride_text(stride, tokens_per_tile)}, mean {_mean(cells):.2f}", fontsize=11)
     figure.colorbar(image, ax=axes, label="exact-match accuracy (0..1)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_accuracy_by_length(
@@ -119,7 +119,7 @@ def write_accuracy_by_length(
     axes.set_title("Retrieval by length; bars are 95 % intervals", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_loss_curve(path: str | Path, metrics_path: str | Path) -> None:
@@ -144,7 +144,7 @@ def write_loss_curve(path: str | Path, metrics_path: str | Path) -> None:
     names = ["loss", "loss, moving mean", "learning rate"]
     figure.legend([raw, mean, rate], names, loc="outside lower center", ncols=3, fontsize=9)
     axes.set_title(f"Training loss, {int(steps[-1])} steps, last {losses[-1]:.3g}", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -235,7 +235,8 @@ def pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all, and forget it."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)
     pyplot().close(figure)

@@ -1,0 +1,231 @@
+"""What a mixture holds and how it is packed, as numbers: the table of `index-data`, and what its pictures draw.
+
+indexes --describe_datasets--> one row per data set        plan --describe_plan--> fill, cost, imbalance of epoch 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_v2pe.data.balance import deal_packs, imbalance
+from megatron_v2pe.data.index import DatasetIndex
+from megatron_v2pe.data.plan import MixturePlan
+from megatron_v2pe.v2pe.layout import Int64Array
+
+_MAX_STEPS = 400  # that are simulated, evenly spread over the epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRow:
+    """One data set: what was measured, and what an epoch draws of it.
+
+    `parts` counts samples that are parts of long ones, `cut` those whose text was cut.
+    """
+
+    name: str
+    samples: int
+    bad: int
+    parts: int
+    cut: int
+    tokens: int
+    supervised: int
+    tiles: int
+    images: int
+    median_tokens: int
+    p95_tokens: int
+    longest: int
+    repeat_time: float
+    draws: int
+    drawn_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanReport:
+    """Packs of an epoch.
+
+    Attributes:
+        tokens: int64 [P].
+        tiles: int64 [P].
+        samples: int64 [P].
+        costs: float64 [P].
+        max_pack_tokens: the budget.
+        batch_size: packs of a step.
+        imbalances: by data parallel size, max over mean cost of the ranks in each simulated step.
+        random_imbalances: the same for the same packs in random order, dealt in turn.
+    """
+
+    tokens: Int64Array
+    tiles: Int64Array
+    samples: Int64Array
+    costs: NDArray[np.float64]
+    max_pack_tokens: int
+    batch_size: int
+    imbalances: dict[int, Any]
+    random_imbalances: dict[int, Any]
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget that is used."""
+        return float(self.tokens.sum()) / (self.max_pack_tokens * max(len(self.tokens), 1))
+
+
+def describe_datasets(indexes: Sequence[DatasetIndex], plan: MixturePlan | None) -> list[DatasetRow]:
+    """One row per data set; without a plan (too much is bad) nothing is drawn."""
+    draws = drawn = np.zeros(len(indexes), dtype=np.int64)
+    if plan is not None:
+        draws, drawn = plan.draws_by_dataset(plan.epoch(0, 0))
+    rows = []
+    for place, index in enumerate(indexes):
+        lengths = np.asarray(index.num_tokens) if len(index) else np.zeros(1, dtype=np.int64)
+        rows.append(
+            DatasetRow(
+                name=index.entry.name,
+                samples=len(index),
+                bad=len(index.bad),
+                parts=int((np.asarray(index.units)[:, 1] > 0).sum()),
+                cut=index.num_cut,
+                tokens=int(lengths.sum()),
+                supervised=int(np.asarray(index.num_supervised).sum()),
+                tiles=int(np.asarray(index.num_tiles).sum()),
+                images=int(index.first_image[-1]),
+                median_tokens=int(np.median(lengths)),
+                p95_tokens=int(np.quantile(lengths, 0.95)),
+                longest=int(lengths.max()),
+                repeat_time=index.entry.repeat_time,
+                draws=int(draws[place]),
+                drawn_tokens=int(drawn[place]),
+            )
+        )
+    return rows
+
+
+def describe_plan(plan: MixturePlan, *, max_pack_tokens: int, batch_size: int, balance: bool) -> PlanReport:
+    """Packs of the first epoch, and how evenly their steps load the ranks.
+
+    Data parallel sizes are the powers of two, and the step itself, that divide the step.
+    """
+    epoch = plan.epoch(0, 0)
+    tokens, tiles, samples = plan.pack_totals(epoch)
+    sizes = sorted({size for size in (2**power for power in range(1, 14)) if batch_size % size == 0})
+    sizes = sizes if batch_size in sizes or batch_size == 1 else [*sizes, batch_size]
+    costs = np.asarray(epoch.costs)
+    shuffled = np.random.default_rng(0).permutation(costs)
+    return PlanReport(
+        tokens=tokens,
+        tiles=tiles,
+        samples=samples,
+        costs=costs,
+        max_pack_tokens=max_pack_tokens,
+        batch_size=batch_size,
+        imbalances={size: step_imbalances(costs, batch_size, size, dealt=balance) for size in sizes},
+        random_imbalances={size: step_imbalances(shuffled, batch_size, size, dealt=False) for size in sizes},
+    )
+
+
+def step_imbalances(costs: Any, batch_size: int, dp_size: int, *, dealt: bool) -> NDArray[np.float64]:
+    """Cost of the slowest rank over the mean, for steps of consecutive packs.
+
+    Args:
+        costs: float [P], in order of the steps.
+        batch_size: packs of a step.
+        dp_size: data parallel ranks.
+        dealt: packs are dealt by cost; false deals them in turn.
+    """
+    num_steps = len(costs) // batch_size
+    steps = np.unique(np.linspace(0, num_steps - 1, min(num_steps, _MAX_STEPS)).astype(int))
+    found = []
+    for step in steps.tolist() if num_steps else []:
+        own = costs[step * batch_size : (step + 1) * batch_size].tolist()
+        in_turn = [list(range(rank, batch_size, dp_size)) for rank in range(dp_size)]
+        found.append(imbalance(own, deal_packs(own, dp_size) if dealt else in_turn))
+    return np.array(found)
+
+
+def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
+    """Data sets, their sum, and the packs, as text."""
+    header = (
+        "data set",
+        "samples",
+        "bad",
+        "cut",
+        "parts",
+        "tokens",
+        "median",
+        "p95",
+        "longest",
+        "supervised",
+    )
+    header += ("images", "tiles", "x", "drawn", "share")
+    total = max(sum(row.drawn_tokens for row in rows), 1)
+    lines = [header, *(_cells(row, total) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    sums = (
+        f"{sum(row.samples for row in rows):,} samples, {sum(row.bad for row in rows):,} bad, "
+        f"{sum(row.tokens for row in rows):,} tokens, {sum(row.tiles for row in rows):,} tiles; an epoch draws "
+        f"{sum(row.draws for row in rows):,} samples, {sum(row.drawn_tokens for row in rows):,} tokens"
+    )
+    return f"{text}\n\n{sums}\n" + (_plan_text(report) if report is not None else "")
+
+
+def _cells(row: DatasetRow, total: int) -> tuple[str, ...]:
+    numbers = (row.samples, row.bad, row.cut, row.parts, row.tokens, row.median_tokens, row.p95_tokens)
+    numbers += (row.longest, row.supervised, row.images, row.tiles)
+    return (
+        row.name,
+        *(f"{number:,}" for number in numbers),
+        f"{row.repeat_time:g}",
+        f"{row.draws:,}",
+        f"{row.drawn_tokens / total:.1%}",
+    )
+
+
+def _plan_text(report: PlanReport) -> str:
+    spread = report.costs.std() / report.costs.mean()
+    lines = [
+        f"{len(report.tokens):,} packs of {report.max_pack_tokens:,} tokens, {report.fill:.2%} full, "
+        f"{report.samples.mean():.1f} samples each; cost of a pack varies by {spread:.1%} (standard deviation)"
+    ]
+    if len(report.tokens) < report.batch_size:
+        lines.append("an epoch is shorter than a step, so steps hold packs of several epochs")
+    lines += [
+        f"step of {report.batch_size} packs on {size} data parallel ranks: slowest rank {values.mean():.3f} x the mean "
+        f"(random order {report.random_imbalances[size].mean():.3f})"
+        for size, values in report.imbalances.items()
+        if len(values)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def datasets_csv(rows: Sequence[DatasetRow]) -> str:
+    """The rows as comma separated values; names are quoted."""
+    names = list(DatasetRow.__dataclass_fields__)
+    lines = [",".join(names)]
+    for row in rows:
+        quoted = '"' + row.name.replace('"', '""') + '"'
+        lines.append(",".join([quoted, *(str(getattr(row, name)) for name in names[1:])]))
+    return "\n".join(lines) + "\n"
+
+
+def packs_csv(report: PlanReport) -> str:
+    """Every pack of the epoch in order, as comma separated values."""
+    columns = zip(
+        report.tokens.tolist(),
+        report.tiles.tolist(),
+        report.samples.tolist(),
+        report.costs.tolist(),
+        strict=True,
+    )
+    lines = [f"{number},{t},{n},{s},{c:.0f}" for number, (t, n, s, c) in enumerate(columns)]
+    return "\n".join(["pack,tokens,tiles,samples,cost", *lines]) + "\n"
