@@ -21,7 +21,14 @@ from bench_support.step import Sizes, Step, machine, on_ranks, peak_bytes, run_s
 
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
-from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.config.schema import (
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.estimate import activation_peak
@@ -44,6 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full, mlp_chunks=4, slices of 8 tiles": LEAST,
     "vision.freeze=true": {"vision": VisionConfig(freeze=True)},
     "model.freeze_language=true": {"model": ModelConfig(freeze_language=True)},
+    "adapters of rank 4 everywhere": {"lora": LoRAConfig(language_rank=4, vision_rank=4, projector_rank=4)},
+    "adapters of the language, dropout": {"lora": LoRAConfig(language_rank=4, dropout=0.1)},
 }
 RANKS: dict[str, dict[str, Any]] = {
     "cp=2": {"parallel": ParallelConfig(cp=2)},

@@ -117,7 +117,8 @@ def linear_op(
         backward_bytes: the same in backward.
     """
     pairs = dict(kernels.adapters).get(role, 0)
-    mask = input_bytes / kernels.element_bytes
+    # On a CPU torch keeps the factors of dropout in the input's dtype, on a GPU a byte for each.
+    mask = input_bytes if kernels.float_attention else input_bytes / kernels.element_bytes
     return Op(
         name=name,
         inputs=(source,),
