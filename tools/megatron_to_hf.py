@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.folder import read_info
     from megatron_v2pe.checkpoint.listing import find_checkpoint
     from megatron_v2pe.checkpoint.retention import step_path
-    from megatron_v2pe.cli.conversion import refuse_ranks, shared_progress
+    from megatron_v2pe.cli.conversion import refuse_ranks
+    from megatron_v2pe.cli.progress import shared_progress
     from megatron_v2pe.cli.sizes import parse_size
     from megatron_v2pe.core.env import launcher
 

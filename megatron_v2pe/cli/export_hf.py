@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import (
-    add_dtype,
-    add_verify_checkpoint,
-    check_files,
-    shared_progress,
-)
+from megatron_v2pe.cli.conversion import add_dtype, add_verify_checkpoint, check_files
 from megatron_v2pe.cli.peft_folders import export_adapters
+from megatron_v2pe.cli.progress import shared_progress
 from megatron_v2pe.cli.sizes import parse_size
 from megatron_v2pe.core.env import launcher
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_dtype, shared_progress
+from megatron_v2pe.cli.conversion import add_dtype
 from megatron_v2pe.cli.peft_folders import import_adapters
+from megatron_v2pe.cli.progress import shared_progress
 from megatron_v2pe.core.env import launcher
 
 NAME = "import-hf"

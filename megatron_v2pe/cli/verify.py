@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint, byte_progress
+from megatron_v2pe.cli.conversion import add_verify_checkpoint
 from megatron_v2pe.cli.numerics_arguments import add_numerics_arguments, refuse_without_numerics
 from megatron_v2pe.cli.numerics_run import run_numerics
+from megatron_v2pe.cli.progress import byte_progress
 
 NAME = "verify"
 HELP = """compare a checkpoint with a Hugging Face folder, tensor by tensor and bit by bit
