@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
@@ -275,7 +276,13 @@ def _measure_in_pool(
                 running[pool.submit(_measure_in_worker, lines)] = lines
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 lines = running.pop(future)
-                rows, done = future.result()
+                try:
+                    rows, done = future.result()
+                except BrokenProcessPool:
+                    raise DataError(
+                        f"{entry.annotation}: a process that measured was killed (out of memory?); what is done is "
+                        "kept, start again with fewer workers"
+                    ) from None
                 parts.add(rows, done)
                 progress(done.num_lines, len(rows.bad))
                 queue += _rest(lines, done)

@@ -97,7 +97,7 @@ class PackReader(Dataset[SentPack | V2PEError]):
     def __getitem__(self, request: PackRequest) -> SentPack | V2PEError:
         try:
             batch = collate_pack(
-                [self._read(sample) for sample in request],
+                [self.read_document(sample) for sample in request],
                 pad_to_multiple=self.pad_to_multiple,
                 pad_token_id=self.pad_token_id,
                 loss_reduction=self.loss_reduction,
@@ -110,7 +110,8 @@ class PackReader(Dataset[SentPack | V2PEError]):
         no_tiles = np.empty((0, *batch.tiles.shape[1:]), dtype=np.uint8)
         return SentPack(batch=replace(batch, tiles=no_tiles), tiles=torch.from_numpy(batch.tiles))
 
-    def _read(self, sample: SampleRequest) -> EncodedSample:
+    def read_document(self, sample: SampleRequest) -> EncodedSample:
+        """One document, without pixels."""
         entry = self.entries[sample.dataset]
         try:
             line = read_line(entry.annotation, sample.offset)
@@ -145,20 +146,22 @@ class _RequestSampler(Sampler[PackRequest]):
     def __iter__(self) -> Iterator[PackRequest]:
         for step in self._steps:
             for pack in self._plan.packs_of_rank(step, dp_rank=self._dp_rank, dp_size=self._dp_size):
-                yield self._request(pack)
+                yield pack_request(pack, self._indexes)
 
-    def _request(self, pack: PlannedPack) -> PackRequest:
-        return tuple(
-            SampleRequest(
-                dataset=sample.dataset,
-                offset=int(self._indexes[sample.dataset].offsets[sample.row]),
-                line_number=int(self._indexes[sample.dataset].line_numbers[sample.row]),
-                sizes=tuple(self._indexes[sample.dataset].image_sizes(sample.row)),
-                units=self._indexes[sample.dataset].sample_units(sample.row),
-                draw=Draw(epoch=pack.epoch, occurrence=sample.occurrence),
-            )
-            for sample in pack.samples
+
+def pack_request(pack: PlannedPack, indexes: Sequence[DatasetIndex]) -> PackRequest:
+    """What a worker must know to read a planned pack."""
+    return tuple(
+        SampleRequest(
+            dataset=sample.dataset,
+            offset=int(indexes[sample.dataset].offsets[sample.row]),
+            line_number=int(indexes[sample.dataset].line_numbers[sample.row]),
+            sizes=tuple(indexes[sample.dataset].image_sizes(sample.row)),
+            units=indexes[sample.dataset].sample_units(sample.row),
+            draw=Draw(epoch=pack.epoch, occurrence=sample.occurrence),
         )
+        for sample in pack.samples
+    )
 
 
 def _unchanged(pack: Any) -> Any:
