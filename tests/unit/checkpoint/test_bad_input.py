@@ -242,14 +242,13 @@ def test_command_line_codes(golden, tmp_path, capsys):
     assert main(["verify", str(golden), ckpt]) == 1
 
 
-def test_conversion_under_torchrun_is_refused(golden, tmp_path, monkeypatch, capsys):
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "1",
-    }.items():
+@pytest.mark.parametrize("verb", ["verify", "export-hf --adapter"])
+def test_verbs_for_one_process_refuse_torchrun(golden, tmp_path, monkeypatch, capsys, verb):
+    import_hf(golden, tmp_path / "ckpt")
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    assert main(["import-hf", str(golden), str(tmp_path / "ckpt")]) == 2
-    assert not (tmp_path / "ckpt").exists()
+    given = [golden, tmp_path / "ckpt"] if verb == "verify" else [tmp_path / "ckpt", tmp_path / "out"]
+    assert main([*verb.split(), *map(str, given)]) == 2
+    assert f"{verb} runs in one process, 2 were started" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
