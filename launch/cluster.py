@@ -1,0 +1,141 @@
+"""A cluster file: what is special about one SLURM site, read with nothing but PyYAML.
+
+partition: batch            # the only field that has to be given
+ranks_per_node: 8           # processes on a node: its GPUs, or, without GPUs, CPU ranks
+container: {runtime: pyxis, image: /images/v2pe.sqsh, mounts: [/data]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RUNTIMES = ("none", "pyxis", "apptainer")
+
+
+class LaunchError(Exception):
+    """A mistake in a cluster file, a run file or the command line, with the way out."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """How the command reaches its software.
+
+    Attributes:
+        runtime: none (what `setup` activates), pyxis (srun --container-image) or apptainer (apptainer exec).
+        image: image file or address.
+        mounts: folders that are visible inside, under the same path or as outside:inside.
+    """
+
+    runtime: str = "none"
+    image: str = ""
+    mounts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One SLURM site.
+
+    Attributes:
+        partition: where jobs go.
+        ranks_per_node: processes on a node.
+        gpus_per_node: GPUs asked for on each node; 0 for a CPU partition.
+        gpu_memory: GB of one GPU, for the check that a run fits.
+        gpu: kind of GPU, for the same check: h100, h200 or a100.
+        cpus_per_node: cores asked for on each node; 0 asks for none.
+        time: time limit where the command line gives none.
+        account: account to charge.
+        qos: quality of service.
+        sbatch: further sbatch options, as written behind #SBATCH.
+        setup: shell lines before the command: modules, a virtual environment.
+        env: variables of the command, beside those that every job sets.
+        container: how the command reaches its software.
+        project: folder of this repository on the compute nodes; empty is where submit.py lies.
+    """
+
+    partition: str
+    ranks_per_node: int = 8
+    gpus_per_node: int = 8
+    gpu_memory: int = 80
+    gpu: str = "h100"
+    cpus_per_node: int = 0
+    time: str = "24:00:00"
+    account: str = ""
+    qos: str = ""
+    sbatch: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    container: Container = field(default_factory=Container)
+    project: str = ""
+
+
+def read_cluster(path: str | Path) -> Cluster:
+    """Read and check a cluster file.
+
+    Raises:
+        LaunchError: no such file, not YAML, unknown key, wrong type, or a missing partition.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: {error.strerror}; examples lie in launch/clusters/") from None
+    except yaml.YAMLError as error:
+        raise LaunchError(f"{path}: not YAML ({error})") from None
+    cluster = _build(Cluster, values, where=str(path))
+    if cluster.container.runtime not in RUNTIMES:
+        raise LaunchError(
+            f"{path}: container.runtime is {cluster.container.runtime!r}, but must be one of {', '.join(RUNTIMES)}"
+        )
+    if cluster.container.runtime != "none" and not cluster.container.image:
+        raise LaunchError(f"{path}: container.image is empty, but {cluster.container.runtime} needs an image")
+    if cluster.ranks_per_node < 1:
+        raise LaunchError(f"{path}: ranks_per_node is {cluster.ranks_per_node}, but must be at least 1")
+    bad = [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+    if bad:
+        raise LaunchError(f"{path}: env.{bad[0]}: not a name of a variable")
+    return cluster
+
+
+def _build(kind: Any, values: Any, *, where: str) -> Any:
+    """A dataclass from a mapping; the field's default tells its type."""
+    if not isinstance(values, dict):
+        raise LaunchError(f"{where}: must hold keys and values, found {type(values).__name__}")
+    known = {each.name: each for each in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise LaunchError(f"{where}: unknown key {name!r}; {hint}")
+    missing = [
+        name
+        for name, each in known.items()
+        if each.default is dataclasses.MISSING
+        and each.default_factory is dataclasses.MISSING
+        and name not in values
+    ]
+    if missing:
+        raise LaunchError(f"{where}: key {missing[0]!r} is missing; see launch/clusters/ for examples")
+    return kind(**{name: _convert(known[name], value, where=where) for name, value in values.items()})
+
+
+def _convert(known: Any, value: Any, *, where: str) -> Any:
+    """A value of the field's type."""
+    name, kind = known.name, str(known.type)
+    if kind == "Container":
+        return _build(Container, value, where=f"{where}: {name}")
+    if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    if kind.startswith("dict") and isinstance(value, dict):
+        return {str(key): str(each) for key, each in value.items()}
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str):
+        return value
+    hint = "; quote it" if kind == "str" else ""  # 24:00:00 is a number to YAML
+    raise LaunchError(f"{where}: {name} is {value!r}, but must be {kind}{hint}")

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# What srun starts on each node: torchrun, which starts and watches the ranks there.
+#
+#   node_entry.sh VERB ARGS...        arguments of megatron-v2pe
+#
+# Reads SLURM_NNODES, SLURM_NODEID, SLURM_JOB_ID (from srun) and MASTER_ADDR, MASTER_PORT, V2PE_RANKS_PER_NODE,
+# V2PE_MAX_RESTARTS (from the job script). Ranks that die are started again, all of them, from the newest checkpoint.
+set -eu
+project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # also where the package is not installed
+# A c10d rendezvous, so that a node that lost a rank waits for the others; its id differs for every start of the job.
+exec "${V2PE_PYTHON:-python}" -m torch.distributed.run \
+    --nnodes "$SLURM_NNODES" \
+    --node-rank "$SLURM_NODEID" \
+    --nproc-per-node "$V2PE_RANKS_PER_NODE" \
+    --max-restarts "$V2PE_MAX_RESTARTS" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
+    --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    -m megatron_v2pe "$@"

@@ -1,0 +1,175 @@
+"""Batch scripts of every recipe, letter by letter; mistakes in cluster files; what is asked before a job is submitted.
+
+The expected scripts lie in golden/; after a wanted change write them anew: python -m tests.launch.test_submit
+"""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import submit
+from launch.cluster import LaunchError, read_cluster
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+H100, A100, CPU = (f"launch/clusters/{name}.yaml" for name in ("h100_pyxis", "a100_apptainer", "cpu_venv"))
+RECIPES = {
+    "internvl2_2b_32k": (H100, 4),
+    "internvl2_2b_256k": (H100, 4),
+    "internvl2_8b_256k": (H100, 4),
+    "internvl2_26b_256k": (H100, 8),
+    "internvl2_76b_256k": (H100, 32),
+}
+CASES = {
+    **{
+        name: [cluster, "--nodes", str(nodes), "train", f"launch/recipes/{name}.yaml"]
+        for name, (cluster, nodes) in RECIPES.items()
+    },
+    "evaluate_2b_1m": [H100, "@launch/recipes/evaluate_2b_1m.args"],
+    "apptainer": [
+        A100,
+        "--nodes",
+        "8",
+        "--time",
+        "01:00:00",
+        "train",
+        "launch/recipes/internvl2_2b_32k.yaml",
+    ],
+    "venv": [CPU, "--nodes", "2", "train", "launch/recipes/internvl2_2b_32k.yaml", "optim.steps=3"],
+}
+
+
+def rendered(arguments):
+    """The script as --dry-run prints it, without this clone's place."""
+    done = subprocess.run(
+        [sys.executable, "launch/submit.py", arguments[0], "--dry-run", *arguments[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.replace(str(ROOT), "PROJECT")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_run_prints_the_recorded_script(name):
+    assert rendered(CASES[name]) == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("path", sorted([*GOLDEN.glob("*.sbatch"), ROOT / "launch" / "node_entry.sh"]))
+def test_scripts_are_valid_shell(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-s", "bash", str(path)], check=True)
+
+
+def test_every_recipe_is_tested():
+    found = {path.stem for path in (ROOT / "launch" / "recipes").iterdir()}
+    assert found == set(RECIPES) | {"evaluate_2b_1m"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_for_their_models(name):
+    from megatron_v2pe.config.architecture import parse_architecture
+    from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.config.published import PUBLISHED
+    from megatron_v2pe.config.validate import validate
+
+    config = load_run_config(str(ROOT / "launch" / "recipes" / f"{name}.yaml"), [])
+    cluster, nodes = RECIPES[name]
+    world_size = nodes * read_cluster(ROOT / cluster).ranks_per_node
+    validate(config, parse_architecture(PUBLISHED[name.split("_")[1].upper()]), world_size)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_fit_their_gpus(name):
+    nodes = RECIPES[name][1]
+    command = [sys.executable, "-m", "megatron_v2pe", "plan", f"launch/recipes/{name}.yaml"]
+    command += ["--gpus", str(8 * nodes), "--gpu-memory", "80", "--arch", name.split("_")[1].upper()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partitoin: a\n", "unknown key 'partitoin'; did you mean 'partition'?"),
+        ("ranks_per_node: 8\n", "key 'partition' is missing"),
+        ("partition: a\nranks_per_node: x\n", "ranks_per_node is 'x', but must be int"),
+        ("partition: a\ntime: 24:00:00\n", "time is 86400, but must be str; quote it"),
+        ("partition: a\ncontainer: {runtime: docker}\n", "container.runtime is 'docker'"),
+        ("partition: a\ncontainer: {runtime: pyxis}\n", "container.image is empty"),
+        ("partition: a\nranks_per_node: 0\n", "must be at least 1"),
+        ("partition: a\nenv: {A-B: c}\n", "env.A-B: not a name"),
+        ("- a\n", "must hold keys and values"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_mistakes_in_a_cluster_file(tmp_path, text, message):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(LaunchError, match=message.replace("?", r"\?").replace("[", r"\[")) as error:
+        read_cluster(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml", "train", "a.yaml"], "none.yaml: No such file"),
+        ([CPU, "train", "none.yaml"], "none.yaml: No such file"),
+        ([CPU, "train"], "give the run's YAML file"),
+        ([CPU, "evaluate", "ckpt"], "give --out"),
+        ([CPU, "--nodes", "0", "train", "a.yaml"], "--nodes is 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert submit.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A stand-in for sbatch that tells what it was given."""
+    tool = tmp_path / "bin" / "sbatch"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "Submitted batch job 7: $1"\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(ROOT)
+    return tmp_path / "run"
+
+
+def big_run(folder):
+    """A run that fits no GPU: 76B on one node."""
+    path = folder.parent / "run.yaml"
+    text = (ROOT / "launch" / "recipes" / "internvl2_76b_256k.yaml").read_text()
+    path.write_text(text.replace("pp: 4, vpp: 2, cp: 8", "pp: 1, vpp: 1, cp: 1"))
+    return [str(path), f"runtime.run_dir={folder}"]
+
+
+def test_submitting_keeps_the_script_in_the_run_folder(sbatch, capsys):
+    run = ["launch/recipes/internvl2_2b_32k.yaml", f"runtime.run_dir={sbatch}"]
+    assert submit.main([CPU, "train", *run]) == 0
+    assert capsys.readouterr().out == f"Submitted batch job 7: {sbatch}/job.sbatch\n"
+    assert f"run_dir={sbatch}" in (sbatch / "job.sbatch").read_text()
+
+
+def test_a_run_that_cannot_be_planned_is_refused_without_force(sbatch, capsys):
+    run = big_run(sbatch)
+    assert submit.main([H100, "train", *run]) == 2
+    assert "plan refuses the run on 8 GPUs" in capsys.readouterr().err
+    assert not sbatch.exists()
+    assert submit.main([H100, "--force", "train", *run]) == 0
+    assert "submitting although plan says" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    for case, given in CASES.items():
+        (GOLDEN / f"{case}.sbatch").write_text(rendered(given))
