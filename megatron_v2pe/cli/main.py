@@ -24,6 +24,8 @@ VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
     "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
     "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
+    "index-data": "measure a run's data once, and show what it holds",
+    "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
     "train": "fine-tune from a run's YAML file; also under torchrun",
     "generate": "answer a prompt with images, greedily",
     "evaluate": "retrieval benchmark over lengths and strides, with a report",
