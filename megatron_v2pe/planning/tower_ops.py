@@ -67,6 +67,19 @@ def scaled_ops(name: str, source: str, size: float, sizes: TowerSizes, kernels: 
     return ops
 
 
+def normalised_heads(sizes: TowerSizes, width: float, kernels: Kernels) -> tuple[tuple[str, str], list[Op]]:
+    """What attention takes as queries and keys, and what makes it: norms over all heads, where there are any."""
+    if not sizes.qk_normalization:
+        return ("heads", "heads"), []
+    ops = []
+    for side in ("query", "key"):
+        whole = Op(
+            name=side, inputs=("heads",), output_bytes=width, gradient_bytes=(width,), passes_gradient=True
+        )
+        ops += [whole, *norm_ops(f"{side} norm", side, width, kernels, rms=sizes.rms_norm)]
+    return ("query norm", "key norm"), ops
+
+
 def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: Kernels) -> list[Op]:
     """norm -> qkv -> (norms) -> attend -> project -> bias -> scale -> add."""
     e = kernels.element_bytes
@@ -85,22 +98,8 @@ def tower_attention_ops(sizes: TowerSizes, attention: AttentionBytes, kernels: K
         ),
         Op(name="heads", inputs=("qkv",), view_of="qkv", output_bytes=3 * width),
     ]
-    sides = []
-    for side in ("query", "key"):
-        if sizes.qk_normalization:
-            ops.append(
-                Op(
-                    name=side,
-                    inputs=("heads",),
-                    output_bytes=width,
-                    gradient_bytes=(width,),
-                    passes_gradient=True,
-                )
-            )
-            ops += norm_ops(f"{side} norm", side, width, kernels, rms=sizes.rms_norm)
-            sides.append(f"{side} norm")
-        else:
-            sides.append("heads")
+    sides, normalised = normalised_heads(sizes, width, kernels)
+    ops += normalised
     ops += [
         Op(
             name="attended",
