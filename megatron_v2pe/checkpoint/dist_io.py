@@ -1,7 +1,7 @@
 """Sharded state through megatron.core.dist_checkpointing; the only file here that talks to other ranks.
 
     state key = name of the parameter in the whole, un-sharded model          (SHARDED_STATE_METADATA)
-    save   shards of all ranks -> mcore's checks -> torch's checkpoint writer, one tensor in memory at a time
+    save   shards of all ranks -> mcore's checks -> torch's plan -> files, one block in memory at a time
     load   the shards that a model asks for, from files of any other layout
 
 Everyone who saves or loads a model goes through `model_sharded_state_dict`, so everyone asks for the same keys.
