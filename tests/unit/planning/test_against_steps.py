@@ -3,6 +3,7 @@
 Lengths, more options and layouts of two ranks are compared by tools/check_plan.py (slow tier below).
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -144,6 +145,27 @@ def test_activation_peaks_at_other_lengths(tokens, one_rank):
     size = sizes(tokens=tokens, tiles=tokens // 128)
     measured = peak_bytes(Step(config=run(), sizes=size))
     assert activation_peak(setting(run(), size)).total_bytes == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.parametrize("vision", ["internvit_300m", "internvit_6b"])
+def test_both_towers(vision, one_rank):
+    """LayerNorm and a bias, or RMSNorm and norms of queries and keys; many tiles, so that the tower is the peak."""
+    from bench_support.step import Sizes, Step, peak_bytes
+
+    class Towers(Sizes):
+        def architecture(self):
+            whole = super().architecture()
+            if vision == "internvit_6b":
+                return whole
+            changes = {"norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False}
+            return dataclasses.replace(whole, vision=dataclasses.replace(whole.vision, **changes))
+
+    size = Towers(tokens=1536, tiles=64, hidden=64, layers=1, vocab=256, vision_layers=3)
+    config = run(model=ModelConfig(recompute="full"))
+    measured = peak_bytes(Step(config=config, sizes=size))
+    phase = activation_peak(setting(config, size))
+    assert phase.parts["vision tower"] > 0.7 * phase.total_bytes
+    assert phase.total_bytes == pytest.approx(measured, rel=0.10)
 
 
 @pytest.mark.slow
