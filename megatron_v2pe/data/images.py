@@ -185,25 +185,29 @@ def cut_tiles(
     image: Image.Image, ref: ImageRef, *, image_size: int, first: int = 0, last: int = 1
 ) -> UInt8Array:
     """Tiles first..last-1 of a decoded RGB image as uint8 [n, 3, S, S]."""
-    size = image_size
+    size, columns = image_size, ref.grid.columns
     if ref.pad_color is not None:
         image = _pad_to_square(image, ref.pad_color)
-    num_cells = ref.grid.columns * ref.grid.rows
+    num_cells = columns * ref.grid.rows
     if num_cells == 1 and ref.jpeg_qualities:
         image = _reencode(image, ref.jpeg_qualities[0])
-    tiles: list[Image.Image] = []
+    tiles: list[UInt8Array] = []  # [S, S, 3] each
     if first < num_cells:
-        resized = image.resize((size * ref.grid.columns, size * ref.grid.rows), Image.Resampling.BICUBIC)
+        resized = np.asarray(image.resize((size * columns, size * ref.grid.rows), Image.Resampling.BICUBIC))
         for cell in range(first, min(last, num_cells)):
-            row, column = divmod(cell, ref.grid.columns)
-            tiles.append(resized.crop((column * size, row * size, (column + 1) * size, (row + 1) * size)))
+            top, left = cell // columns * size, cell % columns * size
+            tiles.append(resized[top : top + size, left : left + size])
     if last > num_cells:
-        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+        tiles.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
     if num_cells > 1 and ref.jpeg_qualities:
-        tiles = [_reencode(tile, ref.jpeg_qualities[first + i]) for i, tile in enumerate(tiles)]
+        qualities = ref.jpeg_qualities[first:last]
+        tiles = [
+            np.asarray(_reencode(Image.fromarray(tile), quality))
+            for tile, quality in zip(tiles, qualities, strict=True)
+        ]
     out = np.empty((len(tiles), 3, size, size), dtype=np.uint8)
     for index, tile in enumerate(tiles):
-        out[index] = np.asarray(tile).transpose(2, 0, 1)  # [S, S, 3] -> [3, S, S]
+        out[index] = tile.transpose(2, 0, 1)  # [S, S, 3] -> [3, S, S]
     return out
 
 
