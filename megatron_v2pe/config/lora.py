@@ -85,8 +85,8 @@ def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:
     lora = config.lora
     if lora.is_on and config.model.hf_path:
         raise ConfigError(
-            f"model.hf_path is {config.model.hf_path!r}, but checkpoints of adapters (lora.*) name their base by hashes "
-            "that only a checkpoint has; import it (megatron-v2pe import-hf) and set model.checkpoint"
+            f"model.hf_path is {config.model.hf_path!r}, but checkpoints of adapters (lora.*) name their base by "
+            "hashes that only a checkpoint has; import it (megatron-v2pe import-hf) and set model.checkpoint"
         )
     known = {
         part: [name for names in linear_names(part, arch).values() for name in names]

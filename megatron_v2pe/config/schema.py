@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_v2pe.config.lora_config import LoRAConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -81,51 +82,6 @@ class VisionConfig:
         _require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """Low-rank adapters. A part with a rank keeps its own weights; its adapters are trained, also if it is frozen."""
-
-    language_rank: int = 0
-    """Rank of the language model's adapters; 0 for none."""
-    vision_rank: int = 0
-    """Rank of the vision tower's adapters; 0 for none."""
-    projector_rank: int = 0
-    """Rank of the projector's adapters; 0 for none."""
-    alpha: float = 0.0
-    """Adapters are scaled by alpha / rank; 0 takes 2 * rank for each part, as the release does."""
-    dropout: float = 0.0
-    """Share of an adapter's inputs that is zeroed in training. The release trains with 0.05."""
-    targets: tuple[str, ...] = ()
-    """Linears with adapters, by their Hugging Face names (wqkv, w1, q_proj, attn.qkv, mlp1.1); empty takes all."""
-
-    def __post_init__(self) -> None:
-        for name in ("language_rank", "vision_rank", "projector_rank"):
-            _require(getattr(self, name) >= 0, f"lora.{name}", getattr(self, name), "must be >= 0")
-        _require(self.alpha >= 0, "lora.alpha", self.alpha, "must be >= 0")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must lie in [0, 1)")
-        is_named = all(isinstance(name, str) for name in self.targets)
-        _require(is_named, "lora.targets", self.targets, "must be a list of names")
-        changed = [name for name in ("alpha", "dropout", "targets") if getattr(self, name)]
-        if changed and not self.is_on:
-            raise ConfigError(
-                f"lora.{changed[0]} is {getattr(self, changed[0])!r}, but no part has adapters; leave it out, or set "
-                "lora.language_rank, lora.vision_rank or lora.projector_rank"
-            )
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any part has adapters."""
-        return bool(self.language_rank or self.vision_rank or self.projector_rank)
-
-    def rank_of(self, part: str) -> int:
-        """Rank of a part's adapters, 0 for none."""
-        return getattr(self, f"{part}_rank")
-
-    def alpha_of(self, part: str) -> float:
-        """Alpha of a part's adapters."""
-        return self.alpha or 2.0 * self.rank_of(part)
 
 
 @dataclass(frozen=True, kw_only=True)
