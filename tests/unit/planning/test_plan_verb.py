@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,27 @@ def test_packs_are_measured_from_the_runs_own_data(plan, tmp_path):
     assert 0 < pack["num_tokens"] <= 640 + 4 * len(pack["document_lengths"])
     assert pack["num_tiles"] > 0
     assert 0 < pack["supervised_tokens"] < pack["num_tokens"]
+
+
+RECIPES = {  # recipe: (size, GPUs)
+    "internvl2_2b_32k": ("2B", 32),
+    "internvl2_2b_256k": ("2B", 32),
+    "internvl2_8b_256k": ("8B", 32),
+    "internvl2_26b_256k": ("26B", 64),
+    "internvl2_76b_256k": ("76B", 256),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_80_gb_before_their_checkpoints_exist(recipe, capsys):
+    size, gpus = RECIPES[recipe]
+    path = Path(__file__).parents[3] / "launch" / "recipes" / f"{recipe}.yaml"
+    arguments = ["plan", str(path), "--gpus", str(gpus), "--gpu-memory", "80", "--arch", size, "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    if "256k" in recipe:
+        assert found["pack"]["num_tokens"] == 262_144
 
 
 MISTAKES = {
