@@ -1,13 +1,15 @@
 """Whatever stands in an annotation file or an image file, the answer is a result or a DataError."""
 
 import json
+import posixpath
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.images import check_image
-from megatron_v2pe.data.records import Record, parse_line
+from megatron_v2pe.data.records import Record, parse_line, with_frames
+from megatron_v2pe.data.storage import resolve_path
 from tests.support.mixture import entry, write_image
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -15,15 +17,18 @@ JSON = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
 )
-TEXTS = st.lists(st.sampled_from(["<image>", "<img>", " ", "what", "\n", "<|im_end|>"]), max_size=6).map(
-    "".join
-)
+TEXTS = st.lists(
+    st.sampled_from(["<image>", "<video>", "<img>", " ", "what", "\n", "<|im_end|>"]), max_size=6
+).map("".join)
 MESSAGES = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]), "value": TEXTS | JSON})
 RECORDS = st.fixed_dictionaries(
     {"conversations": st.lists(MESSAGES, max_size=4) | JSON},
     optional={
         "image": st.text(max_size=12) | st.lists(st.text(max_size=12), max_size=3) | JSON,
-        "video": JSON,
+        "video": st.text(max_size=12)
+        | st.sampled_from(["v.mp4", "frames/", "../v.mp4", "s3://b/v.mp4"])
+        | JSON,
+        "clip": st.lists(st.integers(-1, 5) | st.floats(), max_size=3) | JSON,
     },
 )
 
@@ -52,7 +57,13 @@ def test_any_record(values):
         assert isinstance(record, Record)
         assert sum(turn.value.count("<image>") for turn in record.turns) == len(record.images)
         assert record.turns[0].role == "human"
-        assert all(path.startswith("images/") and ".." not in path.split("/") for path in record.images)
+        paths = [*record.images, *([record.video.path] if record.video else [])]
+        assert all(path.startswith("images") and ".." not in path.split("/") for path in paths)
+        if record.video:
+            assert record.images == ()
+            shown = with_frames(record, 3)
+            assert sum(turn.value.count("<image>") for turn in shown.turns) == 3
+            assert not record.video.clip or 0 <= record.video.clip[0] < record.video.clip[1]
 
 
 @given(data=st.data())
@@ -71,3 +82,21 @@ def test_any_damage_to_an_image(tmp_path, data):
         size, message = (1, 1), str(error)
     assert str(path) in message
     assert 0 < size[0] * size[1] <= 10**6
+
+
+@given(
+    name=st.text(max_size=20)
+    | st.lists(st.sampled_from(["..", ".", "a", "/", "//", "s3://", "b"])).map("".join)
+)
+@settings(max_examples=300)
+def test_no_name_leaves_its_root(name):
+    """Whatever an annotation names is below the root, on disk and behind an address, or refused."""
+    for root in ("/data/images", "s3://bucket/images", "s3://bucket/images/"):
+        try:
+            path = resolve_path(root, name, where="a.jsonl:3")
+        except DataError as error:
+            message = str(error)
+            assert message.startswith("a.jsonl:3: ")
+        else:
+            normal = posixpath.normpath(path.partition("://")[2] if "://" in path else path)
+            assert f"{normal}/".startswith(("/data/images/", "bucket/images/"))

@@ -99,6 +99,78 @@ def test_every_mode_becomes_three_channels(tmp_path, mode):
     assert (tiles.shape, tiles.dtype) == ((3, 3, 16, 16), np.uint8)
 
 
+ODD_MODES = [
+    "LA",
+    "PA",
+    "RGBA",
+    "I;16",
+    "I",
+    "F",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "CMYK",
+    "P with a colour left out",
+    "1",
+]
+
+
+def odd_image(name):
+    """A 50 x 30 image of a mode that RGB has to be made of."""
+    generator = np.random.default_rng(1)
+    colors = Image.fromarray(generator.integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    if name in ("I;16", "I", "F"):
+        depth = generator.integers(0, 65536, (30, 50))
+        return Image.fromarray(depth.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[name]))
+    if name == "LA":
+        return Image.merge("LA", [colors.getchannel("R"), colors.getchannel("G")])
+    if name.startswith("P"):
+        image = colors.convert("P", palette=Image.Palette.ADAPTIVE)
+        image.info["transparency"] = bytes(range(256)) if name == "PA" else 3
+        return image
+    if name == "RGBA":
+        return Image.merge("RGBA", [*colors.split(), colors.getchannel("R")])
+    return colors.convert(name)
+
+
+@pytest.mark.parametrize("name", ODD_MODES)
+def test_odd_modes_are_converted_as_the_release_does(tmp_path, name):
+    """`convert("RGB")` and nothing else: transparency is dropped, 16 bits are clipped."""
+    path = tmp_path / ("a.tif" if name in ("F", "YCbCr", "LAB", "CMYK") else "a.png")
+    image = odd_image(name)
+    try:
+        image.save(path)
+    except OSError:  # Pillow has no format for it
+        image.convert("RGB").save(path)
+    wanted = np.asarray(Image.open(path).convert("RGB").resize((32, 16), Image.Resampling.BICUBIC))
+    tiles = load_tiles(ref(path, check_image(str(path), max_pixels=LIMIT)), image_size=16)
+    assert np.array_equal(np.concatenate([tiles[0], tiles[1]], axis=2), wanted.transpose(2, 0, 1))
+
+
+def test_a_rotation_in_the_metadata_is_not_applied(tmp_path):
+    """As in the release: width and height are those of the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(tmp_path / "a.png", 50, 30)
+    Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert check_image(str(tmp_path / "a.jpg"), max_pixels=LIMIT) == (50, 30)
+    tiles = load_tiles(ref(tmp_path / "a.jpg", (50, 30)), image_size=16)
+    wanted = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(tiles[0], np.asarray(wanted)[:, :16].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_an_animated_file_the_first_frame_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (50, 30), (40 * number, 90, 10)) for number in range(3)]
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert check_image(str(path), max_pixels=LIMIT) == (50, 30)
+    tiles = load_tiles(ref(path, (50, 30)), image_size=16)
+    assert abs(int(tiles[0, 0].mean()) - 0) <= 2
+    assert abs(int(tiles[0, 1].mean()) - 90) <= 2
+
+
 @pytest.mark.parametrize("jpeg_qualities", [(), (80, 90, 75)])
 def test_any_share_equals_the_cut_of_all_tiles(tmp_path, jpeg_qualities):
     write_image(tmp_path / "a.png", 50, 30)

@@ -1,5 +1,6 @@
 """The loader: the same stream at any number of ranks, workers and starts; pixels only where they are due."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -185,6 +186,23 @@ def test_a_killed_worker_is_explained(filled):
         explained_worker_deaths(),
     ):
         kill_workers_while_reading()
+
+
+def test_equal_ids_and_odd_lines(mixture, caplog):
+    """A sample is known by its data set and line: ids need not differ, or exist; odd lines are named."""
+    same = {**record("hello", "hi"), "id": 7}
+    mixture.write([same, same, "", record("no id", "hi"), json.dumps(same) + " " * 3])
+    with open(mixture.folder / "a.jsonl", "ab") as file:
+        file.write(
+            b'{"conversations": "\xff\xfe"}\n\x00\n' + json.dumps(same).encode()
+        )  # no line break at the end
+    caplog.set_level("WARNING", logger="megatron_v2pe")
+    loader = mixture.loader(mixture.config(steps=8, batch=1, max_bad_samples=0.5))
+    seen = {name for step in loader for batch in step for name in batch.sample_ids}
+    assert seen == {"a:1", "a:2", "a:4", "a:5", "a:8"}
+    assert loader.num_bad == 2
+    assert "a.jsonl:6: not utf-8" in caplog.text
+    assert "a.jsonl:7: not valid json" in caplog.text
 
 
 def test_an_annotation_file_that_vanishes(mixture):
