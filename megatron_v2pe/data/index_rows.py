@@ -188,7 +188,8 @@ def write_part(path: Path, rows: IndexRows, facts: Mapping[str, Any]) -> None:
     bad = [dataclasses.asdict(sample) for sample in rows.bad]
     text = json.dumps({**facts, "bad": bad}).encode()
     buffer = io.BytesIO()
-    np.savez(buffer, facts=np.frombuffer(text, dtype=np.uint8), **rows.arrays)
+    arrays: dict[str, Any] = {"facts": np.frombuffer(text, dtype=np.uint8), **rows.arrays}
+    np.savez(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
 
 

@@ -76,7 +76,10 @@ class LineMeasurer:
             measured[units] = self._measure(record, sizes, units)
             return self._fits(measured[units])
 
-        parts = split_units(record, fits=fits)
+        try:
+            parts = split_units(record, fits=fits)
+        except DataError as error:
+            raise LongSampleError(str(error)) from None
         return [MeasuredSample(units=units, measurement=measured[units]) for units in parts]
 
     def _measure(self, record: Record, sizes: tuple[Size, ...], units: Units) -> Measurement:

@@ -148,7 +148,7 @@ def step_imbalances(costs: Any, batch_size: int, dp_size: int, *, dealt: bool) -
 
 def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
     """Data sets, their sum, and the packs, as text."""
-    header = (
+    header = [
         "data set",
         "samples",
         "bad",
@@ -159,8 +159,8 @@ def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
         "p95",
         "longest",
         "supervised",
-    )
-    header += ("images", "tiles", "x", "drawn", "share")
+    ]
+    header += ["images", "tiles", "x", "drawn", "share"]
     total = max(sum(row.drawn_tokens for row in rows), 1)
     lines = [header, *(_cells(row, total) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -179,16 +179,11 @@ def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
     return f"{text}\n\n{sums}\n" + (_plan_text(report) if report is not None else "")
 
 
-def _cells(row: DatasetRow, total: int) -> tuple[str, ...]:
-    numbers = (row.samples, row.bad, row.cut, row.parts, row.tokens, row.median_tokens, row.p95_tokens)
-    numbers += (row.longest, row.supervised, row.images, row.tiles)
-    return (
-        row.name,
-        *(f"{number:,}" for number in numbers),
-        f"{row.repeat_time:g}",
-        f"{row.draws:,}",
-        f"{row.drawn_tokens / total:.1%}",
-    )
+def _cells(row: DatasetRow, total: int) -> list[str]:
+    numbers = [row.samples, row.bad, row.cut, row.parts, row.tokens, row.median_tokens, row.p95_tokens]
+    numbers += [row.longest, row.supervised, row.images, row.tiles]
+    shown = [f"{number:,}" for number in numbers]
+    return [row.name, *shown, f"{row.repeat_time:g}", f"{row.draws:,}", f"{row.drawn_tokens / total:.1%}"]
 
 
 def _plan_text(report: PlanReport) -> str:

@@ -1,0 +1,37 @@
+"""Data: planning, indexing and loading, each beside a target or an alternative of the same run.
+
+python tools/bench_data.py plan               1.5 million samples with the release's repeats; fill and imbalance
+python tools/bench_data.py index              records per second of processor time, and what a kill costs
+python tools/bench_data.py loader             the training loader against bare Pillow
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bench_support import data_index, data_loader, data_plan
+
+VERBS = {"plan": data_plan, "index": data_index, "loader": data_loader}
+
+
+def main() -> None:
+    """Parse the command line and run one of the benchmarks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(required=True)
+    for name, module in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
