@@ -49,9 +49,9 @@ def build_model(
     """Build this rank's model chunks, without weights; the caller loads a checkpoint into them.
 
     Returns:
-        One chunk for each virtual pipeline stage of this rank, one without virtual stages.
+        One chunk for each virtual pipeline stage of this rank, one without virtual stages; on `ranks.device`.
     """
-    plain = choose_kernels(config.parallel)
+    plain = choose_kernels(config.parallel, dtype=config.runtime.dtype)
     kernels = {part: part_kernels(plain, part, config, arch, plan=plan, ranks=ranks) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     chunks = []
@@ -69,18 +69,18 @@ def build_model(
                     _mark_split_over_tp(part)
                 else:
                     _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
-        chunks.append(
-            InternVL(
-                decoder_config,
-                vision=vision,
-                projector=projector,
-                language=language,
-                tile_size=arch.image_size,
-                micro_batch_tiles=config.vision.micro_batch_tiles,
-                route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
-                replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
-            )
+        chunk = InternVL(
+            decoder_config,
+            vision=vision,
+            projector=projector,
+            language=language,
+            tile_size=arch.image_size,
+            micro_batch_tiles=config.vision.micro_batch_tiles,
+            route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
+            replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
         )
+        # mcore's and Transformer Engine's modules are on the GPU already; our norms, embeddings and scales are not.
+        chunks.append(chunk.to(ranks.device))
     freeze(chunks, config)
     return chunks
 

@@ -21,8 +21,15 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_kernels(parallel: ParallelConfig) -> Kernels:
+def choose_kernels(parallel: ParallelConfig, *, dtype: str = "bfloat16") -> Kernels:
     """Modules for `parallel.attention_backend`.
+
+    `auto` is Transformer Engine in bfloat16 only. Its products of float32 matrices round to tf32 (10 bits), and its
+    fused attention takes half precision alone, so that float32 would be inexact on one rank and refused on several.
+
+    Args:
+        parallel: names the back end, and how ranks share a sequence.
+        dtype: `runtime.dtype`.
 
     Raises:
         ConfigError: Transformer Engine is asked for by name and cannot run here, or what `auto` found cannot share a
@@ -36,8 +43,8 @@ def choose_kernels(parallel: ParallelConfig) -> Kernels:
             + ("Transformer Engine is not installed" if torch.cuda.is_available() else "this host has no GPU")
             + "; install the extra 'gpu' on a GPU host, or set parallel.attention_backend to native or auto"
         )
-    if backend == "native" or not available:
-        if backend == "auto" and torch.cuda.is_available():
+    if backend == "native" or not available or (backend == "auto" and dtype != "bfloat16"):
+        if backend == "auto" and torch.cuda.is_available() and not available:
             logger.warning("Transformer Engine is not installed: running the slower native attention")
         check_comm_type(parallel.cp_comm_type, "native")
         return local_kernels(

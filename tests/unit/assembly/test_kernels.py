@@ -27,18 +27,22 @@ def host(monkeypatch):
     return make
 
 
+def choose(*, dtype="bfloat16", **parallel):
+    return kernels.choose_kernels(ParallelConfig(**parallel), dtype=dtype)
+
+
 @pytest.mark.parametrize(("gpu", "engine"), [(False, False), (False, True), (True, False)])
 def test_auto_is_native_without_gpu_or_engine(host, gpu, engine):
     host(gpu=gpu, engine=engine)
     for cp_comm_type in ("p2p", "all_gather", "a2a"):
-        chosen = kernels.choose_kernels(ParallelConfig(cp_comm_type=cp_comm_type))
+        chosen = choose(cp_comm_type=cp_comm_type)
         assert chosen.language_attention is NativeContextAttention
 
 
 def test_auto_is_transformer_engine_where_it_runs(host):
     host(gpu=True, engine=True)
     for cp_comm_type in ("p2p", "a2a"):
-        chosen = kernels.choose_kernels(ParallelConfig(cp_comm_type=cp_comm_type))
+        chosen = choose(cp_comm_type=cp_comm_type)
         assert chosen.language_attention == "RotaryTEAttention"
         assert (chosen.linear_qkv, chosen.linear_fc1) == ("TEColumnParallelLinear",) * 2
 
@@ -46,9 +50,19 @@ def test_auto_is_transformer_engine_where_it_runs(host):
 def test_what_auto_found_must_share_sequences_as_asked(host):
     host(gpu=True, engine=True)
     with pytest.raises(ConfigError, match=r"all_gather.*packed.*attention_backend to native"):
-        kernels.choose_kernels(ParallelConfig(cp_comm_type="all_gather"))
-    native = ParallelConfig(cp_comm_type="all_gather", attention_backend="native")
-    assert kernels.choose_kernels(native).language_attention is NativeContextAttention
+        choose(cp_comm_type="all_gather")
+    native = choose(cp_comm_type="all_gather", attention_backend="native")
+    assert native.language_attention is NativeContextAttention
+
+
+def test_float32_is_transformer_engine_by_name_only(host):
+    """Its float32 is tf32 in products, and has no fused attention."""
+    host(gpu=True, engine=True)
+    for cp_comm_type in ("p2p", "all_gather", "a2a"):
+        chosen = choose(dtype="float32", cp_comm_type=cp_comm_type)
+        assert chosen.language_attention is NativeContextAttention
+    by_name = choose(dtype="float32", attention_backend="transformer_engine")
+    assert by_name.language_attention == "RotaryTEAttention"
 
 
 @pytest.mark.parametrize(
@@ -58,4 +72,4 @@ def test_what_auto_found_must_share_sequences_as_asked(host):
 def test_transformer_engine_by_name_is_not_replaced(host, gpu, engine, reason):
     host(gpu=gpu, engine=engine)
     with pytest.raises(ConfigError, match=reason):
-        kernels.choose_kernels(ParallelConfig(attention_backend="transformer_engine"))
+        choose(attention_backend="transformer_engine")
