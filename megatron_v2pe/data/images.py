@@ -155,7 +155,14 @@ def mean_color(normalize_type: NormalizeType) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def load_tiles(ref: ImageRef, *, image_size: int, first: int = 0, last: int | None = None) -> UInt8Array:
+def load_tiles(
+    ref: ImageRef,
+    *,
+    image_size: int,
+    first: int = 0,
+    last: int | None = None,
+    out: UInt8Array | None = None,
+) -> UInt8Array:
     """Decode an image and cut some of its tiles.
 
     Args:
@@ -163,9 +170,10 @@ def load_tiles(ref: ImageRef, *, image_size: int, first: int = 0, last: int | No
         image_size: tile size S in pixels.
         first: first tile wanted.
         last: one past the last tile wanted; None is all.
+        out: where to write them; None makes a new array.
 
     Returns:
-        uint8 [last - first, 3, S, S], row by row, the thumbnail last.
+        `out`: uint8 [last - first, 3, S, S], row by row, the thumbnail last.
 
     Raises:
         DataError: see `image_size`; also a file whose size changed since it was indexed.
@@ -178,13 +186,19 @@ def load_tiles(ref: ImageRef, *, image_size: int, first: int = 0, last: int | No
                 "lengths were measured; remove data.cache_dir so that they are measured again"
             )
         image = opened.convert("RGB")
-    return cut_tiles(image, ref, image_size=image_size, first=first, last=last)
+    return cut_tiles(image, ref, image_size=image_size, first=first, last=last, out=out)
 
 
 def cut_tiles(
-    image: Image.Image, ref: ImageRef, *, image_size: int, first: int = 0, last: int = 1
+    image: Image.Image,
+    ref: ImageRef,
+    *,
+    image_size: int,
+    first: int = 0,
+    last: int = 1,
+    out: UInt8Array | None = None,
 ) -> UInt8Array:
-    """Tiles first..last-1 of a decoded RGB image as uint8 [n, 3, S, S]."""
+    """Tiles first..last-1 of a decoded RGB image as uint8 [n, 3, S, S], written to `out` if given."""
     size, columns = image_size, ref.grid.columns
     if ref.pad_color is not None:
         image = _pad_to_square(image, ref.pad_color)
@@ -205,10 +219,18 @@ def cut_tiles(
             np.asarray(_reencode(Image.fromarray(tile), quality))
             for tile, quality in zip(tiles, qualities, strict=True)
         ]
-    out = np.empty((len(tiles), 3, size, size), dtype=np.uint8)
+    out = empty_tiles(len(tiles), size) if out is None else out
     for index, tile in enumerate(tiles):
         out[index] = tile.transpose(2, 0, 1)  # [S, S, 3] -> [3, S, S]
     return out
+
+
+def empty_tiles(num_tiles: int, image_size: int) -> UInt8Array:
+    """uint8 [num_tiles, 3, S, S] whose channels lie together in memory, as Pillow has them.
+
+    Tiles are thus filled by plain copies; the device turns them round, where it costs nothing.
+    """
+    return np.empty((num_tiles, image_size, image_size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
 
 
 def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.frames import FrameDraw, VideoRule, VideoSource, frame_index, wanted_frames
-from megatron_v2pe.data.images import ImageRef, UInt8Array, check_image, cut_tiles, load_tiles, open_image
+from megatron_v2pe.data.images import (
+    ImageRef,
+    UInt8Array,
+    check_image,
+    cut_tiles,
+    empty_tiles,
+    load_tiles,
+    open_image,
+)
 from megatron_v2pe.data.video import Size, folder_frames, is_frame_folder, probe_video, read_frames
 
 # Index of the image that failed, and why.
@@ -59,7 +66,7 @@ def load_tile_range(
         DataError: an image cannot be read and `on_damage` is None.
     """
     start, stop = tile_range
-    out = np.empty((stop - start, 3, image_size, image_size), dtype=np.uint8)
+    out = empty_tiles(stop - start, image_size)
     base = 0
     frames: dict[FrameDraw, list[tuple[int, int]]] = {}  # draw -> (image, row of its tile)
     for index, ref in enumerate(refs):
@@ -67,11 +74,11 @@ def load_tile_range(
         if low < high and ref.frame is not None:
             frames.setdefault(ref.frame.draw, []).append((index, low - start))
         elif low < high:
-            rows = slice(low - start, high - start)
+            own = out[low - start : high - start]
             try:
-                out[rows] = load_tiles(ref, image_size=image_size, first=low - base, last=high - base)
+                load_tiles(ref, image_size=image_size, first=low - base, last=high - base, out=own)
             except DataError as error:
-                _blank(out[rows], index, error, on_damage)
+                _blank(own, index, error, on_damage)
         base += ref.grid.num_tiles
     for draw, members in frames.items():
         try:
@@ -94,7 +101,7 @@ def _load_frames(draw: FrameDraw, members: Sequence[tuple[ImageRef, int]], out: 
     numbers = [ref.frame.number for ref, _ in members if ref.frame is not None]
     first = members[0][0]
     for (ref, row), image in zip(members, _frame_images(draw, numbers, first), strict=True):
-        out[row : row + 1] = cut_tiles(image, ref, image_size=out.shape[-1])
+        cut_tiles(image, ref, image_size=out.shape[-1], out=out[row : row + 1])
 
 
 def _frame_images(draw: FrameDraw, numbers: Sequence[int], ref: ImageRef) -> Iterator[Image.Image]:

@@ -55,7 +55,8 @@ def shard_batch(
     pixels, route = None, None
     if ranks.is_first_stage if encodes_tiles is None else encodes_tiles:
         _check_share(batch, plan=plan, tile_rank=ranks.tile_rank)
-        pixels = _pixels(torch.from_numpy(batch.tiles).to(device), mean=mean, std=std).to(dtype)
+        tiles = torch.from_numpy(batch.tiles).to(device).contiguous()  # channels lay together in memory
+        pixels = _pixels(tiles, mean=mean, std=std).to(dtype)
         route = feature_route(
             layout, plan=plan, tile_rank=ranks.tile_rank, tp_rank=ranks.tp_rank, device=device
         )
