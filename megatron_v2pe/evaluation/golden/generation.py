@@ -59,7 +59,7 @@ def _case_rows(
     positions = torch.tensor([float(step.position) for step in steps])
     deviation = (positions - tensors[f"{case['name']}/step_positions"]).abs().max()
     yield compared(name, "step_positions", error=float(deviation), tolerance=0.0)
-    logits = torch.stack([step.logits for step in steps])
+    logits = torch.stack([step.logits for step in steps]).cpu()
     best = logits.gather(1, tensors[f"{case['name']}/step_top5_ids"].long())
     error = float((best - tensors[f"{case['name']}/step_top5_values"]).abs().max())
     yield compared(name, "step_top5_values", error=error, tolerance=LOGITS_ATOL)

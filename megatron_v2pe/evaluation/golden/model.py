@@ -139,11 +139,12 @@ class CaseRun:
         return outputs[0] if self.ranks.is_last_stage else None
 
     def _gather(self, local: Tensor | None, pack: PackedBatch, width: tuple[int, ...]) -> Tensor:
+        """Rows of all ranks without padding, on the CPU, where the recorded numbers are."""
         cu_seqlens = pack.layout.cu_seqlens
         whole = gather_tokens(
             local, cu_seqlens=cu_seqlens, width=width, cp_size=self.plan.cp, ranks=self.ranks
         )
-        return to_unpadded(whole, pack)
+        return to_unpadded(whole.cpu(), pack)
 
     def _compare_hidden_states(self, pack: PackedBatch) -> Iterator[Row]:
         """The decoder's input, each layer's output, and the final norm's, which stands in the last one's place."""
@@ -162,7 +163,7 @@ class CaseRun:
         tolerance = self.case.tolerance("logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
         for index, state in enumerate(states):
             wanted = self.case.wanted(f"llm_hidden_{index}")
-            error = float((to_unpadded(state.squeeze(1), pack) - wanted).abs().max())
+            error = float((to_unpadded(state.squeeze(1).cpu(), pack) - wanted).abs().max())
             yield compared(self.name, f"llm_hidden_{index}", error=error, tolerance=tolerance)
 
     def _compare_logits(self, pack: PackedBatch) -> Row:

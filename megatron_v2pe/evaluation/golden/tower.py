@@ -53,15 +53,15 @@ def vision_rows(
             continue
         with torch.no_grad():
             model = load_model(checkpoint, plan=plan, ranks=ranks)
-            yield from _tower_rows(ForwardFile.open(folder, path), model)
+            yield from _tower_rows(ForwardFile.open(folder, path), model, device=ranks.device)
     path = folder / "forward" / "vision_resize.json"
     if path.exists():
         yield from _resize_rows(path, checkpoints, plan=plan, ranks=ranks)
 
 
-def _tower_rows(file: ForwardFile, model: InternVL) -> Iterator[Row]:
+def _tower_rows(file: ForwardFile, model: InternVL, *, device: torch.device) -> Iterator[Row]:
     name = f"model/{file.key}/vision"
-    pixels = file.tensor("pixel_pool").float()
+    pixels = file.tensor("pixel_pool").float().to(device)
     assert model.vision is not None
     assert model.projector is not None
     layers = _outputs_of(model.vision.encoder.layers)
@@ -91,17 +91,19 @@ def _resize_rows(
         elif checkpoint is not None:  # else the family was not asked for
             with torch.no_grad():
                 model = load_model(checkpoint, plan=plan, ranks=ranks)
-                yield from _resized(name, model, case, tensors)
+                yield from _resized(name, model, case, tensors, device=ranks.device)
 
 
-def _resized(name: str, model: InternVL, case: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Row]:
+def _resized(
+    name: str, model: InternVL, case: dict[str, Any], tensors: dict[str, Tensor], *, device: torch.device
+) -> Iterator[Row]:
     prefix = f"{case['name']}/"
-    pixels = tensors[prefix + "pixel_values_f16"].float()
+    pixels = tensors[prefix + "pixel_values_f16"].float().to(device)
     assert model.vision is not None
     assert model.projector is not None
     table = model.vision.positions(int(case["input_size"]) // model.vision.patch_size)
     wanted_table = tensors[prefix + "resized_position_embedding"]
-    error = float((table.reshape(wanted_table.shape) - wanted_table).abs().max())
+    error = float((table.cpu().reshape(wanted_table.shape) - wanted_table).abs().max())
     yield compared(name, "resized_position_embedding", error=error, tolerance=POSITION_TABLE_ATOL)
     hidden = model.vision(pixels)
     yield _row(name, "embeddings_out", model.vision.embed(pixels), tensors[prefix + "embeddings_out"])
@@ -111,7 +113,7 @@ def _resized(name: str, model: InternVL, case: dict[str, Any], tensors: dict[str
 
 
 def _row(name: str, quantity: str, value: Tensor, wanted: Tensor) -> Row:
-    error = float((value.reshape(wanted.shape) - wanted).abs().max())
+    error = float((value.cpu().reshape(wanted.shape) - wanted).abs().max())
     return compared(name, quantity, error=error, tolerance=VISION_ATOL)
 
 

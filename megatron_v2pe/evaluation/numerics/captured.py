@@ -101,7 +101,7 @@ class CapturedRun:
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             hidden = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
             if self.ranks.is_last_stage:
-                self._local[LOGITS] = self.chunks[-1].logits(hidden[0])
+                self._local[LOGITS] = self.chunks[-1].logits(hidden[0]).float()
         for hook in hooks:
             hook.remove()
         return {name: self._whole(name, pack).cpu() for name in self.wanted}
