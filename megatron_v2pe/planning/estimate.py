@@ -126,9 +126,11 @@ class Estimate:
 
 
 def backend_of(config: RunConfig) -> str:
-    """The attention back end on a GPU cluster: `auto` means Transformer Engine there."""
+    """The attention back end on a GPU cluster: `auto` means Transformer Engine there, native layers in float32."""
     backend = config.parallel.attention_backend
-    return "native" if backend == "native" else "transformer_engine"
+    if backend == "auto":
+        return "transformer_engine" if config.runtime.dtype == "bfloat16" else "native"
+    return backend
 
 
 def estimate(
