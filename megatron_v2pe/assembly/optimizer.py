@@ -98,6 +98,17 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
     )
 
 
+def make_moments(optimizer: MegatronOptimizer) -> None:
+    """Zero moments and step 0 where no update has been applied yet; mcore cannot save an optimizer without them."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(single, "is_stub_optimizer", False):
+            continue
+        single.init_state_fn(single.optimizer, single.config)
+        for group in single.optimizer.param_groups:
+            if group["params"]:
+                group.setdefault("step", 0)
+
+
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then a cosine to min_lr at the last step."""
     return OptimizerParamScheduler(

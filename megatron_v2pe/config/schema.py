@@ -6,6 +6,7 @@ Local rules are checked in `__post_init__`, rules across sections and against th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -343,9 +344,22 @@ class RuntimeConfig:
     """Steps between heartbeat lines."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient may be NaN or Inf before the run stops. Such a step is not applied and is
+    recorded with its samples in <run_dir>/bad_steps.jsonl."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without a finished step after which a rank writes the stacks of its threads to <run_dir>/stacks and
+    ends; 0 turns this off. Collectives wait as long, and never less than 30 minutes (0: a day)."""
 
     def __post_init__(self) -> None:
         _require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        _require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
+        _require(
+            self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),
+            "runtime.hang_timeout_s",
+            self.hang_timeout_s,
+            "must be >= 0 and finite",
+        )
         _require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 

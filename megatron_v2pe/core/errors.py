@@ -15,3 +15,7 @@ class DataError(V2PEError):
 
 class CheckpointError(V2PEError):
     """A checkpoint folder or file is missing, damaged, or of another family."""
+
+
+class TrainingError(V2PEError):
+    """A run cannot go on as it is configured: its numbers stopped being finite."""

@@ -199,6 +199,8 @@ def _read_metrics(path: str | Path) -> tuple[NDArray[np.float64], ...]:
     """Steps, losses and learning rates, float64 each."""
     rows = []
     for number, values in read_jsonl(path):
+        if values.get("is_applied") is False:  # loss or gradient was not finite
+            continue
         try:
             rows.append((float(values["step"]), float(values["loss"]), float(values["lr"])))
         except (KeyError, TypeError) as error:

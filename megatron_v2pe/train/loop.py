@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
+from megatron_v2pe.assembly.optimizer import Trainer, make_moments, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
 from megatron_v2pe.checkpoint.adapters import draw_adapters
@@ -34,11 +34,13 @@ from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.train.bad_steps import BadSteps
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
-from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, peak_memory_gib
+from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, finite, peak_memory_gib
 from megatron_v2pe.train.step import StepReport, train_step
+from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def train(config: RunConfig) -> str:
 
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
-        FloatingPointError: the loss became non-finite.
+        TrainingError: loss or gradient stayed non-finite for too many steps.
     """
     check_required(config)
     arch = read_architecture(_model_folder(config))
@@ -60,12 +62,13 @@ def train(config: RunConfig) -> str:
     resume_from = _resume_point(config)
     if resume_from is not None:
         require_same_adapters(describe_adapters(config), resume_from)
-    ranks = init_distributed(plan, seed=config.runtime.seed)
+    timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
+    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
     run = Run(config, arch, plan=plan, ranks=ranks)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
-        with explained_worker_deaths():
-            reason = run.steps(interruption)
+        with explained_worker_deaths(), run.watchdog() as watchdog:
+            reason = run.steps(interruption, watchdog)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
@@ -221,7 +224,16 @@ class Run:
         )
         return MicroBatchRunner(shard=shard, device=self.ranks.device)
 
-    def steps(self, interruption: Interruption) -> str:
+    def watchdog(self) -> Watchdog:
+        """Watches the steps that follow."""
+        return Watchdog(
+            self.run_dir,
+            rank=self.ranks.rank,
+            timeout_s=self.config.runtime.hang_timeout_s,
+            first_step=self.state.step + 1,
+        )
+
+    def steps(self, interruption: Interruption, watchdog: Watchdog) -> str:
         """Train from the current step to the last, or to an interruption, whose reason is returned."""
         log = MetricsLog(
             self.run_dir,
@@ -230,6 +242,9 @@ class Run:
             log_every=self.config.runtime.log_every,
             total_steps=self.config.optim.steps,
             first_step=self.state.step + 1,
+        )
+        bad_steps = BadSteps(
+            run_dir=self.run_dir, ranks=self.ranks, max_in_row=self.config.runtime.max_bad_steps
         )
         reason = ""
         for loaded, data_seconds in timed(self.loader):
@@ -241,9 +256,11 @@ class Run:
                 consumed_packs=self.state.consumed_packs + self.config.optim.global_batch_size,
             )
             log.write(self._metrics(report, batches, data_seconds))
+            bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
             if self._is_save_due() or reason:
                 self._save()
+            watchdog.beat(self.state.step + 1)
             if reason:
                 interruption.record(reason, step=self.state.step)
                 break
@@ -257,8 +274,12 @@ class Run:
         wall = report.seconds + data_seconds
         return StepMetrics(
             step=self.state.step,
-            loss=report.loss,
-            grad_norm=report.grad_norm,
+            is_applied=report.is_applied,
+            loss=finite(report.loss),
+            grad_norm=finite(report.grad_norm),
+            grad_norm_vision=finite(report.part_norms["vision"]),
+            grad_norm_projector=finite(report.part_norms["projector"]),
+            grad_norm_language=finite(report.part_norms["language"]),
             lr=report.lr,
             tokens=counts.tokens,
             visual_tokens=counts.visual_tokens,
@@ -278,6 +299,7 @@ class Run:
 
     def _save(self) -> None:
         started = time.perf_counter()
+        make_moments(self.trainer.optimizer)  # of a run whose every step so far was not finite
         folder = save_checkpoint(
             self.run_dir,
             chunks=self.trainer.wrapped,

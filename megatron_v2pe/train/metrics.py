@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -34,12 +35,17 @@ class StepMetrics:
     """One line of metrics.jsonl. Tokens exclude padding of documents; rates are over the whole world.
 
     `data_digest` is the sum of digests of the packs' samples: equal digests mean equal packs, whichever rank took them;
-    `bad_samples` counts those that are skipped so far, found while measuring or while training.
+    `bad_samples` counts those that are skipped so far, found while measuring or while training. Of a step that was not
+    applied, numbers that are not finite are None (null in json).
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    is_applied: bool
+    loss: float | None
+    grad_norm: float | None
+    grad_norm_vision: float | None
+    grad_norm_projector: float | None
+    grad_norm_language: float | None
     lr: float
     tokens: int
     visual_tokens: int
@@ -113,6 +119,15 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def finite(value: float) -> float | None:
+    """The number, or None where json has no spelling for it."""
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def _drop_lines_from(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl before `step`; a run killed after its last checkpoint wrote more."""
     if path.exists():
@@ -161,7 +176,7 @@ class MetricsLog:
         append_json(self.path, asdict(metrics))
         if self.board is not None:
             for name, value in asdict(metrics).items():
-                if name != "step" and not isinstance(value, str):
+                if name != "step" and isinstance(value, int | float):
                     self.board.add_scalar(f"train/{name}", value, metrics.step)
         seconds = metrics.step_s + metrics.data_s
         self.seconds_per_step = (
@@ -173,8 +188,8 @@ class MetricsLog:
     def _heartbeat(self, metrics: StepMetrics) -> str:
         left = round((self.total_steps - metrics.step) * self.seconds_per_step)
         return (
-            f"step {metrics.step}/{self.total_steps}  loss {metrics.loss:.4f}  "
-            f"grad norm {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"step {metrics.step}/{self.total_steps}  loss {_shown(metrics.loss, 4)}  "
+            f"grad norm {_shown(metrics.grad_norm, 3)}  lr {metrics.lr:.2e}  "
             f"{metrics.tokens_per_s:,.0f} tokens/s  step {metrics.step_s:.2f} s  data {metrics.data_s:.2f} s  "
             f"memory {metrics.peak_mem_gib:.1f} GiB  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         )

@@ -1,7 +1,13 @@
-"""One optimizer update: all micro batches, reduced gradients, clipping, Adam, learning rate."""
+"""One optimizer update: all micro batches, reduced gradients, clipping, Adam, learning rate.
+
+Loss and gradient norms are sums over the world, so every rank sees the same numbers and takes the same decision: an
+update whose loss or gradient is not finite is left out on all of them. Its packs count as used and the learning rate
+moves on; weights, moments and the count of Adam's steps stay as they were.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_v2pe.assembly.grad_norms import grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
@@ -24,24 +31,26 @@ class StepReport:
     Attributes:
         loss: weighted mean loss of the global batch, before the update.
         grad_norm: global gradient norm before clipping.
+        part_norms: the same by part: vision, projector, language; 0 for a frozen one.
         lr: learning rate of the update.
+        is_applied: the weights were updated; False when the loss or a gradient was not finite.
+        bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
     """
 
     loss: float
     grad_norm: float
+    part_norms: dict[str, float]
     lr: float
+    is_applied: bool
+    bad_packs: tuple[int, ...]
     seconds: float
 
 
 def train_step(
     trainer: Trainer, runner: MicroBatchRunner, batches: Sequence[PackedBatch], *, ranks: Ranks
 ) -> StepReport:
-    """Run one update over this data parallel rank's micro batches.
-
-    Raises:
-        FloatingPointError: the loss is not finite; the update is not applied.
-    """
+    """Run one update over this data parallel rank's micro batches; see `StepReport.is_applied`."""
     started = time.perf_counter()
     for chunk in trainer.wrapped:
         chunk.train()
@@ -50,14 +59,29 @@ def train_step(
     runner.reset()
     outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
     loss = _mean_loss(outputs, runner, ranks)
-    if not torch.isfinite(torch.tensor(loss)):
-        names = ", ".join(name for batch in batches for name in batch.sample_ids)
-        raise FloatingPointError(f"loss is {loss}; the update was not applied. Samples of this rank: {names}")
+    part_norms = grad_norms(trainer.optimizer, trainer.chunks, device=ranks.device)
+    grad_norm = math.hypot(*part_norms.values())
+    is_applied = math.isfinite(loss) and math.isfinite(grad_norm)
     lr = trainer.optimizer.param_groups[0]["lr"]
-    _success, grad_norm, _zeros = trainer.optimizer.step()
+    if is_applied:
+        _success, clipped_by, _zeros = trainer.optimizer.step()
+        grad_norm = float(clipped_by or grad_norm)  # mcore computes none where it does not clip
     trainer.scheduler.step(increment=1)
     return StepReport(
-        loss=loss, grad_norm=float(grad_norm or 0.0), lr=lr, seconds=time.perf_counter() - started
+        loss=loss,
+        grad_norm=grad_norm,
+        part_norms=part_norms,
+        lr=lr,
+        is_applied=is_applied,
+        bad_packs=() if is_applied else _bad_packs(outputs),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _bad_packs(outputs: list[dict[str, Any]]) -> tuple[int, ...]:
+    """Numbers of the micro batches whose loss on this rank is not finite; none where no loss is computed."""
+    return tuple(
+        number for number, output in enumerate(outputs) if not math.isfinite(float(output["loss_sum"]))
     )
 
 

@@ -1,0 +1,80 @@
+"""Gradient norm of each part of the model, and with it whether any gradient is not finite: before anything is updated.
+
+    main gradients (this rank's shard) --squares--> vision, projector, language --one sum over the world--> norms
+
+A sum of squares is NaN or Inf as soon as one element is, so three numbers tell every rank the same. A finite element
+beyond 1.8e19 counts as Inf: its square leaves float32, where megatron-core computes its own norm too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from megatron_v2pe.models.internvl import InternVL
+
+PARTS = ("vision", "projector", "language")
+
+
+def grad_norms(
+    optimizer: MegatronOptimizer, chunks: Sequence[InternVL], *, device: torch.device
+) -> dict[str, float]:
+    """Norm of the reduced gradients of each part, before clipping. Collective.
+
+    Args:
+        optimizer: mcore's distributed optimizer; the gradients of its shards are set here (`prepare_grads`).
+        chunks: bare model chunks of this rank.
+        device: where the numbers are summed.
+
+    Returns:
+        Part to norm, equal on every rank; 0.0 for a frozen part, not finite where a gradient is not.
+    """
+    optimizer.prepare_grads()
+    part_of = {
+        id(parameter): part
+        for chunk in chunks
+        for part in PARTS
+        if (module := getattr(chunk, part)) is not None
+        for parameter in module.parameters()
+    }
+    grads: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for weight, shard in _shards(optimizer):
+        if shard.grad is not None and _is_counted(shard, optimizer):
+            grads[part_of[id(weight)]].append(shard.grad)
+    squares = torch.stack([_sum_of_squares(grads[part], device) for part in PARTS])
+    dist.all_reduce(squares)
+    return dict(zip(PARTS, squares.sqrt().tolist(), strict=True))
+
+
+def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter of which this rank updates a slice, with the float32 slice that the optimizer sees."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(single, "is_stub_optimizer", False):  # nothing is trained on this stage
+            continue
+        pairs = (
+            (single.model_float16_groups, single.shard_fp32_from_float16_groups),
+            (single.model_fp32_groups, single.shard_fp32_groups),
+        )
+        for weights, shards in pairs:
+            for weight_group, shard_group in zip(weights, shards, strict=True):
+                yield from zip(weight_group, shard_group, strict=True)
+
+
+def _is_counted(shard: Tensor, optimizer: MegatronOptimizer) -> bool:
+    """Copies on other ranks of tied and of whole weights count once, as in mcore's own norm."""
+    tp_group = getattr(optimizer, "tp_group", None)
+    return param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(shard, tp_group)
+
+
+def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Float64 []; each tensor's norm is taken in float32."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(grads))
+    return norms.double().square().sum()

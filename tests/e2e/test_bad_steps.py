@@ -1,0 +1,84 @@
+"""A loss or gradient that is not finite: no rank applies the step, its packs are recorded, the run goes on or stops.
+
+Strategy: a fault is put into one rank of a real run (tests/support/injected.py). That nothing was applied shows in the
+next run: with all steps bad the checkpoint written must hold the very weights the run started from.
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad_steps")
+    checkpoint = tiny.import_golden(root / "checkpoint")
+    meta = tiny.make_data(root / "data")
+    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+
+
+def run(config, run_dir, *, kind, rank, steps, ranks=1, overrides=()):
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
+    module = ["-m", "tests.support.injected", kind, str(rank), ",".join(map(str, steps)), str(config)]
+    command = [sys.executable, *launcher, *module, f"runtime.run_dir={run_dir}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "ranks"),
+    [
+        ("loss", 0, 1),
+        ("gradient", 0, 1),
+        pytest.param("loss", 1, 2, marks=pytest.mark.distributed),
+        pytest.param("gradient", 1, 2, marks=pytest.mark.distributed),
+    ],
+)
+def test_a_bad_step_is_recorded_and_the_run_goes_on(config, tmp_path, kind, rank, ranks):
+    done = run(config, tmp_path, kind=kind, rank=rank, steps=[2, 4], ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [line["is_applied"] for line in metrics] == [True, False, True, False, True]
+    assert all(math.isfinite(line["loss"]) for line in metrics if line["is_applied"])
+    assert all((line["loss"] is None) == (kind == "loss") for line in metrics if not line["is_applied"])
+    recorded = lines(tmp_path / "bad_steps.jsonl")
+    assert [line["step"] for line in recorded] == [2, 4]
+    packs = recorded[0]["packs"]
+    assert len(packs) == 2  # the global batch, each pack once
+    assert all(pack["samples"] for pack in packs)
+    if kind == "loss":
+        guilty = [(pack["dp_rank"], pack["micro_batch"]) for pack in packs if not pack["loss_is_finite"]]
+        assert guilty == [(rank, 0)]
+
+
+def test_nothing_is_applied_and_too_many_in_a_row_stop_the_run(config, tmp_path):
+    every = ["checkpoint.save_every=1", "runtime.max_bad_steps=2"]
+    done = run(config, tmp_path, kind="gradient", rank=0, steps=[1, 2], overrides=every)
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "2 steps in a row" in done.stderr
+    assert "1, 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [1, 2]
+    newest = tmp_path / "checkpoints" / "step_00000001"
+    equal = subprocess.run(
+        [sys.executable, "-m", "megatron_v2pe", "verify", str(tiny.GOLDEN_HF), str(newest)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert " 0 different, 0 left out" in equal.stdout, equal.stdout + equal.stderr
+    tiny.train(
+        config, [f"runtime.run_dir={tmp_path}"]
+    )  # from a checkpoint of an optimizer that has done nothing
+    assert all(line["is_applied"] for line in lines(tmp_path / "metrics.jsonl")[1:])

@@ -1,0 +1,44 @@
+"""`train` with a fault put into one rank at chosen steps: python -m tests.support.injected KIND RANK STEPS RUN.yaml ...
+
+loss      weights of a pack become NaN before the step, so the loss of all ranks does
+gradient  one element of a reduced gradient becomes Inf between backward and update; the loss stays finite
+"""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+import megatron_v2pe.train.loop as loop
+import megatron_v2pe.train.step as step_module
+from megatron_v2pe.cli.main import main
+from megatron_v2pe.core.env import launcher
+
+
+def inject(kind: str, rank: int, steps: set[int]) -> None:
+    """Wrap the loop's step; the fault is this rank's alone."""
+    apply, schedule = loop.train_step, step_module.run_schedule
+    count = 0
+
+    def train_step(trainer, runner, batches, *, ranks):
+        nonlocal count
+        count += 1
+        if kind == "loss" and ranks.rank == rank and count in steps:
+            weights = np.full_like(batches[0].loss_weights, np.nan)
+            batches = [replace(batches[0], loss_weights=weights), *batches[1:]]
+        return apply(trainer, runner, batches, ranks=ranks)
+
+    def run_schedule(wrapped, *args):
+        outputs = schedule(wrapped, *args)
+        if kind == "gradient" and launcher().rank == rank and count in steps:
+            for parameter in wrapped[0].module.language.parameters():
+                parameter.main_grad.fill_(float("inf"))  # this rank's shard is somewhere in them
+        return outputs
+
+    loop.train_step, step_module.run_schedule = train_step, run_schedule
+
+
+if __name__ == "__main__":
+    fault, where, when, *arguments = sys.argv[1:]
+    inject(fault, int(where), {int(step) for step in when.split(",")})
+    sys.exit(main(["train", *arguments]))
