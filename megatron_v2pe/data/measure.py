@@ -63,10 +63,15 @@ class LineMeasurer:
             return [MeasuredSample(units=WHOLE, measurement=whole)]
         if self._settings.long_samples == "split" and record.video is None:
             return self._split(record, sizes)
+        way_out = (
+            "or set data.long_samples to split or cut"
+            if record.video is None
+            else "or lower data.max_num_frame (a video is not split)"
+        )
         raise LongSampleError(
             f"{record.where}: {whole.num_tokens} tokens and {whole.num_tiles} tiles exceed data.max_sample_tokens = "
             f"{self._settings.text.max_tokens} or data.max_pack_tiles = {self._settings.max_pack_tiles}; raise the "
-            "limit, shorten the sample, or set data.long_samples to split or cut"
+            f"limit, shorten the sample, {way_out}"
         )
 
     def _split(self, record: Record, sizes: tuple[Size, ...]) -> list[MeasuredSample]:

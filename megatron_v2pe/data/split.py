@@ -122,10 +122,6 @@ def split_units(record: Record, *, fits: Callable[[Units], bool]) -> Sequence[Un
     Raises:
         DataError: a single unit does not fit.
     """
-    if record.video is not None:
-        raise DataError(
-            f"{record.where}: is too long, and a sample of a video is not split; lower data.max_num_frame"
-        )
     total, first = num_units(record), 0
     parts: list[Units] = []
     while first < total:

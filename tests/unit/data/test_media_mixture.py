@@ -101,6 +101,18 @@ def test_limits_of_a_data_set_come_first(films):
         read(films, 1)
 
 
+@pytest.mark.parametrize("policy", ["split", "bad"])
+def test_videos_under_the_policies_for_long_samples(films, policy, caplog):
+    """A video that fits is read whole; one that does not is named, and not split."""
+    frames = {"min_num_frame": 5, "max_num_frame": 5, "long_samples": policy}
+    assert films.loader(films.config(**frames)).num_bad == 0
+    caplog.set_level("WARNING", logger="megatron_v2pe")
+    loader = films.loader(films.config(max_sample_tokens=130, max_bad_samples=0.9, **frames))
+    assert loader.num_bad >= 4
+    assert "exceed data.max_sample_tokens = 130" in caplog.text
+    assert "or lower data.max_num_frame (a video is not split)" in caplog.text
+
+
 def test_a_broken_video_is_a_bad_sample(films, caplog):
     (films.folder / "images" / "1.mp4").write_bytes(b"no video")
     (films.folder / "images" / "2.mp4").unlink()
