@@ -49,7 +49,7 @@ def data_config(args: argparse.Namespace) -> RunConfig:
         raise ConfigError("no checkpoint is named, whose tokenizer counts tokens; give --checkpoint FOLDER")
     if not (config.data.cache_dir or config.runtime.run_dir):
         raise ConfigError(
-            "no place to keep what is measured: give --cache-dir FOLDER, the same as data.cache_dir of the run"
+            "no place to keep what is measured: give --cache-dir FOLDER, as data.cache_dir of the run"
         )
     return config
 

@@ -133,39 +133,19 @@ def view_pack(
             f"--micro-batch is {micro_batch}, but a step has packs 0 to {config.optim.global_batch_size - 1} "
             "(optim.global_batch_size, over all data parallel ranks)"
         )
-    parallel = replace(config.parallel, cp=cp_size, pp=1, vpp=1, pipeline_layout="")
-    layout = resolve(parallel, parallel.tp * cp_size)
-    settings = sample_settings(config, arch, hf_folder)
-    indexes, plan = plan_mixture(config, settings)
-    planned = plan.packs_of_step(step - 1)[micro_batch]
-    reader = PackReader(
-        entries=tuple(index.entry for index in indexes),
-        settings=settings,
-        pad_to_multiple=layout.pad_to_multiple,
-        pad_token_id=settings.text.tokenizer.pad_id,
-        loss_reduction=config.data.loss_reduction,
-        tile_share=TileShare(rank=0, num_ranks=1, holds_vision=False),
-    )
-    samples = [reader.read_document(request) for request in pack_request(planned, indexes)]
-    batch = collate_pack(
-        samples,
-        pad_to_multiple=layout.pad_to_multiple,
-        pad_token_id=settings.text.tokenizer.pad_id,
-        loss_reduction=config.data.loss_reduction,
-        image_size=arch.image_size,
-        tile_range_of=lambda _: (0, 0),  # pixels are opened for the pictures only
+    batch, refs, tokenizer = _read_pack(
+        config, arch, hf_folder, place=(step - 1, micro_batch), cp_size=cp_size
     )
     owners = np.zeros(len(batch.tokens), dtype=np.int64)
     for rank in range(cp_size):
         owners[shard_indices(batch.layout.cu_seqlens, cp_size=cp_size, cp_rank=rank)] = rank
     positions = position_units(batch.layout) / arch.tokens_per_tile
-    documents = tuple(
-        _view_document(batch, number, positions, owners, settings.text.tokenizer, sample.image_refs)
-        for number, sample in enumerate(samples)
-    )
     return PackView(
         title=f"step {step}, micro batch {micro_batch} of {config.optim.global_batch_size}",
-        documents=documents,
+        documents=tuple(
+            _view_document(batch, number, positions, owners, tokenizer, own)
+            for number, own in enumerate(refs)
+        ),
         batch=batch,
         positions=positions,
         owners=owners,
@@ -173,6 +153,36 @@ def view_pack(
         tokens_per_tile=arch.tokens_per_tile,
         image_size=arch.image_size,
     )
+
+
+def _read_pack(
+    config: RunConfig, arch: InternVLArchitecture, hf_folder: Path, *, place: tuple[int, int], cp_size: int
+) -> tuple[PackedBatch, list[tuple[ImageRef, ...]], Tokenizer]:
+    """The pack at (0-based step, number) without pixels, the images of each document, and the tokenizer."""
+    parallel = replace(config.parallel, cp=cp_size, pp=1, vpp=1, pipeline_layout="")
+    layout = resolve(parallel, parallel.tp * cp_size)
+    settings = sample_settings(config, arch, hf_folder)
+    tokenizer = settings.text.tokenizer
+    indexes, plan = plan_mixture(config, settings)
+    reader = PackReader(
+        entries=tuple(index.entry for index in indexes),
+        settings=settings,
+        pad_to_multiple=layout.pad_to_multiple,
+        pad_token_id=tokenizer.pad_id,
+        loss_reduction=config.data.loss_reduction,
+        tile_share=TileShare(rank=0, num_ranks=1, holds_vision=False),
+    )
+    requests = pack_request(plan.packs_of_step(place[0])[place[1]], indexes)
+    samples = [reader.read_document(request) for request in requests]
+    batch = collate_pack(
+        samples,
+        pad_to_multiple=layout.pad_to_multiple,
+        pad_token_id=tokenizer.pad_id,
+        loss_reduction=config.data.loss_reduction,
+        image_size=arch.image_size,
+        tile_range_of=lambda _: (0, 0),  # pixels are opened for the pictures only
+    )
+    return batch, [sample.image_refs for sample in samples], tokenizer
 
 
 def _view_document(
