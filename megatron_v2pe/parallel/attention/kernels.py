@@ -189,7 +189,8 @@ def _efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_float64(q)
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % LSE_ROWS))
+    # Infinity, as the forward kernel pads: rows behind the last query get no probability.
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=float("inf"))
     no_seed = torch.zeros((), dtype=torch.int64)
     dq, dk, dv, _ = _op("_scaled_dot_product_efficient_attention_backward")(
         *(grad, q, k, v, None, out.to(q.dtype), padded, no_seed, no_seed, 0.0),
