@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """A run's file with overrides, or a meta json and a checkpoint."""
-    parser.add_argument(
-        "run",
-        nargs="*",
-        metavar="RUN.yaml [section.key=value ...]",
-        help="run, fields that replace the file's",
-    )
+    parser.add_argument("run", nargs="*", metavar="RUN.yaml", help="run, then section.key=value ...")
     parser.add_argument("--meta", help="meta json, instead of a run's file")
     parser.add_argument(
         "--checkpoint", help="checkpoint or Hugging Face folder: its tokenizer and tile size count"
