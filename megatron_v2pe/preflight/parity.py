@@ -1,0 +1,120 @@
+"""The run's attention on this device and over its context parallel ranks, against plain attention in float64.
+
+Three documents of random queries, keys and values in the model's head counts go through the module that training
+would use; each rank compares its rows of output and gradients with the formula, worked out on the host.
+
+Shape legend: t tokens of the pack, l of this rank, h query heads, k key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from megatron_v2pe.assembly.kernels import choose_kernels
+from megatron_v2pe.assembly.mcore_config import DTYPES, language_config
+from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.preflight.findings import Finding
+
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+}  # of each result's norm; a wrong row costs 0.1 and more
+SHARES = (1, 3, 2)  # lengths of the documents, in units
+TOKENS = 192  # about; more where many ranks share a document
+
+
+def check_attention(
+    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks
+) -> Finding:
+    """Largest error of output, dq, dk, dv on this rank. Collective over its context parallel group."""
+    unit = plan.pad_to_multiple * max(1, TOKENS // (sum(SHARES) * plan.pad_to_multiple))
+    lengths = [share * unit for share in SHARES]
+    dtype = DTYPES[config.runtime.dtype]
+    heads = (arch.language.num_heads // plan.tp, max(1, arch.language.num_kv_heads // plan.tp))
+    whole = _inputs(sum(lengths), heads, arch.language.head_dim, dtype)
+    boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    index = torch.from_numpy(shard_indices(boundaries, cp_size=plan.cp, cp_rank=ranks.cp_rank))
+    ours = _ours(
+        [x[index].to(ranks.device) for x in whole],
+        boundaries,
+        config=config,
+        arch=arch,
+        plan=plan,
+        ranks=ranks,
+    )
+    wanted = reference(*(x.double() for x in whole), lengths=lengths)
+    pairs = [(mine.cpu().double(), full[index]) for mine, full in zip(ours, wanted, strict=True)]
+    return judge_error(max(float((a - b).norm() / b.norm()) for a, b in pairs), dtype, plan)
+
+
+def judge_error(error: float, dtype: torch.dtype, plan: ParallelPlan) -> Finding:
+    """Finding of the largest relative error; NaN is a no-go too."""
+    is_right = error <= TOLERANCE[dtype]
+    name = str(dtype).removeprefix("torch.")
+    text = f"cp {plan.cp}, {name}: off by {error:.1e} of float64, {TOLERANCE[dtype]:.0e} allowed"
+    if not is_right:
+        text += "; do not train; try parallel.attention_backend=native or another parallel.cp_comm_type"
+    return Finding(name="attention", verdict="go" if is_right else "no-go", text=text)
+
+
+def _inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value and gradient of the output, the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    counts = (heads[0], heads[1], heads[1], heads[0])
+    return [torch.randn(tokens, count, head_dim, generator=generator).to(dtype) for count in counts]
+
+
+def _ours(
+    local: list[Tensor],
+    boundaries: np.ndarray,
+    *,
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    plan: ParallelPlan,
+    ranks: Ranks,
+) -> list[Tensor]:
+    """Output [l, h, d], dq, dk, dv of the module that training would use."""
+    query, key, value = (x.requires_grad_() for x in local[:3])
+    attention = choose_kernels(config.parallel).language_attention(
+        config=language_config(config, arch, plan),
+        layer_number=1,
+        attn_mask_type=AttnMaskType.padding_causal,
+        attention_type="self",
+        cp_comm_type=config.parallel.cp_comm_type,
+        pg_collection=ranks.groups,
+    )
+    cut = torch.from_numpy(boundaries).to(device=ranks.device, dtype=torch.int32)
+    longest = int(np.diff(boundaries).max())
+    params = V2PEPackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cut,
+        cu_seqlens_kv=cut,
+        cu_seqlens_q_padded=cut,
+        cu_seqlens_kv_padded=cut,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    out = attention(
+        query, key, value, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=params
+    )
+    grads = torch.autograd.grad(out, (query, key, value), local[3].flatten(1))
+    return [out.detach().view_as(query), *grads]
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, lengths: list[int]) -> list[Tensor]:
+    """Output, dq, dk, dv of softmax(q k^T / sqrt(d)) v inside each document, causal; float64."""
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in leaves[1:])  # [t, k, d] -> [t, h, d]
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    mask = (document[:, None] == document) & torch.ones(len(document), len(document), dtype=torch.bool).tril()
+    scores = torch.einsum("shd,thd->hst", leaves[0], keys) * query.shape[-1] ** -0.5
+    out = torch.einsum("hst,thd->shd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]

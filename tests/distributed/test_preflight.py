@@ -1,0 +1,89 @@
+"""`preflight` as a user starts it, on two ranks that share a sequence, and with what must not start.
+
+Strategy: the command under torchrun, its table and its exit code; then the attention check with a broken exchange.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import tiny
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("preflight")
+    checkpoint = tiny.import_golden(root / "checkpoint")
+    meta = tiny.make_data(root / "data")
+    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+
+
+def looked_at(config, *arguments, ranks=1):
+    command = [sys.executable, "-m", "megatron_v2pe", "preflight", str(config), *arguments]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command[1:1] = launcher
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_two_ranks_go(config):
+    done = looked_at(config, "parallel.cp=2", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^(go|note|no-go) +(\S.*?)  ", done.stdout, re.M)
+    found = {name: verdict for verdict, name in lines}
+    assert found.keys() >= {
+        "all-reduce",
+        "send/recv",
+        "clocks",
+        "shared disk",
+        "attention",
+        "free space",
+        "data",
+    }
+    assert found["attention"] == found["shared disk"] == found["data"] == "go"
+    assert re.search(r"^GO: 2 ranks", done.stdout, re.M)
+    assert "cp 2, float32" in done.stdout
+
+
+def test_a_full_disk_does_not_go(config):
+    done = looked_at(config, "--free-gb", "1e9", "parallel.cp=8")
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^no-go +free space .* GB too few", done.stdout, re.M)
+    assert re.search(r"^note +layout .*cp 8 on 1 ranks: looked at as one rank", done.stdout, re.M)
+    assert done.stdout.splitlines()[-1].startswith("NO-GO: 1 ranks")
+
+
+@pytest.mark.parametrize("argument", ["--free-gb=-1", "model.checkpoint=/nowhere"])
+def test_mistakes(config, argument):
+    done = looked_at(config, argument)
+    assert done.returncode == 2
+    assert argument.partition("=")[2] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def attention_finding(rank, world_size, checkpoint, swaps):
+    """Verdict of the attention check; `swaps` gives each rank the other's tokens."""
+    from dataclasses import replace
+
+    from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.parallel.topology import init_distributed, resolve
+    from megatron_v2pe.preflight import inputs, parity
+
+    overrides = [f"model.checkpoint={checkpoint}", "parallel.cp=2", "runtime.dtype=float32"]
+    config = load_run_config(None, overrides)
+    plan = resolve(config.parallel, world_size)
+    ranks = init_distributed(plan, seed=0)
+    if swaps:
+        ranks = replace(ranks, cp_rank=1 - ranks.cp_rank)
+    return parity.check_attention(config, inputs.read_model(config), plan=plan, ranks=ranks).verdict
+
+
+def test_attention_over_wrong_shards_is_found(config):
+    checkpoint = config.parent / "checkpoint"
+    assert run_ranks(attention_finding, 2, checkpoint, False, timeout=120) == ["go", "go"]
+    assert run_ranks(attention_finding, 2, checkpoint, True, timeout=120) == ["no-go", "no-go"]
