@@ -14,6 +14,7 @@ process. Its plan is kept here, but the data goes through `StreamingWriter`.
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,11 @@ def save_state(
             dist_checkpointing.save(sharded_state_dict, str(folder), _PlannedSave(writer))
         except (CheckpointException, OSError) as error:
             _let_interrupt_through(error)
-            raise CheckpointError(f"{folder}: cannot be written ({_reason(error)})") from error
+            raise CheckpointError(
+                f"{folder}: cannot be written ({_reason(error)}); its disk has "
+                f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were: make room "
+                "or raise the quota, and start again"
+            ) from error
         return {
             name: digest for hashes in gather_from_ranks(writer.hashes) for name, digest in hashes.items()
         }

@@ -12,7 +12,6 @@ Example: 8 ranks as tp2 cp2 dp1 pp2. Rank 5 is pp 1, dp 0, cp 0, tp 1; its tp gr
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,8 +26,8 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.plan import resolve as resolve
+from megatron_v2pe.parallel.world_name import agree_on_name
 
-_worlds = itertools.count()
 RANK_ORDER = "tp-cp-ep-dp-pp"  # ep, the experts' axis, has size 1
 
 
@@ -152,11 +151,10 @@ def _join_world(device: torch.device, timeout_minutes: int) -> None:
     if launcher().world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        # Names of an earlier world of this process are still in the launcher's store; under them gloo would
-        # wait for addresses that nobody listens at. Every rank joins equally often, so counting keeps them apart.
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
-        store = dist.PrefixStore(f"world_{next(_worlds)}", store)
+        name = agree_on_name(store, rank=rank, world_size=world_size, timeout=timeout)
+        store = dist.PrefixStore(f"world_{name}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
