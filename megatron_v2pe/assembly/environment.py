@@ -52,7 +52,7 @@ def describe_choices() -> Iterator[Line]:
     else:
         yield "runtime", "CUDA, ranks talk over NCCL"
     if on_gpu and engine:
-        yield "attention and layers", "Transformer Engine"
+        yield "attention and layers", "Transformer Engine in bfloat16, native layers in float32"
     else:
         reason = "no CUDA device" if not on_gpu else "Transformer Engine is not installed"
         yield "attention and layers", f"mcore's local layers, native ring attention ({reason})"

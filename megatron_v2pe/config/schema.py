@@ -105,7 +105,7 @@ class ParallelConfig:
     pipeline_layout: str = ""
     """Decoder layers of each stage in Megatron's notation, such as Et*3|t*5|t*5|t*3L; empty splits evenly."""
     attention_backend: Literal["auto", "native", "transformer_engine"] = "auto"
-    """`auto` takes Transformer Engine where it is installed and a GPU is present, else `native`."""
+    """`auto` takes Transformer Engine in bfloat16 where it is installed and a GPU is present, else `native`."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     """How context parallel ranks share a sequence. p2p: keys travel in a ring, hidden behind compute; all_gather
     (native only): all keys at once; a2a: tokens are traded for heads, of which every tensor parallel rank needs a

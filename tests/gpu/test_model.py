@@ -2,14 +2,17 @@
 
 Strategy: one micro batch with images and V2PE positions in bfloat16 by both back ends, each measured against the native
 model in float32; Transformer Engine may be at most twice as far away as native bfloat16 is. Then the command line:
-golden cases in float32, and five steps whose losses follow the CPU's.
+golden cases in float32, five steps whose losses follow the CPU's, and a bfloat16 run that is taken up again.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from megatron_v2pe.checkpoint.retention import step_path, write_latest
 from megatron_v2pe.core.env import child_environment
 from tests.gpu.bodies import NATIVE, TE, models
 from tests.support import tiny
@@ -64,3 +67,22 @@ def test_training_follows_the_cpu(tmp_path):
     for found, wanted in zip(gpu, cpu, strict=True):
         assert found[0] == pytest.approx(wanted[0], rel=1e-4)
         assert found[1] == pytest.approx(wanted[1], rel=1e-3)
+
+
+def test_bfloat16_training_is_taken_up_again(tmp_path):
+    """Checkpoints from device memory, resumed generators, Adam of whatever is installed; `auto` chooses the layers.
+
+    5e-3 because backward kernels may add in any order; on a CPU both runs have the same bits.
+    """
+    checkpoint = tiny.import_golden(tmp_path / "checkpoint")
+    meta = tiny.make_data(tmp_path / "data")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    config = tiny.run_yaml(tmp_path / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=whole)
+    common = ["runtime.dtype=bfloat16", "checkpoint.save_every=2", "checkpoint.keep=3"]
+    tiny.train(config, common)
+    shutil.copytree(step_path(whole, 2), step_path(again, 2))
+    write_latest(again, 2)
+    tiny.train(config, [*common, f"runtime.run_dir={again}"])
+    lines = (again / "metrics.jsonl").read_text().splitlines()
+    resumed = [json.loads(line)["loss"] for line in lines]
+    assert resumed == pytest.approx([loss for loss, _ in tiny.curve(whole)[2:]], rel=5e-3)
