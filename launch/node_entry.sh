@@ -8,6 +8,11 @@
 set -eu
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # also where the package is not installed
+# Looking at the nodes twice tells nothing new; a run that fails is worth another start.
+[ "$1" = preflight ] && V2PE_MAX_RESTARTS=0
+# A store of its own for every start of the ranks. The one that torchrun would share keeps the addresses of dead ranks,
+# and after a restart in which nodes trade places some of them look into the wrong store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # A c10d rendezvous, so that a node that lost a rank waits for the others; its id differs for every start of the job.
 exec "${V2PE_PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" \
