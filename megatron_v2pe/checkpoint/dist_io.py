@@ -159,8 +159,8 @@ def save_state(
             _let_interrupt_through(error)
             raise CheckpointError(
                 f"{folder}: cannot be written ({_reason(error)}); its disk has "
-                f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were: make room "
-                "or raise the quota, and start again"
+                f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were; make "
+                "room or raise the quota, and start again"
             ) from error
         return {
             name: digest for hashes in gather_from_ranks(writer.hashes) for name, digest in hashes.items()
