@@ -65,6 +65,7 @@ def wait_for_step(run_dir, step, process):
     pytest.fail(f"step {step} was not reached")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_order_after_the_death_of_a_rank_a_worker_and_the_job(setup, tmp_path):
     """One run: a rank of two dies, then the loader's worker of one, then everything; each start has another layout."""
