@@ -21,7 +21,7 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_kernels(parallel: ParallelConfig, *, dtype: str = "bfloat16") -> Kernels:
+def choose_kernels(parallel: ParallelConfig, *, dtype: str) -> Kernels:
     """Modules for `parallel.attention_backend`.
 
     `auto` is Transformer Engine in bfloat16 only. Its products of float32 matrices round to tf32 (10 bits), and its

@@ -82,7 +82,7 @@ def _ours(
 ) -> list[Tensor]:
     """Output [l, h, d], dq, dk, dv of the module that training would use."""
     query, key, value = (x.requires_grad_() for x in local[:3])
-    attention = choose_kernels(config.parallel).language_attention(
+    attention = choose_kernels(config.parallel, dtype=config.runtime.dtype).language_attention(
         config=language_config(config, arch, plan),
         layer_number=1,
         attn_mask_type=AttnMaskType.padding_causal,
