@@ -18,7 +18,7 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.encode import EncodedSample
 from megatron_v2pe.data.pixels import load_tile_range
-from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
+from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, pack_layout
 
 _EXPONENTS = {"token": 0.0, "square": -0.5, "sample": -1.0}
 
@@ -75,14 +75,9 @@ def collate_pack(
             damage is not tolerated. The first depends on tokens alone, so all ranks that share the pack agree on it.
     """
     layout = pack_layout([sample.layout for sample in samples], pad_to_multiple=pad_to_multiple)
-    tokens = np.full(layout.num_tokens, pad_token_id, dtype=np.int64)
-    labels = np.full(layout.num_tokens, IGNORE_INDEX, dtype=np.int64)
-    weights = np.zeros(layout.num_tokens, dtype=np.float32)
-    for sample, start in zip(samples, layout.cu_seqlens[:-1].tolist(), strict=True):
-        end = start + len(sample.tokens)
-        tokens[start:end] = sample.tokens
-        labels[start:end] = shift_left(sample.labels, fill=IGNORE_INDEX)
-        weights[start:end] = shift_left(token_weights(sample.labels, loss_reduction=loss_reduction), fill=0.0)
+    tokens, labels, weights = _token_arrays(
+        samples, layout, pad_token_id=pad_token_id, loss_reduction=loss_reduction
+    )
     sample_ids = tuple(sample.sample_id for sample in samples)
     if not weights.any():
         raise DataError(
@@ -111,3 +106,18 @@ def collate_pack(
         sample_ids=sample_ids,
         damaged=tuple(damaged.items()),
     )
+
+
+def _token_arrays(
+    samples: Sequence[EncodedSample], layout: PackLayout, *, pad_token_id: int, loss_reduction: str
+) -> tuple[Int64Array, Int64Array, NDArray[np.float32]]:
+    """Tokens, shifted labels and their weights of all documents, each [t]."""
+    tokens = np.full(layout.num_tokens, pad_token_id, dtype=np.int64)
+    labels = np.full(layout.num_tokens, IGNORE_INDEX, dtype=np.int64)
+    weights = np.zeros(layout.num_tokens, dtype=np.float32)
+    for sample, start in zip(samples, layout.cu_seqlens[:-1].tolist(), strict=True):
+        end = start + len(sample.tokens)
+        tokens[start:end] = sample.tokens
+        labels[start:end] = shift_left(sample.labels, fill=IGNORE_INDEX)
+        weights[start:end] = shift_left(token_weights(sample.labels, loss_reduction=loss_reduction), fill=0.0)
+    return tokens, labels, weights

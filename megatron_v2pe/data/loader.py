@@ -272,18 +272,9 @@ class TrainLoader:
             loss_reduction=config.data.loss_reduction,
             tile_share=TileShare(rank=tile_rank, num_ranks=tile_ranks, holds_vision=holds_vision),
         )
-        pack_bytes = largest_pack_bytes(config, settings, reader.tile_share)
-        num_workers, prefetch = packs_under_way(
-            pack_bytes, num_workers=config.data.num_workers, budget=config.data.prefetch_mib * 2**20
+        num_workers, prefetch = _bounded_workers(
+            config, largest_pack_bytes(config, settings, reader.tile_share)
         )
-        if num_workers < config.data.num_workers:
-            _log.warning(
-                "data.num_workers is %d, but packs of up to %.1f MiB in data.prefetch_mib = %d leave room for %d",
-                config.data.num_workers,
-                pack_bytes / 2**20,
-                config.data.prefetch_mib,
-                num_workers,
-            )
         steps = range(start_step, config.optim.steps)
         self._loader = DataLoader(
             reader,
@@ -304,6 +295,23 @@ class TrainLoader:
             if len(micro_batches) == self._num_micro_batches:
                 yield micro_batches
                 micro_batches = []
+
+
+def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:
+    """Workers and packs under way of each; says so when the memory allows fewer workers than were asked for."""
+    data = config.data
+    num_workers, prefetch = packs_under_way(
+        pack_bytes, num_workers=data.num_workers, budget=data.prefetch_mib * 2**20
+    )
+    if num_workers < data.num_workers:
+        _log.warning(
+            "data.num_workers is %d, but packs of up to %.1f MiB in data.prefetch_mib = %d leave room for %d",
+            data.num_workers,
+            pack_bytes / 2**20,
+            data.prefetch_mib,
+            num_workers,
+        )
+    return num_workers, prefetch
 
 
 def largest_pack_bytes(config: RunConfig, settings: SampleSettings, share: TileShare) -> int:
