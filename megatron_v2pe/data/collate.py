@@ -79,11 +79,7 @@ def collate_pack(
         samples, layout, pad_token_id=pad_token_id, loss_reduction=loss_reduction
     )
     sample_ids = tuple(sample.sample_id for sample in samples)
-    if not weights.any():
-        raise DataError(
-            f"samples {', '.join(sample_ids)}: no token of this pack is supervised, so its loss is not defined; "
-            "remove samples without an answer"
-        )
+    _check_supervised(weights, sample_ids)
     tile_range = tile_range_of(layout.num_tiles)
     refs = [ref for sample in samples for ref in sample.image_refs]
     document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
@@ -106,6 +102,14 @@ def collate_pack(
         sample_ids=sample_ids,
         damaged=tuple(damaged.items()),
     )
+
+
+def _check_supervised(weights: NDArray[np.float32], sample_ids: tuple[str, ...]) -> None:
+    if not weights.any():
+        raise DataError(
+            f"samples {', '.join(sample_ids)}: no token of this pack is supervised, so its loss is not defined; "
+            "remove samples without an answer"
+        )
 
 
 def _token_arrays(

@@ -252,12 +252,7 @@ class TrainLoader:
             ConfigError: the batch does not divide, or a path is missing.
             DataError: data that cannot be used; more bad samples than allowed.
         """
-        if config.optim.global_batch_size % dp_size:
-            raise ConfigError(
-                f"optim.global_batch_size is {config.optim.global_batch_size}, but the data-parallel size "
-                f"{dp_size} must divide it"
-            )
-        self._num_micro_batches = config.optim.global_batch_size // dp_size
+        self._num_micro_batches = _micro_batches(config.optim.global_batch_size, dp_size)
         settings = sample_settings(config, arch, hf_folder)
         indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
@@ -295,6 +290,15 @@ class TrainLoader:
             if len(micro_batches) == self._num_micro_batches:
                 yield micro_batches
                 micro_batches = []
+
+
+def _micro_batches(global_batch_size: int, dp_size: int) -> int:
+    """Packs of a step for each data-parallel rank."""
+    if global_batch_size % dp_size:
+        raise ConfigError(
+            f"optim.global_batch_size is {global_batch_size}, but the data-parallel size {dp_size} must divide it"
+        )
+    return global_batch_size // dp_size
 
 
 def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:
