@@ -27,6 +27,7 @@ VERBS = {
     "index-data": "measure a run's data once, and show what it holds",
     "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
     "train": "fine-tune from a run's YAML file; also under torchrun",
+    "runs": "what happened in a run, with curves; two runs side by side",
     "generate": "answer a prompt with images, greedily",
     "evaluate": "retrieval benchmark over lengths and strides, with a report",
     "synthesize": "long-context training and evaluation data from texts and images",

@@ -17,7 +17,8 @@ The run writes config.yaml, metrics.jsonl, tensorboard/ and checkpoints/ to runt
 its newest checkpoint when it is started again. docs/configuration.md explains every field.
 
 SIGTERM, SIGUSR1, Ctrl-C, or a file RUN_DIR/stop end it behind the current step with a checkpoint and
-RUN_DIR/interrupted.json. The exit code is then 75; under torchrun it is 0, because torchrun would restart the ranks."""
+RUN_DIR/interrupted.json. The exit code is then 75; under torchrun it is 0, because torchrun would restart the ranks.
+A rank that dies or hangs ends all; `torchrun --max-restarts N` starts them again from the newest checkpoint."""
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: starting again continues
 
@@ -43,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     # Before torch is imported: a typo is told in a blink.
     config = load_run_config(args.config, [*args.overrides, *verify])
 
+    import torch
+
+    from megatron_v2pe.planning.hardware import known_peak_tflops
     from megatron_v2pe.train.loop import train
 
-    reason = train(config)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    reason = train(config, peak_tflops=known_peak_tflops(device))
     return INTERRUPTED if reason and launcher().world_size == 1 else 0

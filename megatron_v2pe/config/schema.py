@@ -344,6 +344,8 @@ class RuntimeConfig:
     """Steps between heartbeat lines."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
+    wandb_project: str = ""
+    """Project of Weights & Biases that gets the same numbers; empty sends nothing. Needs the extra `track`."""
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient may be NaN or Inf before the run stops. Such a step is not applied and is
     recorded with its samples in <run_dir>/bad_steps.jsonl."""

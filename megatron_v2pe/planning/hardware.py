@@ -90,6 +90,17 @@ A100 = dataclasses.replace(
 GPUS = {"h100": H100, "h200": H200, "a100": A100}
 
 
+def known_peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device by the name that its driver gives, None for one that is not in `GPUS`.
+
+    Names of PCIe and NVL boards hold the same letters, but their clocks and peaks are lower.
+    """
+    name = device_name.lower()
+    if "pcie" in name or "nvl" in name:
+        return None
+    return next((gpu.peak_tflops for key, gpu in GPUS.items() if key in name), None)
+
+
 def with_rates(hardware: Hardware, rates: Sequence[str]) -> Hardware:
     """Replace fields by `name=value` texts.
 

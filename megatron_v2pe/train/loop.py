@@ -29,24 +29,31 @@ from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.bad_steps import BadSteps
+from megatron_v2pe.train.counts import count_batches
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
-from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, count_batches, finite, peak_memory_gib
+from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, finite, peak_memory_gib
+from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.step import StepReport, train_step
 from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> str:
+def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
+
+    Args:
+        config: the run.
+        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
 
     Returns:
         What interrupted the run (see `interruption`), "" when it reached its last step.
@@ -56,6 +63,7 @@ def train(config: RunConfig) -> str:
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
     check_required(config)
+    check_sinks(config.runtime)
     arch = read_architecture(_model_folder(config))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
@@ -64,7 +72,7 @@ def train(config: RunConfig) -> str:
         require_same_adapters(describe_adapters(config), resume_from)
     timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
     ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
-    run = Run(config, arch, plan=plan, ranks=ranks)
+    run = Run(config, arch, plan=plan, ranks=ranks, peak_tflops=peak_tflops)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
         with explained_worker_deaths(), run.watchdog() as watchdog:
@@ -125,6 +133,7 @@ class Run:
         arch: architecture of the checkpoint.
         plan: sizes of the parallel axes.
         ranks: this rank's place in them.
+        peak_tflops: see `train`.
     """
 
     def __init__(
@@ -134,8 +143,10 @@ class Run:
         *,
         plan: ParallelPlan,
         ranks: Ranks,
+        peak_tflops: float | None = None,
     ) -> None:
         self.config, self.arch = config, arch
+        self.peak_tflops = peak_tflops
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
         self.hf_folder = (
@@ -168,6 +179,9 @@ class Run:
             saved.require_same_data(self.state)
             self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
+        if self.ranks.rank == 0:
+            line = {"step": self.state.step, "world_size": self.ranks.world_size, "time": time.time()}
+            append_json(self.run_dir / "starts.jsonl", line)
 
     def _verified(self, resume_from: Path | None) -> Path | None:
         """Look at every byte that will be loaded where `checkpoint.verify` asks for it; the place to resume from."""
@@ -235,17 +249,10 @@ class Run:
 
     def steps(self, interruption: Interruption, watchdog: Watchdog) -> str:
         """Train from the current step to the last, or to an interruption, whose reason is returned."""
-        log = MetricsLog(
-            self.run_dir,
-            rank=self.ranks.rank,
-            tensorboard=self.config.runtime.tensorboard,
-            log_every=self.config.runtime.log_every,
-            total_steps=self.config.optim.steps,
-            first_step=self.state.step + 1,
-        )
-        bad_steps = BadSteps(
-            run_dir=self.run_dir, ranks=self.ranks, max_in_row=self.config.runtime.max_bad_steps
-        )
+        runtime = self.config.runtime
+        sinks = open_sinks(runtime, self.run_dir, rank=self.ranks.rank, first_step=self.state.step + 1)
+        log = MetricsLog(sinks, log_every=runtime.log_every, total_steps=self.config.optim.steps)
+        bad_steps = BadSteps(run_dir=self.run_dir, ranks=self.ranks, max_in_row=runtime.max_bad_steps)
         reason = ""
         for loaded, data_seconds in timed(self.loader):
             batches = self.damaged.settle(loaded, step=self.state.step + 1)
@@ -270,8 +277,10 @@ class Run:
     def _metrics(
         self, report: StepReport, batches: Sequence[PackedBatch], data_seconds: float
     ) -> StepMetrics:
-        counts = count_batches(batches, self.arch, ranks=self.ranks, device=self.ranks.device)
+        counts = count_batches(batches, self.arch, ranks=self.ranks, data_seconds=data_seconds)
         wall = report.seconds + data_seconds
+        teraflops = 1e12 * wall * self.ranks.world_size
+        rate, full_rate = counts.flops / teraflops, counts.flops_full_attention / teraflops
         return StepMetrics(
             step=self.state.step,
             is_applied=report.is_applied,
@@ -283,13 +292,26 @@ class Run:
             lr=report.lr,
             tokens=counts.tokens,
             visual_tokens=counts.visual_tokens,
+            supervised_tokens=counts.supervised_tokens,
+            padding_share=counts.padding_share,
             samples=counts.samples,
             bad_samples=self.damaged.num_skipped,
+            max_position=counts.max_position,
+            stride_min=counts.stride_min,
+            stride_mean=counts.stride_mean,
+            stride_max=counts.stride_max,
+            max_tiles_per_rank=counts.max_tiles_per_rank,
+            imbalance=counts.imbalance,
             data_digest=counts.data_digest,
             tokens_per_s=counts.tokens / wall,
-            tflops_per_rank=counts.flops / wall / 1e12 / self.ranks.world_size,
+            tflops_per_rank=rate,
+            tflops_per_rank_full_attention=full_rate,
+            mfu=rate / self.peak_tflops if self.peak_tflops else None,
+            mfu_full_attention=full_rate / self.peak_tflops if self.peak_tflops else None,
             step_s=report.seconds,
             data_s=data_seconds,
+            data_s_max=counts.data_s_max,
+            data_s_max_rank=counts.data_s_max_rank,
             peak_mem_gib=peak_memory_gib(),
         )
 

@@ -1,0 +1,41 @@
+"""`runs`: what one run folder tells, or two side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_v2pe.core.errors import DataError
+
+NAME = "runs"
+HELP = """what happened in a run: losses, speed, stalls, steps not applied, hangs, checkpoints
+
+One run:        megatron-v2pe runs RUN_DIR
+Two of them:    megatron-v2pe runs RUN_DIR OTHER          # also says where their losses part
+With curves:    megatron-v2pe runs RUN_DIR --out curves.png
+
+A stall is a step that took more than three times the median. Hangs are ranks that wrote RUN_DIR/stacks/rank_N.txt."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run_dir", help="runtime.run_dir of a training run")
+    parser.add_argument("other", nargs="?", help="a second one, to compare with")
+    parser.add_argument("--out", metavar="PNG", help="draw loss, gradient norm, learning rate and tokens/s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, draw when asked."""
+    from megatron_v2pe.evaluation.runs import draw_curves, summarize, table
+
+    runs = [summarize(path) for path in (args.run_dir, args.other) if path]
+    if args.out:
+        if Path(args.out).suffix != ".png":
+            raise DataError(f"--out is {args.out!r}, but must end in .png")
+        try:
+            draw_curves(runs, Path(args.out))
+        except OSError as error:
+            raise DataError(f"--out is {args.out!r}, which cannot be written ({error.strerror})") from None
+    sys.stdout.write(table(runs))
+    return 0
