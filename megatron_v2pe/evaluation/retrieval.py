@@ -187,7 +187,9 @@ def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number:
         raise DataError(f"{where}: depth is {values['depth']}, but must lie in 0..1")
     record = parse_record(values, entry=entry, sample_id=f"{entry.name}:{number}", where=where)
     if record.video is not None:
-        raise DataError(f"{where}: a retrieval record has images, not a video; give frames as a list of images")
+        raise DataError(
+            f"{where}: a retrieval record has images, not a video; give frames as a list of images"
+        )
     if record.turns[-1].role != "gpt" or not record.turns[-1].value.strip():
         raise DataError(f"{where}: the conversation must end with the expected answer ('gpt')")
     question = Record(sample_id=record.sample_id, where=where, turns=record.turns[:-1], images=record.images)
