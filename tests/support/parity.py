@@ -160,6 +160,8 @@ def two_steps(layout, case, *, plan, ranks):
     packs = packs_of_rank(case, plan, ranks)
     for _ in range(2):
         report = train_step(trainer, runner, packs, ranks=ranks)
+        parts = math.hypot(*report.part_norms.values())  # counted by us, shards and copies as mcore does
+        assert math.isclose(parts, report.grad_norm, rel_tol=1e-5), (report.part_norms, report.grad_norm)
         outcome.losses.append(report.loss)
         outcome.norms.append(report.grad_norm)
         outcome.weights.append([(*where, data.clone()) for *where, data in whole.pieces(chunks, ranks)])
