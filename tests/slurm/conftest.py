@@ -1,0 +1,157 @@
+"""The SLURM of one machine, and jobs of the real launch/submit.py on it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.single_machine import NoSlurmError, SingleMachine, install
+from tests.support import tiny
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+JOB_SECONDS = 240.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """Two nodes, or a skip with the reason why there are none."""
+    try:
+        install()
+    except NoSlurmError as error:
+        pytest.skip(str(error))
+    with SingleMachine() as machine:
+        yield machine
+
+
+class Jobs:
+    """Jobs of one run configuration.
+
+    Args:
+        machine: SLURM they go to.
+        config: the run's YAML file.
+        cluster: cluster file.
+    """
+
+    def __init__(self, machine, config, cluster):
+        self.machine, self.config, self.cluster = machine, config, cluster
+        self.started = []
+
+    def command(self, verb, run_dir, *, overrides=(), options=()):
+        arguments = [verb, str(self.config), f"runtime.run_dir={run_dir}", *overrides]
+        return [sys.executable, "launch/submit.py", str(self.cluster), "--nodes", "2", *options, *arguments]
+
+    def submit(self, run_dir, *, verb="train", overrides=(), options=()):
+        """Id of a new job."""
+        done = subprocess.run(
+            self.command(verb, run_dir, overrides=overrides, options=options),
+            cwd=ROOT,
+            env=self.machine.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        self.started.append(re.search(r"Submitted batch job (\d+)", done.stdout)[1])
+        return self.started[-1]
+
+    def shown(self, job):
+        """Fields of `scontrol show job`."""
+        text = self.machine.ask("scontrol", "show", "job", job, "-o")
+        return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def wait(self, run_dir, job, *, until, told):
+        """Wait for `until()`; fails with the job's log when it ended without it, or time is up."""
+        end = time.monotonic() + JOB_SECONDS
+        while not until():
+            ended = self.shown(job).get("JobState", "") in ENDED
+            if (ended and not until()) or time.monotonic() > end:
+                raise AssertionError(
+                    f"{told}: {self.shown(job)}\n{self.log(run_dir, job)}\n{self.machine.logs()}"
+                )
+            time.sleep(0.05)
+
+    def finish(self, run_dir, job, *, state="COMPLETED"):
+        """Wait for the end of a job and return its log."""
+        self.wait(run_dir, job, until=lambda: self.shown(job).get("JobState") in ENDED, told="no end")
+        found = self.shown(job)
+        assert found["JobState"] == state, f"{found}\n{self.log(run_dir, job)}"
+        return self.log(run_dir, job)
+
+    def wait_for_restart(self, run_dir, job):
+        """Wait until a requeued job runs; SLURM holds it for two minutes, and if it is made to start earlier the nodes
+        refuse it, as they still know the credential of its first start to be revoked."""
+        end = time.monotonic() + JOB_SECONDS
+        while "] start 1:" not in self.log(run_dir, job):
+            assert time.monotonic() < end, f"did not start again: {self.shown(job)}\n{self.log(run_dir, job)}"
+            time.sleep(0.5)
+
+    def log(self, run_dir, job):
+        path = Path(run_dir) / f"slurm-{job}.log"
+        return path.read_text(errors="replace")[-8000:] if path.exists() else "(no log)"
+
+    def wait_for_step(self, run_dir, job, *, step):
+        """Wait until a step is in the metrics."""
+        metrics = Path(run_dir) / "metrics.jsonl"
+        self.wait(run_dir, job, until=lambda: last_step(metrics) >= step, told=f"no step {step}")
+
+
+def last_step(metrics):
+    """Last whole line's step, 0 where there is none."""
+    if not metrics.exists():
+        return 0
+    lines = metrics.read_text().splitlines(keepends=True)
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def ranks_of(run_dir):
+    """Process ids of the training processes of a run folder, without their launchers."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except (OSError, ValueError):
+            continue
+        ours = f"runtime.run_dir={run_dir}" in words and "megatron_v2pe" in words
+        if ours and "torch.distributed.run" not in words and os.path.basename(words[0]).startswith("python"):
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.fixture(scope="session")
+def jobs(slurm, tmp_path_factory):
+    """Jobs of the tiny model, one rank on each of two nodes."""
+    root = tmp_path_factory.mktemp("slurm")
+    config = tiny.run_yaml(
+        root / "run.yaml",
+        checkpoint=tiny.import_golden(root / "checkpoint"),
+        meta=tiny.make_data(root / "data"),
+        run_dir=root / "run",
+    )
+    cluster = root / "cluster.yaml"
+    cluster.write_text(f"""
+partition: cpu
+ranks_per_node: 1
+gpus_per_node: 0
+cpus_per_node: 1
+time: "00:20:00"
+setup: ["export V2PE_PYTHON={sys.executable}"]
+""")
+    started = Jobs(slurm, config, cluster)
+    yield started
+    for job in started.started:
+        slurm.ask("scancel", job)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(jobs, tmp_path_factory):
+    """Losses and gradient norms of the same run on two plain ranks."""
+    folder = tmp_path_factory.mktemp("plain")
+    tiny.train(jobs.config, [f"runtime.run_dir={folder}", f"optim.steps={STEPS}"], ranks=2)
+    return tiny.curve(folder)
