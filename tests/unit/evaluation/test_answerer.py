@@ -55,8 +55,8 @@ def make(checkpoint):
 
 def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
     from megatron_v2pe.checkpoint.folder import hf_path
-    from megatron_v2pe.data.pixels import load_tile_range
     from megatron_v2pe.data.meta import DatasetEntry
+    from megatron_v2pe.data.pixels import load_tile_range
     from megatron_v2pe.data.samples import Draw, measure_line, read_sample, sample_settings
 
     answerer = make(checkpoint)
