@@ -63,7 +63,8 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
         run.run_dir = Path(run_dir) / "again"
         run._save()
         run.run_dir = Path(run_dir)
-    run.steps(AfterOneStep())
+    with run.watchdog() as watchdog:
+        run.steps(AfterOneStep(), watchdog)
     shutdown()
 
 
