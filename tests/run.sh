@@ -34,7 +34,7 @@ check "lint" "$VENV_PYTHON" -m ruff check .
 check "format" "$VENV_PYTHON" -m ruff format --check .
 check "types" "$VENV_PYTHON" -m mypy
 check "imports" "$root/.venv/bin/lint-imports"
-check "tests" "$VENV_PYTHON" -m pytest -n 2
+check "tests" "$VENV_PYTHON" -m pytest -n 2 --dist worksteal
 if [ ${#failed[@]} -gt 0 ]; then
     echo "[run] failed: ${failed[*]}" >&2
     exit 1

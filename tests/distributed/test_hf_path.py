@@ -101,7 +101,11 @@ def setup(tmp_path_factory):
     return root, config
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, ["parallel.tp=2"])], ids=["one", "tp2"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, []), pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.slow)],
+    ids=["one", "tp2"],
+)
 def test_a_run_from_the_folder_is_the_run_from_its_import(setup, tmp_path, ranks, layout):
     """Equal losses to the bit, checkpoints that export to the same bytes, and a resume without the import."""
     _, config = setup

@@ -41,7 +41,7 @@ def lines(path):
         ("loss", 0, 1),
         ("gradient", 0, 1),
         pytest.param("loss", 1, 2, marks=pytest.mark.distributed),
-        pytest.param("gradient", 1, 2, marks=pytest.mark.distributed),
+        pytest.param("gradient", 1, 2, marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],
 )
 def test_a_bad_step_is_recorded_and_the_run_goes_on(config, tmp_path, kind, rank, ranks):

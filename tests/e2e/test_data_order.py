@@ -101,6 +101,7 @@ def test_order_after_the_death_of_a_rank_a_worker_and_the_job(setup, tmp_path):
     assert digests(tmp_path) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_damaged_images_have_no_loss_on_any_rank(setup, tmp_path):
     """Damaged after lengths were measured, so that only the rank that decodes it knows; cp 2 gives the curve of one."""

@@ -59,6 +59,7 @@ def test_a_killed_rank_is_started_again_with_equal_losses(config, tmp_path):
     assert tiny.curve(run_dir) == tiny.curve(whole)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_run_with_the_stacks_of_those_that_wait(config, tmp_path):
     overrides = ["parallel.cp=2", "runtime.hang_timeout_s=15"]
     process = started(config, tmp_path, overrides=overrides, restarts=0, steps=1000)

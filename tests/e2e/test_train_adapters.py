@@ -77,6 +77,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(setup, tmp_path):
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_resumed_on_two_ranks_and_the_tower_split(setup, tmp_path):
     root, config, wanted = setup
