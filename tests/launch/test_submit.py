@@ -4,6 +4,7 @@ The expected scripts lie in golden/; after a wanted change write them anew: pyth
 """
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -71,6 +72,15 @@ def test_scripts_are_valid_shell(path):
 def test_every_recipe_is_tested():
     found = {path.stem for path in (ROOT / "launch" / "recipes").iterdir()}
     assert found == set(RECIPES) | {"evaluate_2b_1m"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_in_a_recipe_is_the_tested_one(name):
+    text = (ROOT / "launch" / "recipes" / f"{name}.yaml").read_text()
+    (command,) = re.findall(r"^#   python launch/submit\.py (.*)$", text, flags=re.MULTILINE)
+    given, tested = submit.parse(command.split()), submit.parse(CASES[name])
+    for field in ("cluster", "nodes", "verb", "arguments"):
+        assert getattr(given, field) == getattr(tested, field)
 
 
 @pytest.mark.parametrize("name", RECIPES)
