@@ -159,8 +159,19 @@ class BlockStream:
         os.close(descriptor)
 
 
-def memory_blocks(tensor: Tensor, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """A tensor of any device, shape and strides, as blocks of its rows."""
+def memory_blocks(
+    tensor: Tensor, *, block_bytes: int = BLOCK_BYTES, is_settled: bool = False
+) -> Iterator[Block]:
+    """A tensor of any device, shape and strides, as blocks of its rows.
+
+    Args:
+        tensor: what is written.
+        block_bytes: size of a block.
+        is_settled: it is contiguous, lies in host memory and does not change until it is written: nothing is copied.
+    """
+    if is_settled:
+        yield from _settled_blocks(tensor, block_bytes)
+        return
     rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
     row_bytes = rows[:1].numel() * rows.itemsize
     if rows.numel() == 0:
@@ -174,3 +185,13 @@ def memory_blocks(tensor: Tensor, *, block_bytes: int = BLOCK_BYTES) -> Iterator
             return memory
 
         yield Block(part.numel() * part.itemsize, fill)
+
+
+def _settled_blocks(tensor: Tensor, block_bytes: int) -> Iterator[Block]:
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    for start in range(0, data.numel(), block_bytes):
+
+        def fill(memory: Tensor, part: Tensor = data[start : start + block_bytes]) -> Tensor:
+            return part
+
+        yield Block(0, fill)

@@ -35,7 +35,6 @@ from megatron_v2pe.checkpoint.dist_io import (
     process_group,
     raise_together,
     rank_and_world_size,
-    save_state,
 )
 from megatron_v2pe.checkpoint.exported import ExportedTensors
 from megatron_v2pe.checkpoint.folder import (
@@ -61,6 +60,7 @@ from megatron_v2pe.checkpoint.hf_io import (
 )
 from megatron_v2pe.checkpoint.hf_map import NameMap, family_name, name_map
 from megatron_v2pe.checkpoint.import_plan import plan_import, unread_shards
+from megatron_v2pe.checkpoint.state_save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic

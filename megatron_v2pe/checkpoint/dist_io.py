@@ -1,20 +1,16 @@
-"""Sharded state through megatron.core.dist_checkpointing; the only file here that talks to other ranks.
+"""Sharded state through megatron.core.dist_checkpointing; here and in `state_save` ranks talk to each other.
 
     state key = name of the parameter in the whole, un-sharded model          (SHARDED_STATE_METADATA)
-    save   shards of all ranks -> mcore's checks -> torch's plan -> files, one block in memory at a time
+    save   see `state_save`
     load   the shards that a model asks for, from files of any other layout
 
 Everyone who saves or loads a model goes through `model_sharded_state_dict`, so everyone asks for the same keys.
 Per-layer keys (not mcore's stacked ones) let a reader take one layer without touching the others.
-
-mcore's own writer is built for asynchronous saves: it copies every view before writing, forks, and starts a manager
-process. Its plan is kept here, but the data goes through `StreamingWriter`.
 """
 
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,25 +18,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_v2pe.checkpoint.adapter_record import require_whole
 from megatron_v2pe.checkpoint.folder import state_path
 from megatron_v2pe.checkpoint.state_reader import StateReader
-from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, V2PEError
 from megatron_v2pe.models.lora import is_adapter
@@ -130,57 +118,6 @@ def load_model_weights(
     load_into_chunks(chunks, load_state(state_path(checkpoint_folder), states), wanted=own_parameter)
 
 
-def save_state(
-    folder: Path,
-    sharded_state_dict: dict[str, Any],
-    *,
-    unread: Shards | None = None,
-    file_of: Mapping[ShardKey, str] | None = None,
-) -> dict[str, str]:
-    """Write a sharded state dict into `folder`, which exists and is empty. Collective.
-
-    Args:
-        folder: a folder that all ranks see.
-        sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
-        unread: bytes of shards whose `data` is a meta tensor.
-        file_of: see `StreamingWriter`.
-
-    Returns:
-        SHA-256 of the files with tensors, of all ranks, by name.
-
-    Raises:
-        CheckpointError: a rank could not write (raised on all).
-    """
-    writer = StreamingWriter(folder, unread=unread, file_of=file_of)
-    with process_group():
-        try:
-            dist_checkpointing.save(sharded_state_dict, str(folder), _PlannedSave(writer))
-        except (CheckpointException, OSError) as error:
-            _let_interrupt_through(error)
-            raise CheckpointError(
-                f"{folder}: cannot be written ({_reason(error)}); its disk has "
-                f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were; make "
-                "room or raise the quota, and start again"
-            ) from error
-        return {
-            name: digest for hashes in gather_from_ranks(writer.hashes) for name, digest in hashes.items()
-        }
-
-
-def _let_interrupt_through(error: BaseException) -> None:
-    """Raise the KeyboardInterrupt that torch's checkpointing makes an error of its own of."""
-    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-        raise KeyboardInterrupt from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong on the ranks, without the traces that torch adds; a CheckpointError as it is."""
-    failures = getattr(error, "failures", {0: (error, None)})
-    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in failures.values()}
-    return "; ".join(sorted(reasons))
-
-
 def load_state(folder: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """Read what a sharded state dict asks for. Collective.
 
@@ -202,23 +139,6 @@ def load_state(folder: Path, sharded_state_dict: dict[str, Any]) -> dict[str, An
             raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-class _PlannedSave(SaveShardedStrategy):
-    """torch's plan over mcore's shards; see the module docstring."""
-
-    can_handle_sharded_objects = True
-
-    def __init__(self, writer: StreamingWriter) -> None:
-        super().__init__("torch_dist", 1)
-        self._writer = writer
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's main replicas."""
-        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        # The decentralised plan belongs to mcore's own writer; torch's gathers the plans on rank 0.
-        planner = MCoreSavePlanner(flatten_state_dict=False, can_run_decentralized_global_plan=False)
-        dcp.save(mcore_to_pyt_state_dict(shards), storage_writer=self._writer, planner=planner)
-
-
 def stored_bytes(sharded_state_dict: dict[str, Any]) -> int:
     """Bytes that a sharded state dict takes on disk, over all ranks. Collective."""
     shards, _ = extract_sharded_base(_built(sharded_state_dict))
@@ -228,6 +148,14 @@ def stored_bytes(sharded_state_dict: dict[str, Any]) -> int:
         if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
     )
     return sum(gather_from_ranks(mine))
+
+
+def any_in_group(flags: Sequence[bool], group: Any) -> list[bool]:
+    """For each flag, whether any rank of the group has it set. Collective over the group."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    joined = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in joined.tolist()]
 
 
 def gather_from_ranks(value: T) -> list[T]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_v2pe.assembly.adapters import fused_parts
 from megatron_v2pe.checkpoint.adapter_record import AdapterRecord, identity, require_whole, write_record
 from megatron_v2pe.checkpoint.adapters import AdaptedLinear, adapted_linears
-from megatron_v2pe.checkpoint.dist_io import raise_together, save_state
+from megatron_v2pe.checkpoint.dist_io import raise_together
 from megatron_v2pe.checkpoint.folder import (
     CheckpointInfo,
     hf_path,
@@ -33,6 +33,7 @@ from megatron_v2pe.checkpoint.folder import (
 from megatron_v2pe.checkpoint.hf_io import HFWeights
 from megatron_v2pe.checkpoint.hf_map import name_map
 from megatron_v2pe.checkpoint.peft_io import CONFIG_FILE, PREFIX
+from megatron_v2pe.checkpoint.state_save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part, linear_names
 from megatron_v2pe.config.schema import LoRAConfig

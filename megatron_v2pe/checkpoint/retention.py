@@ -83,13 +83,20 @@ def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
         raise ValueError(f"keep is {keep}, must be at least 1")
     good = [step for step in complete_steps(run_dir) if _is_good(step_path(run_dir, step))]
     doomed = [step_path(run_dir, step) for step in good[:-keep] if step != written]
-    doomed += sorted(checkpoints_path(run_dir).glob(f"step_*{INCOMPLETE_SUFFIX}"))
     for path in doomed:
         # Renamed first: a half-deleted folder must not look complete.
-        aside = path.with_name(path.name.removesuffix(INCOMPLETE_SUFFIX) + INCOMPLETE_SUFFIX)
+        aside = path.with_name(path.name + INCOMPLETE_SUFFIX)
         path.rename(aside)
         shutil.rmtree(aside)
-    return doomed
+    return doomed + remove_incomplete(run_dir)
+
+
+def remove_incomplete(run_dir: str | Path) -> list[Path]:
+    """Delete what interrupted writers left; nobody may be writing. Returns the folders that were deleted."""
+    left = sorted(checkpoints_path(run_dir).glob(f"step_*{INCOMPLETE_SUFFIX}"))
+    for path in left:
+        shutil.rmtree(path)
+    return left
 
 
 def _is_good(folder: Path) -> bool:

@@ -10,10 +10,11 @@ Files, names and metadata are those of torch.distributed.checkpoint, which reads
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_v2pe.checkpoint.block_stream import Block, BlockStream, memory_blocks
@@ -39,6 +40,13 @@ Shards = Mapping[ShardKey, Iterable[Block]]
 """The bytes of shards whose tensor is on the meta device."""
 
 
+class Source(Protocol):
+    """Where the data of an item comes from; torch's planners are sources."""
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        """A tensor, or an io.BytesIO."""
+
+
 class StreamingWriter(dcp.FileSystemWriter):
     """torch's writer with its writing replaced; see the module docstring.
 
@@ -50,6 +58,9 @@ class StreamingWriter(dcp.FileSystemWriter):
 
     Attributes:
         hashes: name of each file that this rank wrote -> SHA-256.
+        is_settled: tensors lie in host memory and do not change any more, so that they are written from where they
+            are; otherwise through a buffer.
+        cancelled: writing ends with an error soon after it is set.
     """
 
     def __init__(
@@ -57,13 +68,15 @@ class StreamingWriter(dcp.FileSystemWriter):
     ) -> None:
         super().__init__(folder)
         self.hashes: dict[str, str] = {}
+        self.is_settled = False
+        self.cancelled: threading.Event | None = None
         self._unread, self._file_of = unread or {}, file_of or {}
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """Write this rank's items."""
+    def write_data(self, plan: SavePlan, planner: Source) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's items; `planner` is asked for their data."""
         by_file: dict[str, list[WriteItem]] = {}
         for item in plan.items:
-            name = self._file_of.get(_key(item), f"{plan.storage_data.prefix}0.distcp")
+            name = self._file_of.get(item_key(item), f"{plan.storage_data.prefix}0.distcp")
             by_file.setdefault(name, []).append(item)
         results: list[WriteResult] = []
         digests: dict[str, Future[str]] = {}
@@ -87,14 +100,16 @@ class StreamingWriter(dcp.FileSystemWriter):
         """Nothing: torch would store the folder's temporary name and a random number, and reads neither."""
         return None
 
-    def _write(self, stream: BlockStream, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+    def _write(self, stream: BlockStream, name: str, item: WriteItem, planner: Source) -> WriteResult:
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise InterruptedError("the save was given up")
         start = stream.position
         if item.type == WriteItemType.BYTE_IO:
             stream.put(cast(io.BytesIO, planner.resolve_data(item)).getbuffer())
         else:
-            blocks = self._unread.get(_key(item))
+            blocks = self._unread.get(item_key(item))
             if blocks is None:
-                blocks = memory_blocks(cast(torch.Tensor, planner.resolve_data(item)))
+                blocks = memory_blocks(planner.resolve_data(item), is_settled=self.is_settled)
             frame = record_frame(_info(item))
             stream.put(frame.head)
             stream.put_blocks(blocks)
@@ -104,7 +119,8 @@ class StreamingWriter(dcp.FileSystemWriter):
         return WriteResult(index=item.index, size_in_bytes=length, storage_data=where)
 
 
-def _key(item: WriteItem) -> ShardKey:
+def item_key(item: WriteItem) -> ShardKey:
+    """Which shard an item of a plan is."""
     return item.index.fqn, tuple(item.index.offset or ())
 
 

@@ -1,7 +1,8 @@
 """Everything a run needs to go on, in one checkpoint folder.
 
-    save   parameters in sync -> shards of model, optimizer, generators -> hf/ with the positions that were
-           trained -> checkpoint.json, with the hashes that the ranks made while writing -> rename -> latest
+    save   parameters in sync -> each rank's own range of model and optimizer, generators -> files of each rank
+           -> hf/ with the positions that were trained -> checkpoint.json, with the hashes that the ranks made while
+           writing -> rename -> latest
     load   a folder that `resume_point` chose -> the same, at any tp, pp, cp, dp
 
 Tensors and optimizer state are stored in the shape of the whole model and load under any layout. Random generators are
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from megatron_v2pe.checkpoint.dist_io import (
     load_state,
     model_sharded_state_dict,
     on_first_rank,
-    save_state,
     sharded_state_metadata,
     stored_bytes,
 )
@@ -45,8 +45,11 @@ from megatron_v2pe.checkpoint.folder import (
 from megatron_v2pe.checkpoint.hf_config import update_positions
 from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
+from megatron_v2pe.checkpoint.host_memory import HostCopy
+from megatron_v2pe.checkpoint.own_ranges import owned_states
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.state_save import StateSave
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.parallel.topology import Ranks, seed_generators
 
@@ -54,18 +57,25 @@ logger = logging.getLogger(__name__)
 _SEEDS_PER_STEP = 1_000_003  # beyond what stages and tensor parallel ranks add to a seed
 
 
-def save_checkpoint(
-    run_dir: str | Path,
-    *,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    run_state: RunState,
-    ranks: Ranks,
-    hf_folder: str | Path,
-    keep: int,
-    adapters: AdapterRecord | None = None,
-) -> Path:
-    """Write the checkpoint of a step, point `latest` at it, delete old ones. Collective.
+def save_checkpoint(run_dir: str | Path, **what: Any) -> Path:
+    """Write the checkpoint of a step while the caller waits. Collective; arguments as of `CheckpointSave`.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        CheckpointError: it cannot be written; the previous checkpoint is untouched. Raised on all ranks.
+    """
+    save = CheckpointSave(run_dir, **what)
+    save.write()
+    return save.finish()
+
+
+class CheckpointSave:
+    """The checkpoint of one step on its way to the disk; made while all ranks stand behind that step. Collective.
+
+    Then `write` on each rank, in any thread, and `finish` when all ranks have written. If training goes on in between,
+    `copy_state` comes first; what is stored is the state of the time of that call.
 
     Args:
         run_dir: folder of the run, seen by all ranks.
@@ -77,26 +87,81 @@ def save_checkpoint(
         keep: newest checkpoints that stay.
         adapters: of a run that trains adapters: what is stored, and which base it belongs to.
 
-    Returns:
-        The finished folder.
-
     Raises:
-        CheckpointError: it cannot be written; the previous checkpoint is untouched. Raised on all ranks.
+        CheckpointError: no room, or the folder cannot be made. Raised on all ranks.
     """
-    _finish_parameter_gather(chunks)
-    wanted = adapters.holds if adapters else every_parameter
-    states = model_sharded_state_dict(chunks, ranks, wanted=wanted)
-    states["optimizer"] = optimizer.sharded_state_dict(dict(states), metadata=sharded_state_metadata(ranks))
-    states["generators"] = _generator_shard(ranks)
-    num_bytes = stored_bytes(states)
-    target = step_path(run_dir, run_state.step)
-    tmp = on_first_rank(lambda: _begin(target, num_bytes, adapters))
-    written = save_state(state_path(tmp), states)
-    hashes = {f"{state_path(tmp).name}/{name}": digest for name, digest in written.items()}
-    finish = partial(_finish, run_state=run_state, ranks=ranks, hashes=hashes, hf_folder=Path(hf_folder))
-    on_first_rank(lambda: finish(tmp, target))
-    on_first_rank(lambda: _retain(run_dir, run_state.step, keep))
-    return target
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        run_state: RunState,
+        ranks: Ranks,
+        hf_folder: str | Path,
+        keep: int,
+        adapters: AdapterRecord | None = None,
+    ) -> None:
+        self.run_dir, self.run_state, self.keep = run_dir, run_state, keep
+        self._hf_folder, self._ranks = Path(hf_folder), ranks
+        _finish_parameter_gather(chunks)
+        wanted = adapters.holds if adapters else every_parameter
+        states = owned_states(model_sharded_state_dict(chunks, ranks, wanted=wanted), optimizer)
+        states["generators"] = _generator_shard(ranks)
+        num_bytes = stored_bytes(states)
+        self.target = step_path(run_dir, run_state.step)
+        self._tmp = on_first_rank(lambda: _begin(self.target, num_bytes, adapters))
+        self._state = StateSave(state_path(self._tmp), states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this rank writes, and copies."""
+        return self._state.num_bytes
+
+    def copy_state(self, memory: HostCopy) -> None:
+        """Copy this rank's tensors; `memory` must be left alone until `write` is done."""
+        self._state.copy_tensors(memory)
+
+    def write(self, *, cancelled: threading.Event | None = None) -> None:
+        """Write this rank's files. Not collective; what goes wrong is raised by `finish`.
+
+        Args:
+            cancelled: when it is set, writing ends soon, and `finish` raises.
+        """
+        self._state.write(cancelled=cancelled)
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank could not write."""
+        return self._state.has_failed
+
+    def finish(self) -> Path:
+        """Make a checkpoint of what all ranks wrote, point `latest` at it, delete old ones. Collective.
+
+        Raises:
+            CheckpointError: a rank could not write; the previous checkpoint is untouched. Raised on all ranks.
+        """
+        written = self._state.finish()
+        hashes = {f"{state_path(self._tmp).name}/{name}": digest for name, digest in written.items()}
+        on_first_rank(lambda: self._commit(hashes))
+        on_first_rank(lambda: _retain(self.run_dir, self.run_state.step, self.keep))
+        return self.target
+
+    def _commit(self, hashes: Mapping[str, str]) -> None:
+        arch = read_architecture(self._hf_folder)
+        copy_hf_folder(self._hf_folder, hf_path(self._tmp))
+        update_positions(hf_path(self._tmp) / "config.json", self.run_state)
+        info = CheckpointInfo(
+            kind="train",
+            step=self.run_state.step,
+            family=family_name(arch),
+            run_state=self.run_state.to_json(),
+            topology=_topology(self._ranks),
+            num_parameters=name_map(arch).num_parameters,
+        )
+        write_info(self._tmp, info, hashes=hashes)
+        commit(self._tmp, self.target)
 
 
 def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any, ranks: Ranks) -> RunState:
@@ -147,24 +212,6 @@ def _begin(target: Path, num_bytes: int, adapters: AdapterRecord | None) -> Path
     if adapters:
         write_record(tmp, adapters, target=target)
     return tmp
-
-
-def _finish(
-    tmp: Path, target: Path, *, run_state: RunState, ranks: Ranks, hashes: Mapping[str, str], hf_folder: Path
-) -> None:
-    arch = read_architecture(hf_folder)
-    copy_hf_folder(hf_folder, hf_path(tmp))
-    update_positions(hf_path(tmp) / "config.json", run_state)
-    info = CheckpointInfo(
-        kind="train",
-        step=run_state.step,
-        family=family_name(arch),
-        run_state=run_state.to_json(),
-        topology=_topology(ranks),
-        num_parameters=name_map(arch).num_parameters,
-    )
-    write_info(tmp, info, hashes=hashes)
-    commit(tmp, target)
 
 
 def _retain(run_dir: str | Path, step: int, keep: int) -> None:

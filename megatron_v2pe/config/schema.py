@@ -317,6 +317,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy of each rank's state in host memory; where there is too
+    little of it, and at the last step, training waits, as it does with false."""
     resume: bool = True
     """Continue from the newest checkpoint of runtime.run_dir, when there is one."""
     verify: Literal["sizes", "full"] = "sizes"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.assembly.optimizer import Trainer, make_moments, wrap_for_training
+from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
 from megatron_v2pe.checkpoint.adapters import draw_adapters
@@ -20,8 +20,9 @@ from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.hf_load import load_hf_weights
 from megatron_v2pe.checkpoint.resume import resume_point, resume_point_in_full, verify_in_full
+from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
-from megatron_v2pe.checkpoint.train_state import load_checkpoint, save_checkpoint
+from megatron_v2pe.checkpoint.train_state import load_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
@@ -41,6 +42,7 @@ from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
 from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, finite, peak_memory_gib
+from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.step import StepReport, train_step
 from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
@@ -75,8 +77,8 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     run = Run(config, arch, plan=plan, ranks=ranks, peak_tflops=peak_tflops)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
-        with explained_worker_deaths(), run.watchdog() as watchdog:
-            reason = run.steps(interruption, watchdog)
+        with explained_worker_deaths(), run.watchdog() as watchdog, run.saver() as saver:
+            reason = run.steps(interruption, watchdog, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
@@ -180,6 +182,8 @@ class Run:
             self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
         if self.ranks.rank == 0:
+            for left in remove_incomplete(self.run_dir):
+                logger.info("deleted %s, left by an interrupted save", left)
             line = {"step": self.state.step, "world_size": self.ranks.world_size, "time": time.time()}
             append_json(self.run_dir / "starts.jsonl", line)
 
@@ -247,7 +251,17 @@ class Run:
             first_step=self.state.step + 1,
         )
 
-    def steps(self, interruption: Interruption, watchdog: Watchdog) -> str:
+    def saver(self) -> Saver:
+        """Saves the steps that follow."""
+        return Saver(
+            self.config,
+            self.trainer,
+            ranks=self.ranks,
+            hf_folder=self.hf_folder,
+            adapters=self.adapters,
+        )
+
+    def steps(self, interruption: Interruption, watchdog: Watchdog, saver: Saver) -> str:
         """Train from the current step to the last, or to an interruption, whose reason is returned."""
         runtime = self.config.runtime
         sinks = open_sinks(runtime, self.run_dir, rank=self.ranks.rank, first_step=self.state.step + 1)
@@ -265,8 +279,7 @@ class Run:
             log.write(self._metrics(report, batches, data_seconds))
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
-            if self._is_save_due() or reason:
-                self._save()
+            saver.after_step(self.state, is_interrupted=bool(reason))
             watchdog.beat(self.state.step + 1)
             if reason:
                 interruption.record(reason, step=self.state.step)
@@ -314,25 +327,6 @@ class Run:
             data_s_max_rank=counts.data_s_max_rank,
             peak_mem_gib=peak_memory_gib(),
         )
-
-    def _is_save_due(self) -> bool:
-        every = self.config.checkpoint.save_every
-        return self.state.step == self.config.optim.steps or (every > 0 and self.state.step % every == 0)
-
-    def _save(self) -> None:
-        started = time.perf_counter()
-        make_moments(self.trainer.optimizer)  # of a run whose every step so far was not finite
-        folder = save_checkpoint(
-            self.run_dir,
-            chunks=self.trainer.wrapped,
-            optimizer=self.trainer.optimizer,
-            run_state=replace(self.state, schedule=self.trainer.scheduler.state_dict()),
-            ranks=self.ranks,
-            hf_folder=self.hf_folder,
-            keep=self.config.checkpoint.keep,
-            adapters=self.adapters,
-        )
-        logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
 
 
 def timed(loader: TrainLoader) -> Iterator[tuple[list[PackedBatch], float]]:

@@ -78,10 +78,10 @@ def resave(rank, world_size, checkpoint, target, sizes):
         load_model_weights,
         model_sharded_state_dict,
         on_first_rank,
-        save_state,
     )
     from megatron_v2pe.checkpoint.folder import CheckpointInfo, hf_path, state_path, write_info
     from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
+    from megatron_v2pe.checkpoint.state_save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown

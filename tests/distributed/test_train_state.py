@@ -187,9 +187,9 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
         load_model_weights,
         model_sharded_state_dict,
         on_first_rank,
-        save_state,
     )
     from megatron_v2pe.checkpoint.folder import hf_path
+    from megatron_v2pe.checkpoint.state_save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.dist_io import StateReader, model_sharded_state_dict, on_first_rank, save_state
+from megatron_v2pe.checkpoint.dist_io import StateReader, model_sharded_state_dict, on_first_rank
 from megatron_v2pe.checkpoint.hf_map import name_map
+from megatron_v2pe.checkpoint.state_save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.evaluation.golden.cases import Case
 from megatron_v2pe.evaluation.golden.rows import Row, compared

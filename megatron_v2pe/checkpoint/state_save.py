@@ -1,0 +1,225 @@
+"""Saving sharded state in three parts, so that the long one in the middle can be done while training goes on.
+
+    plan     all ranks   mcore's checks, torch's plan: who writes which box into which file; common.pt
+    (copy)   each rank   its tensors to host memory, after which training may change them
+    write    each rank   its file, hashed on the way; no other rank is asked, so any thread may do it
+    finish   all ranks   `.metadata` from what all ranks wrote; an error of one is raised on all
+
+mcore's own asynchronous writer copies every view once more, forks, and starts a manager process
+(docs/decisions/0022). Its checks and plan are kept here, but the data goes through `StreamingWriter`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from megatron_v2pe.checkpoint.dist_io import process_group
+from megatron_v2pe.checkpoint.host_memory import HostCopy
+from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter, item_key
+from megatron_v2pe.core.errors import CheckpointError
+
+
+def save_state(
+    folder: Path,
+    sharded_state_dict: dict[str, Any],
+    *,
+    unread: Shards | None = None,
+    file_of: Mapping[ShardKey, str] | None = None,
+) -> dict[str, str]:
+    """Write a sharded state dict into `folder`, which exists and is empty. Collective; see `StateSave`.
+
+    Returns:
+        SHA-256 of the files with tensors, of all ranks, by name.
+
+    Raises:
+        CheckpointError: a rank could not write (raised on all).
+    """
+    with process_group():
+        save = StateSave(folder, sharded_state_dict, unread=unread, file_of=file_of)
+        save.write()
+        return save.finish()
+
+
+class StateSave:
+    """One save, planned when it is made; making it is collective.
+
+    Then `write` on every rank, with `copy_tensors` before it when tensors may change in the meantime, then `finish`.
+
+    Args:
+        folder: a folder that all ranks see, empty.
+        sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
+        unread: bytes of shards whose `data` is a meta tensor.
+        file_of: see `StreamingWriter`.
+
+    Raises:
+        CheckpointError: shards do not make up their tensors, or the folder cannot be written; on all ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sharded_state_dict: dict[str, Any],
+        *,
+        unread: Shards | None = None,
+        file_of: Mapping[ShardKey, str] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._writer = StreamingWriter(folder, unread=unread, file_of=file_of)
+        self._plan = _Plan(self._writer)
+        self._outcome: tuple[list[WriteResult], dict[str, str]] | BaseException | None = None
+        with _told_as_checkpoint_error(folder):
+            dist_checkpointing.save(sharded_state_dict, str(folder), self._plan)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        return sum(tensor.numel() * tensor.itemsize for _, tensor in self._plan.tensors())
+
+    def copy_tensors(self, memory: HostCopy) -> None:
+        """Write from a copy; the tensors may change as soon as this returns.
+
+        Args:
+            memory: takes the copy; must be left alone until `write` is done.
+        """
+        found = {item_key(item): tensor for item, tensor in self._plan.tensors()}
+        self._plan.copies = dict(zip(found, memory.take(list(found.values())), strict=True))
+        self._writer.is_settled = True
+
+    def write(self, *, cancelled: threading.Event | None = None) -> None:
+        """Write this rank's files. Not collective; what goes wrong is kept for `finish`.
+
+        Args:
+            cancelled: when it is set, writing ends soon, and `finish` raises.
+        """
+        self._writer.cancelled = cancelled
+        try:
+            written = self._writer.write_data(self._plan.own, self._plan).wait()
+            self._outcome = written, self._writer.hashes
+        except BaseException as error:  # told to all ranks by `finish`
+            self._outcome = error
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank could not write."""
+        return isinstance(self._outcome, BaseException)
+
+    def finish(self) -> dict[str, str]:
+        """Join what all ranks wrote. Collective; every rank has returned from `write`.
+
+        Returns:
+            SHA-256 of the files with tensors, of all ranks, by name.
+
+        Raises:
+            CheckpointError: a rank could not write (raised on all).
+        """
+        with _told_as_checkpoint_error(self._folder):
+            return _all_ranks().all_reduce("write", self._own_outcome, self._joined)
+
+    def _own_outcome(self) -> tuple[list[WriteResult], dict[str, str]]:
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None, "write first"
+        return self._outcome
+
+    def _joined(self, outcomes: list[tuple[list[WriteResult], dict[str, str]]]) -> dict[str, str]:
+        assert self._plan.metadata is not None
+        self._writer.finish(self._plan.metadata, [results for results, _ in outcomes])
+        return {name: digest for _, hashes in outcomes for name, digest in hashes.items()}
+
+
+class _Plan(SaveShardedStrategy):
+    """torch's plan over mcore's shards, which are taken out of mcore's hands where it would write them.
+
+    Attributes:
+        own: what this rank writes.
+        metadata: of the whole, on rank 0.
+        copies: tensors to be written instead of those of the state dict.
+    """
+
+    can_handle_sharded_objects = True
+    own: SavePlan
+
+    def __init__(self, writer: StreamingWriter) -> None:
+        super().__init__("torch_dist", 1)
+        self._writer = writer
+        # The decentralised plan belongs to mcore's own writer; torch's gathers the plans on rank 0.
+        self._planner = MCoreSavePlanner(flatten_state_dict=False, can_run_decentralized_global_plan=False)
+        self.metadata: Metadata | None = None
+        self.copies: dict[ShardKey, torch.Tensor] = {}
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Plan. Collective; mcore calls it when its checks are done."""
+        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        state, ranks = mcore_to_pyt_state_dict(shards), _all_ranks()
+
+        def of_this_rank() -> SavePlan:
+            self._planner.set_up_planner(state, storage_meta=None, is_coordinator=ranks.is_coordinator)
+            self._writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank, use_collectives=True)
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+        def of_all(plans: list[SavePlan]) -> list[SavePlan]:
+            plans, self.metadata = self._planner.create_global_plan(plans)
+            return self._writer.prepare_global_plan(plans)
+
+        self.own = self._planner.finish_plan(ranks.reduce_scatter("plan", of_this_rank, of_all))
+
+    def tensors(self) -> list[tuple[WriteItem, torch.Tensor]]:
+        """Tensors of this rank, in the order in which they are written."""
+        items = [item for item in self.own.items if item.type != WriteItemType.BYTE_IO]
+        return [(item, self.resolve_data(item)) for item in items]
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        """A tensor, or the bytes of an object (the writer asks)."""
+        copy = self.copies.get(item_key(item))
+        return self._planner.resolve_data(item) if copy is None else copy
+
+
+def _all_ranks() -> _DistWrapper:
+    """torch's collectives that tell an exception of one rank to all."""
+    return _DistWrapper(None, True, 0)
+
+
+@contextmanager
+def _told_as_checkpoint_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        _let_interrupt_through(error)
+        raise CheckpointError(
+            f"{folder}: cannot be written ({_reason(error)}); its disk has "
+            f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were; make "
+            "room or raise the quota, and start again"
+        ) from error
+
+
+def _let_interrupt_through(error: BaseException) -> None:
+    """Raise the KeyboardInterrupt that torch's checkpointing makes an error of its own of."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        raise KeyboardInterrupt from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the ranks, without the traces that torch adds; a CheckpointError as it is."""
+    failures = getattr(error, "failures", {0: (error, None)})
+    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in failures.values()}
+    return "; ".join(sorted(reasons))

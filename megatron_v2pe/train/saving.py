@@ -1,0 +1,216 @@
+"""When a run saves, and how long training stands still for it.
+
+    step done -> is a save under way, and have all ranks written?  finish it: .metadata, hf/, checkpoint.json, rename
+              -> is one due?   plan it; copy this rank's state to host memory; a thread hashes and writes the copy
+                               while training goes on (checkpoint.async_save)
+                               the last step, an interruption, async_save off: written before anything else
+
+At most one save is under way, so a rank needs one copy of its state in host memory and never more. Whether all ranks
+have written is asked between steps, by one number over all ranks, while there is something to ask about. All
+collectives of a save are called by the main thread, between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from megatron_v2pe.assembly.optimizer import Trainer, make_moments
+from megatron_v2pe.checkpoint.adapter_record import AdapterRecord
+from megatron_v2pe.checkpoint.host_memory import HostCopy, shortage
+from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.train_state import CheckpointSave
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import CheckpointError, TrainingError
+from megatron_v2pe.parallel.topology import Ranks
+
+logger = logging.getLogger(__name__)
+
+_FAILED, _WRITING, _WRITTEN = -1, 0, 1
+_GIVE_UP_SECONDS = 10.0  # for a thread whose disk hangs; it ends with the process
+
+
+class Saver:
+    """Saves one run. Every rank calls `after_step` behind every step, or a collective is met by some ranks only.
+
+    Use it as a context manager around the steps: an error that all ranks raise together (`TrainingError`) still
+    finishes the save under way, any other gives it up, as the other ranks may be anywhere.
+
+    Args:
+        config: the run.
+        trainer: what is saved.
+        ranks: this rank's place.
+        hf_folder: Hugging Face side files of the model.
+        adapters: of a run that trains adapters.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        *,
+        ranks: Ranks,
+        hf_folder: Path,
+        adapters: AdapterRecord | None = None,
+    ) -> None:
+        self._config, self._trainer, self._ranks = config, trainer, ranks
+        self._hf_folder, self._adapters = hf_folder, adapters
+        self._memory = (
+            HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
+        )
+        self._under_way: _UnderWay | None = None
+        self._stalled_s = 0.0
+
+    def after_step(self, state: RunState, *, is_interrupted: bool) -> None:
+        """Finish or start what is due behind a step. Collective.
+
+        Args:
+            state: of the run behind this step, without the schedule.
+            is_interrupted: the run ends here, before its last step.
+
+        Raises:
+            CheckpointError: a save failed; the checkpoints before it are untouched. Raised on all ranks.
+        """
+        started = time.perf_counter()
+        is_last = is_interrupted or state.step == self._config.optim.steps
+        is_due = is_last or self._is_due(state.step)
+        if self._under_way is not None:
+            self._look_at(self._under_way, must_end_for=state.step if is_due else 0)
+        if is_due:
+            self._save(state, in_background=not is_last)
+        self._stalled_s += time.perf_counter() - started
+
+    def take_stall(self) -> float:
+        """Seconds that training has stood still for checkpoints since the last call."""
+        stalled, self._stalled_s = self._stalled_s, 0.0
+        return stalled
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        if isinstance(error, TrainingError):
+            try:
+                save.finish()
+            except CheckpointError as failure:  # the run's own error is what a user must see last
+                logger.error("%s", failure)
+            return
+        save.give_up()
+        logger.warning("the checkpoint of step %d was still being written and is lost", save.step)
+
+    def _is_due(self, step: int) -> bool:
+        every = self._config.checkpoint.save_every
+        return every > 0 and step % every == 0
+
+    def _look_at(self, save: _UnderWay, *, must_end_for: int) -> None:
+        """Finish a save that all ranks have written; wait for it when step `must_end_for` is to be saved."""
+        if must_end_for and save.progress == _WRITING:
+            logger.warning(
+                "step %d is to be saved, but the checkpoint of step %d is still being written: training waits for it "
+                "(a larger checkpoint.save_every avoids that)",
+                must_end_for,
+                save.step,
+            )
+        if not must_end_for:
+            slowest = torch.tensor(save.progress, device=self._ranks.device)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+            if int(slowest) == _WRITING:
+                return
+            if int(slowest) == _FAILED:  # on one rank; then nobody needs to go on writing
+                save.cancelled.set()
+        self._under_way = None
+        save.finish()
+
+    def _save(self, state: RunState, *, in_background: bool) -> None:
+        started = time.perf_counter()
+        make_moments(self._trainer.optimizer)  # of a run whose every step so far was not finite
+        save = CheckpointSave(
+            self._config.runtime.run_dir,
+            chunks=self._trainer.wrapped,
+            optimizer=self._trainer.optimizer,
+            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
+            ranks=self._ranks,
+            hf_folder=self._hf_folder,
+            keep=self._config.checkpoint.keep,
+            adapters=self._adapters,
+        )
+        memory = self._memory_for(save) if in_background else None
+        if memory is None:
+            save.write()
+            logger.info("saved %s in %.1f s", save.finish(), time.perf_counter() - started)
+            return
+        save.copy_state(memory)
+        self._under_way = _UnderWay(save, started=started)
+
+    def _memory_for(self, save: CheckpointSave) -> HostCopy | None:
+        """Host memory for a copy; None, for good, where there is not enough. Collective, at the first save only."""
+        if self._memory is None or self._memory.num_bytes:
+            return self._memory
+        lacking = shortage(save.num_bytes)
+        if lacking:
+            logger.warning(
+                "checkpoint.async_save is true, but %s; training will wait for every save of this run. Fewer "
+                "data.num_workers or a smaller data.prefetch_mib make room; checkpoint.async_save=false silences this",
+                lacking,
+            )
+            self._memory = None
+        else:
+            logger.info("saves copy %.2f GiB of this rank's state to host memory", save.num_bytes / 2**30)
+        return self._memory
+
+
+class _UnderWay:
+    """A save that a thread writes.
+
+    Args:
+        save: planned and copied.
+        started: `time.perf_counter()` when training stopped for it.
+    """
+
+    def __init__(self, save: CheckpointSave, *, started: float) -> None:
+        self._save, self._started = save, started
+        self.step = save.run_state.step
+        self.cancelled = threading.Event()
+        # A daemon: should a disk hang, the process can still end.
+        self._thread = threading.Thread(
+            target=save.write, kwargs={"cancelled": self.cancelled}, name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        self._stood_still = time.perf_counter() - started
+
+    @property
+    def progress(self) -> int:
+        """Of this rank."""
+        if self._thread.is_alive():
+            return _WRITING
+        return _FAILED if self._save.has_failed else _WRITTEN
+
+    def finish(self) -> None:
+        """Wait for this rank's thread, then for all ranks, and make it a checkpoint. Collective."""
+        resumed = time.perf_counter()
+        self._thread.join()
+        folder = self._save.finish()
+        end = time.perf_counter()
+        logger.info(
+            "saved %s in %.1f s, for %.2f s of which training stood still",
+            folder,
+            end - self._started,
+            self._stood_still + end - resumed,
+        )
+
+    def give_up(self) -> None:
+        """Stop writing, without another word to the other ranks."""
+        self.cancelled.set()
+        self._thread.join(timeout=_GIVE_UP_SECONDS)
