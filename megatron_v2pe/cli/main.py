@@ -1,6 +1,6 @@
 """From `megatron-v2pe VERB ...` to one module, and from exceptions to exit codes.
 
-    V2PEError      a mistake the user can mend: one message on stderr, exit code 2
+    V2PEError      a mistake the user can mend: one message on stderr, exit code 2; torchrun's restarts end at once
     anything else  a mistake of ours: traceback, exit code 1
 
 Only the module of the chosen verb is imported, so that `--help` answers at once.
@@ -19,6 +19,7 @@ from types import ModuleType
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import V2PEError
 from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
+from megatron_v2pe.core.refusal import refuse, was_refused
 
 VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if was_refused():
+            return 2
         rank = launcher().rank
         setup_logging(rank)
         quiet_dependencies()
@@ -109,7 +112,8 @@ def _report(error: V2PEError) -> int:
         rank = 0
     if rank != 0:
         time.sleep(_OTHER_RANKS_WAIT_S)
-    where = f"rank {rank}: " if rank else ""
-    sys.stderr.write(f"{_PROG}: {where}{error}\n")
-    sys.stderr.flush()
+    if not error.is_final or refuse(str(error)):
+        where = f"rank {rank}: " if rank else ""
+        sys.stderr.write(f"{_PROG}: {where}{error}\n")
+        sys.stderr.flush()
     return 2

@@ -15,7 +15,8 @@ One run:        megatron-v2pe runs RUN_DIR
 Two of them:    megatron-v2pe runs RUN_DIR OTHER          # also says where their losses part
 With curves:    megatron-v2pe runs RUN_DIR --out curves.png
 
-A stall is a step that took more than three times the median. Hangs are ranks that wrote RUN_DIR/stacks/rank_N.txt."""
+A stall is a step that took more than three times the median. Each hang is told in one line:
+which ranks waited in which call, and which did not; RUN_DIR/stacks/rank_N.txt has the whole stacks."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

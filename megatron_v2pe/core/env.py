@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_v2pe.core.errors import ConfigError
 
@@ -55,6 +56,16 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher:
         raise ConfigError(f"environment: RANK is {rank}, but must lie in 0..WORLD_SIZE-1 = {world_size - 1}")
     master = f"{values['MASTER_ADDR']}:{_number(values, 'MASTER_PORT')}"
     return Launcher(rank=rank, world_size=world_size, local_rank=local_rank, master=master)
+
+
+def launch_folder(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Folder that torchrun made on this node for one launch with all its restarts; None without torchrun.
+
+    It names a file in it for each rank's error: FOLDER/attempt_N/LOCAL_RANK/error.json.
+    """
+    values = os.environ if environ is None else environ
+    attempt = Path(values.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
+    return attempt.parent if attempt.name.startswith("attempt_") else None
 
 
 def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:

@@ -2,7 +2,13 @@
 
 
 class V2PEError(Exception):
-    """Base of the errors below; the message names the place, the value, the rule and the way out."""
+    """Base of the errors below; the message names the place, the value, the rule and the way out.
+
+    Attributes:
+        is_final: the same command would end the same way, so that a launcher's restarts are of no use.
+    """
+
+    is_final = True
 
 
 class ConfigError(V2PEError):

@@ -1,6 +1,7 @@
 """What a run folder tells afterwards, in words and curves; two of them side by side.
 
     metrics.jsonl, bad_steps.jsonl, stacks/, checkpoints/ --summarize--> RunSummary --> table on stdout, PNG of curves
+                                     '--read_hangs--> a line for each hang: who waited where, for whom
 
 A step that took more than three times the median counts as a stall: a slow disk, a checkpoint, a neighbour.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import read_jsonl
+from megatron_v2pe.evaluation.hangs import Hang, read_hangs
 from megatron_v2pe.evaluation.report import pyplot, save_figure
 
 _STALL_FACTOR = 3.0
@@ -31,7 +33,8 @@ class RunSummary:
         lines: metrics by step.
         stalls: steps that took more than three times the median, waits for data included.
         bad_steps: steps that were not applied.
-        hangs: ranks that have written stacks.
+        hangs: who waited where, each time that it hung.
+        stacks: ranks that have written stacks.
         checkpoints: steps of the checkpoints that are there.
         starts: step behind which the run was started, each time.
     """
@@ -40,7 +43,8 @@ class RunSummary:
     lines: tuple[dict[str, Any], ...]
     stalls: tuple[int, ...]
     bad_steps: tuple[int, ...]
-    hangs: tuple[int, ...]
+    hangs: tuple[Hang, ...]
+    stacks: tuple[int, ...]
     checkpoints: tuple[int, ...]
     starts: tuple[int, ...]
 
@@ -62,7 +66,8 @@ class RunSummary:
             "starts": _named(self.starts, "behind step"),
             "stalls": _named(self.stalls, "step"),
             "steps not applied": _named(self.bad_steps, "step"),
-            "hangs": _named(self.hangs, "rank"),
+            "hangs": _named([hang.step for hang in self.hangs], "step"),
+            "stacks": _named(self.stacks, "rank"),
             "checkpoints": _named(self.checkpoints, "step"),
         }
 
@@ -74,7 +79,10 @@ def summarize(run_dir: str | Path) -> RunSummary:
         DataError: it has no metrics, or lines that are none.
     """
     run_dir = Path(run_dir)
-    lines = tuple(_checked(run_dir / "metrics.jsonl"))
+    try:
+        lines = tuple(_checked(run_dir / "metrics.jsonl"))
+    except DataError as error:
+        raise DataError("\n".join([str(error), *map(str, read_hangs(run_dir))])) from None
     seconds = [line["step_s"] + line["data_s"] for line in lines]
     limit = _STALL_FACTOR * statistics.median(seconds)
     bad, starts = run_dir / "bad_steps.jsonl", run_dir / "starts.jsonl"
@@ -83,14 +91,15 @@ def summarize(run_dir: str | Path) -> RunSummary:
         lines=lines,
         stalls=tuple(line["step"] for line, each in zip(lines, seconds, strict=True) if each > limit),
         bad_steps=tuple(sorted({line["step"] for _, line in read_jsonl(bad)})) if bad.exists() else (),
-        hangs=_numbers(run_dir.glob("stacks/rank_*.txt")),
+        hangs=read_hangs(run_dir),
+        stacks=_numbers(run_dir.glob("stacks/rank_*.txt")),
         checkpoints=_numbers(path.parent for path in run_dir.glob("checkpoints/step_*/checkpoint.json")),
         starts=tuple(line["step"] for _, line in read_jsonl(starts)) if starts.exists() else (),
     )
 
 
 def table(runs: Sequence[RunSummary]) -> str:
-    """One column for each run; below two of them, where their losses part."""
+    """One column for each run; below it who waited for whom in hangs, below two of them where their losses part."""
     columns = [run.rows() for run in runs]
     names = [str(run.run_dir) for run in runs]
     width = max(len(label) for label in columns[0]) + 2
@@ -100,6 +109,8 @@ def table(runs: Sequence[RunSummary]) -> str:
         f"{label:<{width}}" + "  ".join(f"{cell:<{size}}" for cell, size in zip(cells, widths, strict=True))
         for label, *cells in text
     ]
+    prefixes = [f"{name}: " if len(runs) == 2 else "" for name in names]
+    lines += [f"{prefix}{hang}" for prefix, run in zip(prefixes, runs, strict=True) for hang in run.hangs]
     if len(runs) == 2:
         lines.append(f"{'losses':<{width}}{_parting(*runs)}")
     return "".join(line.rstrip() + "\n" for line in lines)

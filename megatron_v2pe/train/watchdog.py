@@ -1,7 +1,11 @@
 """A rank that makes no progress says where it stands and ends, so that the launcher can start all of them again.
 
-    step done --beat--> time of the last step  <--every second-- thread --too long ago--> stacks/rank_N.txt, exit code 1
+    step done --beat--> time of the last step  <--every second-- thread --too long ago--> stacks/rank_N.txt and .jsonl,
+                                                     |                                    exit code 1
                                                      |--every 10 s--> heartbeats/rank_N.json
+
+The .jsonl has one line for each hang: which step, and in which call of the training thread. `megatron-v2pe runs` puts
+those of all ranks together; a rank without a line was stopped, or its machine is gone.
 
 The thread lives beside a main thread that hangs in a collective, which no exception can reach: the process is ended
 outright. Should a call that hangs hold Python's lock, the thread cannot run either; then faulthandler's own timer,
@@ -18,11 +22,15 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.jsonl import append_json
+from megatron_v2pe.train.place import standing_place
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,10 @@ _LOOK_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 10.0
 _GRACE_SECONDS = 3.0  # for ranks that hang with this one to write their stacks before the launcher ends them
 _TIMER_GRACE_SECONDS = 10.0
+_SILENT_SECONDS = 1.5 * _HEARTBEAT_SECONDS
+_LOOKS_AT_OTHERS = (
+    8  # ranks from 0 on that read all heartbeats at a hang; all ranks would be too many for a disk
+)
 EXIT_CODE = 1  # as of any failure that is not the user's: torchrun starts the ranks again
 
 
@@ -49,14 +61,17 @@ class Watchdog:
     Args:
         run_dir: `stacks/` and `heartbeats/` are made in it.
         rank: global rank.
+        world_size: ranks of the run, which the report of a hang counts.
         timeout_s: seconds without a beat that end the process; 0 only writes heartbeats.
         first_step: step that is under way when it is entered.
     """
 
-    def __init__(self, run_dir: Path, *, rank: int, timeout_s: float, first_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, rank: int, world_size: int, timeout_s: float, first_step: int
+    ) -> None:
         self._stacks = run_dir / "stacks" / f"rank_{rank}.txt"
         self._heartbeat = run_dir / "heartbeats" / f"rank_{rank}.json"
-        self._rank, self._timeout = rank, timeout_s
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout_s
         self._step, self._beaten_at = first_step, time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -116,18 +131,59 @@ class Watchdog:
 
     def _end(self, waited: float) -> None:
         """Write where every thread stands, and leave."""
-        text = (
-            f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: step {self._step} is not done "
-            f"after {waited:.1f} s (runtime.hang_timeout_s = {self._timeout:g}), "
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
         try:
+            place, silent = standing_place(), self._silent()
+            text = (
+                f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: step {self._step} is not done "
+                f"after {waited:.1f} s (runtime.hang_timeout_s = {self._timeout:g}); it {place}; "
+                f"{_told(silent)}{time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
+            logger.error("%s; stacks of its threads are in %s; this process ends now", text, self._stacks)
             self._file.write(text + "\n\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.write("\n")
             self._file.flush()
-            logger.error("%s; stacks of its threads are in %s; this process ends now", text, self._stacks)
+            line = {
+                "rank": self._rank,
+                "world_size": self._world_size,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "step": self._step,
+                "seconds": round(waited, 1),
+                "time": time.time(),
+                **asdict(place),
+                "silent": silent,
+            }
+            append_json(self._stacks.with_suffix(".jsonl"), line)
         finally:
             time.sleep(_GRACE_SECONDS)
             os._exit(EXIT_CODE)
+
+    def _silent(self) -> list[dict[str, Any]]:
+        """Heartbeats of ranks that have stopped writing any; a rank that merely waits goes on writing them."""
+        if self._rank >= _LOOKS_AT_OTHERS:
+            return []
+        found = []
+        for rank in range(self._world_size):
+            path = self._heartbeat.with_name(f"rank_{rank}.json")
+            try:
+                line = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:  # it never came to its first step; `runs` sees that it wrote nothing
+                continue
+            age = time.time() - line["time"]
+            if rank != self._rank and age > _SILENT_SECONDS:
+                found.append(
+                    {"rank": rank, "host": line["host"], "step": line["step"], "seconds": round(age, 1)}
+                )
+        return found
+
+
+def _told(silent: Sequence[Mapping[str, Any]]) -> str:
+    """Silent ranks in words, a few of them."""
+    each = [
+        f"rank {line['rank']} on {line['host']} (step {line['step']}, {line['seconds']:.0f} s ago)"
+        for line in silent
+    ]
+    more = f" and {len(each) - 4} more" if len(each) > 4 else ""
+    return f"last heartbeat of {', '.join(each[:4])}{more}; " if each else ""

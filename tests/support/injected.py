@@ -2,9 +2,13 @@
 
 loss      weights of a pack become NaN before the step, so the loss of all ranks does
 gradient  one element of a reduced gradient becomes Inf between backward and update; the loss stays finite
+slow      the rank takes a nap before it begins to compute
+hang      the rank falls asleep between forward and update, at the first start of the ranks only
 """
 
+import os
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,28 +18,39 @@ import megatron_v2pe.train.step as step_module
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.env import launcher
 
+NAP_SECONDS = 0.75
+
 
 def inject(kind: str, rank: int, steps: set[int]) -> None:
     """Wrap the loop's step; the fault is this rank's alone."""
     apply, schedule = loop.train_step, step_module.run_schedule
     count = 0
 
-    def train_step(trainer, runner, batches, *, ranks):
+    def train_step(trainer, runner, batches, *, ranks, **kwargs):
         nonlocal count
         count += 1
         if kind == "loss" and ranks.rank == rank and count in steps:
             weights = np.full_like(batches[0].loss_weights, np.nan)
             batches = [replace(batches[0], loss_weights=weights), *batches[1:]]
-        return apply(trainer, runner, batches, ranks=ranks)
+        if kind == "slow" and ranks.rank == rank and count in steps:
+            time.sleep(NAP_SECONDS)
+        return apply(trainer, runner, batches, ranks=ranks, **kwargs)
 
     def run_schedule(wrapped, *args):
         outputs = schedule(wrapped, *args)
         if kind == "gradient" and launcher().rank == rank and count in steps:
             for parameter in wrapped[0].module.language.parameters():
                 parameter.main_grad.fill_(float("inf"))  # this rank's shard is somewhere in them
+        is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if kind == "hang" and launcher().rank == rank and count in steps and is_first_start:
+            fall_asleep()
         return outputs
 
     loop.train_step, step_module.run_schedule = train_step, run_schedule
+
+
+def fall_asleep():
+    time.sleep(1000)
 
 
 if __name__ == "__main__":

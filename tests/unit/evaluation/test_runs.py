@@ -34,7 +34,7 @@ def run_dir(tmp_path):
 
 def test_the_summary_names_what_happened(run_dir):
     found = summarize(run_dir)
-    assert (found.stalls, found.bad_steps, found.hangs) == ((5,), (3,), (12,))
+    assert (found.stalls, found.bad_steps, found.stacks) == ((5,), (3,), (12,))
     assert (found.checkpoints, found.starts) == ((4,), (0, 2))
     rows = found.rows()
     assert (rows["loss first"], rows["loss last"]) == ("3.0000", "1.7500")
