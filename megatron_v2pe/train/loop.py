@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
@@ -45,6 +44,7 @@ from megatron_v2pe.train.interruption import Interruption
 from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, finite, peak_memory_gib
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
+from megatron_v2pe.train.start_up import StartUp
 from megatron_v2pe.train.step import StepReport, train_step
 from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
 
@@ -65,6 +65,8 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
+    start_up = StartUp()
+    start_up.done("imports")
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(_model_folder(config))
@@ -73,27 +75,17 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     resume_from = _resume_point(config)
     if resume_from is not None:
         require_same_adapters(describe_adapters(config), resume_from)
+    start_up.done("checks")
     timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
     ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
-    run = Run(config, arch, plan=plan, ranks=ranks, peak_tflops=peak_tflops)
+    start_up.done("process groups")
+    run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
-        guards = explained_worker_deaths(), final_without_progress(run)
-        with guards[0], guards[1], run.watchdog() as watchdog, run.saver() as saver:
+        with explained_worker_deaths(), run.watchdog() as watchdog, run.saver() as saver:
             reason = run.steps(interruption, watchdog, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
-
-
-@contextmanager
-def final_without_progress(run: Run) -> Iterator[None]:
-    """A file that could be read for some steps may be there again after a restart; one that never could will not."""
-    first = run.state.step
-    try:
-        yield
-    except (DataError, CheckpointError) as error:
-        error.is_final = run.state.step == first
-        raise
 
 
 def _model_folder(config: RunConfig) -> Path:
@@ -148,6 +140,7 @@ class Run:
         arch: architecture of the checkpoint.
         plan: sizes of the parallel axes.
         ranks: this rank's place in them.
+        start_up: tells how long the way to the first step took; None begins here.
         peak_tflops: see `train`.
     """
 
@@ -158,10 +151,11 @@ class Run:
         *,
         plan: ParallelPlan,
         ranks: Ranks,
+        start_up: StartUp | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         self.config, self.arch = config, arch
-        self.peak_tflops = peak_tflops
+        self.start_up, self.peak_tflops = start_up or StartUp(), peak_tflops
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
         self.hf_folder = (
@@ -174,11 +168,16 @@ class Run:
     def start(self, resume_from: Path | None) -> None:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
         resume_from = self._verified(resume_from)
+        self.start_up.done("checks")
         chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
+        self.start_up.done("model")
         if resume_from is None or self.adapters is not None:  # whose checkpoints do not hold their base
             self._load_weights(chunks)
+        self.start_up.done("weights")
         self.trainer = wrap_for_training(chunks, self.config)
+        self.start_up.done("optimizer")
         saved = self._restore(resume_from) if resume_from is not None else None
+        self.start_up.done("checkpoint")
         self.runner = self._micro_batch_runner()
         attach(self.runner, self.trainer.wrapped)
         self.loader = self._loader(start_step=saved.step if saved else 0)
@@ -199,6 +198,7 @@ class Run:
                 logger.info("deleted %s, left by an interrupted save", left)
             line = {"step": self.state.step, "world_size": self.ranks.world_size, "time": time.time()}
             append_json(self.run_dir / "starts.jsonl", line)
+        self.start_up.done("data")
 
     def _verified(self, resume_from: Path | None) -> Path | None:
         """Look at every byte that will be loaded where `checkpoint.verify` asks for it; the place to resume from."""
@@ -260,7 +260,6 @@ class Run:
         return Watchdog(
             self.run_dir,
             rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
             timeout_s=self.config.runtime.hang_timeout_s,
             first_step=self.state.step + 1,
         )
@@ -285,6 +284,7 @@ class Run:
         for loaded, data_seconds in timed(self.loader):
             batches = self.damaged.settle(loaded, step=self.state.step + 1)
             report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
+            self.start_up.after_step(self.run_dir, rank=self.ranks.rank, step_seconds=report.seconds)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,

@@ -60,11 +60,11 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
     newest = resume_point(run_dir, fallback=False)
     run.start(newest)
     if newest is not None:
-        run.run_dir = Path(run_dir) / "again"
-        run._save()
-        run.run_dir = Path(run_dir)
-    with run.watchdog() as watchdog:
-        run.steps(AfterOneStep(), watchdog)
+        run.config = load_run_config(config_path, [*overrides, f"runtime.run_dir={Path(run_dir) / 'again'}"])
+        run.saver().after_step(run.state, is_interrupted=True)
+        run.config = config
+    with run.watchdog() as watchdog, run.saver() as saver:
+        run.steps(AfterOneStep(), watchdog, saver)
     shutdown()
 
 
