@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
@@ -82,10 +83,22 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
-        with explained_worker_deaths(), run.watchdog() as watchdog, run.saver() as saver:
+        guards = explained_worker_deaths(), final_without_progress(run)
+        with guards[0], guards[1], run.watchdog() as watchdog, run.saver() as saver:
             reason = run.steps(interruption, watchdog, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
+
+
+@contextmanager
+def final_without_progress(run: Run) -> Iterator[None]:
+    """A file that could be read for some steps may be there again after a restart; one that never could will not."""
+    first = run.state.step
+    try:
+        yield
+    except (DataError, CheckpointError) as error:
+        error.is_final = run.state.step == first
+        raise
 
 
 def _model_folder(config: RunConfig) -> Path:
@@ -260,6 +273,7 @@ class Run:
         return Watchdog(
             self.run_dir,
             rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
             timeout_s=self.config.runtime.hang_timeout_s,
             first_step=self.state.step + 1,
         )
