@@ -53,12 +53,19 @@ def type_text(annotation: object) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return "list of texts" if str in typing.get_args(annotation) else "list of stages"
+        return {str: "list of texts", int: "list of integers"}.get(
+            typing.get_args(annotation)[0], "list of stages"
+        )
+    if type(None) in typing.get_args(annotation):
+        (given,) = set(typing.get_args(annotation)) - {type(None)}
+        return f"{type_text(given)}, `null`"
     return {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}[annotation]
 
 
 def default_text(value: object) -> str:
     """A default as YAML would have it."""
+    if value is None:
+        return "`null`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return "(empty)" if value in ("", ()) else f"`{value}`"

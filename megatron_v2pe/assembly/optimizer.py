@@ -1,6 +1,7 @@
 """Data parallelism, optimizer and learning rate schedule around a built model.
 
 chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOptimizer(Adam) -> cosine schedule
+                                     groups of parameters: `param_groups`
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
 from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.assembly.param_groups import group_overrides
 from megatron_v2pe.config.schema import OptimConfig, RunConfig
 from megatron_v2pe.models.internvl import InternVL
 
@@ -90,23 +93,31 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         params_dtype=DTYPES[config.runtime.dtype],
         use_distributed_optimizer=True,
     )
-    # mcore's default leaves biases and one-dimensional weights without decay; {} decays everything.
-    overrides: dict[Any, Any] | None = {} if optim.decay_all else None
     # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state wants them.
     return get_megatron_optimizer(
-        optimizer_config, wrapped, config_overrides=overrides, use_gloo_process_groups=False
+        optimizer_config,
+        wrapped,
+        config_overrides=group_overrides(wrapped, optim),
+        use_gloo_process_groups=False,
     )
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Zero moments and step 0 where no update has been applied yet; mcore cannot save an optimizer without them."""
+    """Ready an optimizer to be saved. Collective.
+
+    Moments are zero where no update has been applied yet; mcore cannot save an optimizer without them. Every group has
+    the number of updates: mcore stores rank 0's groups for all, and a rank that trains nothing has not counted.
+    """
+    groups = optimizer.param_groups
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        steps, max((group.get("step", 0) for group in groups if group["params"]), default=0)
+    )
+    for group in groups:
+        group["step"] = max(steps)
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(single, "is_stub_optimizer", False):
-            continue
-        single.init_state_fn(single.optimizer, single.config)
-        for group in single.optimizer.param_groups:
-            if group["params"]:
-                group.setdefault("step", 0)
+        if not getattr(single, "is_stub_optimizer", False):
+            single.init_state_fn(single.optimizer, single.config)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:

@@ -47,6 +47,7 @@ from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.checkpoint.host_memory import HostCopy
 from megatron_v2pe.checkpoint.own_ranges import owned_states
+from megatron_v2pe.checkpoint.optimizer_groups import with_own_groups
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.state_save import StateSave
@@ -197,7 +198,7 @@ def load_checkpoint(folder: str | Path, *, chunks: Sequence[Any], optimizer: Any
         )
     loaded = load_state(state_path(folder), states)
     load_into_chunks(chunks, loaded, wanted=wanted)
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load_state_dict(with_own_groups(loaded["optimizer"], optimizer))
     if has_same_layout:
         _set_generators(loaded["generators"])
     else:  # not as at step 0, or the draws of the first steps would come again

@@ -130,10 +130,18 @@ def _merge(base: Any, tree: dict[Any, Any], source: str) -> Any:
     position = tree.get("position", {})
     if isinstance(position.get("mode"), str):
         position["mode"] = _RELEASE_MODES.get(position["mode"], position["mode"])
+    _check_numbers(tree.get("optim", {}).get("batch_rampup"), f"{source}: optim.batch_rampup")
     try:
         return OmegaConf.merge(base, OmegaConf.create(tree))
     except OmegaConfBaseException as error:
         _raise_as_config_error(error, source)
+
+
+def _check_numbers(values: Any, key: str) -> None:
+    """Refuse a list with anything but whole numbers: OmegaConf 2.4 would name neither the key nor the value."""
+    for value in values if isinstance(values, list) else ():
+        if type(value) is not int:
+            raise ConfigError(f"{key} holds {value!r}, but must be a list of whole numbers")
 
 
 def _take_curriculum(tree: dict[Any, Any], source: str) -> tuple[CurriculumStage, ...] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
+from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -262,51 +263,6 @@ class PositionConfig:
                 self.stride,
                 "only position.mode v2pe_fixed takes a stride",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with warm-up and cosine decay."""
-
-    steps: int = 1000
-    """Optimizer updates of the run; the schedule ends here."""
-    global_batch_size: int = 1
-    """Packs of one update over all data parallel ranks."""
-    lr: float = 5e-6
-    """Peak learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the last step."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay; not applied to biases and one-dimensional weights unless decay_all."""
-    decay_all: bool = False
-    """Decay every parameter, as the release's ZeRO configuration does."""
-    beta1: float = 0.9
-    """First moment decay."""
-    beta2: float = 0.999
-    """Second moment decay."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size"):
-            _require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "must be at least 1")
-        _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
-        _require(
-            0 <= self.warmup_steps < self.steps,
-            "optim.warmup_steps",
-            self.warmup_steps,
-            f"must be less than optim.steps = {self.steps}, as the decay takes at least one step, and not negative",
-        )
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        for name in ("weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
-        _require(self.eps > 0, "optim.eps", self.eps, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ of a single section are in `schema.py`.
 from __future__ import annotations
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
@@ -35,6 +36,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_lengths(config.data)
     check_lora(config, arch)
     check_something_is_trained(config)
+    check_part_rates(config)
 
 
 def check_required(config: RunConfig) -> None:
@@ -138,7 +140,7 @@ def check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
-    """Ranks fill whole model replicas, and a step's packs fill whole rounds over the replicas."""
+    """Ranks fill whole model replicas, and the packs of every step fill whole rounds over the replicas."""
     parallel = config.parallel
     replica = parallel.tp * parallel.pp * parallel.cp
     if world_size % replica:
@@ -147,21 +149,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"{parallel.tp} x {parallel.pp} x {parallel.cp} = {replica} must divide it; start a multiple of "
             f"{replica} ranks or make an axis smaller"
         )
-    dp_size = world_size // replica
-    if config.optim.global_batch_size % dp_size:
-        below = config.optim.global_batch_size // dp_size * dp_size
-        choices = [str(size) for size in (below, below + dp_size) if size]
-        raise ConfigError(
-            f"optim.global_batch_size is {config.optim.global_batch_size}, but the {dp_size} data parallel "
-            f"ranks ({world_size} ranks / {replica}) must divide it; nearest: {' or '.join(choices)}"
-        )
-    micro_batches = config.optim.global_batch_size // dp_size
-    if parallel.vpp > 1 and micro_batches % parallel.pp:
-        raise ConfigError(
-            f"optim.global_batch_size is {config.optim.global_batch_size}, which gives each data parallel rank "
-            f"{micro_batches} micro batches, but the interleaved schedule (parallel.vpp {parallel.vpp}) needs a "
-            f"multiple of parallel.pp = {parallel.pp}"
-        )
+    check_batches(config, dp_size=world_size // replica)
 
 
 def check_positions(config: RunConfig, tokens_per_tile: int) -> None:
@@ -191,6 +179,30 @@ def check_lengths(data: DataConfig) -> None:
                 f"data.curriculum[{index}].max_sample_tokens is {stage.max_sample_tokens}, but samples are "
                 f"cut at data.max_sample_tokens = {data.max_sample_tokens}; raise that or lower the stage "
                 "(0 means no limit)"
+            )
+
+
+def check_part_rates(config: RunConfig) -> None:
+    """A learning rate of its own is for a part that learns."""
+    frozen = {
+        "vision": config.vision.freeze,
+        "projector": config.model.freeze_projector,
+        "language": config.model.freeze_language,
+    }
+    optim = config.optim
+    for part, is_frozen in frozen.items():
+        if not is_frozen or config.lora.rank_of(part):
+            continue
+        rate = getattr(optim, f"lr_{part}")
+        if rate is not None:
+            raise ConfigError(
+                f"optim.lr_{part} is {rate}, but the {part} part is frozen and has no adapters; leave it out or "
+                "train the part"
+            )
+        if part == "vision" and optim.vision_layer_decay != 1:
+            raise ConfigError(
+                f"optim.vision_layer_decay is {optim.vision_layer_decay}, but the vision tower is frozen and has no "
+                "adapters; leave it out, or set vision.freeze to false"
             )
 
 

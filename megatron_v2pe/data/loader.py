@@ -13,6 +13,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_v2pe.batch.packed_batch import PackedBatch, deal_tiles
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.core.logging import get_logger
@@ -199,7 +201,7 @@ def plan_mixture(
         indexes,
         data=config.data,
         seed=config.runtime.seed,
-        global_batch_size=config.optim.global_batch_size,
+        batches=batch_schedule(config),
         cost=settings.cost,
         cache_dir=cache_dir,
     )
@@ -214,6 +216,7 @@ class TrainLoader:
     ranks or workers: only which data-parallel rank takes which pack of a step does.
 
     Attributes:
+        batches: packs of each step, over all data parallel ranks.
         fingerprint: digest of everything that decides the order of the packs.
         facts: the same by name, to tell what changed.
         num_bad: samples that are skipped as bad.
@@ -241,7 +244,7 @@ class TrainLoader:
             arch: of the checkpoint that is trained.
             hf_folder: Hugging Face folder with the tokenizer files.
             dp_rank: data-parallel rank.
-            dp_size: data-parallel size; must divide optim.global_batch_size.
+            dp_size: data-parallel size; must divide the packs of every step.
             tile_rank: rank among those that share the tiles of a pack.
             tile_ranks: how many share them.
             holds_vision: this rank encodes tiles; false opens no image.
@@ -252,7 +255,8 @@ class TrainLoader:
             ConfigError: the batch does not divide, or a path is missing.
             DataError: data that cannot be used; more bad samples than allowed.
         """
-        self._num_micro_batches = _micro_batches(config.optim.global_batch_size, dp_size)
+        check_batches(config, dp_size=dp_size)
+        self.batches, self._dp_size = batch_schedule(config), dp_size
         settings = sample_settings(config, arch, hf_folder)
         indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
@@ -270,11 +274,11 @@ class TrainLoader:
         num_workers, prefetch = _bounded_workers(
             config, largest_pack_bytes(config, settings, reader.tile_share)
         )
-        steps = range(start_step, config.optim.steps)
+        self._steps = range(start_step, config.optim.steps)
         self._loader = DataLoader(
             reader,
             batch_size=None,
-            sampler=_RequestSampler(plan, indexes, steps=steps, dp_rank=dp_rank, dp_size=dp_size),
+            sampler=_RequestSampler(plan, indexes, steps=self._steps, dp_rank=dp_rank, dp_size=dp_size),
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             collate_fn=_unchanged,
@@ -282,23 +286,21 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        micro_batches: list[PackedBatch] = []
-        for pack in self._loader:
-            if isinstance(pack, V2PEError):
-                raise pack
-            micro_batches.append(pack.unpacked())
-            if len(micro_batches) == self._num_micro_batches:
-                yield micro_batches
-                micro_batches = []
+        packs = iter(self._loader)
+        for step in self._steps:
+            own = islice(packs, self.batches.size(step) // self._dp_size)
+            yield [_opened(pack) for pack in own]
 
 
-def _micro_batches(global_batch_size: int, dp_size: int) -> int:
-    """Packs of a step for each data-parallel rank."""
-    if global_batch_size % dp_size:
-        raise ConfigError(
-            f"optim.global_batch_size is {global_batch_size}, but the data-parallel size {dp_size} must divide it"
-        )
-    return global_batch_size // dp_size
+def _opened(pack: SentPack | V2PEError) -> PackedBatch:
+    """A pack as it came out of a worker.
+
+    Raises:
+        V2PEError: it came in its place.
+    """
+    if isinstance(pack, V2PEError):
+        raise pack
+    return pack.unpacked()
 
 
 def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:

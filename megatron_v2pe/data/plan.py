@@ -2,9 +2,9 @@
 
     stage (curriculum) -> epoch 0, 1, 2, ... -> repeats drawn, shuffled, packed, packs ordered for steps -> pack g
 
-A step takes the next `global_batch_size` packs of its stage, and the stream runs on over epochs without dropping
-anything. What a step holds depends on no number of ranks or loader workers, so a run resumes from its step number;
-which rank gets which pack of a step is dealt by cost.
+A step takes the next packs of its stage, as many as `BatchSchedule` says, and the stream runs on over epochs without
+dropping anything. What a step holds depends on no number of ranks or loader workers, so a run resumes from its step
+number; which rank gets which pack of a step is dealt by cost.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_v2pe.config.batch_schedule import BatchSchedule
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.data.balance import deal_packs, order_for_steps
+from megatron_v2pe.data.balance import deal_packs, order_for_steps, whole_steps
 from megatron_v2pe.data.cost import NO_COST, PackCost
 from megatron_v2pe.data.index import DatasetIndex
 from megatron_v2pe.data.index_rows import BadSample
@@ -64,7 +65,7 @@ class MixturePlan:
         indexes: measured data sets.
         data: section of the configuration.
         seed: of the run.
-        global_batch_size: packs of a step.
+        batches: packs of each step.
         cost: what packs cost.
         cache_dir: where plans are kept for the other ranks of the node; None plans in this process only.
 
@@ -81,12 +82,12 @@ class MixturePlan:
         *,
         data: DataConfig,
         seed: int,
-        global_batch_size: int,
+        batches: BatchSchedule,
         cost: PackCost = NO_COST,
         cache_dir: str | Path | None = None,
     ) -> None:
         self._indexes, self._data, self._seed = tuple(indexes), data, seed
-        self._global_batch_size, self._cost, self._cache_dir = global_batch_size, cost, cache_dir
+        self._batches, self._cost, self._cache_dir = batches, cost, cache_dir
         self._stages = data.curriculum or (CurriculumStage(),)
         self._first_rows = np.concatenate([[0], np.cumsum([len(index) for index in indexes])])
         self._num_tokens = np.concatenate([index.num_tokens for index in indexes]).astype(np.int64)
@@ -103,7 +104,7 @@ class MixturePlan:
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def packs_of_step(self, step: int) -> list[PlannedPack]:
-        """The `global_batch_size` packs of an optimizer step (0-based)."""
+        """The packs of an optimizer step (0-based)."""
         return [self._pack(*place) for place in self._places(step)]
 
     def packs_of_rank(self, step: int, *, dp_rank: int, dp_size: int) -> list[PlannedPack]:
@@ -133,8 +134,8 @@ class MixturePlan:
         """Stage, epoch and number within the epoch of each pack of a step."""
         starts = [stage.from_step for stage in self._stages]
         stage = int(np.searchsorted(starts, step, side="right")) - 1
-        first = (step - starts[stage]) * self._global_batch_size
-        return [self._place(stage, first + offset) for offset in range(self._global_batch_size)]
+        first = self._batches.packs_before(step) - self._batches.packs_before(starts[stage])
+        return [self._place(stage, first + offset) for offset in range(self._batches.size(step))]
 
     def _place(self, stage: int, number: int) -> tuple[int, int, int]:
         """Pack `number` of a stage, counted over its epochs."""
@@ -171,7 +172,7 @@ class MixturePlan:
 
     def _epoch(self, stage: int, epoch: int) -> EpochPlan:
         """An epoch of a stage; those before it must be known, because steps run on over epochs."""
-        first = -self._end(stage, epoch - 1) % self._global_batch_size
+        first = self._batches.packs_before(self._stages[stage].from_step) + self._end(stage, epoch - 1)
         if self._cache_dir is None:
             return self._plan_epoch(stage, epoch, first)
         name = f"{self.fingerprint}-stage{stage}-epoch{epoch}"
@@ -183,7 +184,7 @@ class MixturePlan:
         Args:
             stage: of the curriculum.
             epoch: of the stage.
-            first: packs that fill up the step which the epoch before left unfinished.
+            first: packs of all steps before the epoch's first pack, those of other stages among them.
         """
         data, generator = self._data, np.random.default_rng([self._seed, stage, epoch])
         rows, occurrences = self._draw(stage, generator)
@@ -216,7 +217,8 @@ class MixturePlan:
     def _order(self, costs: Any, first: int, generator: np.random.Generator) -> Int64Array:
         if not self._data.balance:
             return generator.permutation(len(costs))
-        return order_for_steps(costs, batch_size=self._global_batch_size, first=first, generator=generator)
+        head, sizes = whole_steps(self._batches, first, len(costs))
+        return order_for_steps(costs, head=head, sizes=sizes, generator=generator)
 
     def _draw(self, stage: int, generator: np.random.Generator) -> tuple[Int64Array, Int64Array]:
         """Rows of an epoch with repeats: whole repeats of all, and a fresh random part for the fraction.
@@ -301,7 +303,7 @@ class MixturePlan:
         facts: dict[str, Any] = {
             "order": _VERSION,
             "runtime.seed": self._seed,
-            "optim.global_batch_size": self._global_batch_size,
+            "optim.global_batch_size": self._batches.full_size,
             "cost of a pack (model, vision.freeze)": [
                 f"{self._cost.square:.6g}",
                 f"{self._cost.tile:.6g}",
@@ -309,6 +311,8 @@ class MixturePlan:
         }
         fields = ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "shuffle", "packing", "balance")
         facts |= {f"data.{name}": getattr(data, name) for name in fields}
+        if len(self._batches.levels) > 1:
+            facts["optim.batch_rampup"] = [[level.from_step, level.size] for level in self._batches.levels]
         facts["data.curriculum"] = [[stage.from_step, stage.max_sample_tokens] for stage in self._stages]
         facts["data sets"] = [index.entry.name for index in self._indexes]
         for index in self._indexes:

@@ -5,6 +5,7 @@ indexes --describe_datasets--> one row per data set        plan --describe_plan-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_v2pe.data.balance import deal_packs, imbalance
+from megatron_v2pe.config.batch_schedule import BatchSchedule
+from megatron_v2pe.data.balance import deal_packs, imbalance, whole_steps
 from megatron_v2pe.data.index import DatasetIndex
 from megatron_v2pe.data.plan import MixturePlan
 from megatron_v2pe.v2pe.layout import Int64Array
@@ -54,7 +56,7 @@ class PlanReport:
         samples: int64 [P].
         costs: float64 [P].
         max_pack_tokens: the budget.
-        batch_size: packs of a step.
+        batches: packs of each step.
         imbalances: by data parallel size, max over mean cost of the ranks in each simulated step.
         random_imbalances: the same for the same packs in random order, dealt in turn.
     """
@@ -64,9 +66,15 @@ class PlanReport:
     samples: Int64Array
     costs: NDArray[np.float64]
     max_pack_tokens: int
-    batch_size: int
+    batches: BatchSchedule
     imbalances: dict[int, Any]
     random_imbalances: dict[int, Any]
+
+    @property
+    def step_text(self) -> str:
+        """Packs of a step: `32`, or `4 to 32` with a ramp-up."""
+        sizes = self.batches.sizes
+        return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
     @property
     def fill(self) -> float:
@@ -104,15 +112,19 @@ def describe_datasets(indexes: Sequence[DatasetIndex], plan: MixturePlan | None)
     return rows
 
 
-def describe_plan(plan: MixturePlan, *, max_pack_tokens: int, batch_size: int, balance: bool) -> PlanReport:
+def describe_plan(
+    plan: MixturePlan, *, max_pack_tokens: int, batches: BatchSchedule, balance: bool
+) -> PlanReport:
     """Packs of the first epoch, and how evenly their steps load the ranks.
 
-    Data parallel sizes are the powers of two, and the step itself, that divide the step.
+    Data parallel sizes are the powers of two that divide every step, and the largest number that does.
     """
     epoch = plan.epoch(0, 0)
     tokens, tiles, samples = plan.pack_totals(epoch)
-    sizes = sorted({size for size in (2**power for power in range(1, 14)) if batch_size % size == 0})
-    sizes = sizes if batch_size in sizes or batch_size == 1 else [*sizes, batch_size]
+    largest = math.gcd(*batches.sizes)
+    sizes = sorted({size for size in (2**power for power in range(1, 14)) if largest % size == 0})
+    sizes = sizes if largest in sizes or largest == 1 else [*sizes, largest]
+    _, step_sizes = whole_steps(batches, 0, epoch.num_packs)
     costs = np.asarray(epoch.costs)
     shuffled = np.random.default_rng(0).permutation(costs)
     return PlanReport(
@@ -121,27 +133,27 @@ def describe_plan(plan: MixturePlan, *, max_pack_tokens: int, batch_size: int, b
         samples=samples,
         costs=costs,
         max_pack_tokens=max_pack_tokens,
-        batch_size=batch_size,
-        imbalances={size: step_imbalances(costs, batch_size, size, dealt=balance) for size in sizes},
-        random_imbalances={size: step_imbalances(shuffled, batch_size, size, dealt=False) for size in sizes},
+        batches=batches,
+        imbalances={size: step_imbalances(costs, step_sizes, size, dealt=balance) for size in sizes},
+        random_imbalances={size: step_imbalances(shuffled, step_sizes, size, dealt=False) for size in sizes},
     )
 
 
-def step_imbalances(costs: Any, batch_size: int, dp_size: int, *, dealt: bool) -> NDArray[np.float64]:
+def step_imbalances(costs: Any, sizes: Int64Array, dp_size: int, *, dealt: bool) -> NDArray[np.float64]:
     """Cost of the slowest rank over the mean, for steps of consecutive packs.
 
     Args:
         costs: float [P], in order of the steps.
-        batch_size: packs of a step.
+        sizes: int64 [k], packs of each step.
         dp_size: data parallel ranks.
         dealt: packs are dealt by cost; false deals them in turn.
     """
-    num_steps = len(costs) // batch_size
+    num_steps, ends = len(sizes), np.cumsum(sizes)
     steps = np.unique(np.linspace(0, num_steps - 1, min(num_steps, _MAX_STEPS)).astype(int))
     found = []
     for step in steps.tolist() if num_steps else []:
-        own = costs[step * batch_size : (step + 1) * batch_size].tolist()
-        in_turn = [list(range(rank, batch_size, dp_size)) for rank in range(dp_size)]
+        own = costs[ends[step] - sizes[step] : ends[step]].tolist()
+        in_turn = [list(range(rank, len(own), dp_size)) for rank in range(dp_size)]
         found.append(imbalance(own, deal_packs(own, dp_size) if dealt else in_turn))
     return np.array(found)
 
@@ -192,10 +204,10 @@ def _plan_text(report: PlanReport) -> str:
         f"{len(report.tokens):,} packs of {report.max_pack_tokens:,} tokens, {report.fill:.2%} full, "
         f"{report.samples.mean():.1f} samples each; cost of a pack varies by {spread:.1%} (standard deviation)"
     ]
-    if len(report.tokens) < report.batch_size:
+    if len(report.tokens) < report.batches.full_size:
         lines.append("an epoch is shorter than a step, so steps hold packs of several epochs")
     lines += [
-        f"step of {report.batch_size} packs on {size} data parallel ranks: slowest rank {values.mean():.3f} x the mean "
+        f"step of {report.step_text} packs on {size} data parallel ranks: slowest rank {values.mean():.3f} x the mean "
         f"(random order {report.random_imbalances[size].mean():.3f})"
         for size, values in report.imbalances.items()
         if len(values)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_lengths
 from megatron_v2pe.core.errors import ConfigError, DataError
@@ -78,7 +79,7 @@ def overview(
         report = describe_plan(
             plan,
             max_pack_tokens=config.data.max_pack_tokens,
-            batch_size=config.optim.global_batch_size,
+            batches=batch_schedule(config),
             balance=config.data.balance,
         )
     except DataError as error:

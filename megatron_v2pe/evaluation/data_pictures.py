@@ -191,7 +191,7 @@ def _imbalance(plan: PlanReport) -> Any:
     axis.set_ylim(bottom=1.0)
     axis.grid(axis="y", alpha=0.3)
     axis.set_title(
-        f"Imbalance of steps of {plan.batch_size} packs (bars: 5th to 95th percentile of the steps)",
+        f"Imbalance of steps of {plan.step_text} packs (bars: 5th to 95th percentile of the steps)",
         fontsize=11,
     )
     axis.legend()

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.collate import collate_pack
@@ -128,9 +129,10 @@ def view_pack(
     """
     if not 1 <= step <= config.optim.steps:
         raise ConfigError(f"--step is {step}, but the run has steps 1 to optim.steps = {config.optim.steps}")
-    if not 0 <= micro_batch < config.optim.global_batch_size:
+    num_packs = batch_schedule(config).size(step - 1)
+    if not 0 <= micro_batch < num_packs:
         raise ConfigError(
-            f"--micro-batch is {micro_batch}, but a step has packs 0 to {config.optim.global_batch_size - 1} "
+            f"--micro-batch is {micro_batch}, but step {step} has packs 0 to {num_packs - 1} "
             "(optim.global_batch_size, over all data parallel ranks)"
         )
     batch, refs, tokenizer = _read_pack(
@@ -141,7 +143,7 @@ def view_pack(
         owners[shard_indices(batch.layout.cu_seqlens, cp_size=cp_size, cp_rank=rank)] = rank
     positions = position_units(batch.layout) / arch.tokens_per_tile
     return PackView(
-        title=f"step {step}, micro batch {micro_batch} of {config.optim.global_batch_size}",
+        title=f"step {step}, micro batch {micro_batch} of {num_packs}",
         documents=tuple(
             _view_document(batch, number, positions, owners, tokenizer, own)
             for number, own in enumerate(refs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
@@ -117,7 +118,7 @@ def answer(question: Question) -> tuple[str, bool]:
                 {"model": name, "search": search_data(found, question.config, count=question.search)}
             ), fits
         heading = heading_lines(found[0].estimate, name)
-        batch = f"  step     {question.config.optim.global_batch_size} packs"
+        batch = f"  step     {batch_schedule(question.config).text}"
         rows = search_lines(found, question.config, count=question.search)
         lines = [heading[0], heading[3], batch, "", *rows]
         return "\n".join(lines) + "\n", fits

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.flops import step_flops
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
@@ -147,7 +148,8 @@ def estimate(
     """
     plan = resolve(config.parallel, gpus)
     setting = Setting(config=config, arch=arch, plan=plan, pack=pack.padded(plan), backend=backend_of(config))
-    micro_batches = config.optim.global_batch_size // plan.dp
+    step_packs = batch_schedule(config).full_size
+    micro_batches = step_packs // plan.dp
     stages = [
         chunks_of_rank(config.parallel, arch.language.num_layers, plan, rank) for rank in range(plan.pp)
     ]
@@ -156,7 +158,7 @@ def estimate(
         rank_memory(setting, rank, chunks, known, micro_batches, hardware)
         for rank, chunks in enumerate(stages)
     )
-    packs = [setting.pack.counts] * config.optim.global_batch_size
+    packs = [setting.pack.counts] * step_packs
     per_pack = sum(chunk_flops(setting, chunk).total for chunks in stages for chunk in chunks)
     time, traffic = _time(setting, stages, known, ranks, micro_batches, hardware)
     return Estimate(
@@ -166,7 +168,7 @@ def estimate(
         micro_batches=micro_batches,
         model_flops=step_flops(arch, packs),
         full_flops=step_flops(arch, packs, full_attention=True),
-        executed_flops=per_pack * plan.tp * plan.cp * config.optim.global_batch_size,
+        executed_flops=per_pack * plan.tp * plan.cp * step_packs,
         traffic=traffic,
         time=time,
     )

@@ -23,9 +23,10 @@ def measured_packs(config: RunConfig, arch: InternVLArchitecture, hf_folder: Pat
         ConfigError, DataError: see `plan_mixture`.
     """
     indexes, plan = plan_mixture(config, sample_settings(config, arch, hf_folder))
-    steps = min(config.optim.steps, -(-MAX_PACKS // config.optim.global_batch_size))
-    packs = []
-    for step in range(steps):
+    packs: list[Pack] = []
+    for step in range(config.optim.steps):
+        if len(packs) >= MAX_PACKS:
+            break
         for planned in plan.packs_of_step(step):
             rows = [(indexes[sample.dataset], sample.row) for sample in planned.samples]
             packs.append(

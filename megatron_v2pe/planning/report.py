@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.changes import Advice, override_text
@@ -59,6 +60,8 @@ def heading_lines(estimate: Estimate, name: str) -> list[str]:
     if config.vision.micro_batch_tiles:
         tower += f", slices of {config.vision.micro_batch_tiles} tiles"
     documents = len(pack.document_lengths)
+    batches = batch_schedule(config)
+    rampup = f"; at first {batches.text}" if len(batches.levels) > 1 else ""
     return [
         f"{name} on {plan.world_size} x {estimate.hardware.name}, {config.runtime.dtype}, {estimate.setting.backend}",
         f"  layout   tp {plan.tp}{' with sequence parallelism' if plan.sequence_parallel else ''}, pp {plan.pp}, "
@@ -66,7 +69,7 @@ def heading_lines(estimate: Estimate, name: str) -> list[str]:
         f"  memory   {saving}; {tower}",
         f"  pack     {pack.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}, "
         f"{pack.num_tiles:,} tiles, {pack.supervised_tokens:,} supervised ({pack.source})",
-        f"  step     {config.optim.global_batch_size} packs, {estimate.micro_batches} for each data parallel rank",
+        f"  step     {batches.full_size} packs, {estimate.micro_batches} for each data parallel rank{rampup}",
         f"  rank     {estimate.setting.tokens:,} tokens, {estimate.setting.tiles:,} tiles",
     ]
 

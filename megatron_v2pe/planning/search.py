@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
@@ -88,8 +89,8 @@ def search(
             (fitting if advice.estimate.fits else lacking).append(advice)
     if not fitting and not lacking:
         raise ConfigError(
-            f"--search: no split of {gpus} GPUs is valid for this model with optim.global_batch_size "
-            f"{config.optim.global_batch_size}; the data parallel size must divide it"
+            f"--search: no split of {gpus} GPUs is valid for this model with steps of {batch_schedule(config).text} "
+            "(optim.global_batch_size); the data parallel size must divide it"
         )
     if not fitting:
         return sorted(lacking, key=lambda advice: -advice.estimate.room_bytes)

@@ -302,7 +302,7 @@ class Run:
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
-                consumed_packs=self.state.consumed_packs + self.config.optim.global_batch_size,
+                consumed_packs=self.state.consumed_packs + self.loader.batches.size(self.state.step),
             )
             log.write(self._metrics(report, batches, data_seconds))
             bad_steps.settle(report, batches, step=self.state.step)

@@ -32,7 +32,7 @@ class StepReport:
         loss: weighted mean loss of the global batch, before the update.
         grad_norm: global gradient norm before clipping.
         part_norms: the same by part: vision, projector, language; 0 for a frozen one.
-        lr: learning rate of the update.
+        lr: learning rate of the update, by `optim.lr`; a part with another one is in proportion to it.
         is_applied: the weights were updated; False when the loss or a gradient was not finite.
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
@@ -62,7 +62,7 @@ def train_step(
     part_norms = grad_norms(trainer.optimizer, trainer.chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
     is_applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    lr = trainer.optimizer.param_groups[0]["lr"]
+    lr = trainer.scheduler.get_lr({})
     if is_applied:
         _success, clipped_by, _zeros = trainer.optimizer.step()
         grad_norm = float(clipped_by or grad_norm)  # mcore computes none where it does not clip

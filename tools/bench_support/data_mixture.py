@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.batch_schedule import constant_batches
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import DataConfig
 from megatron_v2pe.data.cost import pack_cost
@@ -90,7 +91,7 @@ def plan_of(indexes: list[DatasetIndex], *, pack_tokens: int, batch_size: int) -
     """The plan of a run on InternVL2-2B with that pack size."""
     data = DataConfig(max_pack_tokens=pack_tokens, max_pack_tiles=pack_tokens // 128, max_sample_tokens=32768)
     cost = pack_cost(parse_architecture(PUBLISHED["2B"]), trains_vision=True)
-    return MixturePlan(indexes, data=data, seed=0, global_batch_size=batch_size, cost=cost)
+    return MixturePlan(indexes, data=data, seed=0, batches=constant_batches(batch_size), cost=cost)
 
 
 def random_draws(indexes: list[DatasetIndex], epoch: EpochPlan, count: int) -> tuple[Any, Any, Any]:

@@ -58,9 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
                 if batch == RANKS
                 else plan_of(indexes, pack_tokens=pack_tokens, batch_size=batch).epoch(0, 0)
             )
-            _print_imbalance(
-                f"{batch} packs a step", step_imbalances(np.asarray(other.costs), batch, RANKS, dealt=True)
-            )
+            _print_imbalance(f"{batch} packs a step", _imbalances(np.asarray(other.costs), batch, dealt=True))
         _release(indexes, epoch, pack_tokens)
 
 
@@ -72,7 +70,11 @@ def _release(indexes: Any, epoch: EpochPlan, pack_tokens: int) -> None:
     fill = pack_fill(packs, lengths, max_tokens=pack_tokens)
     print(f"  the release's packer on {len(lengths):,} of the draws, {seconds:.1f} s: fill {fill:.4f}")
     in_order = np.array([costs[pack].sum() for pack in packs])
-    _print_imbalance("    64 packs a step", step_imbalances(in_order, RANKS, RANKS, dealt=False))
+    _print_imbalance("    64 packs a step", _imbalances(in_order, RANKS, dealt=False))
+
+
+def _imbalances(costs: Any, batch: int, *, dealt: bool) -> Any:
+    return step_imbalances(costs, np.full(len(costs) // batch, batch), RANKS, dealt=dealt)
 
 
 def _print_imbalance(what: str, found: Any) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_v2pe.config.batch_schedule import constant_batches
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index import DatasetIndex
@@ -40,9 +41,11 @@ def index(num_tokens, *, name="a", repeat=1.0, num_tiles=None, bad=0):
     )
 
 
-def plan(*indexes, batch=2, seed=1, **data):
+def plan(*indexes, batch=2, batches=None, seed=1, **data):
     values = {"max_pack_tokens": 100, "max_sample_tokens": 100, "max_pack_tiles": 10, **data}
-    return MixturePlan(indexes, data=DataConfig(**values), seed=seed, global_batch_size=batch)
+    return MixturePlan(
+        indexes, data=DataConfig(**values), seed=seed, batches=batches or constant_batches(batch)
+    )
 
 
 def epoch_draws(planned, *, stage=0, epoch=0):

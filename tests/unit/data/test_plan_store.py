@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_v2pe.config.batch_schedule import constant_batches
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data import plan_store
 from megatron_v2pe.data.plan import MixturePlan
@@ -11,7 +12,8 @@ from tests.unit.data.test_plan import LENGTHS, index, plan
 
 def stored(tmp_path, **values):
     base = plan(index(LENGTHS), batch=3, **values)
-    return MixturePlan((index(LENGTHS),), data=base._data, seed=1, global_batch_size=3, cache_dir=tmp_path)
+    batches = constant_batches(3)
+    return MixturePlan((index(LENGTHS),), data=base._data, seed=1, batches=batches, cache_dir=tmp_path)
 
 
 def test_a_second_rank_maps_what_the_first_made(tmp_path, monkeypatch):

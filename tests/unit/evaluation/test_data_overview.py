@@ -158,7 +158,7 @@ def load(run_file):
     [
         (["--step", "0"], "--step is 0, but the run has steps 1 to optim.steps = 9"),
         (["--step", "10"], "--step is 10"),
-        (["--micro-batch", "4"], "--micro-batch is 4, but a step has packs 0 to 3"),
+        (["--micro-batch", "4"], "--micro-batch is 4, but step 1 has packs 0 to 3"),
         (["--cp", "0"], "--cp is 0"),
     ],
 )
