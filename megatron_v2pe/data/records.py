@@ -158,7 +158,7 @@ def _place_video(turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
 
 def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:
     """Web addresses are files named by their hash below `http_root`, as in the release."""
-    if name.lower().startswith("http") and entry.http_root:
+    if entry.http_root and name.lower().startswith("http"):
         return entry.http_root + hashlib.sha256(name.encode()).hexdigest()
     return resolve_path(root, name, where=where)
 

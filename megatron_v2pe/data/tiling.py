@@ -8,6 +8,7 @@ from width and height, so lengths are known before any pixel is decoded.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -64,6 +65,16 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
+@lru_cache(maxsize=64)
+def _grids_by_ratio(min_tiles: int, max_tiles: int) -> tuple[list[float], list[list[int]]]:
+    """The aspect ratios of the candidates, rising, and the numbers of the candidates of each."""
+    numbers: dict[float, list[int]] = {}
+    for number, (columns, rows) in enumerate(candidate_grids(min_tiles, max_tiles)):
+        numbers.setdefault(columns / rows, []).append(number)
+    ratios = sorted(numbers)
+    return ratios, [numbers[ratio] for ratio in ratios]
+
+
 @lru_cache(maxsize=65536)
 def choose_grid(width: int, height: int, *, rule: TilingRule) -> TileGrid:
     """The grid whose aspect ratio is nearest to the image's.
@@ -79,17 +90,27 @@ def choose_grid(width: int, height: int, *, rule: TilingRule) -> TileGrid:
     """
     if not rule.dynamic:
         return TileGrid(columns=1, rows=1, has_thumbnail=False)
-    aspect = width / height
-    best, best_distance = (1, 1), float("inf")
-    for columns, rows in candidate_grids(rule.min_tiles, rule.max_tiles):
-        distance = abs(aspect - columns / rows)
-        is_tie_upward = (
-            distance == best_distance and width * height > 0.5 * rule.image_size**2 * columns * rows
-        )
-        if distance < best_distance or is_tie_upward:
-            best, best_distance = (columns, rows), distance
-    columns, rows = best
+    grids = candidate_grids(rule.min_tiles, rule.max_tiles)
+    nearest = _nearest(width / height, rule)
+    columns, rows = grids[nearest[0]] if nearest else (1, 1)
+    for number in nearest[1:]:
+        if width * height > 0.5 * rule.image_size**2 * grids[number][0] * grids[number][1]:
+            columns, rows = grids[number]
     return TileGrid(columns=columns, rows=rows, has_thumbnail=rule.use_thumbnail and columns * rows > 1)
+
+
+def _nearest(aspect: float, rule: TilingRule) -> list[int]:
+    """Numbers of all candidates that are nearest to an aspect ratio, rising: of one ratio, or of its two neighbours."""
+    ratios, numbers = _grids_by_ratio(rule.min_tiles, rule.max_tiles)
+    above = bisect_left(ratios, aspect)
+    if above == 0:
+        return numbers[0] if numbers else []
+    if above == len(ratios):
+        return numbers[-1]
+    below, distance = aspect - ratios[above - 1], ratios[above] - aspect
+    if below == distance:
+        return sorted(numbers[above - 1] + numbers[above])
+    return numbers[above - 1] if below < distance else numbers[above]
 
 
 def rule_for_sample(rule: TilingRule, num_images: int) -> TilingRule:

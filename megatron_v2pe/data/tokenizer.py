@@ -29,6 +29,7 @@ from megatron_v2pe.data.vocabularies import (
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 _SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
+_NO_MARK = 2**62  # behind any text
 SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 
 
@@ -120,17 +121,21 @@ class Tokenizer:
         prepared = self._vocabulary.prepare(text)
         shift = len(prepared) - len(text)
         places: list[int] = []
+        waiting = iter(marks)
+        mark = next(waiting, _NO_MARK) + shift
         start = 0
         for part, num_stripped, added in self._cut(prepared):
             start += num_stripped
-            chunk = [added] if added is not None else (self._encode_part(part) if part else [])
-            while len(places) < len(marks) and marks[len(places)] + shift < start + len(part):
-                prefix = part[: max(0, marks[len(places)] + shift - start)]
+            end = start + len(part)
+            chunk = [added] if added is not None else self._encode_part(part) if part else []
+            while mark < end:
+                prefix = part[: max(0, mark - start)]
                 inside = _common_prefix(self._encode_part(prefix), chunk) if prefix else 0
                 places.append(len(ids) + inside)
-            ids.extend(chunk)
-            start += len(part)
-        places.extend([len(ids)] * (len(marks) - len(places)))
+                mark = next(waiting, _NO_MARK) + shift
+            ids += chunk
+            start = end
+        places += [len(ids)] * (len(marks) - len(places))
         return ids, places
 
     def _encode_part(self, part: str) -> list[int]:
@@ -180,17 +185,17 @@ class Tokenizer:
     def _cut(self, text: str) -> Iterator[tuple[str, int, int | None]]:
         """Parts of a prepared text: text, number of characters stripped in front of it, id if added token."""
         parts = self._splitter.split(text)
-        opening = self._vocabulary.opening
+        opening, known, strips_right = self._vocabulary.opening, self._files.added, self._files.strips_right
         strips = False
         if opening and parts[0] == opening and len(parts) > 1 and parts[1] in self._files.special:
             # Nothing stands before a special token, so there is no word to open.
             yield "", len(opening), None
             parts = parts[1:]
-        for part in parts:
-            added = self._files.added.get(part)
+        for part in filter(None, parts):  # two added tokens side by side have an empty text between them
+            added = known.get(part)
             kept = part.lstrip() if strips and added is None else part
             yield kept, len(part) - len(kept), added
-            strips = part in self._files.strips_right
+            strips = part in strips_right
 
     def _token(self, index: int) -> str:
         if index in self._added_by_id:

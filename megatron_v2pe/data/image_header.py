@@ -1,0 +1,107 @@
+"""Size of a plain JPEG or PNG from its first bytes; whatever is not plain is left to Pillow.
+
+    JPEG   SOI, segments that only carry data, one SOF of 1, 3 or 4 layers of 8 bits, segments, SOS
+    PNG    signature, IHDR, chunks that only carry data, IDAT
+
+A mixture shows millions of images, and to open one by Pillow takes longer than all the rest that the index does for it,
+most of it for Pillow's own objects. So headers are read here where nothing in them can make Pillow think otherwise:
+every segment is of a kind, and of a length, that Pillow takes without an error. The rest (Exif, several pictures,
+animations, broken checksums, a header longer than what was read) is None, and Pillow decides. That both agree on any
+bytes is a property test.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from zlib import crc32
+
+HEADER_BYTES = 1024  # enough for nearly all
+LONG_HEADER_BYTES = 16384  # colour profiles, texts
+Header = tuple[str, tuple[int, int]]
+
+_read_segment, _read_frame, _read_header = (
+    Struct(layout).unpack_from for layout in (">BBH", ">BHHB", ">IIBBBB")
+)
+_SOS, _DQT, _APP2, _TABLE_BYTES = 0xDA, 0xDB, 0xE2, 65
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
+# Least length of a segment that Pillow looks into: JFIF's version, Adobe's transform. The others it only keeps.
+_SEGMENTS = {0xE0: 16, 0xEE: 14} | dict.fromkeys((0xC4, 0xDD, 0xFE, *range(0xE3, 0xED), 0xEF), 2)
+_PROFILE = b"ICC_PROFILE\0"
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+# Length of a chunk between IHDR and IDAT; -1 is any.
+_CHUNKS = {b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"PLTE": -1, b"tEXt": -1}
+
+
+def plain_header(head: bytes) -> Header | None:
+    """Format and size of an image.
+
+    Args:
+        head: the beginning of the file; `HEADER_BYTES` are mostly enough.
+
+    Returns:
+        (Pillow's name of the format, (width, height)); None where `head` is too short or Pillow has to look.
+    """
+    if head.startswith(b"\xff\xd8\xff"):
+        size = _jpeg_size(head)
+        return None if size is None else ("JPEG", size)
+    if head.startswith(_SIGNATURE):
+        size = _png_size(head)
+        return None if size is None else ("PNG", size)
+    return None
+
+
+def _jpeg_size(head: bytes) -> tuple[int, int] | None:
+    place, end, size = 2, len(head), None
+    while place + 4 <= end:
+        fill, marker, length = _read_segment(head, place)
+        start, place = place + 4, place + 2 + length
+        if fill != 0xFF or length < 2 or place > end:
+            return None
+        if marker in _SEGMENTS:
+            if length < _SEGMENTS[marker]:
+                return None
+        elif marker == _DQT:
+            tables = head[start:place]
+            if not tables or len(tables) % _TABLE_BYTES or max(tables[::_TABLE_BYTES]) > 15:
+                return None
+        elif marker in _FRAMES and size is None:
+            size = _frame_size(head, start, length)
+            if size is None:
+                return None
+        elif marker == _SOS:
+            return size
+        elif marker != _APP2 or length < 16 or not head.startswith(_PROFILE, start):
+            return None
+    return None
+
+
+def _frame_size(head: bytes, start: int, length: int) -> tuple[int, int] | None:
+    """(width, height) of a start of frame whose content begins at `start`."""
+    if length < 11:
+        return None
+    bits, height, width, layers = _read_frame(head, start)
+    is_plain = bits == 8 and layers in (1, 3, 4) and length == 8 + 3 * layers
+    return (width, height) if is_plain and width and height else None
+
+
+def _png_size(head: bytes) -> tuple[int, int] | None:
+    if len(head) < 41 or not head.startswith(b"\0\0\0\rIHDR", 8) or not _is_sound(head, 8, 13):
+        return None
+    width, height, depth, color, _, filters = _read_header(head, 16)
+    if depth not in _DEPTHS.get(color, ()) or filters or not width or not height:
+        return None
+    place = 33
+    while (name := head[place + 4 : place + 8]) != b"IDAT":
+        length = int.from_bytes(head[place : place + 4], "big")
+        if _CHUNKS.get(name) not in (length, -1) or not _is_sound(head, place, length):
+            return None
+        place += 12 + length
+    return width, height
+
+
+def _is_sound(head: bytes, place: int, length: int) -> bool:
+    """Whether a chunk lies within `head` and its checksum is right."""
+    end = place + 8 + length
+    return end + 4 <= len(head) and crc32(head[place + 4 : end]) == int.from_bytes(head[end : end + 4], "big")
