@@ -46,8 +46,8 @@ from megatron_v2pe.checkpoint.hf_config import update_positions
 from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
 from megatron_v2pe.checkpoint.hf_map import family_name, name_map
 from megatron_v2pe.checkpoint.host_memory import HostCopy
-from megatron_v2pe.checkpoint.own_ranges import owned_states
 from megatron_v2pe.checkpoint.optimizer_groups import with_own_groups
+from megatron_v2pe.checkpoint.own_ranges import owned_states
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.state_save import StateSave
