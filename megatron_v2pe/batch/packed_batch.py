@@ -36,6 +36,7 @@ class PackedBatch:
             pack in order of appearance.
         tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
         sample_ids: identity of each document, for error messages.
+        sources: number of each document's data set in the meta json; empty where nobody asks (prompts, tests).
         damaged: (document, message) of each document one of whose images this rank could not read; its tiles
             are black. Ranks that read other images do not know of it before they agree (`train.damaged`).
     """
@@ -48,6 +49,7 @@ class PackedBatch:
     tile_range: tuple[int, int]
     tiles: NDArray[np.uint8]
     sample_ids: tuple[str, ...]
+    sources: tuple[int, ...] = ()
     damaged: tuple[tuple[int, str], ...] = ()
 
 

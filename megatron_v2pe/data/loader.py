@@ -110,7 +110,10 @@ class PackReader(Dataset[SentPack | V2PEError]):
         except V2PEError as error:
             return error
         no_tiles = np.empty((0, *batch.tiles.shape[1:]), dtype=np.uint8)
-        return SentPack(batch=replace(batch, tiles=no_tiles), tiles=torch.from_numpy(batch.tiles))
+        sources = tuple(sample.dataset for sample in request)
+        return SentPack(
+            batch=replace(batch, tiles=no_tiles, sources=sources), tiles=torch.from_numpy(batch.tiles)
+        )
 
     def read_document(self, sample: SampleRequest) -> EncodedSample:
         """One document, without pixels."""
@@ -221,6 +224,7 @@ class TrainLoader:
         facts: the same by name, to tell what changed.
         num_bad: samples that are skipped as bad.
         num_samples: samples that may be drawn.
+        source_names: names of the data sets, in the order that `PackedBatch.sources` counts them.
     """
 
     def __init__(
@@ -263,6 +267,7 @@ class TrainLoader:
             plan.log_bad()
         self.fingerprint, self.num_bad, self.num_samples = plan.fingerprint, plan.num_bad, plan.num_samples
         self.facts = plan.facts
+        self.source_names = tuple(index.entry.name for index in indexes)
         reader = PackReader(
             entries=tuple(index.entry for index in indexes),
             settings=settings,

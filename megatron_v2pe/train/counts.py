@@ -1,16 +1,16 @@
-"""What a global batch holds: counted on each rank from its own packs, then one sum and one maximum over ranks.
+"""What a global batch holds, and how the ranks fared: one sum and one table over ranks for each step.
 
-    PackedBatch --own numbers--> sum over data parallel ranks, maximum over the world --> BatchCounts, equal everywhere
+    PackedBatch --own numbers--> sum over data parallel ranks --------------> BatchCounts, equal everywhere
+    waits, memory, tiles, FLOPs of this rank --a row for each rank-------->'  (largest, smallest, which rank)
 
-Ranks of a model replica hold the same packs; they differ in tiles and in how long they waited for data, of which the
-largest counts: the slowest rank makes all others wait.
+Ranks of a model replica hold the same packs; they differ in tiles, memory and waits.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -21,7 +21,22 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.models.flops import PackCounts, step_flops
 from megatron_v2pe.parallel.topology import Ranks
 
-_RANKS = 2**20  # room for a rank below a time in milliseconds, both exact in float64
+
+@dataclass(frozen=True, kw_only=True)
+class RankRow:
+    """How one rank fared in a step.
+
+    Attributes:
+        data_s: how long it waited for its packs, seconds.
+        comm_wait_s: how long it stood in communication, seconds (`parallel.comm_clock`); NaN where not measured.
+        peak_mem_gib: most memory so far, GiB: allocated on the device, or resident on CPU.
+        reserved_mem_gib: most that the device's allocator held so far, GiB; NaN on CPU.
+    """
+
+    data_s: float
+    comm_wait_s: float
+    peak_mem_gib: float
+    reserved_mem_gib: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +53,13 @@ class BatchCounts:
         stride_min: smallest stride of an image, in units of 1/tokens_per_tile; 0 without images.
         stride_mean: mean over images.
         stride_max: largest.
+        tiles: tiles of all packs; each is encoded once.
         max_tiles_per_rank: most tiles that one rank encodes.
         imbalance: model FLOPs of the heaviest data parallel rank over the mean; 1 is even.
         flops: model FLOPs of forward and backward, causal attention counted as half the pairs.
         flops_full_attention: the same with all pairs, as papers before FlashAttention count.
         data_digest: sum of digests of the packs' samples, hexadecimal.
-        data_s_max: longest wait for data of any rank, seconds.
-        data_s_max_rank: the rank that waited so long.
+        rows: how each rank fared, by rank.
     """
 
     tokens: int
@@ -56,17 +71,17 @@ class BatchCounts:
     stride_min: int
     stride_mean: float
     stride_max: int
+    tiles: int
     max_tiles_per_rank: int
     imbalance: float
     flops: float
     flops_full_attention: float
     data_digest: str
-    data_s_max: float
-    data_s_max_rank: int
+    rows: tuple[RankRow, ...]
 
 
 def count_batches(
-    batches: Sequence[PackedBatch], arch: InternVLArchitecture, *, ranks: Ranks, data_seconds: float
+    batches: Sequence[PackedBatch], arch: InternVLArchitecture, *, ranks: Ranks, row: RankRow
 ) -> BatchCounts:
     """Count this rank's packs and agree over ranks. Collective.
 
@@ -74,7 +89,7 @@ def count_batches(
         batches: this data parallel rank's packs of the step.
         arch: for FLOPs.
         ranks: this rank's place.
-        data_seconds: how long this rank waited for them.
+        row: how this rank fared.
     """
     documents = [document for batch in batches for document in batch.layout.documents]
     strides = np.concatenate([document.strides for document in documents])
@@ -89,6 +104,7 @@ def count_batches(
             len(documents),
             len(strides),
             int(strides.sum()),
+            sum(batch.num_tiles for batch in batches),
             flops,
             step_flops(arch, packs, full_attention=True),
             sum(_pack_digest(batch.sample_ids) for batch in batches),
@@ -96,44 +112,50 @@ def count_batches(
         dtype=torch.float64,
         device=ranks.device,
     )
-    maxima = torch.tensor(
-        [
-            max(document.next_position for document in documents) - 1,
-            -int(strides.min()) if len(strides) else -float("inf"),
-            int(strides.max()) if len(strides) else 0,
-            sum(end - start for start, end in (batch.tile_range for batch in batches)),
-            flops,
-            round(data_seconds * 1000) * _RANKS + ranks.rank,
-        ],
-        dtype=torch.float64,
-        device=ranks.device,
-    )
+    own = [
+        max(document.next_position for document in documents) - 1,
+        int(strides.min()) if len(strides) else float("inf"),
+        int(strides.max()) if len(strides) else 0,
+        sum(end - start for start, end in (batch.tile_range for batch in batches)),
+        flops,
+        *astuple(row),
+    ]
     dist.all_reduce(sums, group=ranks.groups.dp)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return _joined(sums.tolist(), maxima.tolist(), dp_size=ranks.groups.dp.size())
+    return _joined(sums.tolist(), _table(own, ranks), dp_size=ranks.groups.dp.size())
 
 
-def _joined(sums: Sequence[float], maxima: Sequence[float], *, dp_size: int) -> BatchCounts:
-    tokens, visual, supervised, padded, samples, images, stride_sum, flops, flops_full, digest = sums
-    position, negative_stride, stride_max, tiles, heaviest, waited = maxima
-    milliseconds, slowest = divmod(int(waited), _RANKS)
+def _table(own: Sequence[float], ranks: Ranks) -> list[list[float]]:
+    """Every rank's numbers, by rank: a sum of tables in which all other rows are zero."""
+    table = torch.zeros(ranks.world_size, len(own), dtype=torch.float64)
+    table[ranks.rank] = torch.tensor(own, dtype=torch.float64)
+    table = table.to(ranks.device)
+    dist.all_reduce(table)
+    return table.tolist()
+
+
+def _joined(sums: Sequence[float], table: Sequence[Sequence[float]], *, dp_size: int) -> BatchCounts:
+    tokens, visual, supervised, padded, samples, images, stride_sum, tiles, flops, flops_full, digest = sums
+    positions, smallest, largest, own_tiles, own_flops, *fared = zip(*table, strict=True)
     return BatchCounts(
         tokens=int(tokens),
         visual_tokens=int(visual),
         supervised_tokens=int(supervised),
         padding_share=1 - tokens / padded,
         samples=int(samples),
-        max_position=int(position),
-        stride_min=int(-negative_stride) if images else 0,
+        max_position=int(max(positions)),
+        stride_min=int(min(smallest)) if images else 0,
         stride_mean=stride_sum / images if images else 0.0,
-        stride_max=int(stride_max),
-        max_tiles_per_rank=int(tiles),
-        imbalance=heaviest * dp_size / flops,
+        stride_max=int(max(largest)),
+        tiles=int(tiles),
+        max_tiles_per_rank=int(max(own_tiles)),
+        imbalance=max(own_flops) * dp_size / flops,
         flops=flops,
         flops_full_attention=flops_full,
         data_digest=f"{int(digest):x}",
-        data_s_max=milliseconds / 1000,
-        data_s_max_rank=slowest,
+        rows=tuple(
+            RankRow(data_s=data, comm_wait_s=wait, peak_mem_gib=peak, reserved_mem_gib=reserved)
+            for data, wait, peak, reserved in zip(*fared, strict=True)
+        ),
     )
 
 

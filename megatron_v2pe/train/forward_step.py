@@ -19,6 +19,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch
+from megatron_v2pe.train.by_source import local_loss_sums
 
 LossFunction = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -30,11 +31,13 @@ class MicroBatchRunner:
     Attributes:
         shard: (pack, encodes_tiles) -> this rank's share; see `parallel.shard_batch`.
         device: where the weight sum is kept.
+        num_sources: data sets whose losses are added up apart (`by_source`); 0 where nobody asks.
         weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.
     """
 
     shard: Callable[..., LocalBatch]
     device: torch.device
+    num_sources: int = 0
     weight_sum: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,22 +53,23 @@ class MicroBatchRunner:
         A batch without loss weights has no loss function, and the schedule keeps the stage's output itself.
         """
         encodes_tiles = get_attr_wrapped_model(model, "pre_process")
-        batch = self.shard(next(batches), encodes_tiles=encodes_tiles)
+        pack = next(batches)
+        batch = self.shard(pack, encodes_tiles=encodes_tiles)
         if batch.loss_weights is None:
             return model(batch), None
-        return model(batch), partial(self._loss, batch.loss_weights)
+        return model(batch), partial(self._loss, pack, batch.loss_weights)
 
     def _loss(
-        self, loss_weights: Tensor, output: tuple[Tensor, Tensor]
+        self, pack: PackedBatch, loss_weights: Tensor, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, losses = output
         self.weight_sum += loss_weights.sum(dtype=torch.float64)
+        report = {"loss_sum": total.detach(), "losses": losses}
+        if self.num_sources:
+            sums = local_loss_sums(pack, losses, loss_weights, num_sources=self.num_sources)
+            report["source_loss_sums"] = sums
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
-        return (
-            total,
-            torch.zeros((), dtype=torch.int, device=losses.device),
-            {"loss_sum": total.detach(), "losses": losses},
-        )
+        return total, torch.zeros((), dtype=torch.int, device=losses.device), report
 
     def finalize(self, model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Reduce gradients over all ranks, then divide them by the global weight sum."""

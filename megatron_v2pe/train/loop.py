@@ -38,15 +38,15 @@ from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.bad_steps import BadSteps
-from megatron_v2pe.train.counts import count_batches
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
-from megatron_v2pe.train.metrics import MetricsLog, StepMetrics, finite, peak_memory_gib
+from megatron_v2pe.train.metrics import MetricsLog
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.start_up import StartUp
-from megatron_v2pe.train.step import StepReport, train_step
+from megatron_v2pe.train.step import train_step
+from megatron_v2pe.train.step_metrics import StepMeter
 from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
 
 logger = logging.getLogger(__name__)
@@ -191,9 +191,9 @@ class Run:
         self.start_up.done("optimizer")
         saved = self._restore(resume_from) if resume_from is not None else None
         self.start_up.done("checkpoint")
+        self.loader = self._loader(start_step=saved.step if saved else 0)
         self.runner = self._micro_batch_runner()
         attach(self.runner, self.trainer.wrapped)
-        self.loader = self._loader(start_step=saved.step if saved else 0)
         self.state = replace(self.state, data_hash=self.loader.fingerprint, data_facts=self.loader.facts)
         self.damaged = DamagedSamples(
             run_dir=self.run_dir,
@@ -266,7 +266,12 @@ class Run:
             mean=mean,
             std=std,
         )
-        return MicroBatchRunner(shard=shard, device=self.ranks.device)
+        num_sources = len(self.loader.source_names)
+        return MicroBatchRunner(shard=shard, device=self.ranks.device, num_sources=num_sources)
+
+    def _meter(self) -> StepMeter:
+        names = self.loader.source_names
+        return StepMeter(self.arch, ranks=self.ranks, peak_tflops=self.peak_tflops, source_names=names)
 
     def watchdog(self) -> Watchdog:
         """Watches the steps that follow."""
@@ -294,17 +299,24 @@ class Run:
         sinks = open_sinks(runtime, self.run_dir, rank=self.ranks.rank, first_step=self.state.step + 1)
         log = MetricsLog(sinks, log_every=runtime.log_every, total_steps=self.config.optim.steps)
         bad_steps = BadSteps(run_dir=self.run_dir, ranks=self.ranks, max_in_row=runtime.max_bad_steps)
+        meter = self._meter()
         reason = ""
         for loaded, data_seconds in timed(self.loader):
-            batches = self.damaged.settle(loaded, step=self.state.step + 1)
-            report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
+            with meter.measured(self.state.step + 1):
+                batches = self.damaged.settle(loaded, step=self.state.step + 1)
+                report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
             self.start_up.after_step(self.run_dir, rank=self.ranks.rank, step_seconds=report.seconds)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
                 consumed_packs=self.state.consumed_packs + self.loader.batches.size(self.state.step),
             )
-            log.write(self._metrics(report, batches, data_seconds))
+            num_bad = self.damaged.num_skipped
+            log.write(
+                meter.metrics(
+                    report, batches, step=self.state.step, data_seconds=data_seconds, bad_samples=num_bad
+                )
+            )
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
             saver.after_step(self.state, is_interrupted=bool(reason))
@@ -314,47 +326,6 @@ class Run:
                 break
         log.close()
         return reason
-
-    def _metrics(
-        self, report: StepReport, batches: Sequence[PackedBatch], data_seconds: float
-    ) -> StepMetrics:
-        counts = count_batches(batches, self.arch, ranks=self.ranks, data_seconds=data_seconds)
-        wall = report.seconds + data_seconds
-        teraflops = 1e12 * wall * self.ranks.world_size
-        rate, full_rate = counts.flops / teraflops, counts.flops_full_attention / teraflops
-        return StepMetrics(
-            step=self.state.step,
-            is_applied=report.is_applied,
-            loss=finite(report.loss),
-            grad_norm=finite(report.grad_norm),
-            grad_norm_vision=finite(report.part_norms["vision"]),
-            grad_norm_projector=finite(report.part_norms["projector"]),
-            grad_norm_language=finite(report.part_norms["language"]),
-            lr=report.lr,
-            tokens=counts.tokens,
-            visual_tokens=counts.visual_tokens,
-            supervised_tokens=counts.supervised_tokens,
-            padding_share=counts.padding_share,
-            samples=counts.samples,
-            bad_samples=self.damaged.num_skipped,
-            max_position=counts.max_position,
-            stride_min=counts.stride_min,
-            stride_mean=counts.stride_mean,
-            stride_max=counts.stride_max,
-            max_tiles_per_rank=counts.max_tiles_per_rank,
-            imbalance=counts.imbalance,
-            data_digest=counts.data_digest,
-            tokens_per_s=counts.tokens / wall,
-            tflops_per_rank=rate,
-            tflops_per_rank_full_attention=full_rate,
-            mfu=rate / self.peak_tflops if self.peak_tflops else None,
-            mfu_full_attention=full_rate / self.peak_tflops if self.peak_tflops else None,
-            step_s=report.seconds,
-            data_s=data_seconds,
-            data_s_max=counts.data_s_max,
-            data_s_max_rank=counts.data_s_max_rank,
-            peak_mem_gib=peak_memory_gib(),
-        )
 
 
 def timed(loader: TrainLoader) -> Iterator[tuple[list[PackedBatch], float]]:

@@ -111,7 +111,14 @@ def open_sinks(runtime: RuntimeConfig, run_dir: Path, *, rank: int, first_step: 
 
 
 def _numbers(values: Values) -> dict[str, float]:
-    """Without the step, texts, and what is not finite."""
-    return {
-        name: value for name, value in values.items() if name != "step" and isinstance(value, int | float)
-    }
+    """Without the step, texts, and what is not finite; a mapping as one number for each of its names.
+
+    Example: {"loss": 2.0, "loss_by_source": {"books": 1.5}} is {"loss": 2.0, "loss/books": 1.5}.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name.removesuffix('_by_source')}/{inner}": each for inner, each in value.items()}
+        elif name != "step":
+            flat[name] = value
+    return {name: value for name, value in flat.items() if isinstance(value, int | float)}

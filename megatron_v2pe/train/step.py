@@ -21,6 +21,7 @@ from megatron_v2pe.assembly.optimizer import Trainer
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.train.by_source import SourceTotals, weights_and_tokens
 from megatron_v2pe.train.forward_step import MicroBatchRunner
 
 
@@ -36,6 +37,7 @@ class StepReport:
         is_applied: the weights were updated; False when the loss or a gradient was not finite.
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
+        by_source: sums by data set; empty where the runner was not told of any.
     """
 
     loss: float
@@ -45,6 +47,7 @@ class StepReport:
     is_applied: bool
     bad_packs: tuple[int, ...]
     seconds: float
+    by_source: SourceTotals
 
 
 def train_step(
@@ -58,7 +61,7 @@ def train_step(
     trainer.optimizer.zero_grad()
     runner.reset()
     outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
-    loss = _mean_loss(outputs, runner, ranks)
+    loss, by_source = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
     part_norms = grad_norms(trainer.optimizer, trainer.chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
     is_applied = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -75,6 +78,7 @@ def train_step(
         is_applied=is_applied,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
+        by_source=by_source,
     )
 
 
@@ -85,15 +89,30 @@ def _bad_packs(outputs: list[dict[str, Any]]) -> tuple[int, ...]:
     )
 
 
-def _mean_loss(outputs: list[dict[str, Any]], runner: MicroBatchRunner, ranks: Ranks) -> float:
-    """Weighted mean loss over data and context parallel ranks, on every rank of the world.
+def _mean_losses(
+    outputs: list[dict[str, Any]], batches: Sequence[PackedBatch], *, runner: MicroBatchRunner, ranks: Ranks
+) -> tuple[float, SourceTotals]:
+    """Weighted mean loss over data and context parallel ranks, and its parts by data set, on every rank of the world.
 
     After `finalize`, `runner.weight_sum` is already the global sum on every rank. Loss sums live on the last
-    stage; tp ranks there hold the same ones, so one of them speaks.
+    stage; tp ranks there hold the same ones, so one of them speaks; for whole packs, one of the cp ranks too.
     """
-    total = torch.zeros((), dtype=torch.float64, device=runner.device)
+    count = runner.num_sources
+    sums = torch.zeros(1 + 3 * count, dtype=torch.float64, device=runner.device)
     if ranks.is_last_stage and ranks.tp_rank == 0:
         for output in outputs:
-            total += output["loss_sum"].double()
-    dist.all_reduce(total)
-    return float(total / runner.weight_sum)
+            sums[0] += output["loss_sum"].double()
+            if count:
+                sums[1 : 1 + count] += output["source_loss_sums"]
+        if count and ranks.cp_rank == 0:
+            whole = torch.from_numpy(weights_and_tokens(batches, num_sources=count).ravel())
+            sums[1 + count :] = whole.to(runner.device)
+    dist.all_reduce(sums)
+    sums[0] /= runner.weight_sum
+    loss, *rest = sums.tolist()
+    totals = SourceTotals(
+        loss_sums=tuple(rest[:count]),
+        weights=tuple(rest[count : 2 * count]),
+        tokens=tuple(int(value) for value in rest[2 * count :]),
+    )
+    return loss, totals

@@ -15,7 +15,7 @@ def setup(tmp_path_factory):
     """Imported checkpoint, data, and the curve of an uninterrupted single-rank run."""
     root = tmp_path_factory.mktemp("train")
     checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
+    meta = tiny.make_data(root / "data", num_sets=3)
     config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "single")
     tiny.train(config, [])
     return root, config, tiny.curve(root / "single")
@@ -45,9 +45,30 @@ LAYOUTS = [
 )
 def test_two_ranks_give_the_curve_of_one(setup, overrides, tmp_path):
     """Losses and gradient norms, float32: sums in another order, carried by five updates to 1e-5 relative."""
-    _, config, wanted = setup
+    root, config, wanted = setup
     tiny.train(config, [*overrides, f"runtime.run_dir={tmp_path}"], ranks=2)
     np.testing.assert_allclose(tiny.curve(tmp_path), wanted, rtol=1e-5)
+    by_source = [
+        (mine[key], one[key])
+        for mine, one in zip(tiny.metrics(tmp_path), tiny.metrics(root / "single"), strict=True)
+        for key in ("loss_by_source", "weight_by_source", "tokens_by_source")
+    ]
+    for mine, one in by_source:
+        assert mine == pytest.approx(one, rel=1e-5)  # equal names, too
+
+
+def test_losses_of_the_data_sets_add_up_to_the_loss(setup):
+    """Float32 sums of each pack against float64 sums of its tokens; a data set without a sample has no number."""
+    root, *_ = setup
+    lines = tiny.metrics(root / "single")
+    for line in lines:
+        parts = [line["weight_by_source"][name] * loss for name, loss in line["loss_by_source"].items()]
+        assert sum(parts) == pytest.approx(line["loss"], rel=1e-6)
+        assert sum(line["tokens_by_source"].values()) == line["tokens"]
+        assert sum(line["weight_by_source"].values()) == pytest.approx(1.0)
+    present = [set(line["loss_by_source"]) for line in lines]
+    assert set().union(*present) == {"tiny", "tiny/1", "tiny/2"}
+    assert any(len(names) < 3 for names in present)
 
 
 def wait_for_step(run_dir, step, process):

@@ -14,20 +14,25 @@ GOLDEN_HF = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit3
 TEXTS = ("a small red square", "two lines of text about nothing", "green", "the page has a number on it")
 
 
-def make_data(folder: Path, *, num_samples: int = 24, seed: int = 0) -> Path:
-    """Write images, an annotation of text, single- and multi-image samples, and its meta json."""
+def make_data(folder: Path, *, num_samples: int = 24, seed: int = 0, num_sets: int = 1) -> Path:
+    """Write images, annotations of text, single- and multi-image samples in equal data sets, and the meta json."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     for index in range(6):
         size = (112 * int(generator.integers(1, 4)), 112 * int(generator.integers(1, 3)), 3)
         pixels = generator.integers(0, 256, size=size, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
-    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
-        for index in range(num_samples):
-            file.write(json.dumps(_record(index, generator)) + "\n")
+    records = [_record(index, generator) for index in range(num_samples)]
+    entries = {}
+    for number in range(num_sets):
+        share = records[number::num_sets]
+        path = folder / ("train.jsonl" if number == 0 else f"train_{number}.jsonl")
+        path.write_text("".join(json.dumps(record) + "\n" for record in share), encoding="utf-8")
+        entry = {"annotation": str(path), "root": str(folder), "data_augment": False}
+        name = "tiny" if number == 0 else f"tiny/{number}"
+        entries[name] = {**entry, "repeat_time": 1, "length": len(share)}
     meta = folder / "meta.json"
-    entry = {"annotation": str(folder / "train.jsonl"), "root": str(folder), "data_augment": False}
-    meta.write_text(json.dumps({"tiny": {**entry, "repeat_time": 1, "length": num_samples}}))
+    meta.write_text(json.dumps(entries))
     return meta
 
 
@@ -90,6 +95,11 @@ def train(config: Path, overrides: list[str], *, ranks: int = 1, timeout: float 
 
 def curve(run_dir: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of metrics.jsonl."""
+    return [(line["loss"], line["grad_norm"]) for line in metrics(run_dir)]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Lines of metrics.jsonl, of which none may be missing or double."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [(line["loss"], line["grad_norm"]) for line in lines]
+    return lines

@@ -12,6 +12,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 
 LINE = {"step": 3, "loss": None, "lr": 1e-4, "data_digest": "ab", "is_applied": False}
+SOURCES = {"loss_by_source": {"books": 2.5, "web pages": None}, "tokens_by_source": {"books": 7}}
 
 
 class FakeRun:
@@ -47,9 +48,10 @@ def test_wandb_gets_the_finite_numbers_and_is_continued_by_name(tmp_path, fake_w
     run, settings = fake_wandb
     runtime = RuntimeConfig(wandb_project="long", tensorboard=False)
     sinks = open_sinks(runtime, tmp_path / "run_7", rank=0, first_step=1)
-    sinks[1].write(LINE)
+    sinks[1].write({**LINE, **SOURCES})
     sinks[1].close()
-    assert run.logged == [(3, {"train/lr": 1e-4, "train/is_applied": False})]
+    numbers = {"train/lr": 1e-4, "train/is_applied": False, "train/loss/books": 2.5, "train/tokens/books": 7}
+    assert run.logged == [(3, numbers)]
     assert run.is_finished
     assert (settings["project"], settings["id"], settings["resume"]) == ("long", "run_7", "allow")
 
