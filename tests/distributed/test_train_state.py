@@ -24,7 +24,7 @@ VOCABULARY = 650  # 704 rows at tp 1, 768 at tp 2, so that layouts differ in pad
 VOCABULARY_KEYS = ("word_embeddings.weight", "output_layer.weight")
 
 
-def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32", keep=5):
+def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32", keep=5, optim=None):
     """Resume from `run_dir`, or start from `checkpoint`; update up to step `steps[-1]`, save at each of `steps`."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.assembly.optimizer import wrap_for_training
@@ -38,7 +38,7 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
 
     config = RunConfig(
         parallel=ParallelConfig(**sizes),
-        optim=OptimConfig(lr=1e-2, clip_grad=0.0, steps=10),
+        optim=OptimConfig(**{"lr": 1e-2, "clip_grad": 0.0, "steps": 10, **(optim or {})}),
         runtime=RuntimeConfig(dtype=dtype),
     )
     plan = resolve(config.parallel, world_size)
@@ -139,6 +139,35 @@ def test_a_run_goes_on_at_any_layout(imported, reference, tmp_path):
         assert topology == {"world_size": 2, "tp": 1, "pp": 1, "cp": 1, "dp": 1} | {
             key: value for key, value in sizes.items() if key != "sequence_parallel"
         }
+
+
+PARTS = {"lr_vision": 2e-3, "lr_projector": 3e-2, "vision_layer_decay": 0.5}
+
+
+def test_learning_rates_by_part_go_on_at_any_layout(imported, reference, tmp_path):
+    """Many groups, found again at every hop, each with its rate; the last stage of pp 2 has none of the tower's."""
+    run(1, imported, str(tmp_path / "whole"), {}, steps=[2, 4, 6], optim=PARTS)
+    layouts = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {}]
+    for step, sizes in zip((2, 4, 6), layouts, strict=True):
+        run(2, imported, str(tmp_path / "hops"), sizes, steps=[step], optim=PARTS)
+        found, wanted = (tensors(step_path(tmp_path / name, step)) for name in ("hops", "whole"))
+        assert_same(found, wanted)
+    plain = tensors(step_path(reference, 2))
+    changed = {key.split(".")[0] for key, value in wanted.items() if not torch.equal(value, plain[key])}
+    assert changed >= {"vision", "projector"}
+
+
+def test_a_resumed_run_learns_at_the_rates_it_is_configured_with(imported, tmp_path):
+    """Another lr, other groups, another decay rule than the checkpoint's.
+
+    The first step of a warm-up has the rate 0, so behind it the two runs differ in their groups alone.
+    """
+    warmup = {"warmup_steps": 2, "weight_decay": 0.3}
+    first, then = {**warmup, **PARTS}, {**warmup, "lr": 5e-3, "lr_language": 1e-3, "decay": "release"}
+    run(1, imported, str(tmp_path / "resumed"), {}, steps=[1], optim=first)
+    run(1, imported, str(tmp_path / "resumed"), {}, steps=[3], optim=then)
+    run(1, imported, str(tmp_path / "whole"), {}, steps=[3], optim=then)
+    assert_same(*(tensors(step_path(tmp_path / name, 3)) for name in ("resumed", "whole")))
 
 
 def test_from_two_data_parallel_ranks_to_one_and_generators_on_the_same_layout(imported, reference, tmp_path):
