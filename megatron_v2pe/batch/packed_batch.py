@@ -8,7 +8,8 @@ l local tokens (t / cp_size), r local rows of the embedding (l, or l / tp_size w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
+from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, blank_layout
 
 IGNORE_INDEX = -100
 
@@ -39,6 +40,7 @@ class PackedBatch:
         sources: number of each document's data set in the meta json; empty where nobody asks (prompts, tests).
         damaged: (document, message) of each document one of whose images this rank could not read; its tiles
             are black. Ranks that read other images do not know of it before they agree (`train.damaged`).
+        blank: those of `damaged` whose text this rank could not read either; see `blanked`.
     """
 
     tokens: Int64Array
@@ -51,6 +53,7 @@ class PackedBatch:
     sample_ids: tuple[str, ...]
     sources: tuple[int, ...] = ()
     damaged: tuple[tuple[int, str], ...] = ()
+    blank: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +105,42 @@ class LocalBatch:
     pixels: Tensor | None
     route: FeatureRoute | None
     kv_cache: Any = None
+
+
+def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
+    """The pack with labels and loss weights of some documents taken away."""
+    if not documents:
+        return batch
+    labels, weights = batch.labels.copy(), batch.loss_weights.copy()
+    for start, end in _bounds(batch, documents):
+        labels[start:end] = IGNORE_INDEX
+        weights[start:end] = 0.0
+    return replace(batch, labels=labels, loss_weights=weights)
+
+
+def blanked(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
+    """The pack with some documents made blank: their lengths and tiles stay, all else is the same on every rank.
+
+    A rank that could not read a document's text does not know where its images stand, so ranks that share the pack
+    must all forget it, or features would be sent to places where nobody waits for them.
+    """
+    if not documents:
+        return batch
+    tokens, layouts = batch.tokens.copy(), list(batch.layout.documents)
+    for start, end in _bounds(batch, documents):
+        tokens[start:end] = 0
+    for document in documents:
+        known = layouts[document]
+        layouts[document] = blank_layout(
+            known.num_tokens, num_tiles=known.total_tiles, tokens_per_tile=known.tokens_per_tile
+        )
+    layout = replace(batch.layout, documents=tuple(layouts))
+    return without_loss(replace(batch, tokens=tokens, layout=layout), documents)
+
+
+def _bounds(batch: PackedBatch, documents: Collection[int]) -> list[tuple[int, int]]:
+    bounds = batch.layout.cu_seqlens.tolist()
+    return [(bounds[document], bounds[document + 1]) for document in documents]
 
 
 def deal_tiles(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:

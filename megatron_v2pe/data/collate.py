@@ -65,25 +65,28 @@ def collate_pack(
         image_size: tile size S in pixels.
         tile_range_of: tiles of the pack -> half-open range whose pixels are wanted; only the images of that
             range are opened.
-        tolerate_damage: an image that cannot be read becomes black tiles and an entry of `damaged`.
+        tolerate_damage: an image that cannot be read becomes black tiles and an entry of `damaged`. Blank samples
+            are entries of it in any case.
 
     Returns:
         the pack, with uint8 pixels of the wanted tiles.
 
     Raises:
-        DataError: nothing in the pack is supervised (the loss would be 0/0), or an image cannot be read and
-            damage is not tolerated. The first depends on tokens alone, so all ranks that share the pack agree on it.
+        DataError: nothing in the pack is supervised (the loss would be 0/0) and no sample is blank, or an image
+            cannot be read and damage is not tolerated.
     """
     layout = pack_layout([sample.layout for sample in samples], pad_to_multiple=pad_to_multiple)
     tokens, labels, weights = _token_arrays(
         samples, layout, pad_token_id=pad_token_id, loss_reduction=loss_reduction
     )
     sample_ids = tuple(sample.sample_id for sample in samples)
-    _check_supervised(weights, sample_ids)
+    damaged = {number: sample.damage for number, sample in enumerate(samples) if sample.damage}
+    blank = frozenset(damaged)
+    if not blank:
+        _check_supervised(weights, sample_ids)
     tile_range = tile_range_of(layout.num_tiles)
     refs = [ref for sample in samples for ref in sample.image_refs]
     document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
-    damaged: dict[int, str] = {}
 
     def note(image: int, error: DataError) -> None:
         damaged.setdefault(document_of[image], str(error))
@@ -101,6 +104,7 @@ def collate_pack(
         tiles=tiles,
         sample_ids=sample_ids,
         damaged=tuple(damaged.items()),
+        blank=blank,
     )
 
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.images import ImageRef
 from megatron_v2pe.data.masking import LabelRule, Span, make_labels, release_spans
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER, Record
 from megatron_v2pe.data.templates import ChatTemplate, Turn, render
+from megatron_v2pe.data.tiling import TileGrid
 from megatron_v2pe.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
-from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
+from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, blank_layout
 
 _IMAGE_PAIR = IMAGE_START + IMAGE_END
 
@@ -52,6 +54,7 @@ class EncodedSample:
         layout: image spans and strides.
         image_refs: how each image is cut, in order.
         sample_id: identity for messages.
+        damage: why the sample is blank, if its record could not be read.
     """
 
     tokens: Int64Array
@@ -59,6 +62,22 @@ class EncodedSample:
     layout: SampleLayout
     image_refs: tuple[ImageRef, ...]
     sample_id: str
+    damage: str = ""
+
+
+def blank_sample(
+    sample_id: str, *, num_tokens: int, num_tiles: int, tokens_per_tile: int, damage: str
+) -> EncodedSample:
+    """What stands for a planned sample whose record cannot be read: its lengths, black tiles, nothing to learn."""
+    nothing = ImageRef(path="", size=(1, 1), grid=TileGrid(columns=num_tiles, rows=1, has_thumbnail=False))
+    return EncodedSample(
+        tokens=np.zeros(num_tokens, dtype=np.int64),
+        labels=np.full(num_tokens, IGNORE_INDEX, dtype=np.int64),
+        layout=blank_layout(num_tokens, num_tiles=num_tiles, tokens_per_tile=tokens_per_tile),
+        image_refs=(nothing,) if num_tiles else (),
+        sample_id=sample_id,
+        damage=damage,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

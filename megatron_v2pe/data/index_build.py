@@ -8,7 +8,6 @@ five seconds are lost. Parts are kept under the hash of the file's content; of a
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from zipfile import BadZipFile
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
+from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index_rows import (
     BadSample,
     IndexRows,
@@ -245,6 +245,7 @@ _worker: tuple[DatasetEntry, SampleSettings, LineMeasurer] | None = None
 
 def _start_worker(entry: DatasetEntry, settings: SampleSettings) -> None:
     global _worker
+    end_with_parent()
     _worker = (entry, settings, LineMeasurer(entry, settings))
 
 
@@ -264,9 +265,8 @@ def _measure_in_pool(
     progress: Progress,
 ) -> None:
     """Keep every worker busy with two blocks; the rest of an unfinished block goes first."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     queue = todo[::-1]
+    context = worker_context(__name__)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(entry, settings))
     running: dict[Future[tuple[IndexRows, ByteRange]], ByteRange] = {}
     try:

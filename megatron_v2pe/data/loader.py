@@ -9,128 +9,30 @@ come back as bytes in shared memory, and how many packs are under way follows fr
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from megatron_v2pe.batch.packed_batch import PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.data.collate import collate_pack
-from megatron_v2pe.data.encode import EncodedSample
+from megatron_v2pe.core.processes import worker_context
 from megatron_v2pe.data.index import DatasetIndex, index_dataset
-from megatron_v2pe.data.meta import DatasetEntry, read_meta
-from megatron_v2pe.data.plan import MixturePlan, PlannedPack
-from megatron_v2pe.data.samples import Draw, SampleSettings, Size, read_sample, sample_settings
-from megatron_v2pe.data.split import Units
-from megatron_v2pe.data.storage import read_line
+from megatron_v2pe.data.meta import read_meta
+from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
+from megatron_v2pe.data.plan import MixturePlan
+from megatron_v2pe.data.samples import SampleSettings, sample_settings
 
 _log = get_logger(__name__)
 _TOKEN_BYTES = 20  # id, label and weight
 _MOST_PREFETCH = 16  # packs of one worker; more only delays the start
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """Where one sample stands, and what was measured of it."""
-
-    dataset: int
-    offset: int
-    line_number: int
-    sizes: tuple[Size, ...]
-    units: Units
-    draw: Draw
-
-
-PackRequest = tuple[SampleRequest, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileShare:
-    """Which tiles of a pack this rank decodes: an even share, or none."""
-
-    rank: int
-    num_ranks: int
-    holds_vision: bool
-
-    def __call__(self, num_tiles: int) -> tuple[int, int]:
-        """Half-open tile range for a pack of `num_tiles`."""
-        return deal_tiles(num_tiles, self.num_ranks, self.rank) if self.holds_vision else (0, 0)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SentPack:
-    """A pack on its way out of a worker: its tiles as a tensor, which torch hands over in shared memory."""
-
-    batch: PackedBatch
-    tiles: torch.Tensor
-
-    def unpacked(self) -> PackedBatch:
-        """The pack; its tiles still lie in the memory that the worker filled."""
-        return replace(self.batch, tiles=self.tiles.numpy())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackReader(Dataset[SentPack | V2PEError]):
-    """Turns a request into a pack; what a loader worker runs.
-
-    An error of the user's is returned, not raised, so that torch does not bury its message in a worker's traceback.
-    """
-
-    entries: tuple[DatasetEntry, ...]
-    settings: SampleSettings
-    pad_to_multiple: int
-    pad_token_id: int
-    loss_reduction: str
-    tile_share: TileShare
-
-    def __getitem__(self, request: PackRequest) -> SentPack | V2PEError:
-        try:
-            batch = collate_pack(
-                [self.read_document(sample) for sample in request],
-                pad_to_multiple=self.pad_to_multiple,
-                pad_token_id=self.pad_token_id,
-                loss_reduction=self.loss_reduction,
-                image_size=self.settings.tiling.image_size,
-                tile_range_of=self.tile_share,
-                tolerate_damage=True,
-            )
-        except V2PEError as error:
-            return error
-        no_tiles = np.empty((0, *batch.tiles.shape[1:]), dtype=np.uint8)
-        sources = tuple(sample.dataset for sample in request)
-        return SentPack(
-            batch=replace(batch, tiles=no_tiles, sources=sources), tiles=torch.from_numpy(batch.tiles)
-        )
-
-    def read_document(self, sample: SampleRequest) -> EncodedSample:
-        """One document, without pixels."""
-        entry = self.entries[sample.dataset]
-        try:
-            line = read_line(entry.annotation, sample.offset)
-        except OSError as error:
-            raise DataError(f"{entry.annotation}: {error.strerror}") from None
-        return read_sample(
-            line,
-            sample.line_number,
-            sample.sizes,
-            entry=entry,
-            settings=self.settings,
-            draw=sample.draw,
-            units=sample.units,
-        )
 
 
 class _RequestSampler(Sampler[PackRequest]):
@@ -152,21 +54,6 @@ class _RequestSampler(Sampler[PackRequest]):
         for step in self._steps:
             for pack in self._plan.packs_of_rank(step, dp_rank=self._dp_rank, dp_size=self._dp_size):
                 yield pack_request(pack, self._indexes)
-
-
-def pack_request(pack: PlannedPack, indexes: Sequence[DatasetIndex]) -> PackRequest:
-    """What a worker must know to read a planned pack."""
-    return tuple(
-        SampleRequest(
-            dataset=sample.dataset,
-            offset=int(indexes[sample.dataset].offsets[sample.row]),
-            line_number=int(indexes[sample.dataset].line_numbers[sample.row]),
-            sizes=tuple(indexes[sample.dataset].image_sizes(sample.row)),
-            units=indexes[sample.dataset].sample_units(sample.row),
-            draw=Draw(epoch=pack.epoch, occurrence=sample.occurrence),
-        )
-        for sample in pack.samples
-    )
 
 
 def _unchanged(pack: Any) -> Any:
@@ -287,14 +174,28 @@ class TrainLoader:
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             collate_fn=_unchanged,
-            multiprocessing_context=_worker_context() if num_workers else None,
+            multiprocessing_context=worker_context(__name__) if num_workers else None,
         )
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        packs = iter(self._loader)
+        packs = self._received()
         for step in self._steps:
             own = islice(packs, self.batches.size(step) // self._dp_size)
             yield [_opened(pack) for pack in own]
+
+    def _received(self) -> Iterator[SentPack | V2PEError]:
+        """What the workers send, told apart from a worker that is killed while it hands over a pack's memory."""
+        packs = iter(self._loader)
+        while True:
+            try:
+                pack = next(packs, None)
+            except (EOFError, ConnectionError, FileNotFoundError) as error:
+                if str(error).startswith("Caught "):  # by a worker, which lives
+                    raise
+                raise _worker_death(error) from error
+            if pack is None:
+                return
+            yield pack
 
 
 def _opened(pack: SentPack | V2PEError) -> PackedBatch:
@@ -362,21 +263,16 @@ def explained_worker_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise DataError(
-            f"a data loading process ended ({' '.join(str(error).split())}). The usual cause is memory: lower "
-            "data.prefetch_mib or data.num_workers, or give the container more shared memory (/dev/shm). Started "
-            "again, the run goes on from its last checkpoint with the same samples"
-        ) from error
+        raise _worker_death(error) from error
 
 
-def _worker_context() -> BaseContext:
-    """Workers are forked from a fresh server process that has imported this module once.
-
-    They are not forked from here: gloo or CUDA threads of this process would be inherited in a broken state.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def _worker_death(error: Exception) -> DataError:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return DataError(
+        f"a data loading process ended ({text}). The usual cause is memory: lower data.prefetch_mib or "
+        "data.num_workers, or give the container more shared memory (/dev/shm). Started again, the run goes on from "
+        "its last checkpoint with the same samples"
+    )
 
 
 def _needed(value: str, field: str, way_out: str) -> str:

@@ -73,6 +73,8 @@ def load_tile_range(
         low, high = max(start, base), min(stop, base + ref.grid.num_tiles)
         if low < high and ref.frame is not None:
             frames.setdefault(ref.frame.draw, []).append((index, low - start))
+        elif low < high and not ref.path:
+            out[low - start : high - start] = 0
         elif low < high:
             own = out[low - start : high - start]
             try:

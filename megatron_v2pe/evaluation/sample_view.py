@@ -21,7 +21,8 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.images import ImageRef
-from megatron_v2pe.data.loader import PackReader, TileShare, pack_request, plan_mixture
+from megatron_v2pe.data.loader import plan_mixture
+from megatron_v2pe.data.pack_reader import PackReader, TileShare, pack_request
 from megatron_v2pe.data.samples import sample_settings
 from megatron_v2pe.data.tokenizer import Tokenizer
 from megatron_v2pe.parallel.topology import resolve

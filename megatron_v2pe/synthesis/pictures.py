@@ -20,12 +20,13 @@ from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import sync_folder
+from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.images import check_image
-from megatron_v2pe.synthesis.processes import end_with_parent, worker_context
 from megatron_v2pe.synthesis.split import digest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDER = "images"
+SERVER_IMPORTS = "megatron_v2pe.synthesis.run"  # what workers of a run need, imported once
 _CHUNK = 64
 _WORTH_PROCESSES = 2000
 """Fewer files are read sooner than processes are started."""
@@ -83,7 +84,9 @@ def inspect_all(paths: Sequence[Path], *, max_pixels: int, workers: int) -> Iter
     if workers == 1 or len(names) < _WORTH_PROCESSES:
         yield from (inspect(name, max_pixels) for name in names)
         return
-    with ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=end_with_parent) as executor:
+    with ProcessPoolExecutor(
+        workers, mp_context=worker_context(SERVER_IMPORTS), initializer=end_with_parent
+    ) as executor:
         yield from executor.map(inspect, names, repeat(max_pixels), chunksize=_CHUNK)
 
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.synthesis.compose import Composer, Materials
 from megatron_v2pe.synthesis.parts import Part
-from megatron_v2pe.synthesis.pictures import ImageStore
-from megatron_v2pe.synthesis.processes import end_with_parent, worker_context
+from megatron_v2pe.synthesis.pictures import SERVER_IMPORTS, ImageStore
 
 _IN_FLIGHT_PER_WORKER = 2
 
@@ -80,7 +80,7 @@ def make_parts(parts: Sequence[Part], materials: Materials, *, out: Path, worker
             for part in parts:
                 maker.make(part, on_sample=bar.update)
             return
-        context = worker_context()
+        context = worker_context(SERVER_IMPORTS)
         stop = context.Event()
         with ProcessPoolExecutor(
             workers, mp_context=context, initializer=_start_worker, initargs=(materials, out, stop)

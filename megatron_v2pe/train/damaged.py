@@ -1,25 +1,26 @@
-"""Images that turn out damaged only when they are decoded: one rank knows, all ranks act alike.
+"""Samples that turn out damaged only when they are drawn: one rank knows, all ranks act alike.
 
     worker: black tiles, `PackedBatch.damaged`  --one small sum over the world each step-->  zero: go on
                                                 --identities, only then------------------->  no loss on them, anywhere
 
-The pack keeps its tokens and tiles, so shapes and routes stay what every rank expects; without labels and weights the
-sample adds nothing to the loss or to any gradient, as if it had not been drawn. All ranks see the same list, count the
-same and stop together.
+An image that cannot be decoded leaves the pack its tokens and tiles; a line that cannot be read any more leaves it only
+the lengths that were planned, and all ranks that share the pack then lay the sample out as blank. Either way shapes and
+routes are what every rank expects; without labels and weights the sample adds nothing to the loss or to any gradient,
+as if it had not been drawn. All ranks see the same list, count the same and stop together.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
+from megatron_v2pe.batch.packed_batch import PackedBatch, blanked, without_loss
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.parallel.topology import Ranks
@@ -29,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """A document without pixels: where it stands in the global batch, who it is, and why."""
+    """A document without pixels or text: where it stands in the global batch, who it is, and why."""
 
     dp_rank: int
     micro_batch: int
     document: int
+    is_blank: bool
     sample_id: str
     message: str
 
@@ -76,6 +78,7 @@ class DamagedSamples:
                 dp_rank=self.ranks.dp_rank,
                 micro_batch=number,
                 document=document,
+                is_blank=document in batch.blank,
                 sample_id=batch.sample_ids[document],
                 message=message,
             )
@@ -88,22 +91,18 @@ class DamagedSamples:
         dist.all_gather_object(gathered, own)
         found = [damage for each in gathered for damage in each]
         self._note(found, step)
-        batches = [
-            without_loss(
-                batch,
-                {
-                    each.document
-                    for each in found
-                    if (each.dp_rank, each.micro_batch) == (self.ranks.dp_rank, number)
-                },
-            )
-            for number, batch in enumerate(batches)
-        ]
+        batches = [self._settled(batch, number, found) for number, batch in enumerate(batches)]
         if not self._sum(sum(float(batch.loss_weights.sum()) for batch in batches)):
             raise DataError(
-                f"step {step}: no sample is left; every one has a damaged image, the first: {found[0].message}"
+                f"step {step}: no sample is left; every one is damaged, the first: {found[0].message}"
             )
         return batches
+
+    def _settled(self, batch: PackedBatch, number: int, found: Sequence[Damage]) -> PackedBatch:
+        """Micro batch `number` of this rank as all ranks that share it see it."""
+        own = [each for each in found if (each.dp_rank, each.micro_batch) == (self.ranks.dp_rank, number)]
+        batch = without_loss(batch, {each.document for each in own})
+        return blanked(batch, {each.document for each in own if each.is_blank})
 
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
@@ -127,15 +126,3 @@ class DamagedSamples:
                 f"but data.max_bad_samples = {self.max_share} allows {allowed}; repair them or raise the limit. The "
                 f"last: {found[-1].sample_id}: {found[-1].message}"
             )
-
-
-def without_loss(batch: PackedBatch, documents: set[int]) -> PackedBatch:
-    """The pack with labels and loss weights of some documents taken away."""
-    if not documents:
-        return batch
-    labels, weights = batch.labels.copy(), batch.loss_weights.copy()
-    bounds = batch.layout.cu_seqlens.tolist()
-    for document in documents:
-        labels[bounds[document] : bounds[document + 1]] = IGNORE_INDEX
-        weights[bounds[document] : bounds[document + 1]] = 0.0
-    return replace(batch, labels=labels, loss_weights=weights)

@@ -103,6 +103,19 @@ def text_layout(num_tokens: int, *, tokens_per_tile: int) -> SampleLayout:
     )
 
 
+def blank_layout(num_tokens: int, *, num_tiles: int, tokens_per_tile: int) -> SampleLayout:
+    """Layout of a sample of which nothing but its lengths is known: all its tiles stand at the start, as one image."""
+    if not num_tiles:
+        return text_layout(num_tokens, tokens_per_tile=tokens_per_tile)
+    return SampleLayout(
+        num_tokens=num_tokens,
+        image_starts=np.zeros(1, dtype=np.int64),
+        num_tiles=np.array([num_tiles], dtype=np.int64),
+        strides=np.array([tokens_per_tile], dtype=np.int64),
+        tokens_per_tile=tokens_per_tile,
+    )
+
+
 def find_images(
     tokens: Int64Array, *, image_token_id: int, num_tiles: Sequence[int], tokens_per_tile: int
 ) -> Int64Array:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 
 import numpy as np
@@ -206,15 +207,63 @@ def test_equal_ids_and_odd_lines(mixture, caplog):
 
 
 def test_an_annotation_file_that_vanishes(mixture):
+    """Every sample of it is damaged; the run stops on all ranks when they are too many."""
     mixture.write([record("hello", "hi")])
-    loader = mixture.loader(mixture.config())
+    loader = mixture.loader(mixture.config(steps=1, batch=1))
     os.remove(mixture.folder / "a.jsonl")
-    with pytest.raises(DataError, match=r"a\.jsonl: No such file"):
-        list(loader)
+    ((batch,),) = list(loader)
+    assert batch.damaged == ((0, f"{mixture.folder / 'a.jsonl'}:1: No such file or directory"),)
+    assert batch.blank == {0}
+
+
+def broken_at(path, number, change):
+    """Change one line of a file in its place, so that the others stay where they are."""
+    lines = path.read_bytes().split(b"\n")
+    changed = change(lines[number - 1])
+    assert len(changed) == len(lines[number - 1])
+    path.write_bytes(b"\n".join([*lines[: number - 1], changed, *lines[number:]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: b"\xff" + line[1:], r"a\.jsonl:2: not utf-8"),
+        (lambda line: b" " * len(line), r"a\.jsonl:2: not valid json"),
+        (lambda line: line.replace(b"a.png", b"../.."), r"a\.jsonl:2: image '../..' lies outside"),
+        (lambda line: line.replace(b"<image>", b"a pile."), r"a\.jsonl:2: 0 times <image> for 2 images"),
+        (lambda line: line.replace(b"what", b"4444"), r"a\.jsonl:2: has \d+ tokens and 8 tiles, but had"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_line_that_breaks_later_leaves_its_lengths(mixture, change, message, workers):
+    """A page of a file that went bad after it was measured: the pack keeps its shape, the sample is named."""
+    write_image(mixture.folder / "images" / "a.png", 200, 60)
+    mixture.write([record("hello", "hi"), record("<image> <image> what", "x", ["a.png", "a.png"])])
+    config = mixture.config(num_workers=workers, steps=1, batch=1)
+    ((whole,),) = list(mixture.loader(config))
+    loader = mixture.loader(config)
+    broken_at(mixture.folder / "a.jsonl", 2, change)
+    ((batch,),) = list(loader)
+    place = batch.sample_ids.index("a:2")
+    assert batch.sample_ids == whole.sample_ids
+    assert batch.blank == {place}
+    ((document, found),) = batch.damaged
+    assert document == place
+    assert re.search(message, found)
+    assert np.array_equal(batch.layout.cu_seqlens, whole.layout.cu_seqlens)
+    assert batch.num_tiles == whole.num_tiles
+    assert batch.tile_range == whole.tile_range
+    assert not batch.tiles.any()
+    start, end = batch.layout.cu_seqlens[place : place + 2].tolist()
+    assert not batch.loss_weights[start:end].any()
+    other = np.ones(len(batch.tokens), dtype=bool)
+    other[start:end] = False
+    assert np.array_equal(batch.tokens[other], whole.tokens[other])
+    assert np.array_equal(batch.loss_weights[other], whole.loss_weights[other])
 
 
 def test_batch_that_does_not_divide(filled):
-    with pytest.raises(ConfigError, match=r"optim\.global_batch_size is 2, .* size 3 must divide it"):
+    with pytest.raises(ConfigError, match=r"optim\.global_batch_size is 2, .* 3 data parallel ranks must divide it"):
         filled.loader(filled.config(), dp=(0, 3))
 
 

@@ -1,4 +1,8 @@
-"""Worker processes: forked from a fresh server that has imported the heavy modules once."""
+"""Worker processes: forked from a fresh server that has imported the heavy modules once, and gone when their parent is.
+
+They are not forked from the process that wants them: threads of gloo, CUDA or OpenMP would be inherited in a broken
+state.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,15 @@ import threading
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
-_HEAVY = "megatron_v2pe.synthesis.run"
 
+def worker_context(preload: str) -> BaseContext:
+    """How workers are started.
 
-def worker_context() -> BaseContext:
-    """How workers are started: never by forking this process, which may have threads of torch."""
+    Args:
+        preload: name of a module; the server imports it once for all workers.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_HEAVY])
+    context.set_forkserver_preload([preload])
     return context
 
 
