@@ -1,22 +1,21 @@
 """Two processes evaluate what one does: the same answers, each once, and one report."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.core.env import child_environment
 from megatron_v2pe.core.jsonl import read_jsonl
+from tests.support.warm import run_verb
 
 
-def evaluate(launch, checkpoint, data, out, *sizes):
-    command = [sys.executable, "-m", *launch, "evaluate", str(checkpoint), "--data", str(data), *sizes]
-    command += ["--out", str(out), "--strides", "default,2", "--max-new-tokens", "3"]
-    environment = child_environment(OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+def evaluate(ranks, checkpoint, data, out, *sizes):
+    options = ("--out", out, "--strides", "default,2", "--max-new-tokens", "3")
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    done = run_verb(
+        "evaluate", checkpoint, "--data", data, *sizes, *options, ranks=ranks, variables=one_thread
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -46,10 +45,9 @@ def test_two_ranks_answer_like_one(request, tmp_path, sizes):
             for n in range(1, 6)
         )
     )
-    two = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_v2pe")
     tables = {
-        name: evaluate(launch, tmp_path / "imported", data, tmp_path / name, *given)
-        for name, launch, given in (("one", ("megatron_v2pe",), ()), ("two", two, sizes))
+        name: evaluate(ranks, tmp_path / "imported", data, tmp_path / name, *given)
+        for name, ranks, given in (("one", 1, ()), ("two", 2, sizes))
     }
     assert tables["one"] == tables["two"]
     for stride in ("default", "2"):

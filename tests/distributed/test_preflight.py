@@ -1,16 +1,15 @@
 """`preflight` as a user starts it, on two ranks that share a sequence, and with what must not start.
 
-Strategy: the command under torchrun, its table and its exit code; then the attention check with a broken exchange.
+Strategy: the command on one and two ranks, table and exit code; then the attention check with a broken exchange.
 """
 
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.support import tiny
 from tests.support.spawn import run_ranks
+from tests.support.warm import run_verb
 
 pytestmark = pytest.mark.distributed
 
@@ -24,11 +23,7 @@ def config(tmp_path_factory):
 
 
 def looked_at(config, *arguments, ranks=1):
-    command = [sys.executable, "-m", "megatron_v2pe", "preflight", str(config), *arguments]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command[1:1] = launcher
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run_verb("preflight", config, *arguments, ranks=ranks)
 
 
 def test_two_ranks_go(config):

@@ -6,12 +6,11 @@ next run: with all steps bad the checkpoint written must hold the very weights t
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from tests.support import tiny
+from tests.support.warm import run_verb
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +22,9 @@ def config(tmp_path_factory):
 
 
 def run(config, run_dir, *, kind, rank, steps, ranks=1, overrides=()):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    )
-    module = ["-m", "tests.support.injected", kind, str(rank), ",".join(map(str, steps)), str(config)]
-    command = [sys.executable, *launcher, *module, f"runtime.run_dir={run_dir}", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    fault = (kind, rank, ",".join(map(str, steps)))
+    train = (config, f"runtime.run_dir={run_dir}", *overrides)
+    return run_verb(*fault, *train, ranks=ranks, entry="tests.support.injected:run")
 
 
 def lines(path):
@@ -70,13 +66,7 @@ def test_nothing_is_applied_and_too_many_in_a_row_stop_the_run(config, tmp_path)
     assert "Traceback" not in done.stderr
     assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [1, 2]
     newest = tmp_path / "checkpoints" / "step_00000001"
-    equal = subprocess.run(
-        [sys.executable, "-m", "megatron_v2pe", "verify", str(tiny.GOLDEN_HF), str(newest)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    equal = run_verb("verify", tiny.GOLDEN_HF, newest)
     assert " 0 different, 0 left out" in equal.stdout, equal.stdout + equal.stderr
     tiny.train(
         config, [f"runtime.run_dir={tmp_path}"]

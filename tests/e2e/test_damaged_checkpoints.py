@@ -11,6 +11,7 @@ import pytest
 from megatron_v2pe.checkpoint.folder import read_info
 from megatron_v2pe.checkpoint.retention import complete_steps, step_path
 from tests.support import tiny
+from tests.support.warm import run_verb
 
 SAVES = ["checkpoint.save_every=1", "checkpoint.keep=9"]
 LAST = 5
@@ -29,8 +30,7 @@ def finished(tmp_path_factory):
 
 def attempt(config, overrides, *flags):
     """Start a run; exit code and stderr."""
-    command = [*tiny.train_command(config, overrides, ranks=1), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run_verb("train", config, *overrides, *flags)
     return done.returncode, done.stderr
 
 

@@ -36,14 +36,18 @@ def native_cases(comms):
 
 def check_te(world_size, port, comms):
     cases = te_cases(comms)
-    for rank, errors in enumerate(run_ranks(te_attention, world_size, port, cases, timeout=240)):
+    for rank, errors in enumerate(
+        run_ranks(te_attention, world_size, port, cases, timeout=240, is_warm=False)
+    ):
         for case, found in zip(cases, errors, strict=True):
             assert max(found) < TE_TOLERANCE, f"rank {rank}, {case}: out, dq, dk, dv off by {found}"
 
 
 def check_native(world_size, port, comms):
     cases = native_cases(comms)
-    for rank, errors in enumerate(run_ranks(native_attention, world_size, port, cases, timeout=240)):
+    for rank, errors in enumerate(
+        run_ranks(native_attention, world_size, port, cases, timeout=240, is_warm=False)
+    ):
         for case, found in zip(cases, errors, strict=True):
             assert max(found) < NATIVE_TOLERANCE[case[-1]], f"rank {rank}, {case}: off by {found}"
 

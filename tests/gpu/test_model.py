@@ -29,7 +29,7 @@ TWO_RANKS = [
 
 
 def check(world_size, port, layouts):
-    for found in run_ranks(models, world_size, port, layouts, timeout=280):
+    for found in run_ranks(models, world_size, port, layouts, timeout=280, is_warm=False):
         for layout, by_backend in zip(layouts, found, strict=True):
             for theirs, ours in zip(by_backend[TE], by_backend[NATIVE], strict=True):
                 assert theirs < 2 * ours + 1e-3, f"{layout}: {by_backend}"

@@ -1,4 +1,4 @@
-"""`train` with a fault put into one rank at chosen steps: python -m tests.support.injected KIND RANK STEPS RUN.yaml ...
+"""`train` with a fault put into one rank at chosen steps, python -m tests.support.injected KIND RANK STEPS ...
 
 loss      weights of a pack become NaN before the step, so the loss of all ranks does
 gradient  one element of a reduced gradient becomes Inf between backward and update; the loss stays finite
@@ -53,7 +53,12 @@ def fall_asleep():
     time.sleep(1000)
 
 
-if __name__ == "__main__":
-    fault, where, when, *arguments = sys.argv[1:]
+def run(arguments: list[str]) -> int:
+    """KIND RANK STEPS, then what `train` takes."""
+    fault, where, when, *others = arguments
     inject(fault, int(where), {int(step) for step in when.split(",")})
-    sys.exit(main(["train", *arguments]))
+    return main(["train", *others])
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -19,6 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm import warm_context
+
 GRACE_SECONDS = 3.0  # for the peers of a failed rank to fail too, and for stacks to be written
 
 
@@ -26,13 +28,16 @@ class RanksFailedError(AssertionError):
     """A rank raised, died or did not finish; the message carries what every rank wrote."""
 
 
-def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Call `body(rank, world_size, *args)` on `world_size` fresh processes that share a gloo process group.
+def run_ranks(
+    body: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, is_warm: bool = True
+) -> list[Any]:
+    """Call `body(rank, world_size, *args)` on `world_size` new processes that share a gloo process group.
 
     Args:
         body: function of a module, importable by name; its arguments and results must be picklable.
         world_size: number of ranks.
         timeout: seconds until all must have returned.
+        is_warm: megatron-core is imported already (see `warm`); False where something must come before it.
 
     Returns:
         What each rank returned, by rank.
@@ -40,11 +45,13 @@ def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     Raises:
         RanksFailedError: a rank failed or time is up.
     """
-    context = multiprocessing.get_context("spawn")
+    context = warm_context() if is_warm else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(
-                target=_rank_main, args=(body, rank, world_size, folder, timeout, args), daemon=True
+                target=_rank_main,
+                args=(body, rank, world_size, folder, timeout, dict(os.environ), args),
+                daemon=True,
             )
             for rank in range(world_size)
         ]
@@ -84,8 +91,15 @@ def _stop(ranks: list[Any], reason: str) -> str:
 
 
 def _rank_main(
-    body: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: Any
+    body: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    environment: dict[str, str],
+    args: Any,
 ) -> None:
+    os.environ.update(environment)  # a warm process has that of its server
     log = open(Path(folder, f"log_{rank}"), "w", buffering=1)  # noqa: SIM115 (lives as long as the process)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

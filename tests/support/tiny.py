@@ -1,7 +1,6 @@
 """A tiny training set and run configuration over the golden checkpoint, for end-to-end tests."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_v2pe.checkpoint.convert import import_hf
+from tests.support.warm import run_verb
 
 GOLDEN_HF = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"
 TEXTS = ("a small red square", "two lines of text about nothing", "green", "the page has a number on it")
@@ -82,13 +82,7 @@ def train_command(config: Path, overrides: list[str], *, ranks: int) -> list[str
 
 def train(config: Path, overrides: list[str], *, ranks: int = 1, timeout: float = 240) -> str:
     """Run to the end; returns stderr, raises with it when the run fails."""
-    done = subprocess.run(
-        train_command(config, overrides, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = run_verb("train", config, *overrides, ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stderr
 

@@ -35,7 +35,7 @@ def two_ranks(te_python):
     """Largest error over ranks and tensors by (pack, comm, boundaries are the real ones); refusals by rank."""
     keys = [*((*case, False) for case in OURS), *((*case, True) for case in MCORES)]
     cases = [(PACKS[pack], comm, real) for pack, comm, real in keys]
-    by_rank = run_ranks(attention_cases, 2, te_python, cases, timeout=240)
+    by_rank = run_ranks(attention_cases, 2, te_python, cases, timeout=240, is_warm=False)
     worst = {key: max(max(errors[i]) for errors, _ in by_rank) for i, key in enumerate(keys)}
     return worst, [said for _, said in by_rank]
 
@@ -71,5 +71,7 @@ def test_what_we_refuse_is_refused_there(two_ranks):
 @pytest.mark.slow
 def test_four_ranks(te_python):
     documents = [[3, "4@1", 90], [20, "2@3"], [61]]
-    for errors, _ in run_ranks(attention_cases, 4, te_python, [(documents, "p2p", False)], timeout=240):
+    for errors, _ in run_ranks(
+        attention_cases, 4, te_python, [(documents, "p2p", False)], timeout=240, is_warm=False
+    ):
         assert max(errors[0]) < TOLERANCE

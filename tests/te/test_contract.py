@@ -33,7 +33,7 @@ RING = {
 
 @pytest.fixture(scope="module")
 def models(te_python):
-    return run_ranks(model_cases, 2, te_python, LAYOUTS, timeout=240)
+    return run_ranks(model_cases, 2, te_python, LAYOUTS, timeout=240, is_warm=False)
 
 
 @pytest.mark.distributed
