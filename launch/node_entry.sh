@@ -10,6 +10,8 @@ project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # also where the package is not installed
 # Looking at the nodes twice tells nothing new; a run that fails is worth another start.
 [ "$1" = preflight ] && V2PE_MAX_RESTARTS=0
+# `scancel --signal=USR1` reaches every process of the step; ranks save and end, torchrun would just die of it.
+trap '' USR1
 # A store of its own for every start of the ranks. The one that torchrun would share keeps the addresses of dead ranks,
 # and after a restart in which nodes trade places some of them look into the wrong store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

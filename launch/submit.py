@@ -168,7 +168,18 @@ def _environment(cluster: Cluster) -> str:
         f"export {name}={value} # {why}" for name, (value, why) in own.items() if name not in cluster.env
     ]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
+    if cluster.container.runtime == "apptainer":
+        names = " ".join(_variables(cluster))
+        lines += [
+            "# What an image sets itself would win over these otherwise.",
+            f'for name in {names}; do export "APPTAINERENV_$name=${{!name}}"; done',
+        ]
     return "\n".join(lines)
+
+
+def _variables(cluster: Cluster) -> list[str]:
+    """Names of the variables that a job sets for its command."""
+    return list(dict.fromkeys([*(GPU_ENV if cluster.gpus_per_node else CPU_ENV), *cluster.env]))
 
 
 def _srun(cluster: Cluster, command: list[str]) -> str:
@@ -177,8 +188,10 @@ def _srun(cluster: Cluster, command: list[str]) -> str:
     step, inside = "srun --kill-on-bad-exit=1 --wait=60", ""
     mounts = '"' + ",".join(["$project", "$PWD", *container.mounts]) + '"'
     if container.runtime == "pyxis":
-        image = shlex.quote(container.image)
+        image, names = shlex.quote(container.image), ",".join(_variables(cluster))
         step += f' --container-image={image} --container-mounts={mounts} --container-workdir="$PWD"'
+        # What an image sets itself wins over the job's variables, but for those that are named here.
+        step += f" \\\n    --container-env={names}"
     if container.runtime == "apptainer":
         nv = "--nv " if cluster.gpus_per_node else ""
         inside = f'apptainer exec {nv}--bind {mounts} --pwd "$PWD" {shlex.quote(container.image)} '

@@ -77,7 +77,7 @@ ensure_venv() { # ROOT
         return 0
     fi
     _venv_say "installing megatron_v2pe[test,dev] into $root/.venv, torch from $constraints"
-    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -c "$constraints" -e "$root[test,dev]"; then
+    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -c "$constraints" -e "${root}[test,dev]"; then
         _venv_explain_pip "$constraints"
         return 1
     fi

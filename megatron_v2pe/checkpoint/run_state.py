@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 _SHOWN_CHANGES = 12
+_LATER = {"data_facts", "model_facts"}  # absent in older checkpoints
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class RunState:
         position_stride: stride of `v2pe_fixed`, else 0.
         schedule: state of the learning rate schedule.
         data_facts: what `data_hash` is the hash of, by name, to tell what changed; absent in older checkpoints.
+        model_facts: what is trained, see `model_facts`; absent in older checkpoints.
     """
 
     step: int
@@ -37,6 +42,7 @@ class RunState:
     position_stride: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     data_facts: dict[str, Any] = field(default_factory=dict)
+    model_facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `checkpoint.json`."""
@@ -54,24 +60,37 @@ class RunState:
             raise CheckpointError(
                 "the checkpoint holds weights only (it was imported); a run cannot resume from it"
             )
-        if set(values) | {"data_facts"} != known:
-            odd = ", ".join(sorted((set(values) | {"data_facts"}) ^ known))
+        if set(values) | _LATER != known:
+            odd = ", ".join(sorted((set(values) | _LATER) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
         return cls(**values)
 
-    def require_same_data(self, now: RunState) -> None:
+    def require_same_data(self, now: RunState, *, is_change_allowed: bool = False) -> None:
         """Refuse to resume when the order of packs is not the one this state counts in.
+
+        Args:
+            now: the state of the run as it is configured now.
+            is_change_allowed: tell what changed in the log instead; the run takes the next step of the new plan.
 
         Raises:
             ConfigError: seed or data settings changed since the checkpoint was written.
         """
-        if (self.data_seed, self.data_hash) != (now.data_seed, now.data_hash):
-            raise ConfigError(
-                f"the checkpoint stopped after {self.consumed_packs} packs of another plan (data seed "
-                f"{self.data_seed}, settings {self.data_hash}; now {now.data_seed}, {now.data_hash}); restore the data "
-                "settings, or start a new run with model.checkpoint set to this checkpoint"
-                f"{self._changes(now)}"
+        if (self.data_seed, self.data_hash) == (now.data_seed, now.data_hash):
+            return
+        found = (
+            f"the checkpoint stopped after {self.consumed_packs} packs of another plan (data seed {self.data_seed}, "
+            f"settings {self.data_hash}; now {now.data_seed}, {now.data_hash})"
+        )
+        if is_change_allowed:
+            logger.warning(
+                "%s: going on with step %d of the new plan%s", found, self.step + 1, self._changes(now)
             )
+            return
+        raise ConfigError(
+            f"{found}; restore the data settings, or start a new run with model.checkpoint set to this checkpoint, or "
+            f"add checkpoint.allow_changed_data=true to go on with step {self.step + 1} of the new plan, whose samples "
+            f"may have been seen already{self._changes(now)}"
+        )
 
     def _changes(self, now: RunState) -> str:
         """What differs in the data, one line each: name, then, now."""

@@ -283,6 +283,12 @@ class CheckpointConfig:
     every file is read and hashed as well, which also finds flipped bits."""
     fallback: bool = False
     """Continue from the newest good checkpoint when newer ones are damaged; false stops and names it."""
+    allow_changed_data: bool = False
+    """Continue although data or seed changed since the checkpoint, with the next step of the new plan, whose samples
+    may have been seen already; false stops and says what changed."""
+    allow_changed_model: bool = False
+    """Continue with the weights of the checkpoint although model.checkpoint or what is frozen changed; false stops and
+    says what changed."""
 
     def __post_init__(self) -> None:
         _require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")

@@ -1,7 +1,8 @@
 """The run's attention on this device and over its context parallel ranks, against plain attention in float64.
 
 Three documents of random queries, keys and values in the model's head counts go through the module that training
-would use; each rank compares its rows of output and gradients with the formula, worked out on the host.
+would use, at positions as the run has them: of its stride, up to its longest sample. Each rank compares its rows of
+output and gradients with the formula, worked out on the host.
 
 Shape legend: t tokens of the pack, l of this rank, h query heads, k key heads, d head dimension.
 """
@@ -14,13 +15,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.assembly.kernels import choose_kernels
-from megatron_v2pe.assembly.mcore_config import DTYPES, language_config
+from megatron_v2pe.assembly.mcore_config import DTYPES, language_config, rope_spec
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
 from megatron_v2pe.parallel.zigzag import shard_indices
 from megatron_v2pe.preflight.findings import Finding
+from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, rope_angles
 
 TOLERANCE = {
     torch.float32: 1e-5,
@@ -40,25 +42,47 @@ def check_attention(
     heads = (arch.language.num_heads // plan.tp, max(1, arch.language.num_kv_heads // plan.tp))
     whole = _inputs(sum(lengths), heads, arch.language.head_dim, dtype)
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    spec = rope_spec(config, arch)
+    units = position_units(lengths, spec, longest=config.data.max_sample_tokens)
+    length = int(units.max()) // spec.tokens_per_tile + 1
     index = torch.from_numpy(shard_indices(boundaries, cp_size=plan.cp, cp_rank=ranks.cp_rank))
     ours = _ours(
         [x[index].to(ranks.device) for x in whole],
-        boundaries,
+        _packed(boundaries, units[index], spec, rope_length=length, device=ranks.device),
         config=config,
         arch=arch,
         plan=plan,
         ranks=ranks,
     )
-    wanted = reference(*(x.double() for x in whole), lengths=lengths)
+    angles = rope_angles(units, spec, rope_length=length)
+    scale = spec.scaling.attention_factor
+    wanted = reference(*(x.double() for x in whole), lengths=lengths, angles=angles, scale=scale)
     pairs = [(mine.cpu().double(), full[index]) for mine, full in zip(ours, wanted, strict=True)]
-    return judge_error(max(float((a - b).norm() / b.norm()) for a, b in pairs), dtype, plan)
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return judge_error(error, dtype, plan, positions=length)
 
 
-def judge_error(error: float, dtype: torch.dtype, plan: ParallelPlan) -> Finding:
+def position_units(lengths: list[int], spec: RopeSpec, *, longest: int) -> Tensor:
+    """Positions [t] of documents, int64 counts of 1/tokens_per_tile: each starts at 0 and ends near `longest`.
+
+    Uneven steps, of whole positions where the run's rotary module takes no others.
+    """
+    generator = torch.Generator().manual_seed(1)
+    smallest = 1 if spec.fractional else spec.tokens_per_tile
+    documents = []
+    for tokens in lengths:
+        steps = torch.rand(tokens, generator=generator, dtype=torch.float64)
+        steps[0] = 0.0
+        whole = steps.cumsum(0) / steps.sum().clamp(min=1e-9) * (longest * spec.tokens_per_tile / smallest)
+        documents.append(whole.long() * smallest)
+    return torch.cat(documents)
+
+
+def judge_error(error: float, dtype: torch.dtype, plan: ParallelPlan, *, positions: int) -> Finding:
     """Finding of the largest relative error; NaN is a no-go too."""
     is_right = error <= TOLERANCE[dtype]
-    name = str(dtype).removeprefix("torch.")
-    text = f"cp {plan.cp}, {name}: off by {error:.1e} of float64, {TOLERANCE[dtype]:.0e} allowed"
+    where = f"cp {plan.cp}, {str(dtype).removeprefix('torch.')}, {positions} positions"
+    text = f"{where}: off by {error:.1e} of float64, {TOLERANCE[dtype]:.0e} allowed"
     if not is_right:
         text += "; do not train; try parallel.attention_backend=native or another parallel.cp_comm_type"
     return Finding(name="attention", verdict="go" if is_right else "no-go", text=text)
@@ -71,9 +95,29 @@ def _inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dty
     return [torch.randn(tokens, count, head_dim, generator=generator).to(dtype) for count in counts]
 
 
+def _packed(
+    boundaries: np.ndarray, units: Tensor, spec: RopeSpec, *, rope_length: int, device: torch.device
+) -> V2PEPackedSeqParams:
+    """What the attention core is told of the documents and of this rank's positions."""
+    cut = torch.from_numpy(boundaries).to(device=device, dtype=torch.int32)
+    longest = int(np.diff(boundaries).max())
+    return V2PEPackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cut,
+        cu_seqlens_kv=cut,
+        cu_seqlens_q_padded=cut,
+        cu_seqlens_kv_padded=cut,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        rotary_angles=rope_angles(units.to(device), spec, rope_length=rope_length),
+        rotary_scale=spec.scaling.attention_factor,
+        round_rotary=spec.precision == "reference",
+    )
+
+
 def _ours(
     local: list[Tensor],
-    boundaries: np.ndarray,
+    params: V2PEPackedSeqParams,
     *,
     config: RunConfig,
     arch: InternVLArchitecture,
@@ -90,17 +134,6 @@ def _ours(
         cp_comm_type=config.parallel.cp_comm_type,
         pg_collection=ranks.groups,
     )
-    cut = torch.from_numpy(boundaries).to(device=ranks.device, dtype=torch.int32)
-    longest = int(np.diff(boundaries).max())
-    params = V2PEPackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cut,
-        cu_seqlens_kv=cut,
-        cu_seqlens_q_padded=cut,
-        cu_seqlens_kv_padded=cut,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
     out = attention(
         query, key, value, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=params
     )
@@ -108,13 +141,26 @@ def _ours(
     return [out.detach().view_as(query), *grads]
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, lengths: list[int]) -> list[Tensor]:
-    """Output, dq, dk, dv of softmax(q k^T / sqrt(d)) v inside each document, causal; float64."""
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    *,
+    lengths: list[int],
+    angles: Tensor,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """Output, dq, dk, dv of softmax(R(q) R(k)^T / sqrt(d)) v inside each document, causal; float64.
+
+    R turns a token by its `angles`, float32 [t, d/2], and stretches it by `scale`.
+    """
     leaves = [x.requires_grad_() for x in (query, key, value)]
     groups = query.shape[1] // key.shape[1]
-    keys, values = (x.repeat_interleave(groups, 1) for x in leaves[1:])  # [t, k, d] -> [t, h, d]
+    queries, turned = (apply_rotary(x, angles.double(), scale=scale) for x in leaves[:2])
+    keys, values = (x.repeat_interleave(groups, 1) for x in (turned, leaves[2]))  # [t, k, d] -> [t, h, d]
     document = torch.repeat_interleave(torch.tensor(lengths))
     mask = (document[:, None] == document) & torch.ones(len(document), len(document), dtype=torch.bool).tril()
-    scores = torch.einsum("shd,thd->hst", leaves[0], keys) * query.shape[-1] ** -0.5
+    scores = torch.einsum("shd,thd->hst", queries, keys) * query.shape[-1] ** -0.5
     out = torch.einsum("hst,thd->shd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]

@@ -20,6 +20,7 @@ from megatron_v2pe.checkpoint.convert import open_hf
 from megatron_v2pe.checkpoint.dist_io import load_model_weights
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.hf_load import load_hf_weights
+from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
 from megatron_v2pe.checkpoint.resume import resume_point, resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
@@ -76,6 +77,7 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     resume_from = _resume_point(config)
     if resume_from is not None:
         require_same_adapters(describe_adapters(config), resume_from)
+        require_same_model(config, resume_from)
     start_up.done("checks")
     timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
     ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
@@ -142,6 +144,7 @@ def initial_state(config: RunConfig) -> RunState:
         config_hash=settings_hash(asdict(config)),
         position_mode=config.position.mode,
         position_stride=config.position.stride,
+        model_facts=model_facts(config),
     )
 
 
@@ -203,7 +206,7 @@ class Run:
             max_share=self.config.data.max_bad_samples,
         )
         if saved is not None:
-            saved.require_same_data(self.state)
+            saved.require_same_data(self.state, is_change_allowed=self.config.checkpoint.allow_changed_data)
             self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
         if self.ranks.rank == 0:

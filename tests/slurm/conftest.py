@@ -1,5 +1,6 @@
 """The SLURM of one machine, and jobs of the real launch/submit.py on it."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from tests.slurm.single_machine import NoSlurmError, SingleMachine, install
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
-STEPS = 16
+STEPS = 10
 JOB_SECONDS = 240.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
 
@@ -68,29 +69,40 @@ class Jobs:
 
     def wait(self, run_dir, job, *, until, told):
         """Wait for `until()`; fails with the job's log when it ended without it, or time is up."""
-        end = time.monotonic() + JOB_SECONDS
+        end, next_look = time.monotonic() + JOB_SECONDS, 0.0
         while not until():
-            ended = self.shown(job).get("JobState", "") in ENDED
+            ended = False
+            if time.monotonic() > next_look:  # a look costs a process, and steps are short
+                ended = self.shown(job).get("JobState", "") in ENDED
+                next_look = time.monotonic() + 1.0
             if (ended and not until()) or time.monotonic() > end:
                 raise AssertionError(
                     f"{told}: {self.shown(job)}\n{self.log(run_dir, job)}\n{self.machine.logs()}"
                 )
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def finish(self, run_dir, job, *, state="COMPLETED"):
         """Wait for the end of a job and return its log."""
-        self.wait(run_dir, job, until=lambda: self.shown(job).get("JobState") in ENDED, told="no end")
-        found = self.shown(job)
+        end = time.monotonic() + JOB_SECONDS
+        while (found := self.shown(job)).get("JobState", "") not in ENDED and time.monotonic() < end:
+            time.sleep(0.3)
         assert found["JobState"] == state, f"{found}\n{self.log(run_dir, job)}"
         return self.log(run_dir, job)
 
-    def wait_for_restart(self, run_dir, job):
-        """Wait until a requeued job runs; SLURM holds it for two minutes, and if it is made to start earlier the nodes
-        refuse it, as they still know the credential of its first start to be revoked."""
+    def wait_for_log(self, run_dir, job, text):
+        """Wait until something is in the job's log, over all its starts."""
         end = time.monotonic() + JOB_SECONDS
-        while "] start 1:" not in self.log(run_dir, job):
-            assert time.monotonic() < end, f"did not start again: {self.shown(job)}\n{self.log(run_dir, job)}"
-            time.sleep(0.5)
+        while text not in self.log(run_dir, job):
+            assert time.monotonic() < end, f"no {text!r}: {self.shown(job)}\n{self.log(run_dir, job)}"
+            time.sleep(0.1)
+
+    def prolong(self, job):
+        """Ten minutes for the starts that follow; SLURM refuses while a job is completing."""
+        end = time.monotonic() + JOB_SECONDS
+        while self.shown(job).get("TimeLimit") != "00:10:00":
+            assert time.monotonic() < end, self.shown(job)
+            self.machine.ask("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+            time.sleep(0.2)
 
     def log(self, run_dir, job):
         path = Path(run_dir) / f"slurm-{job}.log"
@@ -110,18 +122,34 @@ def last_step(metrics):
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def ranks_of(run_dir):
-    """Process ids of the training processes of a run folder, without their launchers."""
+def processes_of(run_dir, *, node):
+    """Ids of all processes of a run on a node: launcher, rank, its helpers."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            around = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except (OSError, ValueError):
             continue
-        ours = f"runtime.run_dir={run_dir}" in words and "megatron_v2pe" in words
-        if ours and "torch.distributed.run" not in words and os.path.basename(words[0]).startswith("python"):
+        if (
+            f"runtime.run_dir={run_dir}" in words
+            and f"SLURMD_NODENAME={node}" in around
+            and "srun" not in words[0]
+        ):
             found.append(int(folder.name))
-    return sorted(found)
+    return found
+
+
+def ranks_of(run_dir):
+    """Process ids of the two ranks, as their heartbeats tell."""
+    return [json.loads((run_dir / "heartbeats" / f"rank_{rank}.json").read_text())["pid"] for rank in (0, 1)]
+
+
+def signal_all(processes, number):
+    """Signal processes, some of which may have ended."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +168,7 @@ partition: cpu
 ranks_per_node: 1
 gpus_per_node: 0
 cpus_per_node: 1
-time: "00:20:00"
+time: "00:10:00"
 setup: ["export V2PE_PYTHON={sys.executable}"]
 """)
     started = Jobs(slurm, config, cluster)

@@ -3,9 +3,12 @@
     munged -- slurmctld -- slurmd n1 (port a)      all on the loopback address, all state in one temporary folder,
                        \\-- slurmd n2 (port b)      nothing in /etc, so that a SLURM that is there is not touched
 
-`install()` fetches the packages where it may; `SingleMachine` starts and stops the daemons.
+`install()` fetches the packages where it may; `SingleMachine` starts and stops the daemons. What a site waits minutes
+for is set to seconds: a job that is queued again waits for its credential to expire (cred_expire, 120 s by default,
+5 at least), the scheduler looks every minute, and a silent node is taken for down after SlurmdTimeout, 300 s.
 """
 
+import fcntl
 import getpass
 import os
 import shutil
@@ -17,6 +20,7 @@ from pathlib import Path
 
 TOOLS = ("sbatch", "scontrol", "slurmctld", "slurmd", "munged", "mungekey")
 START_SECONDS = 120.0
+NODE_SECONDS = 10  # without an answer of a node, until SLURM takes it for down
 
 
 class NoSlurmError(Exception):
@@ -29,6 +33,12 @@ def install() -> None:
     Raises:
         NoSlurmError: some are missing and cannot be installed.
     """
+    with open(Path(tempfile.gettempdir()) / "v2pe_slurm_install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side
+        _install()
+
+
+def _install() -> None:
     missing = [tool for tool in TOOLS if _tool(tool) is None]
     if not missing:
         return
@@ -72,7 +82,7 @@ class SingleMachine:
         self.folder = Path(tempfile.mkdtemp(prefix="v2pe_slurm_"))
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.environment["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "SingleMachine":
         try:
@@ -80,8 +90,8 @@ class SingleMachine:
             self._start_munge()
             self._start("slurmctld", "-D", "-i")
             for node in ("n1", "n2"):
-                self._start("slurmd", "-D", "-N", node)
-            self._wait_for_nodes()
+                self.start_node(node)
+            self.wait_for_nodes("idle", "idle")
         except BaseException:
             self._stop()
             raise
@@ -120,11 +130,14 @@ class SingleMachine:
         (self.folder / "slurm.conf").write_text(f"""ClusterName=single
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
+FirstJobId={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={self.folder}/munge.socket
+AuthInfo=socket={self.folder}/munge.socket,cred_expire=5
+SchedulerParameters=sched_interval=1
+SlurmdTimeout={NODE_SECONDS}
 StateSaveLocation={self.folder}/state
 SlurmdSpoolDir={self.folder}/spool.%n
 SlurmctldPidFile={self.folder}/slurmctld.pid
@@ -158,28 +171,38 @@ PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=01:00:00 OverSubscribe=NO Stat
         while not (self.folder / "munge.socket").exists():
             self._check(end, "munged made no socket")
 
-    def _start(self, name: str, *arguments: str) -> None:
-        with open(self.folder / f"start_{len(self._daemons)}.log", "wb") as log:
-            daemon = subprocess.Popen(
+    def _start(self, name: str, *arguments: str, key: str = "") -> None:
+        key = key or name
+        with open(self.folder / f"start_{key}.log", "ab") as log:
+            self._daemons[key] = subprocess.Popen(
                 [str(_tool(name)), *arguments], env=self.environment, stdout=log, stderr=subprocess.STDOUT
             )
-        self._daemons.append(daemon)
 
-    def _wait_for_nodes(self) -> None:
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        self._start("slurmd", "-D", "-N", node, key=node)
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL to a node's slurmd; what it started goes on, as SLURM leaves steps to their own daemons."""
+        self._daemons[node].kill()
+        self._daemons.pop(node).wait()
+
+    def wait_for_nodes(self, first: str, second: str) -> None:
+        """Wait until the states of both nodes are these, as sinfo writes them; a silent node has a star behind."""
         end = time.monotonic() + START_SECONDS
-        while self.ask("sinfo", "-h", "-N", "-o", "%T").split() != ["idle", "idle"]:
-            self._check(end, "the nodes did not come up")
+        while (found := self.ask("sinfo", "-h", "-N", "-o", "%T").split()) != [first, second]:
+            self._check(end, f"the nodes are {found}, not {first}, {second}")
 
     def _check(self, end: float, problem: str) -> None:
-        dead = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
+        dead = [daemon.args for daemon in self._daemons.values() if daemon.poll() is not None]
         if dead or time.monotonic() > end:
             raise RuntimeError(f"{problem}; ended: {dead}\n{self.logs()}")
         time.sleep(0.1)
 
     def _stop(self) -> None:
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for daemon in self._daemons:
+        for daemon in self._daemons.values():
             try:
                 daemon.wait(timeout=20)
             except subprocess.TimeoutExpired:

@@ -1,7 +1,8 @@
 """The real launch/submit.py on a real SLURM: a job trains, survives what happens to jobs, and refuses what it must.
 
 Strategy: whatever is done to a job of two nodes, the losses in its run folder equal those of two plain ranks that
-nobody disturbed. Strictness: bit-equal, as the layout is the same.
+nobody disturbed. Strictness: bit-equal, as the layout is the same. Ranks are stopped (SIGSTOP) while SLURM is waited
+for, so that a run of a second is still there when its time limit comes.
 """
 
 import json
@@ -11,62 +12,82 @@ import signal
 
 import pytest
 
-from tests.slurm.conftest import STEPS, ranks_of
+from tests.slurm.conftest import STEPS, last_step, processes_of, ranks_of, signal_all
 from tests.support import tiny
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 LENGTH = f"optim.steps={STEPS}"
 
 
-def test_a_job_of_two_nodes_trains_to_its_end(jobs, undisturbed, tmp_path):
-    log = jobs.finish(tmp_path, jobs.submit(tmp_path, overrides=[LENGTH]))
-    assert "2 nodes, ranks meet at 127.0.0.1:" in log
+def test_a_job_of_two_nodes_has_its_run_folder_for_itself_and_trains_to_its_end(jobs, undisturbed, tmp_path):
+    job = jobs.submit(tmp_path, overrides=[LENGTH])
+    jobs.wait_for_step(tmp_path, job, step=1)
+    signal_all(ranks_of(tmp_path), signal.SIGSTOP)
+    second = jobs.submit(tmp_path, overrides=[LENGTH])
+    log = jobs.finish(tmp_path, second, state="FAILED")
+    assert f"{tmp_path} is in use: {job} " in log
+    signal_all(ranks_of(tmp_path), signal.SIGCONT)
+    assert "2 nodes, ranks meet at 127.0.0.1:" in jobs.finish(tmp_path, job)
     assert tiny.curve(tmp_path) == undisturbed
     assert not (tmp_path / "job.lock").exists()
 
 
-def test_a_job_near_its_limit_saves_and_continues_as_the_same_job(jobs, undisturbed, tmp_path):
-    job = jobs.submit(tmp_path, overrides=[LENGTH])
+def test_a_job_near_its_time_limit_saves_and_continues_as_the_same_job(jobs, undisturbed, tmp_path):
+    """A limit of one minute: SLURM looks every 30 s, so its signal comes between 10 and 40 s behind the start."""
+    job = jobs.submit(tmp_path, overrides=[LENGTH], options=["--time", "00:01:00", "--warn-seconds", "20"])
     jobs.wait_for_step(tmp_path, job, step=2)
-    jobs.machine.ask("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@300 does in time
+    signal_all(ranks_of(tmp_path), signal.SIGSTOP)
+    jobs.wait_for_log(tmp_path, job, "the time limit is near")
+    signal_all(ranks_of(tmp_path), signal.SIGCONT)
     jobs.wait(tmp_path, job, until=(tmp_path / "interrupted.json").exists, told="was not interrupted")
     record = json.loads((tmp_path / "interrupted.json").read_text())
     assert record["reason"] == "stop"
     assert 2 <= record["step"] < STEPS
-    jobs.wait_for_restart(tmp_path, job)
-    log = jobs.finish(tmp_path, job)
-    assert "start 0:" in log
-    assert "start 1:" in log
+    jobs.prolong(job)
+    jobs.wait_for_log(tmp_path, job, "] start 1:")
+    jobs.finish(tmp_path, job)
+    assert jobs.shown(job)["Restarts"] == "1"
     assert tiny.curve(tmp_path) == undisturbed
 
 
 def test_a_killed_rank_is_started_again_from_the_newest_checkpoint(jobs, undisturbed, tmp_path):
     job = jobs.submit(tmp_path, overrides=[LENGTH, "checkpoint.save_every=3"])
     jobs.wait_for_step(tmp_path, job, step=5)
-    ranks = ranks_of(tmp_path)
-    assert len(ranks) == 2
-    os.kill(ranks[-1], signal.SIGKILL)
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
     log = jobs.finish(tmp_path, job)
     assert re.search(r"failed \(exitcode: -9\)", log), log
     assert tiny.curve(tmp_path) == undisturbed
 
 
-def test_a_second_job_in_the_same_run_folder_is_refused(jobs, tmp_path):
-    first = jobs.submit(tmp_path, overrides=["optim.steps=2000"])
-    jobs.wait_for_step(tmp_path, first, step=1)
-    second = jobs.submit(tmp_path, overrides=["optim.steps=2000"])
-    log = jobs.finish(tmp_path, second, state="FAILED")
-    assert f"{tmp_path} is in use: {first} " in log
-    jobs.machine.ask("scancel", first)
-    jobs.finish(tmp_path, first, state="CANCELLED")
+def test_a_job_of_a_node_that_dies_is_queued_again(jobs, undisturbed, tmp_path):
+    """The node's daemon is killed and its ranks are frozen, as a machine that hangs; then it starts anew."""
+    job = jobs.submit(tmp_path, overrides=[LENGTH, "checkpoint.save_every=3"])
+    jobs.wait_for_step(tmp_path, job, step=5)
+    on_node = processes_of(tmp_path, node="n2")
+    assert on_node
+    jobs.machine.kill_node("n2")
+    signal_all(on_node, signal.SIGSTOP)
+    try:
+        jobs.wait(tmp_path, job, until=lambda: jobs.shown(job)["Restarts"] == "1", told="not queued again")
+    finally:
+        signal_all(on_node, signal.SIGKILL)
+        jobs.machine.start_node("n2")
+    jobs.wait_for_log(tmp_path, job, "] start 1:")
+    jobs.finish(tmp_path, job)
+    assert tiny.curve(tmp_path) == undisturbed
 
 
-def test_a_cancelled_job_stays_cancelled(jobs, tmp_path):
+def test_a_signal_to_the_ranks_queues_the_job_again_and_a_cancelled_job_stays_cancelled(jobs, tmp_path):
     job = jobs.submit(tmp_path, overrides=["optim.steps=2000"])
     jobs.wait_for_step(tmp_path, job, step=1)
+    jobs.machine.ask("scancel", "--signal=USR1", job)
+    jobs.wait_for_log(tmp_path, job, '"reason": "SIGUSR1"')
+    jobs.wait_for_log(tmp_path, job, "] start 1:")
+    before = last_step(tmp_path / "metrics.jsonl")
+    jobs.wait_for_step(tmp_path, job, step=before + 1)
     jobs.machine.ask("scancel", job)
     jobs.finish(tmp_path, job, state="CANCELLED")
-    assert jobs.shown(job)["Restarts"] == "0"
+    assert jobs.shown(job)["Restarts"] == "1"
 
 
 def test_preflight_refuses_a_disk_that_is_too_small(jobs, tmp_path):

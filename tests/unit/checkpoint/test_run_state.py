@@ -38,3 +38,11 @@ def test_states_without_facts_are_read_and_compared_by_hash():
         older.require_same_data(replace(STATE, data_hash="new"))
     with pytest.raises(CheckpointError, match="differ in: surprise"):
         RunState.from_json({**values, "surprise": 1})
+
+
+def test_a_change_that_is_allowed_is_told_in_the_log(caplog):
+    now = replace(STATE, data_hash="new", data_facts={**FACTS, "data.balance": False})
+    with pytest.raises(ConfigError, match=r"checkpoint\.allow_changed_data=true to go on with step 4"):
+        STATE.require_same_data(now)
+    STATE.require_same_data(now, is_change_allowed=True)
+    assert "going on with step 4 of the new plan; changed:\n  data.balance: True -> False" in caplog.text

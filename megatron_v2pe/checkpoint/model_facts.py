@@ -1,0 +1,75 @@
+"""What a run trains, in a few values that a resumed run is compared by.
+
+    config --> facts --> run state of every checkpoint --> the next start compares --> same: go on
+                                                                             `--> named, and how to go on all the same
+
+A run that goes on takes its weights from its own checkpoint, so another model in the configuration would be read by
+nobody: whoever changed it wants something else, or made a mistake. Either is told before ranks meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_v2pe.checkpoint.adapter_record import identity
+from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+
+_PLACE = "model"  # where it lies may change, what it holds may not
+
+logger = logging.getLogger(__name__)
+
+
+def model_facts(config: RunConfig) -> dict[str, Any]:
+    """Start and trained parts of a run, by names of the configuration.
+
+    Raises:
+        OSError: the folder vanished.
+    """
+    model = config.model
+    return {
+        _PLACE: str(Path(model.hf_path or model.checkpoint).resolve()),
+        "content of the model": _digest_of_hf(Path(model.hf_path))
+        if model.hf_path
+        else identity(model.checkpoint)[:16],
+        "model.freeze_language": model.freeze_language,
+        "model.freeze_projector": model.freeze_projector,
+        "vision.freeze": config.vision.freeze,
+    }
+
+
+def _digest_of_hf(folder: Path) -> str:
+    """Of a Hugging Face folder, whose weights are too long to hash: config.json, names and sizes of the weights."""
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    return hashlib.sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+
+
+def require_same_model(config: RunConfig, checkpoint: str | Path) -> None:
+    """Refuse to resume a run that was started from another model, or trained other parts; no collective.
+
+    Args:
+        config: the run as it is now.
+        checkpoint: where it would go on; one without facts (older ones) is accepted.
+
+    Raises:
+        ConfigError: names what differs; `checkpoint.allow_changed_model` makes it a warning.
+    """
+    saved = RunState.from_json(read_info(checkpoint).run_state).model_facts
+    now = model_facts(config)
+    changed = [name for name in now if name != _PLACE and name in saved and saved[name] != now[name]]
+    if not changed:
+        return
+    lines = "".join(f"\n  {name}: {saved[name]} -> {now[name]}" for name in [*changed, _PLACE])
+    if config.checkpoint.allow_changed_model:
+        logger.warning("going on from %s although its model changed:%s", checkpoint, lines)
+        return
+    raise ConfigError(
+        f"{checkpoint} is of a run with another model; changed:{lines}\n  Its weights would come from that checkpoint, "
+        "not from the model. Restore the settings; or start anew with another runtime.run_dir; or, to go on with the "
+        "weights of the checkpoint, add checkpoint.allow_changed_model=true"
+    )

@@ -1,0 +1,53 @@
+"""Starting a run again with other data or another model: explained, and gone on with only when that is asked for.
+
+Strategy: a run of two steps, then the command of a third and fourth with one thing changed, as a user would give it.
+"""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.support import tiny
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run that stopped behind its second step."""
+    path = tiny.run_yaml(
+        tmp_path / "run.yaml",
+        checkpoint=tiny.import_golden(tmp_path / "checkpoint"),
+        meta=tiny.make_data(tmp_path / "data"),
+        run_dir=tmp_path / "run",
+    )
+    tiny.train(path, ["optim.steps=2", "optim.warmup_steps=1"])
+    return path
+
+
+def again(config, *overrides):
+    command = tiny.train_command(config, ["optim.steps=4", "optim.warmup_steps=1", *overrides], ranks=1)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    return done.returncode, done.stderr
+
+
+def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
+    annotation = tmp_path / "data" / "train.jsonl"
+    annotation.write_text("".join(annotation.read_text().splitlines(keepends=True)[:-2]))
+    changed = ["model.freeze_projector=true"]
+    code, told = again(config, *changed)
+    assert code == 2
+    assert "model.freeze_projector: False -> True" in told
+    assert "checkpoint.allow_changed_model=true" in told
+    assert "Traceback" not in told
+    code, told = again(config)
+    assert code == 2
+    assert "data set tiny: content: " in told
+    assert "checkpoint.allow_changed_data=true to go on with step 3" in told
+    assert "Traceback" not in told
+    code, told = again(config, "checkpoint.allow_changed_data=true")
+    assert code == 0, told
+    assert "going on with step 3 of the new plan" in told
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [1, 2, 3, 4]
