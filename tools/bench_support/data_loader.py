@@ -148,7 +148,7 @@ def bare_tiles(ref: ImageRef, size: int) -> list[Image.Image]:
     return tiles
 
 
-def compare_workers(work: Path, arch: InternVLArchitecture, *, steps: int = 24) -> None:
+def compare_workers(work: Path, arch: InternVLArchitecture, *, steps: int = 80) -> None:
     """Tokens per second with 1 and 2 workers once they run, and the CPU time of all processes."""
     rates = []
     print("\nworkers   tokens/s   tiles/s   CPU ms per tile")
