@@ -48,6 +48,7 @@ class BatchCounts:
         visual_tokens: tokens that stand for image features.
         supervised_tokens: tokens with a label.
         padding_share: padding over all tokens of the packs.
+        packs: packs; the global batch size.
         samples: documents.
         max_position: largest whole position of any document.
         stride_min: smallest stride of an image, in units of 1/tokens_per_tile; 0 without images.
@@ -66,6 +67,7 @@ class BatchCounts:
     visual_tokens: int
     supervised_tokens: int
     padding_share: float
+    packs: int
     samples: int
     max_position: int
     stride_min: int
@@ -101,6 +103,7 @@ def count_batches(
             sum(document.num_visual_tokens for document in documents),
             sum(pack.supervised_tokens for pack in packs),
             sum(batch.layout.num_tokens for batch in batches),
+            len(batches),
             len(documents),
             len(strides),
             int(strides.sum()),
@@ -134,13 +137,27 @@ def _table(own: Sequence[float], ranks: Ranks) -> list[list[float]]:
 
 
 def _joined(sums: Sequence[float], table: Sequence[Sequence[float]], *, dp_size: int) -> BatchCounts:
-    tokens, visual, supervised, padded, samples, images, stride_sum, tiles, flops, flops_full, digest = sums
+    (
+        tokens,
+        visual,
+        supervised,
+        padded,
+        packs,
+        samples,
+        images,
+        stride_sum,
+        tiles,
+        flops,
+        flops_full,
+        digest,
+    ) = sums
     positions, smallest, largest, own_tiles, own_flops, *fared = zip(*table, strict=True)
     return BatchCounts(
         tokens=int(tokens),
         visual_tokens=int(visual),
         supervised_tokens=int(supervised),
         padding_share=1 - tokens / padded,
+        packs=int(packs),
         samples=int(samples),
         max_position=int(max(positions)),
         stride_min=int(min(smallest)) if images else 0,

@@ -38,6 +38,7 @@ class StepMetrics:
     visual_tokens: int
     supervised_tokens: int
     padding_share: float
+    packs: int
     samples: int
     bad_samples: int
     max_position: int

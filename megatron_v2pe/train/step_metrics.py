@@ -111,6 +111,7 @@ class StepMeter:
             visual_tokens=counts.visual_tokens,
             supervised_tokens=counts.supervised_tokens,
             padding_share=counts.padding_share,
+            packs=counts.packs,
             samples=counts.samples,
             bad_samples=bad_samples,
             max_position=counts.max_position,

@@ -8,6 +8,7 @@ from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.schema import (
     CurriculumStage,
     DataConfig,
+    LoRAConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -240,6 +241,27 @@ def test_curriculum_within_the_longest_sample():
         run(data=data(65))
     run(data=data(64))
     run(data=data(0))
+
+
+def test_a_rate_of_its_own_is_for_a_part_that_learns():
+    frozen = VisionConfig(freeze=True)
+    for optim in (OptimConfig(lr_vision=1e-3), OptimConfig(vision_layer_decay=0.9)):
+        run(optim=optim)
+        with pytest.raises(
+            ConfigError, match=r"optim\.(lr_vision|vision_layer_decay) is .*vision.* is frozen"
+        ):
+            run(optim=optim, vision=frozen)
+        run(optim=optim, vision=frozen, lora=LoRAConfig(vision_rank=2))
+    with pytest.raises(ConfigError, match=r"optim.lr_projector is 0.001, but the projector part is frozen"):
+        run(optim=OptimConfig(lr_projector=1e-3), model=ModelConfig(checkpoint="c", freeze_projector=True))
+
+
+def test_rates_are_positive():
+    with pytest.raises(ConfigError, match=r"lr_language is 0.0.*model.freeze_language=true keeps the part"):
+        OptimConfig(lr_language=0.0)
+    for decay in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=r"optim.vision_layer_decay is .*must lie in \(0, 1\]"):
+            OptimConfig(vision_layer_decay=decay)
 
 
 def test_something_is_trained():

@@ -35,7 +35,7 @@ def test_counts_are_those_of_the_tokens(filled, alone):
     assert counts.supervised_tokens == sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
     padded = sum(len(batch.tokens) for batch in batches)
     assert counts.padding_share == pytest.approx(1 - counts.tokens / padded)
-    assert counts.samples == len(documents)
+    assert (counts.packs, counts.samples) == (2, len(documents))
     strides = np.concatenate([document.strides for document in documents])
     assert (counts.stride_min, counts.stride_max) == (strides.min(), strides.max())
     assert counts.stride_mean == pytest.approx(strides.mean())
