@@ -1,6 +1,9 @@
 """Gradient norm of each part of the model, and with it whether any gradient is not finite: before anything is updated.
 
     main gradients (this rank's shard) --squares--> vision, projector, language --one sum over the world--> norms
+    their root sum of squares --clip_gradients--> scaled gradients, ready for `step_with_ready_grads`
+
+The optimizer's own `step` would prepare the gradients, sum up their squares and meet the other ranks once more.
 
 A sum of squares is NaN or Inf as soon as one element is, so three numbers tell every rank the same. A finite element
 beyond 1.8e19 counts as Inf: its square leaves float32, where megatron-core computes its own norm too.
@@ -13,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -52,11 +56,29 @@ def grad_norms(
     return dict(zip(PARTS, squares.sqrt().tolist(), strict=True))
 
 
+def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Scale gradients that are prepared down to the optimizer's `clip_grad`; 0 clips nothing. No collective.
+
+    Args:
+        optimizer: mcore's distributed optimizer, after `grad_norms`.
+        grad_norm: of all parts together, equal on every rank.
+    """
+    for single in _trained(optimizer):
+        parameters = single.get_parameters()
+        if parameters and single.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, single.config.clip_grad, grad_norm)
+
+
+def _trained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers it is made of, but for those of stages on which nothing is trained."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(single, "is_stub_optimizer", False):
+            yield single
+
+
 def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of which this rank updates a slice, with the float32 slice that the optimizer sees."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(single, "is_stub_optimizer", False):  # nothing is trained on this stage
-            continue
+    for single in _trained(optimizer):
         pairs = (
             (single.model_float16_groups, single.shard_fp32_from_float16_groups),
             (single.model_fp32_groups, single.shard_fp32_groups),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_v2pe.assembly.grad_norms import grad_norms
+from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
@@ -67,8 +67,8 @@ def train_step(
     is_applied = math.isfinite(loss) and math.isfinite(grad_norm)
     lr = trainer.scheduler.get_lr({})
     if is_applied:
-        _success, clipped_by, _zeros = trainer.optimizer.step()
-        grad_norm = float(clipped_by or grad_norm)  # mcore computes none where it does not clip
+        clip_gradients(trainer.optimizer, grad_norm)
+        trainer.optimizer.step_with_ready_grads()
     trainer.scheduler.step(increment=1)
     return StepReport(
         loss=loss,
