@@ -1,9 +1,10 @@
-"""Saving sharded state in three parts, so that the long one in the middle can be done while training goes on.
+"""Saving sharded state in parts, so that the long ones can be done while training goes on.
 
-    plan     all ranks   mcore's checks, torch's plan: who writes which box into which file; common.pt
-    (copy)   each rank   its tensors to host memory, after which training may change them
-    write    each rank   its file, hashed on the way; no other rank is asked, so any thread may do it
-    finish   all ranks   `.metadata` from what all ranks wrote; an error of one is raised on all
+    plan       all ranks   mcore's checks, torch's plan: who writes which box into which file; common.pt
+    (copy)     each rank   its tensors to host memory, after which training may change them
+    write      each rank   its file, hashed on the way; no other rank is asked, so any thread may do it
+    join       all ranks   tell rank 0 what was written; an error of one is raised on all
+    complete   rank 0      `.metadata`; again nobody is asked
 
 mcore's own asynchronous writer copies every view once more, forks, and starts a manager process
 (docs/decisions/0022). Its checks and plan are kept here, but the data goes through `StreamingWriter`.
@@ -32,10 +33,13 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from megatron_v2pe.checkpoint.dist_io import process_group
+from megatron_v2pe.checkpoint.dist_io import on_first_rank, process_group
 from megatron_v2pe.checkpoint.host_memory import HostCopy
 from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter, item_key
 from megatron_v2pe.core.errors import CheckpointError
+
+_Written = tuple[list[WriteResult], dict[str, str]]
+"""Where a rank's items lie in its files, and the files' hashes."""
 
 
 def save_state(
@@ -56,13 +60,15 @@ def save_state(
     with process_group():
         save = StateSave(folder, sharded_state_dict, unread=unread, file_of=file_of)
         save.write()
-        return save.finish()
+        save.join()
+        return on_first_rank(save.complete)
 
 
 class StateSave:
     """One save, planned when it is made; making it is collective.
 
-    Then `write` on every rank, with `copy_tensors` before it when tensors may change in the meantime, then `finish`.
+    Then `write` on every rank, with `copy_tensors` before it when tensors may change in the meantime, then `join`, then
+    `complete` on rank 0.
 
     Args:
         folder: a folder that all ranks see, empty.
@@ -85,7 +91,8 @@ class StateSave:
         self._folder = folder
         self._writer = StreamingWriter(folder, unread=unread, file_of=file_of)
         self._plan = _Plan(self._writer)
-        self._outcome: tuple[list[WriteResult], dict[str, str]] | BaseException | None = None
+        self._outcome: _Written | BaseException | None = None
+        self._joined: list[_Written] = []
         with _told_as_checkpoint_error(folder):
             dist_checkpointing.save(sharded_state_dict, str(folder), self._plan)
 
@@ -105,16 +112,16 @@ class StateSave:
         self._writer.is_settled = True
 
     def write(self, *, cancelled: threading.Event | None = None) -> None:
-        """Write this rank's files. Not collective; what goes wrong is kept for `finish`.
+        """Write this rank's files. Not collective; what goes wrong is kept for `join`.
 
         Args:
-            cancelled: when it is set, writing ends soon, and `finish` raises.
+            cancelled: when it is set, writing ends soon, and `join` raises.
         """
         self._writer.cancelled = cancelled
         try:
             written = self._writer.write_data(self._plan.own, self._plan).wait()
             self._outcome = written, self._writer.hashes
-        except BaseException as error:  # told to all ranks by `finish`
+        except BaseException as error:  # told to all ranks by `join`
             self._outcome = error
 
     @property
@@ -122,28 +129,34 @@ class StateSave:
         """This rank could not write."""
         return isinstance(self._outcome, BaseException)
 
-    def finish(self) -> dict[str, str]:
-        """Join what all ranks wrote. Collective; every rank has returned from `write`.
-
-        Returns:
-            SHA-256 of the files with tensors, of all ranks, by name.
+    def join(self) -> None:
+        """Hand to rank 0 what all ranks wrote. Collective; every rank has returned from `write`.
 
         Raises:
             CheckpointError: a rank could not write (raised on all).
         """
         with _told_as_checkpoint_error(self._folder):
-            return _all_ranks().all_reduce("write", self._own_outcome, self._joined)
+            _all_ranks().all_reduce("write", self._own_outcome, self._joined.extend)
 
-    def _own_outcome(self) -> tuple[list[WriteResult], dict[str, str]]:
+    def complete(self) -> dict[str, str]:
+        """Write `.metadata`, on rank 0. Not collective.
+
+        Returns:
+            SHA-256 of the files with tensors, of all ranks, by name.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        assert self._plan.metadata is not None, "on rank 0, after `join`"
+        with _told_as_checkpoint_error(self._folder):
+            self._writer.finish(self._plan.metadata, [results for results, _ in self._joined])
+        return {name: digest for _, hashes in self._joined for name, digest in hashes.items()}
+
+    def _own_outcome(self) -> _Written:
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         assert self._outcome is not None, "write first"
         return self._outcome
-
-    def _joined(self, outcomes: list[tuple[list[WriteResult], dict[str, str]]]) -> dict[str, str]:
-        assert self._plan.metadata is not None
-        self._writer.finish(self._plan.metadata, [results for results, _ in outcomes])
-        return {name: digest for _, hashes in outcomes for name, digest in hashes.items()}
 
 
 class _Plan(SaveShardedStrategy):

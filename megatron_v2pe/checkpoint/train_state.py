@@ -69,14 +69,18 @@ def save_checkpoint(run_dir: str | Path, **what: Any) -> Path:
     """
     save = CheckpointSave(run_dir, **what)
     save.write()
+    save.join()
+    save.commit()
     return save.finish()
 
 
 class CheckpointSave:
     """The checkpoint of one step on its way to the disk; made while all ranks stand behind that step. Collective.
 
-    Then `write` on each rank, in any thread, and `finish` when all ranks have written. If training goes on in between,
-    `copy_state` comes first; what is stored is the state of the time of that call.
+        write    each rank, any thread     its tensors           `copy_state` before it if training goes on: what is
+        join     all ranks                                       stored is then the state of the time of that call
+        commit   each rank, any thread     rank 0 alone: .metadata, hf/, checkpoint.json, rename, latest, old ones
+        finish   all ranks                                       the folder, or an error on all of them
 
     Args:
         run_dir: folder of the run, seen by all ranks.
@@ -114,6 +118,7 @@ class CheckpointSave:
         self.target = step_path(run_dir, run_state.step)
         self._tmp = on_first_rank(lambda: _begin(self.target, num_bytes, adapters))
         self._state = StateSave(state_path(self._tmp), states)
+        self._error: Exception | None = None  # of `commit`
 
     @property
     def num_bytes(self) -> int:
@@ -125,31 +130,54 @@ class CheckpointSave:
         self._state.copy_tensors(memory)
 
     def write(self, *, cancelled: threading.Event | None = None) -> None:
-        """Write this rank's files. Not collective; what goes wrong is raised by `finish`.
+        """Write this rank's files. Not collective; what goes wrong is raised by `join`.
 
         Args:
-            cancelled: when it is set, writing ends soon, and `finish` raises.
+            cancelled: when it is set, writing ends soon, and `join` raises.
         """
         self._state.write(cancelled=cancelled)
 
-    @property
-    def has_failed(self) -> bool:
-        """This rank could not write."""
-        return self._state.has_failed
-
-    def finish(self) -> Path:
-        """Make a checkpoint of what all ranks wrote, point `latest` at it, delete old ones. Collective.
+    def join(self) -> None:
+        """Tell rank 0 what was written. Collective; every rank has returned from `write`.
 
         Raises:
             CheckpointError: a rank could not write; the previous checkpoint is untouched. Raised on all ranks.
         """
-        written = self._state.finish()
-        hashes = {f"{state_path(self._tmp).name}/{name}": digest for name, digest in written.items()}
-        on_first_rank(lambda: self._commit(hashes))
-        on_first_rank(lambda: _retain(self.run_dir, self.run_state.step, self.keep))
+        self._state.join()
+
+    def commit(self) -> None:
+        """Make a checkpoint of what all ranks wrote, point `latest` at it, delete old ones: rank 0 does.
+
+        Not collective; what goes wrong is raised by `finish`.
+        """
+        if self._ranks.rank != 0:
+            return
+        try:
+            self._commit(self._state.complete())
+            _retain(self.run_dir, self.run_state.step, self.keep)
+        except Exception as error:  # told to all ranks by `finish`
+            self._error = error
+
+    def finish(self) -> Path:
+        """The finished folder. Collective; every rank has returned from `commit`.
+
+        Raises:
+            CheckpointError: the folder could not be completed. Raised on all ranks.
+        """
+        return on_first_rank(self._committed)
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank could not write, or commit."""
+        return self._state.has_failed or self._error is not None
+
+    def _committed(self) -> Path:
+        if self._error is not None:
+            raise self._error
         return self.target
 
-    def _commit(self, hashes: Mapping[str, str]) -> None:
+    def _commit(self, written: Mapping[str, str]) -> None:
+        hashes = {f"{state_path(self._tmp).name}/{name}": digest for name, digest in written.items()}
         arch = read_architecture(self._hf_folder)
         copy_hf_folder(self._hf_folder, hf_path(self._tmp))
         update_positions(hf_path(self._tmp) / "config.json", self.run_state)

@@ -1,13 +1,15 @@
 """When a run saves, and how long training stands still for it.
 
-    step done -> is a save under way, and have all ranks written?  finish it: .metadata, hf/, checkpoint.json, rename
-              -> is one due?   plan it; copy this rank's state to host memory; a thread hashes and writes the copy
-                               while training goes on (checkpoint.async_save)
-                               the last step, an interruption, async_save off: written before anything else
+    step 10 done -> plan, copy this rank's state to host memory     training stands still
+    step 11         thread of each rank: hash and write the copy
+    step 12 done -> all ranks have written: tell rank 0             training stands still
+    step 13         thread of rank 0: .metadata, hf/, checkpoint.json, rename, latest, delete old ones
+    step 13 done -> rank 0 is done: `saved ...` in the log
 
-At most one save is under way, so a rank needs one copy of its state in host memory and never more. Whether all ranks
-have written is asked between steps, by one number over all ranks, while there is something to ask about. All
-collectives of a save are called by the main thread, between steps.
+So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done behind the step. At
+most one save is under way, so a rank needs one copy of its state in host memory and never more. Whether all ranks are
+ready to go on is asked between steps, by one number over all ranks, while a save is under way. All collectives of a
+save are called by the main thread, between steps.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +36,7 @@ from megatron_v2pe.parallel.topology import Ranks
 
 logger = logging.getLogger(__name__)
 
-_FAILED, _WRITING, _WRITTEN = -1, 0, 1
+_FAILED, _BUSY, _READY = -1, 0, 1
 _GIVE_UP_SECONDS = 10.0  # for a thread whose disk hangs; it ends with the process
 
 
@@ -103,7 +106,7 @@ class Saver:
             return
         if isinstance(error, TrainingError):
             try:
-                save.finish()
+                self._end(save)
             except CheckpointError as failure:  # the run's own error is what a user must see last
                 logger.error("%s", failure)
             return
@@ -115,23 +118,29 @@ class Saver:
         return every > 0 and step % every == 0
 
     def _look_at(self, save: _UnderWay, *, must_end_for: int) -> None:
-        """Finish a save that all ranks have written; wait for it when step `must_end_for` is to be saved."""
-        if must_end_for and save.progress == _WRITING:
-            logger.warning(
-                "step %d is to be saved, but the checkpoint of step %d is still being written: training waits for it "
-                "(a larger checkpoint.save_every avoids that)",
-                must_end_for,
-                save.step,
-            )
-        if not must_end_for:
-            slowest = torch.tensor(save.progress, device=self._ranks.device)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-            if int(slowest) == _WRITING:
-                return
-            if int(slowest) == _FAILED:  # on one rank; then nobody needs to go on writing
-                save.cancelled.set()
+        """Let a save go on when all ranks are ready for it; to its end when step `must_end_for` is to be saved."""
+        if must_end_for:
+            if save.progress == _BUSY:
+                logger.warning(
+                    "step %d is to be saved, but the checkpoint of step %d is still being written: training waits for "
+                    "it (a larger checkpoint.save_every avoids that)",
+                    must_end_for,
+                    save.step,
+                )
+            self._end(save)
+            return
+        slowest = torch.tensor(save.progress, device=self._ranks.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+        if int(slowest) == _FAILED:  # on one rank; then nobody needs to go on writing
+            save.cancelled.set()
+            self._end(save)
+        elif int(slowest) == _READY and save.go_on():
+            self._under_way = None
+
+    def _end(self, save: _UnderWay) -> None:
         self._under_way = None
-        save.finish()
+        while not save.go_on():
+            pass
 
     def _save(self, state: RunState, *, in_background: bool) -> None:
         started = time.perf_counter()
@@ -149,6 +158,8 @@ class Saver:
         memory = self._memory_for(save) if in_background else None
         if memory is None:
             save.write()
+            save.join()
+            save.commit()
             logger.info("saved %s in %.1f s", save.finish(), time.perf_counter() - started)
             return
         save.copy_state(memory)
@@ -172,7 +183,7 @@ class Saver:
 
 
 class _UnderWay:
-    """A save that a thread writes.
+    """A save that a thread writes, and then, on rank 0, commits.
 
     Args:
         save: planned and copied.
@@ -183,34 +194,41 @@ class _UnderWay:
         self._save, self._started = save, started
         self.step = save.run_state.step
         self.cancelled = threading.Event()
-        # A daemon: should a disk hang, the process can still end.
-        self._thread = threading.Thread(
-            target=save.write, kwargs={"cancelled": self.cancelled}, name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._is_committing = False
+        self._thread = _thread(lambda: save.write(cancelled=self.cancelled))
         self._stood_still = time.perf_counter() - started
 
     @property
     def progress(self) -> int:
-        """Of this rank."""
+        """Of this rank, in the part that is under way."""
         if self._thread.is_alive():
-            return _WRITING
-        return _FAILED if self._save.has_failed else _WRITTEN
+            return _BUSY
+        return _FAILED if self._save.has_failed else _READY
 
-    def finish(self) -> None:
-        """Wait for this rank's thread, then for all ranks, and make it a checkpoint. Collective."""
-        resumed = time.perf_counter()
+    def go_on(self) -> bool:
+        """End the part that is under way, waiting for it, and begin the next; True when there is none. Collective."""
+        stopped = time.perf_counter()
         self._thread.join()
+        if not self._is_committing:
+            self._save.join()
+            self._is_committing = True
+            self._thread = _thread(self._save.commit)
+            self._stood_still += time.perf_counter() - stopped
+            return False
         folder = self._save.finish()
         end = time.perf_counter()
-        logger.info(
-            "saved %s in %.1f s, for %.2f s of which training stood still",
-            folder,
-            end - self._started,
-            self._stood_still + end - resumed,
-        )
+        took, stood_still = end - self._started, self._stood_still + end - stopped
+        logger.info("saved %s in %.1f s, for %.2f s of which training stood still", folder, took, stood_still)
+        return True
 
     def give_up(self) -> None:
         """Stop writing, without another word to the other ranks."""
         self.cancelled.set()
         self._thread.join(timeout=_GIVE_UP_SECONDS)
+
+
+def _thread(act: Callable[[], None]) -> threading.Thread:
+    """Started; a daemon, so that the process can end should a disk hang."""
+    thread = threading.Thread(target=act, name="checkpoint", daemon=True)
+    thread.start()
+    return thread

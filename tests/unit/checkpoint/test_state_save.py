@@ -1,4 +1,4 @@
-"""A save in three parts: what is written is the state of the time of the copy, and errors wait for `finish`."""
+"""A save in three parts: what is written is the state of the time of the copy, and errors wait for `join`."""
 
 import threading
 
@@ -54,12 +54,13 @@ def test_written_by_a_thread_while_the_tensors_change_as_if_nothing_changed(tmp_
         thread.start()
         thread.join()
         assert not save.has_failed
-        assert save.finish() == hashes
+        save.join()
+        assert save.complete() == hashes
     assert contents(tmp_path / "copied") == contents(tmp_path / "waited")
     assert StateReader(tmp_path / "copied").read("large").any()
 
 
-def test_nothing_is_told_before_finish_and_then_as_one_message(tmp_path, monkeypatch):
+def test_nothing_is_told_before_join_and_then_as_one_message(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -69,7 +70,7 @@ def test_nothing_is_told_before_finish_and_then_as_one_message(tmp_path, monkeyp
         save.write()
         assert save.has_failed
         with pytest.raises(CheckpointError, match=r"cannot be written \(OSError: .*No space left.*GiB free"):
-            save.finish()
+            save.join()
     assert not (tmp_path / ".metadata").exists()
 
 
@@ -80,4 +81,4 @@ def test_a_save_that_is_given_up_stops_between_tensors(tmp_path):
         save = StateSave(tmp_path, state(1))
         save.write(cancelled=cancelled)
         with pytest.raises(CheckpointError, match="the save was given up"):
-            save.finish()
+            save.join()
