@@ -11,7 +11,7 @@ from typing import Any
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 _SHOWN_CHANGES = 12
-_LATER = {"data_facts", "model_facts"}  # absent in older checkpoints
+_LATER = {"data_facts", "model_facts", "recent_losses"}  # absent in older checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class RunState:
         position_stride: stride of `v2pe_fixed`, else 0.
         schedule: state of the learning rate schedule.
         data_facts: what `data_hash` is the hash of, by name, to tell what changed; absent in older checkpoints.
+        recent_losses: of the last applied steps, where `runtime.max_loss_ratio` asks for them.
         model_facts: what is trained, see `model_facts`; absent in older checkpoints.
     """
 
@@ -42,6 +43,7 @@ class RunState:
     position_stride: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     data_facts: dict[str, Any] = field(default_factory=dict)
+    recent_losses: tuple[float, ...] = ()
     model_facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class RunState:
         if set(values) | _LATER != known:
             odd = ", ".join(sorted((set(values) | _LATER) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
-        return cls(**values)
+        return cls(**{**values, "recent_losses": tuple(values.get("recent_losses", ()))})
 
     def require_same_data(self, now: RunState, *, is_change_allowed: bool = False) -> None:
         """Refuse to resume when the order of packs is not the one this state counts in.

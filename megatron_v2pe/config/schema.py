@@ -7,6 +7,7 @@ Local rules are checked in `__post_init__`, rules across sections and against th
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -317,6 +318,18 @@ class RuntimeConfig:
     hang_timeout_s: float = 1800.0
     """Seconds without a finished step after which a rank writes the stacks of its threads to <run_dir>/stacks and
     ends; 0 turns this off. Collectives wait as long, and never less than 30 minutes (0: a day)."""
+    max_loss_ratio: float = 0.0
+    """A step whose loss exceeds so many times the median of the last loss_window applied steps counts as bad, as one
+    that is not finite does; 0 turns this off."""
+    loss_window: int = 32
+    """Applied steps whose median loss max_loss_ratio refers to; before there are as many, no loss is too large."""
+    profile_from_step: int = 0
+    """First step of which a trace is written to <run_dir>/profile; 0 for none. A file <run_dir>/profile_now, or
+    SIGUSR2 to a rank, asks for the next steps while the run goes on."""
+    profile_steps: int = 2
+    """Steps that are profiled then, each into a trace of its own."""
+    profile_ranks: str = "0"
+    """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
         _require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
@@ -326,6 +339,23 @@ class RuntimeConfig:
             "runtime.hang_timeout_s",
             self.hang_timeout_s,
             "must be >= 0 and finite",
+        )
+        _require(
+            self.max_loss_ratio == 0 or 1 < self.max_loss_ratio < math.inf,
+            "runtime.max_loss_ratio",
+            self.max_loss_ratio,
+            "must be above 1 and finite, or 0 to turn it off",
+        )
+        _require(self.loss_window >= 1, "runtime.loss_window", self.loss_window, "must be at least 1")
+        _require(
+            self.profile_from_step >= 0, "runtime.profile_from_step", self.profile_from_step, "must be >= 0"
+        )
+        _require(self.profile_steps >= 1, "runtime.profile_steps", self.profile_steps, "must be at least 1")
+        _require(
+            re.fullmatch(r"all|[0-9]+(,[0-9]+)*", self.profile_ranks) is not None,
+            "runtime.profile_ranks",
+            self.profile_ranks,
+            "must be all, or numbers of ranks with commas between, such as 0,8",
         )
         _require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 

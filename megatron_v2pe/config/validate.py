@@ -10,7 +10,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
 from megatron_v2pe.config.pipeline import check_layout
-from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -32,6 +32,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_vision_split(config.parallel, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_world(config, world_size)
+    check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
     check_lora(config, arch)
@@ -150,6 +151,16 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"{replica} ranks or make an axis smaller"
         )
     check_batches(config, dp_size=world_size // replica)
+
+
+def check_profiled_ranks(runtime: RuntimeConfig, world_size: int) -> None:
+    """Ranks that are to write traces exist."""
+    ranks = runtime.profile_ranks
+    if ranks != "all" and max(map(int, ranks.split(","))) >= world_size:
+        raise ConfigError(
+            f"runtime.profile_ranks is {ranks!r}, but this run has the ranks 0 to {world_size - 1}; name some of "
+            "these, or all"
+        )
 
 
 def check_positions(config: RunConfig, tokens_per_tile: int) -> None:

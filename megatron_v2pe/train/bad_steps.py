@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: recorded for replay, and too many in a row end the run.
+"""Steps whose loss or gradient is not finite, or whose loss is too large: recorded for replay; too many end the run.
 
     StepReport, not applied --packs of every data parallel rank--> RUN_DIR/bad_steps.jsonl --in a row > limit--> error
 
@@ -9,6 +9,7 @@ them again, and a run that is started again draws them again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class BadSteps:
         line = {
             "step": step,
             "loss": str(report.loss),
+            "loss_limit": None if math.isinf(report.loss_limit) else report.loss_limit,
             "grad_norms": {part: str(norm) for part, norm in report.part_norms.items()},
             "lr": report.lr,
             "packs": self._gathered(report, batches),
@@ -91,9 +93,10 @@ class BadSteps:
     def _message(self) -> str:
         steps = ", ".join(str(line["step"]) for line in self.in_row)
         return (
-            f"{len(self.in_row)} steps in a row (runtime.max_bad_steps) had a loss or gradient that is not finite and "
-            f"were not applied: {steps}; the last: {_described(self.in_row[-1])}. All are in {self.run_dir / FILE}; "
-            "look at their samples (megatron-v2pe show-sample RUN.yaml --step N), or lower optim.lr; "
+            f"{len(self.in_row)} steps in a row (runtime.max_bad_steps) were not applied, as a loss or gradient was "
+            f"not finite or the loss above runtime.max_loss_ratio: {steps}; the last: {_described(self.in_row[-1])}. "
+            f"All are in {self.run_dir / FILE}; look at their samples (megatron-v2pe show-sample RUN.yaml --step N), "
+            "lower optim.lr, or allow larger losses; "
             "the same command starts again from the newest checkpoint"
         )
 
@@ -104,4 +107,6 @@ def _described(line: dict[str, Any]) -> str:
     names = [name for pack in bad for name in pack["samples"]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     norms = ", ".join(f"{part} {norm}" for part, norm in line["grad_norms"].items())
-    return f"loss {line['loss']}, gradient norms {norms}; samples {', '.join(names[:8])}{more}"
+    limit = line["loss_limit"]
+    above = "" if limit is None else f" (allowed up to {limit:.4g} by runtime.max_loss_ratio)"
+    return f"loss {line['loss']}{above}, gradient norms {norms}; samples {', '.join(names[:8])}{more}"

@@ -1,10 +1,11 @@
-"""Requests to stop: a signal to any rank, or a file in the run folder; all ranks stop behind the same step.
+"""Requests from outside, by a signal to any rank or a file in the run folder; all ranks follow behind the same step.
 
     SIGTERM, SIGUSR1, SIGINT to a rank --+
     RUN_DIR/stop (looked for by rank 0) -+--> agreed over ranks after each step --> checkpoint --> interrupted.json
+    SIGUSR2, RUN_DIR/profile_now --------+                                      --> `profiling` of the next steps
 
-The file is for batch scripts: torchrun gives its ranks 30 seconds after a signal to itself, which is too short for
-a large checkpoint, while a script that traps the signal and makes the file gives them all the time it has left.
+The file `stop` is for batch scripts: torchrun gives its ranks 30 seconds after a signal to itself, which is too short
+for a large checkpoint, while a script that traps the signal and makes the file gives them all the time it has left.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
+PROFILE_FILE = "profile_now"
 RECORD = "interrupted.json"
 _BY_FILE = 1000  # stands for the file among signal numbers
 _ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has sent to its ranks already
@@ -44,8 +46,11 @@ class Interruption:
 
     def __init__(self, run_dir: Path, *, ranks: Ranks) -> None:
         self._stop_file, self._record_path = run_dir / STOP_FILE, run_dir / RECORD
+        self._profile_file = run_dir / PROFILE_FILE
         self._ranks = ranks
         self._seen, self._seen_at = 0, 0.0
+        self._is_profile_asked = False
+        self.is_profile_agreed = False
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -53,6 +58,7 @@ class Interruption:
             self._stop_file.unlink(missing_ok=True)
             self._record_path.unlink(missing_ok=True)
         self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._earlier[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._handle_profile)
         return self
 
     def __exit__(
@@ -67,13 +73,25 @@ class Interruption:
             raise KeyboardInterrupt
         self._seen, self._seen_at = number, now
 
+    def _handle_profile(self, number: int, frame: FrameType | None) -> None:
+        self._is_profile_asked = True
+
     def agreed(self) -> str:
-        """What asked any rank to stop, "" if nothing did. Collective, after every step; one number travels."""
-        if self._ranks.rank == 0 and not self._seen and self._stop_file.exists():
-            self._seen = _BY_FILE
-        asked = torch.tensor(self._seen, device=self._ranks.device)
+        """What asked any rank to stop, "" if nothing did. Collective, after every step; two numbers travel.
+
+        `is_profile_agreed` says until the next call whether anybody asked any rank for a profile meanwhile.
+        """
+        if self._ranks.rank == 0:
+            if not self._seen and self._stop_file.exists():
+                self._seen = _BY_FILE
+            if self._profile_file.exists():
+                self._is_profile_asked = True
+                self._profile_file.unlink(missing_ok=True)
+        is_asked, self._is_profile_asked = self._is_profile_asked, False
+        asked = torch.tensor([self._seen, int(is_asked)], device=self._ranks.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        number = int(asked)
+        number, profile = asked.tolist()
+        self.is_profile_agreed = bool(profile)
         return "" if not number else STOP_FILE if number == _BY_FILE else signal.Signals(number).name
 
     def record(self, reason: str, *, step: int) -> None:

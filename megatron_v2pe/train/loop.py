@@ -42,13 +42,16 @@ from megatron_v2pe.train.bad_steps import BadSteps
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
+from megatron_v2pe.train.loss_guard import LossGuard
 from megatron_v2pe.train.metrics import MetricsLog
+from megatron_v2pe.train.profiling import StepProfiler
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.start_up import StartUp
 from megatron_v2pe.train.step import train_step
 from megatron_v2pe.train.step_metrics import StepMeter
 from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
+from megatron_v2pe.train.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +89,8 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     with Interruption(run.run_dir, ranks=ranks) as interruption:
         run.start(resume_from)
         guards = explained_worker_deaths(), final_without_progress(run)
-        with guards[0], guards[1], run.watchdog() as watchdog, run.saver() as saver:
-            reason = run.steps(interruption, watchdog, saver)
+        with guards[0], guards[1], run.watchers(interruption) as watchers, run.saver() as saver:
+            reason = run.steps(interruption, watchers, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
@@ -207,7 +210,8 @@ class Run:
         )
         if saved is not None:
             saved.require_same_data(self.state, is_change_allowed=self.config.checkpoint.allow_changed_data)
-            self.state = replace(self.state, step=saved.step, consumed_packs=saved.consumed_packs)
+            kept = {name: getattr(saved, name) for name in ("step", "consumed_packs", "recent_losses")}
+            self.state = replace(self.state, **kept)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
         if self.ranks.rank == 0:
             for left in remove_incomplete(self.run_dir):
@@ -276,15 +280,28 @@ class Run:
         names = self.loader.source_names
         return StepMeter(self.arch, ranks=self.ranks, peak_tflops=self.peak_tflops, source_names=names)
 
-    def watchdog(self) -> Watchdog:
-        """Watches the steps that follow."""
-        return Watchdog(
+    def _loss_guard(self) -> LossGuard:
+        runtime, losses = self.config.runtime, self.state.recent_losses
+        return LossGuard(max_ratio=runtime.max_loss_ratio, window=runtime.loss_window, losses=losses)
+
+    def watchers(self, interruption: Interruption) -> Watchers:
+        """What looks at the steps that follow from outside."""
+        watchdog = Watchdog(
             self.run_dir,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             timeout_s=self.config.runtime.hang_timeout_s,
             first_step=self.state.step + 1,
         )
+        profiler = StepProfiler(
+            self.run_dir,
+            rank=self.ranks.rank,
+            runtime=self.config.runtime,
+            first_step=self.state.step + 1,
+            last_step=self.config.optim.steps,
+            is_asked=lambda: interruption.is_profile_agreed,
+        )
+        return Watchers(profiler, watchdog)  # the watchdog watches the writing of traces, too
 
     def saver(self) -> Saver:
         """Saves the steps that follow."""
@@ -296,23 +313,26 @@ class Run:
             adapters=self.adapters,
         )
 
-    def steps(self, interruption: Interruption, watchdog: Watchdog, saver: Saver) -> str:
+    def steps(self, interruption: Interruption, watchers: Watchers, saver: Saver) -> str:
         """Train from the current step to the last, or to an interruption, whose reason is returned."""
         runtime = self.config.runtime
         sinks = open_sinks(runtime, self.run_dir, rank=self.ranks.rank, first_step=self.state.step + 1)
         log = MetricsLog(sinks, log_every=runtime.log_every, total_steps=self.config.optim.steps)
         bad_steps = BadSteps(run_dir=self.run_dir, ranks=self.ranks, max_in_row=runtime.max_bad_steps)
         meter = self._meter()
+        guard = self._loss_guard()
         reason = ""
         for loaded, data_seconds in timed(self.loader):
             with meter.measured(self.state.step + 1):
                 batches = self.damaged.settle(loaded, step=self.state.step + 1)
-                report = train_step(self.trainer, self.runner, batches, ranks=self.ranks)
+                limit = guard.limit
+                report = train_step(self.trainer, self.runner, batches, ranks=self.ranks, loss_limit=limit)
             self.start_up.after_step(self.run_dir, rank=self.ranks.rank, step_seconds=report.seconds)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
                 consumed_packs=self.state.consumed_packs + self.loader.batches.size(self.state.step),
+                recent_losses=guard.after(report),
             )
             num_bad = self.damaged.num_skipped
             log.write(
@@ -323,7 +343,7 @@ class Run:
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
             saver.after_step(self.state, is_interrupted=bool(reason))
-            watchdog.beat(self.state.step + 1)
+            watchers.beat(self.state.step + 1)
             if reason:
                 interruption.record(reason, step=self.state.step)
                 break

@@ -1,8 +1,8 @@
 """One optimizer update: all micro batches, reduced gradients, clipping, Adam, learning rate.
 
 Loss and gradient norms are sums over the world, so every rank sees the same numbers and takes the same decision: an
-update whose loss or gradient is not finite is left out on all of them. Its packs count as used and the learning rate
-moves on; weights, moments and the count of Adam's steps stay as they were.
+update whose loss or gradient is not finite, or whose loss is too large, is left out on all of them. Its packs count as
+used and the learning rate moves on; weights, moments and the count of Adam's steps stay as they were.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class StepReport:
         grad_norm: global gradient norm before clipping.
         part_norms: the same by part: vision, projector, language; 0 for a frozen one.
         lr: learning rate of the update, by `optim.lr`; a part with another one is in proportion to it.
-        is_applied: the weights were updated; False when the loss or a gradient was not finite.
+        is_applied: the weights were updated; False when the loss or a gradient was not finite, or the loss too large.
+        loss_limit: largest loss that would have been applied.
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
         by_source: sums by data set; empty where the runner was not told of any.
@@ -45,13 +46,19 @@ class StepReport:
     part_norms: dict[str, float]
     lr: float
     is_applied: bool
+    loss_limit: float
     bad_packs: tuple[int, ...]
     seconds: float
     by_source: SourceTotals
 
 
 def train_step(
-    trainer: Trainer, runner: MicroBatchRunner, batches: Sequence[PackedBatch], *, ranks: Ranks
+    trainer: Trainer,
+    runner: MicroBatchRunner,
+    batches: Sequence[PackedBatch],
+    *,
+    ranks: Ranks,
+    loss_limit: float = math.inf,
 ) -> StepReport:
     """Run one update over this data parallel rank's micro batches; see `StepReport.is_applied`."""
     started = time.perf_counter()
@@ -64,7 +71,7 @@ def train_step(
     loss, by_source = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
     part_norms = grad_norms(trainer.optimizer, trainer.chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
-    is_applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    is_applied = math.isfinite(loss) and math.isfinite(grad_norm) and loss <= loss_limit
     lr = trainer.scheduler.get_lr({})
     if is_applied:
         clip_gradients(trainer.optimizer, grad_norm)
@@ -76,6 +83,7 @@ def train_step(
         part_norms=part_norms,
         lr=lr,
         is_applied=is_applied,
+        loss_limit=loss_limit,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
         by_source=by_source,

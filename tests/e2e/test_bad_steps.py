@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: no rank applies the step, its packs are recorded, the run goes on or stops.
+"""A loss or gradient that is not finite, a loss too large: no rank applies the step, its packs are recorded.
 
 Strategy: a fault is put into one rank of a real run (tests/support/injected.py). That nothing was applied shows in the
 next run: with all steps bad the checkpoint written must hold the very weights the run started from.
@@ -6,6 +6,7 @@ next run: with all steps bad the checkpoint written must hold the very weights t
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -55,6 +56,32 @@ def test_a_bad_step_is_recorded_and_the_run_goes_on(config, tmp_path, kind, rank
     if kind == "loss":
         guilty = [(pack["dp_rank"], pack["micro_batch"]) for pack in packs if not pack["loss_is_finite"]]
         assert guilty == [(rank, 0)]
+
+
+GUARD = ["runtime.max_loss_ratio=2", "runtime.loss_window=2"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks"), [(0, 1), pytest.param(1, 2, marks=[pytest.mark.distributed, pytest.mark.slow])]
+)
+def test_a_spike_of_the_loss_is_left_out_also_right_behind_a_restart(config, tmp_path, rank, ranks):
+    overrides = [*GUARD, "checkpoint.save_every=3"]
+    done = run(config, tmp_path, kind="spike", rank=rank, steps=[4], ranks=ranks, overrides=overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first = lines(tmp_path / "metrics.jsonl")
+    assert [line["is_applied"] for line in first] == [True, True, True, False, True]
+    (recorded,) = lines(tmp_path / "bad_steps.jsonl")
+    assert recorded["step"] == 4
+    assert 2 * min(line["loss"] for line in first) < recorded["loss_limit"] < float(recorded["loss"])
+    assert all(pack["samples"] and pack["loss_is_finite"] for pack in recorded["packs"])
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000005")
+    overrides.append("checkpoint.fallback=true")
+    done = run(config, tmp_path, kind="spike", rank=rank, steps=[1], ranks=ranks, overrides=overrides)
+    assert "at step 3" in done.stderr, done.stderr[-4000:]
+    again = lines(tmp_path / "metrics.jsonl")
+    assert [(line["loss"], line["is_applied"]) for line in again] == [
+        (line["loss"], line["is_applied"]) for line in first
+    ]
 
 
 def test_nothing_is_applied_and_too_many_in_a_row_stop_the_run(config, tmp_path):

@@ -1,6 +1,7 @@
 """`train` with a fault put into one rank at chosen steps, python -m tests.support.injected KIND RANK STEPS ...
 
 loss      weights of a pack become NaN before the step, so the loss of all ranks does
+spike     the rank's sum of losses is a hundred times larger than it is; gradients are as they were
 gradient  one element of a reduced gradient becomes Inf between backward and update; the loss stays finite
 slow      the rank takes a nap before it begins to compute
 hang      the rank falls asleep between forward and update, at the first start of the ranks only
@@ -41,6 +42,9 @@ def inject(kind: str, rank: int, steps: set[int]) -> None:
         if kind == "gradient" and launcher().rank == rank and count in steps:
             for parameter in wrapped[0].module.language.parameters():
                 parameter.main_grad.fill_(float("inf"))  # this rank's shard is somewhere in them
+        if kind == "spike" and launcher().rank == rank and count in steps:
+            for output in outputs:
+                output["loss_sum"] = output["loss_sum"] * 100
         is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if kind == "hang" and launcher().rank == rank and count in steps and is_first_start:
             fall_asleep()

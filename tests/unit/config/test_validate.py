@@ -269,3 +269,35 @@ def test_something_is_trained():
     with pytest.raises(ConfigError, match="nothing is trained"):
         run(model=frozen, vision=VisionConfig(freeze=True))
     run(model=frozen, vision=VisionConfig(freeze=False))
+
+
+def test_profiled_ranks_exist():
+    with pytest.raises(
+        ConfigError, match=r"runtime.profile_ranks is '0,2', but this run has the ranks 0 to 1"
+    ):
+        run(
+            2, runtime=RuntimeConfig(run_dir="r", profile_ranks="0,2"), optim=OptimConfig(global_batch_size=2)
+        )
+    for ranks in ("0,1", "all"):
+        run(
+            2, runtime=RuntimeConfig(run_dir="r", profile_ranks=ranks), optim=OptimConfig(global_batch_size=2)
+        )
+
+
+@pytest.mark.parametrize("ranks", ["", "0,", "every", "-1", "0 1"])
+def test_profiled_ranks_are_numbers_or_all(ranks):
+    with pytest.raises(ConfigError, match=r"runtime.profile_ranks is .*must be all, or numbers of ranks"):
+        RuntimeConfig(profile_ranks=ranks)
+
+
+@pytest.mark.parametrize("ratio", [-1.0, 0.5, 1.0, float("inf"), float("nan")])
+def test_loss_ratio(ratio):
+    with pytest.raises(ConfigError, match=r"runtime.max_loss_ratio is .*must be above 1 and finite, or 0"):
+        RuntimeConfig(max_loss_ratio=ratio)
+    RuntimeConfig(max_loss_ratio=1.5)
+
+
+@pytest.mark.parametrize("fields", [{"loss_window": 0}, {"profile_steps": 0}, {"profile_from_step": -1}])
+def test_counts_of_runtime(fields):
+    with pytest.raises(ConfigError, match=rf"runtime.{next(iter(fields))} is "):
+        RuntimeConfig(**fields)
