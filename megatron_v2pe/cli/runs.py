@@ -23,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("run_dir", help="runtime.run_dir of a training run")
     parser.add_argument("other", nargs="?", help="a second one, to compare with")
-    parser.add_argument("--out", metavar="PNG", help="draw loss, gradient norm, learning rate and tokens/s")
+    parser.add_argument(
+        "--out",
+        metavar="PNG",
+        help="draw losses, also by data set, norms, speed, waits, memory over the steps",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, draw when asked."""
-    from megatron_v2pe.evaluation.runs import draw_curves, summarize, table
+    from megatron_v2pe.evaluation.run_curves import draw_curves
+    from megatron_v2pe.evaluation.run_rows import table
+    from megatron_v2pe.evaluation.runs import summarize
 
     runs = [summarize(path) for path in (args.run_dir, args.other) if path]
     if args.out:

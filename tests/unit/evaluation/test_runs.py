@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from megatron_v2pe.cli.main import main
+from megatron_v2pe.evaluation.run_curves import moving_mean
+from megatron_v2pe.evaluation.run_rows import rows as rows_of
 from megatron_v2pe.evaluation.runs import summarize
 
 
@@ -36,11 +39,11 @@ def test_the_summary_names_what_happened(run_dir):
     found = summarize(run_dir)
     assert (found.stalls, found.bad_steps, found.stacks) == ((5,), (3,), (12,))
     assert (found.checkpoints, found.starts) == ((4,), (0, 2))
-    rows = found.rows()
-    assert (rows["loss first"], rows["loss last"]) == ("3.0000", "1.7500")
-    assert rows["loss lowest"] == "1.2500 at step 5"
+    rows = rows_of(found)
+    assert rows["loss"] == "3.0000 -> 1.7500, lowest 1.2500 at step 5"
     assert rows["tokens"] == "600"
-    assert rows["time in steps"] == "17.0 s, 17.6 % of it waiting for data"
+    assert rows["time in steps"] == "17.0 s, 17.6 % waiting for data"
+    assert (rows["stragglers"], rows["memory"], rows["packs"]) == ("not recorded",) * 3  # by an older version
 
 
 def test_two_runs_are_compared_and_drawn(run_dir, tmp_path, capsys):
@@ -50,6 +53,59 @@ def test_two_runs_are_compared_and_drawn(run_dir, tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert main(["runs", str(run_dir), str(run_dir)]) == 0
     assert "equal to the bit at all 6 steps" in capsys.readouterr().out
+
+
+def measured(step, *, losses, straggler=None):
+    """What a line of the present version has beyond those of `write_run`."""
+    share = 1 / len(losses)
+    return {
+        "loss_by_source": losses,
+        "weight_by_source": dict.fromkeys(losses, share),
+        "comm_wait_s_min": 0.1,
+        "comm_wait_s_max": 0.1 if straggler is None else 0.6,
+        "straggler": straggler,
+        "straggler_s": None if straggler is None else 0.5,
+        "peak_mem_gib": 1.0 + step,
+        "peak_mem_rank": 3,
+        "reserved_mem_gib": None,
+    }
+
+
+@pytest.fixture
+def measured_dir(tmp_path):
+    """Three steps: data set b is not in the first, rank 2 slow in the others."""
+    folder = write_run(tmp_path / "measured", [3.0, 2.0, 1.0])
+    path = folder / "metrics.jsonl"
+    more = [
+        measured(1, losses={"a": 3.0}),
+        measured(2, losses={"a": 1.0, "b": 3.0}, straggler=2),
+        measured(3, losses={"a": 1.5, "b": None}, straggler=2),
+    ]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | new) + "\n" for line, new in zip(lines, more, strict=True)))
+    return folder
+
+
+def test_data_sets_stragglers_and_memory_have_rows(measured_dir):
+    rows = rows_of(summarize(measured_dir))
+    assert rows["  of a"] == "3.0000 -> 1.5000, 80.0 % of weight, 3 of 3 steps"
+    assert rows["  of b"] == "3.0000 -> 3.0000, 20.0 % of weight, 1 of 3 steps"
+    assert rows["stragglers"] == "rank 2 in 2 of 3 steps, 1.0 s"
+    assert rows["memory"] == "at most 4.0 GiB (rank 3)"
+    assert rows["time in steps"] == "4.5 s, 33.3 % waiting for data, 6.7 % to 28.9 % for other ranks"
+
+
+def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_dir, tmp_path, capsys):
+    assert main(["runs", str(run_dir), str(measured_dir), "--out", str(tmp_path / "curves.png")]) == 0
+    labels = [
+        line.split("  ")[0] if line[0] != " " else line[2:6] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert labels[2:6] == ["loss", "of a", "of b", "tokens"]
+
+
+def test_moving_means_are_centred_and_fewer_at_the_ends():
+    np.testing.assert_allclose(moving_mean(np.array([1.0, 2.0, 6.0, 0.0]), window=3), [1.5, 3.0, 8 / 3, 3.0])
+    np.testing.assert_allclose(moving_mean(np.array([1.0, 2.0]), window=1), [1.0, 2.0])
 
 
 @pytest.mark.parametrize(
