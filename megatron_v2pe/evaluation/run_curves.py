@@ -87,7 +87,7 @@ PANELS = (
     ),
     Panel(
         title="memory of the fullest rank, GiB",
-        series={"allocated": "peak_mem_gib", "reserved": "reserved_mem_gib"},
+        series={"used": "peak_mem_gib", "reserved": "reserved_mem_gib"},
         from_zero=True,
         is_noisy=False,
     ),
@@ -213,8 +213,8 @@ def _finish(axes: Any, panel: Panel, *, top: float) -> None:
         axes.set_yscale("log")
     elif top >= 10_000:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    if panel.from_zero and top > 0:
-        axes.set_ylim(0.0, top)
+    if panel.from_zero:
+        axes.set_ylim(0.0, top or 1.0)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, loc="best")
 

@@ -172,7 +172,7 @@ def _time(lines: Sequence[Line]) -> str:
         return text
     wall = sum(line["data_s"] + line["step_s"] for line in measured)
     least, most = (sum(line[f"comm_wait_s_{end}"] for line in measured) / wall for end in ("min", "max"))
-    return f"{text}, {_percent(least)} to {_percent(most)} for other ranks"
+    return f"{text}, {_percent(least)} to {_percent(most)} in communication"
 
 
 def _joined_labels(columns: Sequence[dict[str, str]]) -> list[str]:

@@ -92,7 +92,7 @@ def test_data_sets_stragglers_and_memory_have_rows(measured_dir):
     assert rows["  of b"] == "3.0000 -> 3.0000, 20.0 % of weight, 1 of 3 steps"
     assert rows["stragglers"] == "rank 2 in 2 of 3 steps, 1.0 s"
     assert rows["memory"] == "at most 4.0 GiB (rank 3)"
-    assert rows["time in steps"] == "4.5 s, 33.3 % waiting for data, 6.7 % to 28.9 % for other ranks"
+    assert rows["time in steps"] == "4.5 s, 33.3 % waiting for data, 6.7 % to 28.9 % in communication"
 
 
 def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_dir, tmp_path, capsys):
