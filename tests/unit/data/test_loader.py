@@ -1,5 +1,6 @@
 """The loader: the same stream at any number of ranks, workers and starts; pixels only where they are due."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -54,6 +55,20 @@ def test_order_does_not_depend_on_data_parallel_size(filled):
         ranks = [stream(filled, config, dp=(rank, size)) for rank in range(size)]
         for step, expected in enumerate(whole):
             assert all(len(rank[step]) == 4 // size for rank in ranks)
+            assert sorted(pack for rank in ranks for pack in rank[step]) == sorted(expected)
+
+
+def test_steps_that_grow_on_any_ranks_with_workers_and_through_a_restart(filled):
+    config = filled.config(steps=6, position=RANDOM)
+    optim = dataclasses.replace(config.optim, global_batch_size=6, batch_rampup=(2, 2, 6))
+    config = dataclasses.replace(config, optim=optim)
+    whole = stream(filled, config)
+    assert [len(step) for step in whole] == [2, 2, 4, 6, 6, 6]
+    working = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=1))
+    for start in (2, 4):
+        ranks = [stream(filled, working, dp=(rank, 2), start_step=start) for rank in range(2)]
+        for step, expected in enumerate(whole[start:]):
+            assert all(len(rank[step]) == len(expected) // 2 for rank in ranks)
             assert sorted(pack for rank in ranks for pack in rank[step]) == sorted(expected)
 
 
@@ -263,7 +278,9 @@ def test_a_line_that_breaks_later_leaves_its_lengths(mixture, change, message, w
 
 
 def test_batch_that_does_not_divide(filled):
-    with pytest.raises(ConfigError, match=r"optim\.global_batch_size is 2, .* 3 data parallel ranks must divide it"):
+    with pytest.raises(
+        ConfigError, match=r"optim\.global_batch_size is 2, .* 3 data parallel ranks must divide it"
+    ):
         filled.loader(filled.config(), dp=(0, 3))
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_v2pe.config.batch_schedule import constant_batches
+from megatron_v2pe.config.batch_schedule import constant_batches, ramped_batches
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index import DatasetIndex
@@ -159,6 +159,37 @@ def test_long_lists_of_bad_samples_are_cut():
 def test_no_sample_at_all():
     with pytest.raises(DataError, match="hold no sample at all"):
         plan(index([]))
+
+
+def test_runs_from_before_ramp_ups_go_on():
+    """Fingerprint and order of a plan with steps of one size, as they were recorded before sizes could change."""
+    planned = plan(index(LENGTHS), batch=3)
+    rows = [sample.row for step in (0, 40) for pack in planned.packs_of_step(step) for sample in pack.samples]
+    assert planned.fingerprint == "17a5852716d630c8"
+    assert rows == [182, 45, 131, 15, 20, 102, 22, 39, 120]
+
+
+def test_a_changed_ramp_up_is_told_by_its_name():
+    ramped = [
+        plan(index(LENGTHS), batches=ramped_batches(start=1, increment=1, packs=packs, size=2))
+        for packs in (10, 20)
+    ]
+    changed = {name for name, value in ramped[0].facts.items() if ramped[1].facts[name] != value}
+    assert changed == {"optim.batch_rampup"}
+    assert "optim.batch_rampup" not in plan(index(LENGTHS)).facts
+
+
+def test_a_stage_of_the_curriculum_begins_in_the_middle_of_a_ramp_up():
+    stages = (CurriculumStage(max_sample_tokens=30), CurriculumStage(from_step=3))
+    batches = ramped_batches(start=2, increment=2, packs=8, size=6)
+    assert [batches.size(step) for step in range(5)] == [2, 2, 4, 6, 6]
+    planned = plan(index(LENGTHS), batches=batches, curriculum=stages)
+    second = [pack for step in range(3, 60) for pack in planned.packs_of_step(step)]
+    epoch = second[0].epoch
+    drawn = [sample.row for pack in second if pack.epoch == epoch for sample in pack.samples]
+    assert sorted(drawn) == list(range(200))
+    alone = plan(index(LENGTHS), batches=batches, curriculum=stages)
+    assert alone.packs_of_step(30) == planned.packs_of_step(30)
 
 
 def test_fingerprint_follows_everything_that_decides_the_order():
