@@ -65,6 +65,7 @@ class Saver:
     ) -> None:
         self._config, self._trainer, self._ranks = config, trainer, ranks
         self._hf_folder, self._adapters = hf_folder, adapters
+        self._is_memory_known = False
         self._memory = (
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
         )
@@ -167,8 +168,11 @@ class Saver:
 
     def _memory_for(self, save: CheckpointSave) -> HostCopy | None:
         """Host memory for a copy; None, for good, where there is not enough. Collective, at the first save only."""
-        if self._memory is None or self._memory.num_bytes:
+        if (
+            self._memory is None or self._is_memory_known
+        ):  # not its size: that of a rank without tensors stays 0
             return self._memory
+        self._is_memory_known = True
         lacking = shortage(save.num_bytes)
         if lacking:
             logger.warning(

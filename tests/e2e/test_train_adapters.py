@@ -79,6 +79,28 @@ def test_resumed_equals_uninterrupted_bit_for_bit(setup, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_first_stage_that_trains_nothing_saves_and_resumes(setup, tmp_path):
+    """mcore stores rank 0's groups for all ranks, so rank 0 has to know how many updates there were.
+
+    It has no tensor to copy for a save in the background either, and still does what the others do.
+    """
+    _, config, _ = setup
+    stages = [
+        "parallel.pp=2",
+        "parallel.pipeline_layout=E|ttL",
+        "checkpoint.save_every=2",
+        "checkpoint.keep=5",
+    ]
+    alone = ["lora.language_rank=4", "optim.lr=1e-2", "vision.freeze=true", "model.freeze_projector=true"]
+    tiny.train(config, [*stages, *alone, f"runtime.run_dir={tmp_path / 'run'}"], ranks=2)
+    wanted = tiny.curve(tmp_path / "run")
+    step_two(tmp_path / "run", tmp_path / "resumed")
+    tiny.train(config, [*stages, *alone, f"runtime.run_dir={tmp_path / 'resumed'}"], ranks=2)
+    assert tiny.curve(tmp_path / "resumed") == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_resumed_on_two_ranks_and_the_tower_split(setup, tmp_path):
     root, config, wanted = setup
     step_two(root / "run", tmp_path / "run")
