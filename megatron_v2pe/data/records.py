@@ -109,6 +109,8 @@ def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tu
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{where}: image must be a path or a list of paths, found {image!r}")
+    for name in names:
+        _check_text(name, "image", where)
     root = entry.root2 if isinstance(image, list) and entry.root2 else entry.root
     return tuple(_image_path(name, root, entry, where) for name in names)
 
@@ -121,6 +123,7 @@ def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> Vid
         raise DataError(f"{where}: has an image and a video; make two records of it")
     if not isinstance(name, str):
         raise DataError(f"{where}: video must be one path, found {name!r}")
+    _check_text(name, "video", where)
     path = resolve_path(entry.root, name, where=where, kind="video")
     clip = values.get("clip")
     if clip is not None:
@@ -184,6 +187,7 @@ def _parse_turn(message: Any, index: int, where: str) -> Turn:
     if role not in ("human", "gpt"):
         raise DataError(f"{where}: conversations[{index}].from is {role!r}, but must be 'human' or 'gpt'")
     value = message["value"]
+    _check_text(value, f"conversations[{index}]", where)
     for token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT):
         if token in value:
             raise DataError(
@@ -191,3 +195,17 @@ def _parse_turn(message: Any, index: int, where: str) -> Turn:
                 f"{IMAGE_PLACEHOLDER}"
             )
     return Turn(role=role, value=value)
+
+
+def _check_text(text: str, what: str, where: str) -> None:
+    """Refuse half a surrogate pair: an escape of json can spell it, but no file name, tokenizer or log can hold it."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{where}: {what} has {half!r} at character {error.start + 1}, half of a surrogate pair, which is no "
+            "character; write both halves, or remove it"
+        ) from None

@@ -94,6 +94,15 @@ def turn(role, value):
         (record("<image>", "a", {"path": "x"}), "image must be a path or a list of paths"),
         (record("a <IMG_CONTEXT> b", "a"), "reserved token <IMG_CONTEXT>"),
         (record("a", "b </img>"), "reserved token </img>"),
+        (
+            record("say \ud83d!", "a"),
+            r"conversations\[0\] has '\\ud83d' at character 5, half of a surrogate pair",
+        ),
+        (record("<image>", "a", "x\ud83d.png"), "image has .* at character 2, half of a surrogate pair"),
+        (
+            {**record("a", "b"), "video": "\udc00.mp4"},
+            "video has .* at character 1, half of a surrogate pair",
+        ),
         ({**record("a", "b"), "video": ["v.mp4"]}, "video must be one path"),
         ({**record("a", "b", "x.png"), "video": "v.mp4"}, "an image and a video"),
         ({**record("<video> <video>", "b"), "video": "v.mp4"}, "2 times <video>"),
