@@ -68,6 +68,11 @@ def launch_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return attempt.parent if attempt.name.startswith("attempt_") else None
 
 
+def rank_monitor_socket(environ: Mapping[str, str] | None = None) -> str | None:
+    """Address of the monitor that NVIDIA's ft_launcher made for this rank; None without that launcher."""
+    return (os.environ if environ is None else environ).get("FT_RANK_MONITOR_IPC_SOCKET")
+
+
 def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:
     """Id of the SLURM job this process belongs to, None outside of one."""
     return (os.environ if environ is None else environ).get("SLURM_JOB_ID")

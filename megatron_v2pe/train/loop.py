@@ -45,6 +45,7 @@ from megatron_v2pe.train.interruption import Interruption
 from megatron_v2pe.train.loss_guard import LossGuard
 from megatron_v2pe.train.metrics import MetricsLog
 from megatron_v2pe.train.profiling import StepProfiler
+from megatron_v2pe.train.rank_monitor import RankMonitor
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.start_up import StartUp
@@ -86,10 +87,10 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
     start_up.done("process groups")
     run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
-    with Interruption(run.run_dir, ranks=ranks) as interruption:
+    with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
         run.start(resume_from)
         guards = explained_worker_deaths(), final_without_progress(run)
-        with guards[0], guards[1], run.watchers(interruption) as watchers, run.saver() as saver:
+        with guards[0], guards[1], run.watchers(interruption, monitor) as watchers, run.saver() as saver:
             reason = run.steps(interruption, watchers, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
@@ -284,7 +285,7 @@ class Run:
         runtime, losses = self.config.runtime, self.state.recent_losses
         return LossGuard(max_ratio=runtime.max_loss_ratio, window=runtime.loss_window, losses=losses)
 
-    def watchers(self, interruption: Interruption) -> Watchers:
+    def watchers(self, interruption: Interruption, monitor: RankMonitor) -> Watchers:
         """What looks at the steps that follow from outside."""
         watchdog = Watchdog(
             self.run_dir,
@@ -301,7 +302,7 @@ class Run:
             last_step=self.config.optim.steps,
             is_asked=lambda: interruption.is_profile_agreed,
         )
-        return Watchers(profiler, watchdog)  # the watchdog watches the writing of traces, too
+        return Watchers(profiler, watchdog, told=monitor)  # the watchdog watches the writing of traces, too
 
     def saver(self) -> Saver:
         """Saves the steps that follow."""

@@ -19,10 +19,11 @@ class Watchers:
 
     Args:
         watchers: in the order in which they are entered and told; left in reverse.
+        told: only told, by whoever entered it.
     """
 
-    def __init__(self, *watchers: Watcher) -> None:
-        self._watchers, self._stack = watchers, ExitStack()
+    def __init__(self, *watchers: Watcher, told: Watcher) -> None:
+        self._watchers, self._told, self._stack = watchers, told, ExitStack()
 
     def __enter__(self) -> Watchers:
         for watcher in self._watchers:
@@ -36,5 +37,5 @@ class Watchers:
 
     def beat(self, step: int) -> None:
         """Step `step` is under way now."""
-        for watcher in self._watchers:
+        for watcher in (*self._watchers, self._told):
             watcher.beat(step)
