@@ -71,10 +71,11 @@ def test_losses_of_the_data_sets_add_up_to_the_loss(setup):
     assert any(len(names) < 3 for names in present)
 
 
-def wait_for_step(run_dir, step, process):
-    metrics = run_dir / "metrics.jsonl"
+def wait_for_step(run_dir, step, process, *, saved):
+    """Until a step is done and the checkpoint of an earlier one, which is written meanwhile, is complete."""
+    metrics, mark = run_dir / "metrics.jsonl", run_dir / f"checkpoints/step_{saved:08d}/checkpoint.json"
     for _ in range(1200):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        if mark.exists() and len(metrics.read_text().splitlines()) >= step:
             return
         assert process.poll() is None, process.communicate()[1][-4000:]
         time.sleep(0.05)
@@ -88,7 +89,7 @@ def test_killed_and_started_again_equals_uninterrupted(setup, tmp_path):
     process = subprocess.Popen(
         tiny.train_command(config, overrides, ranks=1), stderr=subprocess.PIPE, text=True
     )
-    wait_for_step(tmp_path, 3, process)
+    wait_for_step(tmp_path, 3, process, saved=2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     log = tiny.train(config, overrides)
@@ -102,8 +103,8 @@ def test_a_checkpoint_goes_on_under_another_layout(setup, tmp_path):
     _, config, wanted = setup
     run = [f"runtime.run_dir={tmp_path}", "checkpoint.save_every=2"]
     process = subprocess.Popen(tiny.train_command(config, run, ranks=1), stderr=subprocess.PIPE, text=True)
-    wait_for_step(tmp_path, 3, process)
+    wait_for_step(tmp_path, 3, process, saved=2)
     process.kill()
     process.wait()
-    tiny.train(config, [*run, "parallel.cp=2"], ranks=2)
+    assert "resumed from" in tiny.train(config, [*run, "parallel.cp=2"], ranks=2)
     np.testing.assert_allclose(tiny.curve(tmp_path), wanted, rtol=1e-5)
