@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _KNOWN: dict[str, tuple[type, ...]] = {
     "video_fps": (int, float),
     "length": (int,),  # informational, as in the release; the file itself is counted
 }
+_MOST_REPEATS = 100_000  # of the release's recipes 16.668 is the largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +76,24 @@ def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
     except FileNotFoundError:
         raise DataError(f"data.meta: {path}: no such file; give the meta json of the data sets") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"data.meta: {path}: not valid json ({error})") from None
     if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: must hold a json object of at least one data set: name -> settings")
     return tuple(_parse_entry(name, entry, path) for name, entry in values.items())
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of json, where a name that stands there twice would silently replace a data set or a setting."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object; rename or remove one")
+    return values
 
 
 def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
@@ -100,12 +112,14 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
     for key in ("annotation", "repeat_time", "data_augment"):
         if key not in entry:
             raise DataError(f"{where}: key {key!r} is missing")
-    if entry["repeat_time"] <= 0:
-        raise DataError(f"{where}: repeat_time is {entry['repeat_time']}, but must be positive")
+    if not 0 < entry["repeat_time"] <= _MOST_REPEATS:  # also refuses NaN
+        raise DataError(
+            f"{where}: repeat_time is {entry['repeat_time']}, but must be positive and at most {_MOST_REPEATS}"
+        )
     if entry.get("max_dynamic_patch", 1) < 1:
         raise DataError(f"{where}: max_dynamic_patch is {entry['max_dynamic_patch']}, but must be at least 1")
     for key in ("min_num_frame", "max_num_frame", "video_fps"):
-        if entry.get(key, 1) <= 0:
+        if not 0 < entry.get(key, 1) < math.inf:
             raise DataError(f"{where}: {key} is {entry[key]}, but must be positive")
     annotation = _locate(entry["annotation"], path)
     _require_file(annotation, entry["annotation"], where)

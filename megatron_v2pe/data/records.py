@@ -74,7 +74,7 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not utf-8 ({error})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise DataError(f"{where}: not valid json ({error})") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a json object, found {type(values).__name__}")

@@ -78,6 +78,8 @@ def turn(role, value):
         (b'{"conversations": [', "not valid json"),
         (b"\xff\xfe", "not utf-8"),
         (b"[1, 2]", "must be a json object, found list"),
+        (b"[" * 100_000, "not valid json"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "not valid json"),
         ({}, "conversations must be a list of at least one message"),
         ({"conversations": []}, "at least one message"),
         ({"conversations": ["hi"]}, r"conversations\[0\] must be an object"),
