@@ -89,8 +89,12 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
     with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
         run.start(resume_from)
-        guards = explained_worker_deaths(), final_without_progress(run)
-        with guards[0], guards[1], run.watchers(interruption, monitor) as watchers, run.saver() as saver:
+        with (
+            final_without_progress(run),
+            explained_worker_deaths(),
+            run.watchers(interruption, monitor) as watchers,
+            run.saver() as saver,
+        ):
             reason = run.steps(interruption, watchers, saver)
     shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
@@ -98,7 +102,7 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
 
 @contextmanager
 def final_without_progress(run: Run) -> Iterator[None]:
-    """A file that could be read for some steps may be there again after a restart; one that never could will not."""
+    """A file that could be read for some steps, or a loader process that had memory, may be there after a restart."""
     first = run.state.step
     try:
         yield
