@@ -113,6 +113,9 @@ def write_accuracy_by_length(
     axes.set_xscale("log", base=2)
     axes.set_xticks(all_lengths, [f"{n}\n({_multiple(n, trained_length)})" for n in all_lengths])
     axes.axvline(trained_length, color="0.4", linestyle="--", label="trained length")
+    # Not by what is drawn: with a single length, the small shifts between strides would fill the whole axis.
+    shown = [*all_lengths, trained_length]
+    axes.set_xlim(min(shown) / 1.25, max(shown) * 1.25)
     axes.set_ylim(0.0, 1.03)
     axes.set_xlabel("sample length in tokens (multiple of the trained length)")
     axes.set_ylabel("exact-match accuracy (0..1)")

@@ -85,6 +85,19 @@ def test_lines_over_length_are_drawn(tmp_path):
     assert has_colour(pixels(path), (0x1F / 255, 0x77 / 255, 0xB4 / 255))
 
 
+def test_strides_of_a_single_length_stand_together(monkeypatch, tmp_path):
+    """They are shifted a little so that their bars can be told apart, but it is one length."""
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    scores = {name: [cell(512, 0.1, 1, 10)] for name in ("default", "1", "2")}
+    report.write_accuracy_by_length(tmp_path / "a.png", scores, tokens_per_tile=4, trained_length=512)
+    axes = figures[0].axes[0]
+    places = [
+        axes.transAxes.inverted().transform(axes.transData.transform((512 * f, 0)))[0] for f in (1, 1.04)
+    ]
+    assert 0.4 < places[0] < places[1] < 0.6
+
+
 def test_the_loss_curve_is_drawn_from_metrics(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     rows = [{"step": n, "loss": 5.0 / n, "lr": 1e-3, "samples": 1} for n in range(1, 50)]
