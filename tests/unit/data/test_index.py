@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data import index_build
 from megatron_v2pe.data.index import index_dataset, locked
+from megatron_v2pe.data.index_build import PartFolder
 from megatron_v2pe.data.index_scan import scan_file
 from megatron_v2pe.data.measure import LineMeasurer
 from megatron_v2pe.data.meta import read_meta
@@ -236,6 +239,41 @@ def test_processes_give_what_one_gives(mixture):
         entry, settings=mixture.settings(), cache_dir=mixture.folder / "several", workers=2
     )
     assert _same(several, build(mixture))
+
+
+def test_a_killed_process_of_several_is_told_and_costs_little(mixture, monkeypatch):
+    """kill -9 of one worker, as the system does when memory runs out: an error at once, and what is done is kept."""
+    blanks = " " * 2000  # blocks of 1 MiB that are quickly measured
+    mixture.write([json.dumps(record(f"what is {number}?", "a thing")) + blanks for number in range(3000)])
+    reference = build(mixture, cache="other")
+    (entry,) = read_meta(mixture.folder / "meta.json")
+    monkeypatch.setattr(index_build, "_SLICE_S", 0.0)  # in this process only: every block is written at once
+    real, kept = PartFolder.add, []
+
+    def add_and_kill(self, rows, done):
+        real(self, rows, done)
+        kept.extend(rows.arrays["line_numbers"].tolist())
+        for child in multiprocessing.active_children()[:1]:
+            os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(PartFolder, "add", add_and_kill)
+    started = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: a process that measured was killed .* start again with fewer"
+    ):
+        index_dataset(entry, settings=mixture.settings(), cache_dir=mixture.folder / "cache", workers=2)
+    assert time.monotonic() - started < 60
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(PartFolder, "add", real)
+    again, call = [], LineMeasurer.__call__
+    monkeypatch.setattr(
+        LineMeasurer,
+        "__call__",
+        lambda self, line, number: (again.append(number), call(self, line, number))[1],
+    )
+    assert _same(build(mixture), reference)
+    assert kept
+    assert sorted(kept + again) == list(range(1, 3001))
 
 
 def test_scan_finds_lines_and_prefixes(tmp_path):
