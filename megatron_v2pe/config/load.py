@@ -139,6 +139,8 @@ def _merge(base: Any, tree: dict[Any, Any], source: str) -> Any:
 
 def _check_numbers(values: Any, key: str) -> None:
     """Refuse a list with anything but whole numbers: OmegaConf 2.4 would name neither the key nor the value."""
+    if values is not None and not isinstance(values, list) and "${" not in str(values):
+        raise ConfigError(f"{key} is {values!r}, but must be a list of whole numbers")
     for value in values if isinstance(values, list) else ():
         if type(value) is not int:
             raise ConfigError(f"{key} holds {value!r}, but must be a list of whole numbers")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
@@ -373,3 +373,11 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        for section in fields(self):
+            values = getattr(self, section.name)
+            for each in fields(values):
+                value = getattr(values, each.name)
+                is_number = not isinstance(value, float) or math.isfinite(value)
+                _require(is_number, f"{section.name}.{each.name}", value, "must be finite")

@@ -99,6 +99,10 @@ REFUSED = [
     ("data: {curriculum: [{from_step: 5}]}", r"data.curriculum is \[5\], but from_step must start at 0"),
     ("position: {mode: v2pe_fixed}", r"run.yaml: position.stride is 0, but v2pe_fixed needs a stride"),
     ("optim: {lr: -1}", r"optim.lr is -1.0, but must be positive"),
+    ("optim: {lr: .inf}", r"optim.lr is inf, but must be finite"),
+    ("runtime: {max_loss_ratio: .nan}", r"runtime.max_loss_ratio is nan, but must be"),
+    ("data: {max_video_seconds: .inf}", r"data.max_video_seconds is inf, but must be finite"),
+    ("optim: {batch_rampup: abc}", r"optim.batch_rampup is 'abc', but must be a list of whole numbers"),
 ]
 
 
