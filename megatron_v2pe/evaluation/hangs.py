@@ -73,7 +73,7 @@ def _hang(lines: Sequence[Mapping[str, Any]]) -> Hang:
     silent = dict.fromkeys((rank for rank in range(lines[0]["world_size"]) if rank not in spoke), "")
     for last in (last for line in lines for last in line["silent"]):
         if last["rank"] in silent:
-            silent[last["rank"]] = f" since step {last['step']} on {last['host']}"
+            silent[last["rank"]] = f", last heard of in step {last['step']} on {last['host']}"
     return Hang(
         step=min(line["step"] for line in lines),
         waiting=_by_place([line for line in lines if line["is_waiting"]]),

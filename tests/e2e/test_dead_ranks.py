@@ -93,7 +93,10 @@ def test_a_stopped_rank_is_ended_by_the_watch_of_the_other_one(config, undisturb
     stderr = check_continues(process, tmp_path, undisturbed)
     assert re.search(r"rank 0 on .*: step \d+ is not done after 2\d\.\d s .*; it waits in \w+ \(", stderr)
     assert re.search(r"last heartbeat of rank 1 on \S+ \(step \d+, \d+ s ago\)", stderr)
-    check_report(tmp_path, r"rank 0 waits in .* \(.*:\d+ in \w+.*\), rank 1 is silent since step \d+ on \S+")
+    check_report(
+        tmp_path,
+        r"rank 0 waits in .* \(.*:\d+ in \w+.*\), rank 1 is silent, last heard of in step \d+ on \S+",
+    )
     assert " in steps" in (tmp_path / "stacks" / "rank_0.txt").read_text()  # the loop
 
 
