@@ -96,10 +96,34 @@ def read_cluster(path: str | Path) -> Cluster:
         raise LaunchError(f"{path}: container.image is empty, but {cluster.container.runtime} needs an image")
     if cluster.ranks_per_node < 1:
         raise LaunchError(f"{path}: ranks_per_node is {cluster.ranks_per_node}, but must be at least 1")
+    limit_seconds(cluster.time, where=f"{path}: time")
     bad = [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
     if bad:
         raise LaunchError(f"{path}: env.{bad[0]}: not a name of a variable")
     return cluster
+
+
+def limit_seconds(text: str, *, where: str) -> int:
+    """Seconds of a time limit as sbatch takes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Args:
+        text: the limit.
+        where: what gave it, for the message.
+
+    Raises:
+        LaunchError: it has another form.
+    """
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")] if re.fullmatch(r"\d+(:\d+){0,2}", clock) else []
+    if not parts or (dash and not days.isdigit()):
+        raise LaunchError(
+            f"{where} is {text!r}, but must be a time limit such as 24:00:00, 7-00:00:00 or 90 (minutes)"
+        )
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = [0] * (3 - len(parts)) + parts if len(parts) > 1 else [0, parts[0], 0]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _build(kind: Any, values: Any, *, where: str) -> Any:

@@ -28,7 +28,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from launch.cluster import Cluster, LaunchError, read_cluster  # noqa: E402
+from launch.cluster import Cluster, LaunchError, limit_seconds, read_cluster  # noqa: E402
 
 VERBS = ("train", "evaluate", "preflight")
 # Set where they are known to help, with the reason; a cluster file's env comes behind and wins.
@@ -88,9 +88,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("verb", choices=VERBS, help="verb of megatron-v2pe")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
-    if options.nodes < 1:
-        raise LaunchError(f"--nodes is {options.nodes}, but must be at least 1")
+    for name, least in {"nodes": 1, "warn_seconds": 1, "max_restarts": 0, "max_requeues": 0}.items():
+        if (value := getattr(options, name)) < least:
+            raise LaunchError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
     return options
+
+
+def check_time(cluster: Cluster, options: argparse.Namespace) -> None:
+    """Refuse a job whose warning would come before its first step, again and again.
+
+    Raises:
+        LaunchError: the warning is as early as the job is long, or the limit is none.
+    """
+    limit = options.time or cluster.time
+    if limit_seconds(limit, where="--time") <= options.warn_seconds:
+        raise LaunchError(
+            f"--warn-seconds is {options.warn_seconds}, but the time limit is {limit}: the job would be asked to stop "
+            "when it starts; give it more --time, or a later warning"
+        )
 
 
 def run_folder(verb: str, arguments: list[str]) -> str:
@@ -211,8 +226,11 @@ def check_fit(cluster: Cluster, options: argparse.Namespace) -> None:
         return
     gpus = options.nodes * cluster.ranks_per_node
     command = [sys.executable, "-m", "megatron_v2pe", "plan", *options.arguments]
+    # Called where the user is, as the run file may lie there; found also where it is not installed.
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    around = {**os.environ, "PYTHONPATH": path}
     command += ["--gpus", str(gpus), "--gpu", cluster.gpu, "--gpu-memory", str(cluster.gpu_memory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=around)
     if done.returncode == 0:
         return
     told = (done.stdout + done.stderr).strip()
@@ -261,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         options: Any = parse(sys.argv[1:] if arguments is None else arguments)
         cluster = read_cluster(options.cluster)
         run_dir = run_folder(options.verb, options.arguments)
+        check_time(cluster, options)
         script = render(cluster, options, run_dir=run_dir)
         if options.dry_run:
             sys.stdout.write(script)

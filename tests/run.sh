@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks:   bash tests/run.sh [pytest args]
 #
-# Without arguments: ruff, mypy, import contracts, then the whole test suite on two workers.
+# Without arguments: ruff, shellcheck, mypy, import contracts, then the whole test suite on two workers.
 # With arguments: pytest with just those, for instance  bash tests/run.sh tests/unit -k stride
 set -u
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,11 +27,18 @@ check() { # NAME COMMAND...
     fi
 }
 
+shell_check() { # every shell script, and the job scripts that submit.py renders
+    local scripts=()
+    mapfile -t scripts < <(find .ci examples launch tests tools -name '*.sh' -o -path .ci/run -o -name '*.sbatch' ! -name job.sbatch)
+    "$root/.venv/bin/shellcheck" --external-sources --source-path SCRIPTDIR:. "${scripts[@]}"
+}
+
 if [ $# -gt 0 ]; then
     exec "$VENV_PYTHON" -m pytest "$@"
 fi
 check "lint" "$VENV_PYTHON" -m ruff check .
 check "format" "$VENV_PYTHON" -m ruff format --check .
+check "shell" shell_check
 check "types" "$VENV_PYTHON" -m mypy
 check "imports" "$root/.venv/bin/lint-imports"
 check "tests" "$VENV_PYTHON" -m pytest -n 2 --dist worksteal

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by tests/run.sh and examples/quickstart/run.sh: one virtual environment, set up once.
 #
 #   source tools/venv.sh; ensure_venv ROOT      afterwards $VENV_PYTHON is ROOT/.venv/bin/python

@@ -61,10 +61,10 @@ def require_same_model(config: RunConfig, checkpoint: str | Path) -> None:
     """
     saved = RunState.from_json(read_info(checkpoint).run_state).model_facts
     now = model_facts(config)
-    changed = [name for name in now if name != _PLACE and name in saved and saved[name] != now[name]]
-    if not changed:
+    changed = [name for name in now if name in saved and saved[name] != now[name]]
+    if set(changed) <= {_PLACE}:
         return
-    lines = "".join(f"\n  {name}: {saved[name]} -> {now[name]}" for name in [*changed, _PLACE])
+    lines = "".join(f"\n  {name}: {saved[name]} -> {now[name]}" for name in changed)
     if config.checkpoint.allow_changed_model:
         logger.warning("going on from %s although its model changed:%s", checkpoint, lines)
         return

@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     reason = train(config, peak_tflops=known_peak_tflops(device))
-    return INTERRUPTED if reason and launcher().world_size == 1 else 0
+    return INTERRUPTED if reason and launcher().master is None else 0

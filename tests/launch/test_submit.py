@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import submit
-from launch.cluster import LaunchError, read_cluster
+from launch.cluster import LaunchError, limit_seconds, read_cluster
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,6 +26,7 @@ RECIPES = {
     "internvl2_26b_256k": (H100, 8),
     "internvl2_76b_256k": (H100, 32),
 }
+RUN_32K = ["train", "launch/recipes/internvl2_2b_32k.yaml"]
 CASES = {
     **{
         name: [cluster, "--nodes", str(nodes), "train", f"launch/recipes/{name}.yaml"]
@@ -40,6 +41,18 @@ CASES = {
         "01:00:00",
         "train",
         "launch/recipes/internvl2_2b_32k.yaml",
+    ],
+    "array": [
+        H100,
+        "--nodes",
+        "4",
+        "--array",
+        "1-5%1",
+        "--name",
+        "long run",
+        "train",
+        "launch/recipes/internvl2_2b_256k.yaml",
+        "runtime.run_dir=/runs/two words",
     ],
     "venv": [CPU, "--nodes", "2", "train", "launch/recipes/internvl2_2b_32k.yaml", "optim.steps=3"],
 }
@@ -65,8 +78,9 @@ def test_dry_run_prints_the_recorded_script(name):
 @pytest.mark.parametrize("path", sorted([*GOLDEN.glob("*.sbatch"), ROOT / "launch" / "node_entry.sh"]))
 def test_scripts_are_valid_shell(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-s", "bash", str(path)], check=True)
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert tool, "shellcheck is in the extra dev: bash tests/run.sh installs it"
+    subprocess.run([tool, "--shell=bash", str(path)], check=True)
 
 
 def test_every_recipe_is_tested():
@@ -116,6 +130,7 @@ def test_recipes_fit_their_gpus(name):
         ("partition: a\ncontainer: {runtime: pyxis}\n", "container.image is empty"),
         ("partition: a\nranks_per_node: 0\n", "must be at least 1"),
         ("partition: a\nenv: {A-B: c}\n", "env.A-B: not a name"),
+        ("partition: a\ntime: 1h\n", "time is '1h', but must be a time limit such as 24:00:00"),
         ("- a\n", "must hold keys and values"),
         ("a: [\n", "not YAML"),
     ],
@@ -136,12 +151,33 @@ def test_mistakes_in_a_cluster_file(tmp_path, text, message):
         ([CPU, "train"], "give the run's YAML file"),
         ([CPU, "evaluate", "ckpt"], "give --out"),
         ([CPU, "--nodes", "0", "train", "a.yaml"], "--nodes is 0"),
+        ([CPU, "--max-restarts", "-1", "train", "a.yaml"], "--max-restarts is -1"),
+        ([CPU, "--time", "soon", *RUN_32K], "--time is 'soon', but must be a time limit"),
+        (
+            [CPU, "--time", "5", *RUN_32K],
+            "--warn-seconds is 300, but the time limit is 5: the job would be asked to",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert submit.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("01:00:05", 3605),
+        ("2-0", 172800),
+        ("1-02:03", 93780),
+        ("1-02:03:04", 93784),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
+    assert limit_seconds(text, where="--time") == seconds
 
 
 @pytest.fixture
@@ -178,6 +214,23 @@ def test_a_run_that_cannot_be_planned_is_refused_without_force(sbatch, capsys):
     assert not sbatch.exists()
     assert submit.main([H100, "--force", "train", *run]) == 0
     assert "submitting although plan says" in capsys.readouterr().err
+
+
+def test_a_run_file_of_the_callers_folder_is_planned(sbatch, tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "launch" / "recipes" / "internvl2_2b_32k.yaml", tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([str(ROOT / H100), "--force", "train", "mine.yaml", f"runtime.run_dir={sbatch}"]) == 0
+    assert (
+        "/InternVL2-2B/hf/config.json does not exist (yet)" in capsys.readouterr().err
+    )  # not: no such run file
+
+
+def test_a_run_folder_that_cannot_be_written(sbatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert submit.main([CPU, *RUN_32K, f"runtime.run_dir={tmp_path}/file/run"]) == 2
+    assert (
+        "/file/run: cannot be written (Not a directory); choose another run folder" in capsys.readouterr().err
+    )
 
 
 if __name__ == "__main__":

@@ -44,14 +44,37 @@ class Jobs:
         self.machine, self.config, self.cluster = machine, config, cluster
         self.started = []
 
-    def command(self, verb, run_dir, *, overrides=(), options=()):
-        arguments = [verb, str(self.config), f"runtime.run_dir={run_dir}", *overrides]
-        return [sys.executable, "launch/submit.py", str(self.cluster), "--nodes", "2", *options, *arguments]
+    @classmethod
+    def of(cls, machine, root, *, python, env=None):
+        """Jobs of the run in `root`, whose nodes have one rank each."""
+        cluster = root / "cluster.yaml"
+        cluster.write_text(f"""
+partition: cpu
+ranks_per_node: 1
+gpus_per_node: 0
+cpus_per_node: 1
+time: "00:10:00"
+setup: ["export V2PE_PYTHON={python}"]
+env: {json.dumps(env or {})}
+""")
+        return cls(machine, root / "run.yaml", cluster)
 
-    def submit(self, run_dir, *, verb="train", overrides=(), options=()):
+    def command(self, verb, run_dir, *, nodes=2, overrides=(), options=()):
+        arguments = [verb, str(self.config), f"runtime.run_dir={run_dir}", *overrides]
+        return [
+            sys.executable,
+            "launch/submit.py",
+            str(self.cluster),
+            "--nodes",
+            str(nodes),
+            *options,
+            *arguments,
+        ]
+
+    def submit(self, run_dir, *, verb="train", nodes=2, overrides=(), options=()):
         """Id of a new job."""
         done = subprocess.run(
-            self.command(verb, run_dir, overrides=overrides, options=options),
+            self.command(verb, run_dir, nodes=nodes, overrides=overrides, options=options),
             cwd=ROOT,
             env=self.machine.environment,
             capture_output=True,
@@ -77,7 +100,7 @@ class Jobs:
                 next_look = time.monotonic() + 1.0
             if (ended and not until()) or time.monotonic() > end:
                 raise AssertionError(
-                    f"{told}: {self.shown(job)}\n{self.log(run_dir, job)}\n{self.machine.logs()}"
+                    f"{told}: {self.shown(job)}\n{self.log(run_dir, job)[-8000:]}\n{self.machine.logs()}"
                 )
             time.sleep(0.02)
 
@@ -86,27 +109,35 @@ class Jobs:
         end = time.monotonic() + JOB_SECONDS
         while (found := self.shown(job)).get("JobState", "") not in ENDED and time.monotonic() < end:
             time.sleep(0.3)
-        assert found["JobState"] == state, f"{found}\n{self.log(run_dir, job)}"
+        assert found["JobState"] == state, f"{found}\n{self.log(run_dir, job)[-8000:]}"
         return self.log(run_dir, job)
 
     def wait_for_log(self, run_dir, job, text):
         """Wait until something is in the job's log, over all its starts."""
         end = time.monotonic() + JOB_SECONDS
         while text not in self.log(run_dir, job):
-            assert time.monotonic() < end, f"no {text!r}: {self.shown(job)}\n{self.log(run_dir, job)}"
+            assert time.monotonic() < end, f"no {text!r}: {self.shown(job)}\n{self.log(run_dir, job)[-8000:]}"
             time.sleep(0.1)
 
-    def prolong(self, job):
-        """Ten minutes for the starts that follow; SLURM refuses while a job is completing."""
+    def wait_until_gone(self, job):
+        """Wait until the job, or every job of an array, has left the queue."""
         end = time.monotonic() + JOB_SECONDS
-        while self.shown(job).get("TimeLimit") != "00:10:00":
+        while self.machine.ask("squeue", "-h", "-j", job, "-o", "%T"):
             assert time.monotonic() < end, self.shown(job)
-            self.machine.ask("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+            time.sleep(0.3)
+
+    def prolong(self, job):
+        """Ten minutes for the next start of a job that queues itself again."""
+        end = time.monotonic() + JOB_SECONDS
+        while (found := self.shown(job))["Restarts"] == "0" or found["TimeLimit"] != "00:10:00":
+            assert time.monotonic() < end, found
+            if found["Restarts"] != "0":
+                self.machine.ask("scontrol", "update", f"JobId={job}", "TimeLimit=10")
             time.sleep(0.2)
 
     def log(self, run_dir, job):
         path = Path(run_dir) / f"slurm-{job}.log"
-        return path.read_text(errors="replace")[-8000:] if path.exists() else "(no log)"
+        return path.read_text(errors="replace") if path.exists() else "(no log)"
 
     def wait_for_step(self, run_dir, job, *, step):
         """Wait until a step is in the metrics."""
@@ -156,22 +187,13 @@ def signal_all(processes, number):
 def jobs(slurm, tmp_path_factory):
     """Jobs of the tiny model, one rank on each of two nodes."""
     root = tmp_path_factory.mktemp("slurm")
-    config = tiny.run_yaml(
+    tiny.run_yaml(
         root / "run.yaml",
         checkpoint=tiny.import_golden(root / "checkpoint"),
         meta=tiny.make_data(root / "data"),
         run_dir=root / "run",
     )
-    cluster = root / "cluster.yaml"
-    cluster.write_text(f"""
-partition: cpu
-ranks_per_node: 1
-gpus_per_node: 0
-cpus_per_node: 1
-time: "00:10:00"
-setup: ["export V2PE_PYTHON={sys.executable}"]
-""")
-    started = Jobs(slurm, config, cluster)
+    started = Jobs.of(slurm, root, python=sys.executable)
     yield started
     for job in started.started:
         slurm.ask("scancel", job)

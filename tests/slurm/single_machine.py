@@ -127,10 +127,13 @@ class SingleMachine:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 State=UNKNOWN"
             for name, port in (("n1", first), ("n2", second))
         )
+        # Nothing is put into control groups; the plugin for their first version starts where none are mounted, too.
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.folder / "slurm.conf").write_text(f"""ClusterName=single
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
-FirstJobId={controller}
+# The port that ranks meet at follows from the number of the job, and another of these may run beside.
+FirstJobId={1 + os.getpid() % 100 * 100}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
