@@ -56,6 +56,20 @@ def test_wandb_gets_the_finite_numbers_and_is_continued_by_name(tmp_path, fake_w
     assert (settings["project"], settings["id"], settings["resume"]) == ("long", "run_7", "allow")
 
 
+def test_tensorboard_has_a_curve_for_each_number_and_each_data_set(tmp_path):
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    sink = open_sinks(RuntimeConfig(), tmp_path, rank=0, first_step=1)[1]
+    sink.write({**LINE, **SOURCES})
+    sink.write({**LINE, "step": 4, "loss_by_source": {"books": 2.25}})
+    sink.close()
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert {"train/lr", "train/loss/books", "train/tokens/books"} <= set(found.Tags()["scalars"])
+    assert "train/loss/web pages" not in found.Tags()["scalars"]
+    points = [(point.step, point.value) for point in found.Scalars("train/loss/books")]
+    assert points == [(3, 2.5), (4, 2.25)]
+
+
 def test_lines_that_come_again_are_dropped(tmp_path):
     runtime = RuntimeConfig(tensorboard=False)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
