@@ -163,19 +163,10 @@ class TrainLoader:
             loss_reduction=config.data.loss_reduction,
             tile_share=TileShare(rank=tile_rank, num_ranks=tile_ranks, holds_vision=holds_vision),
         )
-        num_workers, prefetch = _bounded_workers(
-            config, largest_pack_bytes(config, settings, reader.tile_share)
-        )
         self._steps = range(start_step, config.optim.steps)
-        self._loader = DataLoader(
-            reader,
-            batch_size=None,
-            sampler=_RequestSampler(plan, indexes, steps=self._steps, dp_rank=dp_rank, dp_size=dp_size),
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            collate_fn=_unchanged,
-            multiprocessing_context=worker_context(__name__) if num_workers else None,
-        )
+        sampler = _RequestSampler(plan, indexes, steps=self._steps, dp_rank=dp_rank, dp_size=dp_size)
+        pack_bytes = largest_pack_bytes(config, settings, reader.tile_share)
+        self._loader = _torch_loader(config, reader, sampler, pack_bytes=pack_bytes)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         packs = self._received()
@@ -207,6 +198,21 @@ def _opened(pack: SentPack | V2PEError) -> PackedBatch:
     if isinstance(pack, V2PEError):
         raise pack
     return pack.unpacked()
+
+
+def _torch_loader(
+    config: RunConfig, reader: PackReader, sampler: _RequestSampler, *, pack_bytes: int
+) -> DataLoader[SentPack | V2PEError]:
+    num_workers, prefetch = _bounded_workers(config, pack_bytes)
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        collate_fn=_unchanged,
+        multiprocessing_context=worker_context(__name__) if num_workers else None,
+    )
 
 
 def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:
