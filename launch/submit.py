@@ -201,7 +201,8 @@ def _srun(cluster: Cluster, command: list[str]) -> str:
     """srun of the node entry, in its container."""
     container = cluster.container
     step, inside = "srun --kill-on-bad-exit=1 --wait=60", ""
-    mounts = '"' + ",".join(["$project", "$PWD", *container.mounts]) + '"'
+    # The run folder always: a container would keep to itself, and lose, what is written where nothing is mounted.
+    mounts = '"' + ",".join(["$project", "$PWD", "$run_dir", *container.mounts]) + '"'
     if container.runtime == "pyxis":
         image, names = shlex.quote(container.image), ",".join(_variables(cluster))
         step += f' --container-image={image} --container-mounts={mounts} --container-workdir="$PWD"'

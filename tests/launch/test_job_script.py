@@ -24,10 +24,10 @@ INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 class Job:
     """A job script in a folder of its own; `run` is its run folder."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, more=""):
         self.folder, self.run = folder, folder / "run"
         self.run.mkdir()
-        (folder / "cluster.yaml").write_text("partition: cpu\nranks_per_node: 1\ngpus_per_node: 0\n")
+        (folder / "cluster.yaml").write_text(f"partition: cpu\nranks_per_node: 1\ngpus_per_node: 0\n{more}")
         (folder / "run.yaml").write_text(f"runtime: {{run_dir: {self.run}}}\n")
         command = [sys.executable, str(ROOT / "launch" / "submit.py"), "cluster.yaml", "--dry-run"]
         done = subprocess.run(
@@ -176,6 +176,30 @@ def test_what_is_queued_again(job, reason, restarts, code):
     found, log = job.finish(restarts=restarts, srun=ranks)
     assert found == code, log
     assert ("requeue 7" in job.calls) == (code == 0)
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_container_sees_the_run_folder_and_gets_the_variables_of_the_job(tmp_path, runtime):
+    """An image's own values would win over the job's but for --container-env, or APPTAINERENV_*."""
+    container = f"container: {{runtime: {runtime}, image: /images/a b, mounts: [/data]}}"
+    job = Job(tmp_path, more=f"env: {{NCCL_DEBUG: WARN, OMP_NUM_THREADS: '3'}}\n{container}\n")
+    tell = 'printf "%s\\n" "$@" >>calls; env >around'
+    srun = tell if runtime == "pyxis" else 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    code, log = job.finish(srun=srun, apptainer=tell)
+    assert code == 0, log
+    mounts = f"{ROOT},{tmp_path},{job.run},/data"
+    around = dict(
+        line.split("=", 1) for line in (tmp_path / "around").read_text().splitlines() if "=" in line
+    )
+    names = ["OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG"]
+    if runtime == "pyxis":
+        assert {"--container-image=/images/a b", f"--container-mounts={mounts}"} < set(job.calls)
+        assert f"--container-env={','.join(names)}" in job.calls
+    else:
+        assert job.calls[:6] == ["exec", "--bind", mounts, "--pwd", str(tmp_path), "/images/a b"]
+        assert [around[f"APPTAINERENV_{name}"] for name in names] == ["3", "lo", "WARN"]
+    assert [around[name] for name in names] == ["3", "lo", "WARN"]
+    assert job.calls[-4:] == ["bash", f"{ROOT}/launch/node_entry.sh", "train", "run.yaml"]
 
 
 def test_the_exit_code_of_the_ranks_is_that_of_the_job(job):
