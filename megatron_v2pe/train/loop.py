@@ -340,11 +340,10 @@ class Run:
                 recent_losses=guard.after(report),
             )
             num_bad = self.damaged.num_skipped
-            log.write(
-                meter.metrics(
-                    report, batches, step=self.state.step, data_seconds=data_seconds, bad_samples=num_bad
-                )
+            metrics = meter.metrics(
+                report, batches, step=self.state.step, data_seconds=data_seconds, bad_samples=num_bad
             )
+            log.write(replace(metrics, save_s=saver.take_stall()))
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
             saver.after_step(self.state, is_interrupted=bool(reason))

@@ -60,6 +60,7 @@ class StepMetrics:
     data_s: float
     data_s_max: float
     data_s_max_rank: int
+    save_s: float = 0.0
     comm_wait_s_min: float | None
     comm_wait_s_max: float | None
     straggler: int | None

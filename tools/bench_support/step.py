@@ -58,29 +58,31 @@ class Sizes:
 
     def architecture(self) -> InternVLArchitecture:
         """The model."""
-        return parse_architecture(
-            {
-                "model_type": "internvl_chat",
-                "force_image_size": TILE_PIXELS,
-                "vision_config": {
-                    "hidden_size": self.vision_hidden,
-                    "num_hidden_layers": self.vision_layers,
-                    "num_attention_heads": 4,
-                    "intermediate_size": 4 * self.vision_hidden,
-                    "patch_size": PATCH,
-                    "image_size": TILE_PIXELS,
-                },
-                "llm_config": {
-                    "architectures": ["InternLM2ForCausalLM"],
-                    "hidden_size": self.hidden,
-                    "num_hidden_layers": self.layers,
-                    "num_attention_heads": self.heads,
-                    "num_key_value_heads": self.kv_heads,
-                    "intermediate_size": 4 * self.hidden,  # the ratio of InternLM2-1.8B
-                    "vocab_size": self.vocab,
-                },
-            }
-        )
+        return parse_architecture(self.hugging_face())
+
+    def hugging_face(self) -> dict[str, Any]:
+        """Its config.json."""
+        return {
+            "model_type": "internvl_chat",
+            "force_image_size": TILE_PIXELS,
+            "vision_config": {
+                "hidden_size": self.vision_hidden,
+                "num_hidden_layers": self.vision_layers,
+                "num_attention_heads": 4,
+                "intermediate_size": 4 * self.vision_hidden,
+                "patch_size": PATCH,
+                "image_size": TILE_PIXELS,
+            },
+            "llm_config": {
+                "architectures": ["InternLM2ForCausalLM"],
+                "hidden_size": self.hidden,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads,
+                "intermediate_size": 4 * self.hidden,  # the ratio of InternLM2-1.8B
+                "vocab_size": self.vocab,
+            },
+        }
 
     def layout(self, *, pad_to_multiple: int) -> PackLayout:
         """The pack's document."""
