@@ -7,7 +7,7 @@
     complete   rank 0      `.metadata`; again nobody is asked
 
 mcore's own asynchronous writer copies every view once more, forks, and starts a manager process
-(docs/decisions/0022). Its checks and plan are kept here, but the data goes through `StreamingWriter`.
+(docs/decisions/0023). Its checks and plan are kept here, but the data goes through `StreamingWriter`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ from megatron_v2pe.checkpoint.dist_io import on_first_rank, process_group
 from megatron_v2pe.checkpoint.host_memory import HostCopy
 from megatron_v2pe.checkpoint.state_writer import ShardKey, Shards, StreamingWriter, item_key
 from megatron_v2pe.core.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class KnownPlan:
+    """What all ranks agreed on in a save, for the next one of the same state.
+
+    Attributes:
+        asked: items that this rank wanted to write.
+        own: those that it was told to write.
+        metadata: of the whole, on rank 0.
+    """
+
+    asked: SavePlan
+    own: SavePlan
+    metadata: Metadata | None
+
 
 _Written = tuple[list[WriteResult], dict[str, str]]
 """Where a rank's items lie in its files, and the files' hashes."""
@@ -75,6 +92,8 @@ class StateSave:
         sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
         unread: bytes of shards whose `data` is a meta tensor.
         file_of: see `StreamingWriter`.
+        known: `known` of an earlier save. Where all ranks ask for the same as then, nothing is checked and planned
+            anew, which with many ranks takes long.
 
     Raises:
         CheckpointError: shards do not make up their tensors, or the folder cannot be written; on all ranks.
@@ -87,14 +106,22 @@ class StateSave:
         *,
         unread: Shards | None = None,
         file_of: Mapping[ShardKey, str] | None = None,
+        known: KnownPlan | None = None,
     ) -> None:
         self._folder = folder
         self._writer = StreamingWriter(folder, unread=unread, file_of=file_of)
-        self._plan = _Plan(self._writer)
+        self._plan = _Plan(self._writer, known)
         self._outcome: _Written | BaseException | None = None
         self._joined: list[_Written] = []
         with _told_as_checkpoint_error(folder):
-            dist_checkpointing.save(sharded_state_dict, str(folder), self._plan)
+            dist_checkpointing.save(
+                sharded_state_dict, str(folder), self._plan, validate_access_integrity=known is None
+            )
+
+    @property
+    def known(self) -> KnownPlan:
+        """For the next save of this state."""
+        return self._plan.known
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +146,7 @@ class StateSave:
         """
         self._writer.cancelled = cancelled
         try:
-            written = self._writer.write_data(self._plan.own, self._plan).wait()
+            written = self._writer.write_data(self._plan.known.own, self._plan).wait()
             self._outcome = written, self._writer.hashes
         except BaseException as error:  # told to all ranks by `join`
             self._outcome = error
@@ -147,9 +174,10 @@ class StateSave:
         Raises:
             CheckpointError: it cannot be written.
         """
-        assert self._plan.metadata is not None, "on rank 0, after `join`"
+        metadata = self._plan.known.metadata
+        assert metadata is not None, "on rank 0, after `join`"
         with _told_as_checkpoint_error(self._folder):
-            self._writer.finish(self._plan.metadata, [results for results, _ in self._joined])
+            self._writer.finish(metadata, [results for results, _ in self._joined])
         return {name: digest for _, hashes in self._joined for name, digest in hashes.items()}
 
     def _own_outcome(self) -> _Written:
@@ -163,41 +191,49 @@ class _Plan(SaveShardedStrategy):
     """torch's plan over mcore's shards, which are taken out of mcore's hands where it would write them.
 
     Attributes:
-        own: what this rank writes.
-        metadata: of the whole, on rank 0.
+        known: what is written by whom.
         copies: tensors to be written instead of those of the state dict.
     """
 
     can_handle_sharded_objects = True
-    own: SavePlan
+    known: KnownPlan
 
-    def __init__(self, writer: StreamingWriter) -> None:
+    def __init__(self, writer: StreamingWriter, earlier: KnownPlan | None) -> None:
         super().__init__("torch_dist", 1)
-        self._writer = writer
+        self._writer, self._earlier = writer, earlier
         # The decentralised plan belongs to mcore's own writer; torch's gathers the plans on rank 0.
         self._planner = MCoreSavePlanner(flatten_state_dict=False, can_run_decentralized_global_plan=False)
-        self.metadata: Metadata | None = None
         self.copies: dict[ShardKey, torch.Tensor] = {}
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Plan. Collective; mcore calls it when its checks are done."""
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         state, ranks = mcore_to_pyt_state_dict(shards), _all_ranks()
+        asked, metadata = SavePlan([]), None
 
         def of_this_rank() -> SavePlan:
+            nonlocal asked
             self._planner.set_up_planner(state, storage_meta=None, is_coordinator=ranks.is_coordinator)
             self._writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank, use_collectives=True)
-            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+            asked = self._writer.prepare_local_plan(self._planner.create_local_plan())
+            return asked
 
         def of_all(plans: list[SavePlan]) -> list[SavePlan]:
-            plans, self.metadata = self._planner.create_global_plan(plans)
+            nonlocal metadata
+            plans, metadata = self._planner.create_global_plan(plans)
             return self._writer.prepare_global_plan(plans)
 
-        self.own = self._planner.finish_plan(ranks.reduce_scatter("plan", of_this_rank, of_all))
+        earlier = self._earlier
+        if earlier and all(ranks.all_gather("plan", lambda: of_this_rank().items == earlier.asked.items)):
+            self._planner.finish_plan(earlier.own)
+            self.known = earlier
+        else:
+            own = self._planner.finish_plan(ranks.reduce_scatter("plan", of_this_rank, of_all))
+            self.known = KnownPlan(asked, own, metadata)
 
     def tensors(self) -> list[tuple[WriteItem, torch.Tensor]]:
         """Tensors of this rank, in the order in which they are written."""
-        items = [item for item in self.own.items if item.type != WriteItemType.BYTE_IO]
+        items = [item for item in self.known.own.items if item.type != WriteItemType.BYTE_IO]
         return [(item, self.resolve_data(item)) for item in items]
 
     def resolve_data(self, item: WriteItem) -> Any:

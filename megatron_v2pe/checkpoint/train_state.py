@@ -50,7 +50,7 @@ from megatron_v2pe.checkpoint.optimizer_groups import with_own_groups
 from megatron_v2pe.checkpoint.own_ranges import owned_states
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state_save import StateSave
+from megatron_v2pe.checkpoint.state_save import KnownPlan, StateSave
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.parallel.topology import Ranks, seed_generators
 
@@ -91,6 +91,7 @@ class CheckpointSave:
         hf_folder: `hf/` of the checkpoint the run started from, or the Hugging Face folder itself.
         keep: newest checkpoints that stay.
         adapters: of a run that trains adapters: what is stored, and which base it belongs to.
+        known: `known` of an earlier save of this run.
 
     Raises:
         CheckpointError: no room, or the folder cannot be made. Raised on all ranks.
@@ -107,6 +108,7 @@ class CheckpointSave:
         hf_folder: str | Path,
         keep: int,
         adapters: AdapterRecord | None = None,
+        known: KnownPlan | None = None,
     ) -> None:
         self.run_dir, self.run_state, self.keep = run_dir, run_state, keep
         self._hf_folder, self._ranks = Path(hf_folder), ranks
@@ -117,8 +119,13 @@ class CheckpointSave:
         num_bytes = stored_bytes(states)
         self.target = step_path(run_dir, run_state.step)
         self._tmp = on_first_rank(lambda: _begin(self.target, num_bytes, adapters))
-        self._state = StateSave(state_path(self._tmp), states)
+        self._state = StateSave(state_path(self._tmp), states, known=known)
         self._error: Exception | None = None  # of `commit`
+
+    @property
+    def known(self) -> KnownPlan:
+        """Makes the planning of the run's next save short."""
+        return self._state.known
 
     @property
     def num_bytes(self) -> int:

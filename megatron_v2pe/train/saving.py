@@ -14,10 +14,12 @@ save are called by the main thread, between steps.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ from megatron_v2pe.assembly.optimizer import Trainer, make_moments
 from megatron_v2pe.checkpoint.adapter_record import AdapterRecord
 from megatron_v2pe.checkpoint.host_memory import HostCopy, shortage
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.state_save import KnownPlan
 from megatron_v2pe.checkpoint.train_state import CheckpointSave
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
@@ -70,6 +73,7 @@ class Saver:
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
         )
         self._under_way: _UnderWay | None = None
+        self._known: KnownPlan | None = None
         self._stalled_s = 0.0
 
     def after_step(self, state: RunState, *, is_interrupted: bool) -> None:
@@ -145,17 +149,9 @@ class Saver:
 
     def _save(self, state: RunState, *, in_background: bool) -> None:
         started = time.perf_counter()
-        make_moments(self._trainer.optimizer)  # of a run whose every step so far was not finite
-        save = CheckpointSave(
-            self._config.runtime.run_dir,
-            chunks=self._trainer.wrapped,
-            optimizer=self._trainer.optimizer,
-            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
-            ranks=self._ranks,
-            hf_folder=self._hf_folder,
-            keep=self._config.checkpoint.keep,
-            adapters=self._adapters,
-        )
+        with _without_garbage_collection():
+            save = self._planned(state)
+        self._known = save.known
         memory = self._memory_for(save) if in_background else None
         if memory is None:
             save.write()
@@ -165,6 +161,20 @@ class Saver:
             return
         save.copy_state(memory)
         self._under_way = _UnderWay(save, started=started)
+
+    def _planned(self, state: RunState) -> CheckpointSave:
+        make_moments(self._trainer.optimizer)  # of a run whose every step so far was not finite
+        return CheckpointSave(
+            self._config.runtime.run_dir,
+            chunks=self._trainer.wrapped,
+            optimizer=self._trainer.optimizer,
+            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
+            ranks=self._ranks,
+            hf_folder=self._hf_folder,
+            keep=self._config.checkpoint.keep,
+            adapters=self._adapters,
+            known=self._known,
+        )
 
     def _memory_for(self, save: CheckpointSave) -> HostCopy | None:
         """Host memory for a copy; None, for good, where there is not enough. Collective, at the first save only."""
@@ -236,3 +246,15 @@ def _thread(act: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=act, name="checkpoint", daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A plan is some hundred thousand short-lived objects; they would start a look through all objects there are."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

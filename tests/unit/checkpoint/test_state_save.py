@@ -82,3 +82,23 @@ def test_a_save_that_is_given_up_stops_between_tensors(tmp_path):
         save.write(cancelled=cancelled)
         with pytest.raises(CheckpointError, match="the save was given up"):
             save.join()
+
+
+def test_a_known_plan_is_used_for_the_same_state_and_made_anew_for_another(tmp_path):
+    folders = [tmp_path / name for name in ("first", "same", "other", "planned anew")]
+    for folder in folders:
+        folder.mkdir()
+    other = {**state(3), "half": ShardedTensor.from_rank_offsets("half", torch.ones(2, 5))}
+    with process_group():
+        known = None
+        for folder, values in zip(folders[:3], (state(1), state(2), other), strict=True):
+            save = StateSave(folder, values, known=known)
+            assert (save.known is known) == (folder.name == "same")
+            known = save.known
+            save.write()
+            save.join()
+            save.complete()
+    assert torch.equal(StateReader(folders[1]).read("large"), state(2)["large"].data)
+    assert torch.equal(StateReader(folders[2]).read("half"), torch.ones(2, 5))
+    save_state(folders[3], state(2))
+    assert contents(folders[1]) == contents(folders[3])
