@@ -274,6 +274,16 @@ def submit(script: str, run_dir: str) -> str:
     return done.stdout.strip()
 
 
+def tell_holder(run_dir: str) -> None:
+    """Say that another job has the run folder now; the new one is let in if that has left when it starts."""
+    lock = Path(run_dir) / "job.lock"
+    if lock.is_file():
+        holder = lock.read_text(encoding="utf-8", errors="replace").strip()
+        _say(
+            f"{run_dir} is in use: {holder}; the new job is refused if that one is still there when it starts"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 for a mistake of the user's."""
     try:
@@ -287,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         check_fit(cluster, options)
         sys.stdout.write(submit(script, run_dir) + "\n")
+        tell_holder(run_dir)
         return 0
     except LaunchError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -207,6 +207,15 @@ def test_submitting_keeps_the_script_in_the_run_folder(sbatch, capsys):
     assert f"run_dir={sbatch}" in (sbatch / "job.sbatch").read_text()
 
 
+def test_a_run_folder_that_is_in_use_is_told_at_once(sbatch, capsys):
+    run = [*RUN_32K, f"runtime.run_dir={sbatch}"]
+    assert submit.main([CPU, *run]) == 0
+    assert capsys.readouterr().err == ""
+    (sbatch / "job.lock").write_text("6 node7 2026-01-01T00:00:00\n")
+    assert submit.main([CPU, *run]) == 0
+    assert "is in use: 6 node7 2026-01-01T00:00:00; the new job is refused if" in capsys.readouterr().err
+
+
 def test_a_run_that_cannot_be_planned_is_refused_without_force(sbatch, capsys):
     run = big_run(sbatch)
     assert submit.main([H100, "train", *run]) == 2
