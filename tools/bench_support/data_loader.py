@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from bench_support.verdict import show_load, verdict
 from PIL import Image
 
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
@@ -31,6 +31,7 @@ from megatron_v2pe.data.images import ImageRef
 from megatron_v2pe.data.loader import TrainLoader
 
 HF_FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
+TARGET_RATIO, TARGET_SPEED = 1.10, 1.80
 HELP = "the loader against bare Pillow, with 1 and 2 workers, and the decoded pixels of each rank at cp 4"
 
 
@@ -48,9 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not (work / "meta.json").exists():
             make_data(work, num_samples=arguments.samples)
         arch = replace(read_architecture(HF_FOLDER), image_size=448)
-        print(
-            f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; Pillow {Image.__version__}"
-        )
+        show_load()
         compare_with_pillow(work, arch, rounds=arguments.rounds)
         compare_workers(work, arch)
         show_shares(work, arch)
@@ -131,7 +130,13 @@ def compare_with_pillow(work: Path, arch: InternVLArchitecture, *, rounds: int) 
     ratio = min(loader_ms) / min(pillow_ms)
     print(f"\nCPU per tile, {num_tiles} tiles of {len(refs)} images, best of {rounds} rounds")
     print(f"  bare Pillow (decode, resize, crop)   {min(pillow_ms):6.2f} ms")
-    print(f"  loader (text, packing, pixels)       {min(loader_ms):6.2f} ms   {ratio:.3f}x   target <= 1.10x")
+    print(f"  loader (text, packing, pixels)       {min(loader_ms):6.2f} ms")
+    verdict(
+        "loader against bare Pillow",
+        f"{ratio:.3f}x",
+        target=f"<= {TARGET_RATIO}x",
+        is_met=ratio <= TARGET_RATIO,
+    )
 
 
 def bare_tiles(ref: ImageRef, size: int) -> list[Image.Image]:
@@ -165,7 +170,13 @@ def compare_workers(work: Path, arch: InternVLArchitecture, *, steps: int = 80) 
         rates.append(tokens / seconds)
         cpu_ms = 1e3 * (after - before) / tiles
         print(f"{workers:7}   {tokens / seconds:8,.0f}   {tiles / seconds:7,.1f}   {cpu_ms:15.2f}")
-    print(f"2 workers against 1: {rates[1] / rates[0]:.2f}x   target >= 1.80x on two idle cores")
+    speed = rates[1] / rates[0]
+    verdict(
+        "2 workers against 1 on two idle cores",
+        f"{speed:.2f}x",
+        target=f">= {TARGET_SPEED}x",
+        is_met=speed >= TARGET_SPEED,
+    )
 
 
 def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps: int = 4) -> None:
@@ -175,6 +186,7 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
         "rank   tiles     share   furthest from a quarter of a pack   images opened   source megapixels   CPU"
     )
     whole_ms = _cpu_ms(lambda: list(open_loader(work, arch, steps=steps)))
+    furthest = 0.0
     for rank in range(ranks):
         refs: list[ImageRef] = []
         restore = _spy(refs.append)
@@ -187,11 +199,18 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
         packs = [batch for step in batches for batch in step]
         own, total = sum(len(pack.tiles) for pack in packs), sum(pack.num_tiles for pack in packs)
         worst = max(abs(len(pack.tiles) - pack.num_tiles / ranks) for pack in packs)
+        furthest = max(furthest, worst)
         source = sum(ref.size[0] * ref.size[1] for ref in refs) / 1e6
         print(
             f"{rank:4}   {own:5}   {own / total:7.2%}   {worst:28.2f} tiles   {len(refs):13}   {source:17.1f}   "
             f"{own_ms / whole_ms:.0%}"
         )
+    verdict(
+        f"tiles of a rank of cp {ranks}",
+        f"at most {furthest:.2f} tiles from an equal share of a pack",
+        target="1 tile",
+        is_met=furthest <= 1,
+    )
 
 
 def _spy(note: Callable[[ImageRef], None]) -> Callable[[], None]:

@@ -10,13 +10,13 @@ order; its packs are dealt in turn.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
 from typing import Any
 
 import numpy as np
 from bench_support.data_mixture import plan_of, random_draws, release_mixture
+from bench_support.verdict import show_load, verdict
 
 from megatron_v2pe.data.packing import pack_fill, release_packs
 from megatron_v2pe.data.plan_store import EpochPlan
@@ -37,28 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Plan one epoch at two pack sizes."""
+    show_load()
     indexes = release_mixture(scale=arguments.scale)
     count = sum(len(index) for index in indexes)
-    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    print(f"{len(indexes)} data sets, {count:,} samples; {load}; {_peak_gib():.2f} GiB before planning")
+    print(f"{len(indexes)} data sets, {count:,} samples; {_peak_gib():.2f} GiB before planning", flush=True)
     for pack_tokens in (32768, 262144):
+        name = f"plan, packs of {pack_tokens // 1024}K"
         wall, cpu = time.perf_counter(), time.process_time()
         plan = plan_of(indexes, pack_tokens=pack_tokens, batch_size=RANKS)
         epoch = plan.epoch(0, 0)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(
-            f"\npacks of {pack_tokens}: {len(epoch.rows):,} draws -> {epoch.num_packs:,} packs in {wall:.1f} s, "
-            f"{cpu:.1f} s of processor time (target {TARGET_S:g}), peak {_peak_gib():.2f} GiB (target {TARGET_GIB:g})"
+            f"\n{len(epoch.rows):,} draws -> {epoch.num_packs:,} packs in {wall:.1f} s of wall time",
+            flush=True,
         )
+        verdict(name, f"{cpu:.1f} s of processor time", target=f"< {TARGET_S:g} s", is_met=cpu < TARGET_S)
+        peak = _peak_gib()
+        verdict(name, f"peak {peak:.2f} GiB", target=f"< {TARGET_GIB:g} GiB", is_met=peak < TARGET_GIB)
         tokens, _, _ = plan.pack_totals(epoch)
-        print(f"  fill {tokens.sum() / (pack_tokens * len(tokens)):.4f} (target {TARGET_FILL})")
+        fill = tokens.sum() / (pack_tokens * len(tokens))
+        verdict(name, f"{fill:.2%} full", target=f">= {TARGET_FILL:.1%}", is_met=fill >= TARGET_FILL)
         for batch in (RANKS, 4 * RANKS):
             other = (
                 epoch
                 if batch == RANKS
                 else plan_of(indexes, pack_tokens=pack_tokens, batch_size=batch).epoch(0, 0)
             )
-            _print_imbalance(f"{batch} packs a step", _imbalances(np.asarray(other.costs), batch, dealt=True))
+            found = step_imbalances(np.asarray(other.costs), batch, RANKS, dealt=True)
+            is_met = float(found.mean()) <= TARGET_IMBALANCE
+            verdict(
+                f"{name}, {batch} a step", _imbalance(found), target=f"<= {TARGET_IMBALANCE}", is_met=is_met
+            )
         _release(indexes, epoch, pack_tokens)
 
 
@@ -68,19 +77,18 @@ def _release(indexes: Any, epoch: EpochPlan, pack_tokens: int) -> None:
     packs = release_packs(lengths, tiles, max_tokens=pack_tokens, max_tiles=pack_tokens // 128)
     seconds = time.process_time() - started
     fill = pack_fill(packs, lengths, max_tokens=pack_tokens)
-    print(f"  the release's packer on {len(lengths):,} of the draws, {seconds:.1f} s: fill {fill:.4f}")
     in_order = np.array([costs[pack].sum() for pack in packs])
-    _print_imbalance("    64 packs a step", _imbalances(in_order, RANKS, dealt=False))
-
-
-def _imbalances(costs: Any, batch: int, *, dealt: bool) -> Any:
-    return step_imbalances(costs, np.full(len(costs) // batch, batch), RANKS, dealt=dealt)
-
-
-def _print_imbalance(what: str, found: Any) -> None:
+    found = step_imbalances(in_order, RANKS, RANKS, dealt=False)
     print(
-        f"  {what} on {RANKS} ranks: slowest rank / mean {found.mean():.4f}, 95th percentile of {len(found)} steps "
-        f"{np.quantile(found, 0.95):.4f} (target {TARGET_IMBALANCE})"
+        f"beside it the release's packer on {len(lengths):,} of the draws: {seconds:.1f} s, {fill:.2%} full, "
+        f"{_imbalance(found)}"
+    )
+
+
+def _imbalance(found: Any) -> str:
+    return (
+        f"slowest of {RANKS} ranks / mean {found.mean():.4f} (95th percentile of {len(found)} steps "
+        f"{np.quantile(found, 0.95):.4f})"
     )
 
 
