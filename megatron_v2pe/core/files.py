@@ -73,7 +73,7 @@ def writable_folder(path: str | Path, *, field: str) -> Path:
         ConfigError: it is a file, or cannot be created or written.
     """
     folder = Path(path)
-    probe = folder / f".write-test-{os.getpid()}"
+    probe = folder / f".write-test-{os.uname().nodename}-{os.getpid()}"  # ranks of other nodes probe it, too
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")

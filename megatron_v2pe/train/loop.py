@@ -26,12 +26,11 @@ from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
 from megatron_v2pe.checkpoint.train_state import load_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.load import dump_run_config
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
-from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.files import writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
@@ -42,6 +41,7 @@ from megatron_v2pe.train.bad_steps import BadSteps
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
+from megatron_v2pe.train.kept_config import keep_config
 from megatron_v2pe.train.loss_guard import LossGuard
 from megatron_v2pe.train.metrics import MetricsLog
 from megatron_v2pe.train.profiling import StepProfiler
@@ -123,16 +123,7 @@ def _model_folder(config: RunConfig) -> Path:
 
 def _resume_point(config: RunConfig) -> Path | None:
     """Checkpoint of the run folder to continue from; the folder is made, so that it is known to be writable."""
-    run_dir = Path(config.runtime.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if launcher().rank == 0:
-            write_atomic(run_dir / "config.yaml", dump_run_config(config))
-    except OSError as error:
-        raise ConfigError(
-            f"runtime.run_dir is {config.runtime.run_dir!r}, which cannot be written ({error.strerror}); "
-            "choose a folder that you may write to"
-        ) from None
+    run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
     newest = resume_point(run_dir, fallback=config.checkpoint.fallback)
     if newest is not None and not config.checkpoint.resume:
         raise ConfigError(
@@ -218,9 +209,12 @@ class Run:
             kept = {name: getattr(saved, name) for name in ("step", "consumed_packs", "recent_losses")}
             self.state = replace(self.state, **kept)
             logger.info("resumed from %s at step %d", resume_from, saved.step)
+            if saved.step >= self.config.optim.steps:
+                logger.warning("optim.steps is %d: nothing is left to train", self.config.optim.steps)
         if self.ranks.rank == 0:
             for left in remove_incomplete(self.run_dir):
                 logger.info("deleted %s, left by an interrupted save", left)
+            keep_config(self.run_dir, self.config, is_resumed=saved is not None)
             line = {"step": self.state.step, "world_size": self.ranks.world_size, "time": time.time()}
             append_json(self.run_dir / "starts.jsonl", line)
         self.start_up.done("data")

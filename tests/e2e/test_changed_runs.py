@@ -38,6 +38,9 @@ def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
     assert code == 2
     assert "model.freeze_projector: False -> True" in told
     assert "checkpoint.allow_changed_model=true" in told
+    assert (
+        "freeze_projector: false" in (tmp_path / "run" / "config.yaml").read_text()
+    )  # not of the refused one
     assert "Traceback" not in told
     code, told = again(config)
     assert code == 2
@@ -47,7 +50,11 @@ def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
     code, told = again(config, "checkpoint.allow_changed_data=true")
     assert code == 0, told
     assert "going on with step 3 of the new plan" in told
+    assert "changed since the last start: optim.steps: 2 -> 4" in told
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [1, 2, 3, 4]
+    code, told = again(config, "checkpoint.allow_changed_data=true")
+    assert code == 0, told
+    assert "optim.steps is 4: nothing is left to train" in told
