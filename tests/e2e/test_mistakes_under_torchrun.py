@@ -1,11 +1,10 @@
-"""A user's mistake under torchrun with restarts: told once, and no start is spent on it again.
+"""A user's mistake under torchrun with restarts is told once.
 
 Strategy: a mistake in a name, found before torch is imported, and one in the layout, found after; with as many restarts
-as a job has.
+as a job has. That the later starts do nothing is tested at `main` (tests/unit/cli/test_main.py).
 """
 
 import subprocess
-import time
 
 import pytest
 
@@ -27,17 +26,10 @@ def config(tmp_path_factory):
     ("override", "message"),
     [("optim.lrr=1e-3", "unknown key optim.lrr"), ("parallel.cp=3", "must divide the world size 2")],
 )
-def test_a_mistake_is_told_once_and_costs_no_restarts(config, tmp_path, override, message):
+def test_a_mistake_is_told_once_for_all_restarts(config, tmp_path, override, message):
     command = tiny.train_command(config, [override, f"runtime.run_dir={tmp_path}"], ranks=2)
     command.insert(command.index("--standalone"), f"--max-restarts={RESTARTS}")
-    started_at = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    told_at, text = 0.0, ""
-    for line in process.stderr:
-        text += line
-        if message in line and not told_at:
-            told_at = time.monotonic()
-    assert process.wait(timeout=100) == 1, text  # torchrun's own code
-    assert text.count("megatron-v2pe: ") == 1, text
-    # All restarts together take less than the start that found it.
-    assert time.monotonic() - told_at < max(5.0, told_at - started_at)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr  # torchrun's own code
+    assert message in done.stderr
+    assert done.stderr.count("megatron-v2pe: ") == 1, done.stderr

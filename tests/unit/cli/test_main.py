@@ -54,6 +54,31 @@ def test_another_rank_gives_rank_0_time_and_is_not_lost(monkeypatch, capsys):
     assert capsys.readouterr().err == "megatron-v2pe: rank 1: bad file\n"
 
 
+def test_a_mistake_ends_the_later_starts_of_a_launch_before_they_do_anything(monkeypatch, capsys, tmp_path):
+    def start(attempt):
+        monkeypatch.setenv(
+            "TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{attempt}" / "0" / "error.json")
+        )
+        return cli.main(["doctor"])
+
+    a_verb(monkeypatch, lambda args: raise_(ConfigError("parallel.tp is 3, but ...")))
+    assert start(0) == 2
+    assert capsys.readouterr().err == "megatron-v2pe: parallel.tp is 3, but ...\n"
+    monkeypatch.setattr(cli, "_load", lambda verb: pytest.fail("the verb was loaded"))
+    assert start(1) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_that_a_restart_may_mend_does_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
+    error = ConfigError("a file is gone")
+    error.is_final = False
+    a_verb(monkeypatch, lambda args: raise_(error))
+    assert cli.main(["doctor"]) == 2
+    a_verb(monkeypatch, lambda args: 0)
+    assert cli.main(["doctor"]) == 0
+
+
 def test_a_broken_launcher_is_a_users_mistake(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "0")
