@@ -194,8 +194,8 @@ def _check_merges(path: Path, merges: Sequence[tuple[str, str]], vocabulary: Con
     for first, second in merges:
         if first + second not in vocabulary:
             raise CheckpointError(
-                f"{path}: does not fit vocab.json, which has no entry {first + second!r} for the merge of {first!r} and "
-                f"{second!r}; take both files from one checkpoint"
+                f"{path}: does not fit vocab.json, which has no entry {first + second!r} for the merge of {first!r} "
+                f"and {second!r}; take both files from one checkpoint"
             )
 
 

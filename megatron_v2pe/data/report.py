@@ -55,7 +55,8 @@ class PlanReport:
         tiles: int64 [P].
         samples: int64 [P].
         costs: float64 [P].
-        max_pack_tokens: the budget.
+        max_pack_tokens: the budget of tokens.
+        max_pack_tiles: the budget of tiles.
         batches: packs of each step.
         imbalances: by data parallel size, max over mean cost of the ranks in each simulated step.
         random_imbalances: the same for the same packs in random order, dealt in turn.
@@ -66,6 +67,7 @@ class PlanReport:
     samples: Int64Array
     costs: NDArray[np.float64]
     max_pack_tokens: int
+    max_pack_tiles: int
     batches: BatchSchedule
     imbalances: dict[int, Any]
     random_imbalances: dict[int, Any]
@@ -80,6 +82,11 @@ class PlanReport:
     def fill(self) -> float:
         """Share of the token budget that is used."""
         return float(self.tokens.sum()) / (self.max_pack_tokens * max(len(self.tokens), 1))
+
+    @property
+    def tile_fill(self) -> float:
+        """Share of the tile budget that is used."""
+        return float(self.tiles.sum()) / (self.max_pack_tiles * max(len(self.tiles), 1))
 
 
 def describe_datasets(indexes: Sequence[DatasetIndex], plan: MixturePlan | None) -> list[DatasetRow]:
@@ -113,7 +120,7 @@ def describe_datasets(indexes: Sequence[DatasetIndex], plan: MixturePlan | None)
 
 
 def describe_plan(
-    plan: MixturePlan, *, max_pack_tokens: int, batches: BatchSchedule, balance: bool
+    plan: MixturePlan, *, max_pack_tokens: int, max_pack_tiles: int, batches: BatchSchedule, balance: bool
 ) -> PlanReport:
     """Packs of the first epoch, and how evenly their steps load the ranks.
 
@@ -133,6 +140,7 @@ def describe_plan(
         samples=samples,
         costs=costs,
         max_pack_tokens=max_pack_tokens,
+        max_pack_tiles=max_pack_tiles,
         batches=batches,
         imbalances={size: step_imbalances(costs, step_sizes, size, dealt=balance) for size in sizes},
         random_imbalances={size: step_imbalances(shuffled, step_sizes, size, dealt=False) for size in sizes},
@@ -201,7 +209,8 @@ def _cells(row: DatasetRow, total: int) -> list[str]:
 def _plan_text(report: PlanReport) -> str:
     spread = report.costs.std() / report.costs.mean()
     lines = [
-        f"{len(report.tokens):,} packs of {report.max_pack_tokens:,} tokens, {report.fill:.2%} full, "
+        f"{len(report.tokens):,} packs of {report.max_pack_tokens:,} tokens, {report.fill:.2%} full, and of "
+        f"{report.max_pack_tiles:,} tiles, {report.tile_fill:.2%} full; "
         f"{report.samples.mean():.1f} samples each; cost of a pack varies by {spread:.1%} (standard deviation)"
     ]
     if len(report.tokens) < report.batches.full_size:

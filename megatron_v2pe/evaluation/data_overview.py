@@ -79,6 +79,7 @@ def overview(
         report = describe_plan(
             plan,
             max_pack_tokens=config.data.max_pack_tokens,
+            max_pack_tiles=config.data.max_pack_tiles,
             batches=batch_schedule(config),
             balance=config.data.balance,
         )

@@ -104,7 +104,7 @@ def _tiles(indexes: Sequence[DatasetIndex]) -> Any:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(_k)
             axis.set_xlim(0.8 * shown.min(), 1.25 * most)
-    axis.set_xlabel("tiles of a sample")
+    axis.set_xlabel(f"tiles of a sample{' (log scale)' if axis.get_xscale() == 'log' else ''}")
     axis.set_ylabel("samples")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_title(
@@ -142,7 +142,9 @@ def _sources(rows: Sequence[DatasetRow]) -> Any:
     axis.set_title(
         f"Sources: an epoch draws {sum(draws):,} samples, {sum(tokens):,} tokens", fontsize=11, loc="left"
     )
-    axis.legend(loc="lower right")
+    axis.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False
+    )  # above: bars are anywhere
     return figure
 
 
@@ -150,21 +152,31 @@ def _packing(plan: PlanReport) -> Any:
     """Fill, samples and cost of the packs."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    fill = 100 * plan.tokens / plan.max_pack_tokens
-    axes[0].hist(fill, bins=np.linspace(min(fill.min(), 95), 100, 41), color="#4477aa")
+    fills = {
+        "tokens": (100 * plan.tokens / plan.max_pack_tokens, {"color": "#4477aa"}),
+        "tiles": (
+            100 * plan.tiles / plan.max_pack_tiles,
+            {"color": "#228833", "histtype": "step", "linewidth": 1.5},
+        ),
+    }
+    emptiest = min(95.0, *(float(fill.min()) for fill, _ in fills.values()))
+    for name, (fill, style) in fills.items():
+        axes[0].hist(fill, bins=np.linspace(emptiest, 100, 41), label=name, **style)
     axes[0].set_yscale("log")
-    axes[0].set_xlabel("fill of a pack in % of its tokens")
+    axes[0].set_xlabel("fill of a pack in % of its budget")
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     few, many = int(plan.samples.min()), int(plan.samples.max())
     edges = np.arange(few, many + 2, max(1, (many - few) // 40)) - 0.5
     axes[1].hist(plan.samples, bins=edges, color="#ccbb44")
     axes[1].set_xlabel("samples of a pack")
     axes[2].hist(plan.costs / plan.costs.mean(), bins=40, color="#ee6677")
     axes[2].set_xlabel("cost of a pack over the mean")
-    for axis in axes:
-        axis.set_ylabel("packs")
+    for axis, what in zip(axes, ("packs (log scale)", "packs", "packs"), strict=True):
+        axis.set_ylabel(what)
     figure.suptitle(
-        f"Packs of {_k(plan.max_pack_tokens)} tokens: {len(plan.tokens):,} in an epoch, {plan.fill:.2%} full, "
-        f"{plan.samples.mean():.1f} samples each"
+        f"Packs of an epoch: {len(plan.tokens):,} of {_k(plan.max_pack_tokens)} tokens ({plan.fill:.2%} full) and "
+        f"{plan.max_pack_tiles:,} tiles ({plan.tile_fill:.2%} full), {plan.samples.mean():.1f} samples each"
     )
     return figure
 
