@@ -11,7 +11,8 @@ HELP = """fine-tune an imported checkpoint as RUN.yaml says
 
 One process:    megatron-v2pe train run.yaml
 Two ranks:      torchrun --standalone --nproc-per-node 2 -m megatron_v2pe train run.yaml parallel.cp=2
-Other numbers:  megatron-v2pe train run.yaml optim.lr=1e-5 position.mode=v2pe_random
+Other numbers:  megatron-v2pe train run.yaml optim.lr=1e-5 optim.lr_vision=1e-6 position.mode=v2pe_random
+Growing batch:  megatron-v2pe train run.yaml optim.global_batch_size=32 'optim.batch_rampup=[8,8,2000]'
 
 The run writes config.yaml, metrics.jsonl, tensorboard/ and checkpoints/ to runtime.run_dir, and continues from
 its newest checkpoint when it is started again. docs/configuration.md explains every field.

@@ -96,6 +96,15 @@ def test_search_prints_layouts_that_plan_confirms(plan):
     assert f"{confirmed['step_seconds']:,.2f}" == best[0]
 
 
+def test_a_ramp_up_is_told_and_every_size_of_it_is_dealt(plan):
+    ramp = ("optim.global_batch_size=32", "optim.batch_rampup=[8,8,100]")
+    code, out, _ = plan("--gpus", "8", "--gpu-memory", "80", "--arch", "2B", *ramp)
+    assert "32 packs, 16 for each data parallel rank; at first 8 packs, 16 from step 6, " in out
+    code, _, error = plan("--gpus", "64", "--arch", "2B", *ramp)
+    assert code == 2
+    assert "from step 1 on a step has 8 packs, but the 16 data parallel ranks must divide it" in error
+
+
 def test_inference(plan):
     code, out, _ = plan("--gpus", "8", "--arch", "2B", "--inference", "1000000", "parallel.cp=8", "--json")
     assert code == 0
