@@ -39,6 +39,7 @@ VERBS = {
 }
 _PROG = "megatron-v2pe"
 _OTHER_RANKS_WAIT_S = 3.0
+_OTHER_NODES_WAIT_S = 10.0  # until torchrun there has heard that ranks elsewhere have ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,11 +108,11 @@ def _report(error: V2PEError) -> int:
     """
     # Of a launcher that is itself the mistake only the message can be given.
     try:
-        rank = launcher().rank
+        rank, local_rank = launcher().rank, launcher().local_rank
     except V2PEError:
-        rank = 0
+        rank = local_rank = 0
     if rank != 0:
-        time.sleep(_OTHER_RANKS_WAIT_S)
+        time.sleep(_OTHER_RANKS_WAIT_S if rank == local_rank else _OTHER_NODES_WAIT_S)
     if not error.is_final or refuse(str(error)):
         where = f"rank {rank}: " if rank else ""
         sys.stderr.write(f"{_PROG}: {where}{error}\n")

@@ -15,8 +15,8 @@ def a_verb(monkeypatch, action):
     monkeypatch.setattr(cli, "_load", lambda verb: module)
 
 
-def as_rank(monkeypatch, rank):
-    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+def as_rank(monkeypatch, rank, local_rank):
+    values = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "MASTER_ADDR": "x", "MASTER_PORT": 1}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
 
@@ -44,14 +44,15 @@ def test_our_mistake_is_a_traceback_and_1(monkeypatch, capsys):
     assert "KeyError: 'inner'" in error
 
 
-def test_another_rank_gives_rank_0_time_and_is_not_lost(monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "local_rank", "seconds"), [(1, 1, 3.0), (2, 0, 10.0)])
+def test_another_rank_gives_rank_0_time_and_is_not_lost(monkeypatch, capsys, rank, local_rank, seconds):
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    as_rank(monkeypatch, 1)
+    as_rank(monkeypatch, rank, local_rank)
     a_verb(monkeypatch, lambda args: raise_(ConfigError("bad file")))
     assert cli.main(["doctor"]) == 2
-    assert waited == [3.0]
-    assert capsys.readouterr().err == "megatron-v2pe: rank 1: bad file\n"
+    assert waited == [seconds]
+    assert capsys.readouterr().err == f"megatron-v2pe: rank {rank}: bad file\n"
 
 
 def test_a_mistake_ends_the_later_starts_of_a_launch_before_they_do_anything(monkeypatch, capsys, tmp_path):
