@@ -103,7 +103,7 @@ def main() -> int:
     for name in ("ranks", "rounds", "steps", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}, but must be at least 1")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")  # of the processes that are started
     met = True
     with work_folder(options.work) as work:
         for part in [options.what] if options.what else PARTS:

@@ -108,6 +108,7 @@ def test_a_write_that_fails_ends_the_run_with_one_message_and_the_old_checkpoint
     check_continues(undisturbed, tmp_path, at=3)
 
 
+@pytest.mark.slow
 def test_told_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "told to stop")
     assert done.returncode == 75, done.stderr[-3000:]
@@ -119,6 +120,7 @@ def test_told_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbe
     check_continues(undisturbed, tmp_path, at=5)
 
 
+@pytest.mark.slow
 def test_without_memory_for_a_copy_the_run_says_so_and_saves_while_it_waits(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "no memory")
     assert done.returncode == 0, done.stderr[-3000:]
