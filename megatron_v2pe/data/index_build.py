@@ -200,7 +200,9 @@ def build_rows(
         progress(done.num_lines, len(rows.bad))
     todo = remaining(blocks, [done for _, done in parts.finished])
     try:
-        if workers < 2 or not todo:
+        if (
+            workers < 2 or len(todo) < 2
+        ):  # one block is one worker's; starting it would take longer than most blocks
             _measure_here(entry, settings, todo, parts=parts, progress=progress)
         else:
             _measure_in_pool(entry, settings, todo, parts=parts, workers=workers, progress=progress)

@@ -233,12 +233,22 @@ def test_a_damaged_part_is_measured_again(mixture, monkeypatch):
 
 
 def test_processes_give_what_one_gives(mixture):
-    _long_file(mixture, 30)
+    blanks = " " * 30_000  # blocks of 1 MiB that are quickly measured
+    mixture.write([json.dumps(record(f"what is {number}?", "a thing")) + blanks for number in range(120)])
+    assert len(scan_file(str(mixture.folder / "a.jsonl")).blocks) > 2  # of a single one no process is started
     (entry,) = read_meta(mixture.folder / "meta.json")
     several = index_dataset(
         entry, settings=mixture.settings(), cache_dir=mixture.folder / "several", workers=2
     )
     assert _same(several, build(mixture))
+
+
+def test_a_small_file_starts_no_process(filled, monkeypatch):
+    """A set of a mixture that fits one block keeps one worker busy; to start it takes longer than to measure."""
+    monkeypatch.setattr(index_build, "ProcessPoolExecutor", None)
+    (entry, *_) = read_meta(filled.folder / "meta.json")
+    index = index_dataset(entry, settings=filled.settings(), cache_dir=filled.folder / "several", workers=8)
+    assert len(index) > 0
 
 
 def test_a_killed_process_of_several_is_told_and_costs_little(mixture, monkeypatch):
