@@ -4,11 +4,11 @@ Strategy: a run of two steps, then the command of a third and fourth with one th
 """
 
 import json
-import subprocess
 
 import pytest
 
 from tests.support import tiny
+from tests.support.warm import run_verb
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def config(tmp_path):
         meta=tiny.make_data(tmp_path / "data"),
         run_dir=tmp_path / "run",
     )
-    tiny.train(path, ["optim.steps=2", "optim.warmup_steps=1"])
+    done = run_verb("train", path, "optim.steps=2", "optim.warmup_steps=1")
+    assert done.returncode == 0, done.stderr
     return path
 
 
 def again(config, *overrides):
-    command = tiny.train_command(config, ["optim.steps=4", "optim.warmup_steps=1", *overrides], ranks=1)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = run_verb("train", config, "optim.steps=4", "optim.warmup_steps=1", *overrides)
     return done.returncode, done.stderr
 
 

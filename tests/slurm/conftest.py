@@ -13,6 +13,7 @@ import pytest
 
 from tests.slurm.single_machine import NoSlurmError, SingleMachine, install
 from tests.support import tiny
+from tests.support.warm import run_verb
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
@@ -203,5 +204,6 @@ def jobs(slurm, tmp_path_factory):
 def undisturbed(jobs, tmp_path_factory):
     """Losses and gradient norms of the same run on two plain ranks."""
     folder = tmp_path_factory.mktemp("plain")
-    tiny.train(jobs.config, [f"runtime.run_dir={folder}", f"optim.steps={STEPS}"], ranks=2)
+    done = run_verb("train", jobs.config, f"runtime.run_dir={folder}", f"optim.steps={STEPS}", ranks=2)
+    assert done.returncode == 0, done.stderr
     return tiny.curve(folder)
