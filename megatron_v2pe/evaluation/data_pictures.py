@@ -142,9 +142,7 @@ def _sources(rows: Sequence[DatasetRow]) -> Any:
     axis.set_title(
         f"Sources: an epoch draws {sum(draws):,} samples, {sum(tokens):,} tokens", fontsize=11, loc="left"
     )
-    axis.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False
-    )  # above: bars are anywhere
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)  # bars are anywhere inside
     return figure
 
 
