@@ -17,7 +17,7 @@ from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
 from megatron_v2pe.checkpoint.adapters import draw_adapters
 from megatron_v2pe.checkpoint.convert import open_hf
-from megatron_v2pe.checkpoint.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.dist_io import load_model_weights, on_first_rank
 from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.hf_load import load_hf_weights
 from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
@@ -46,6 +46,7 @@ from megatron_v2pe.train.loss_guard import LossGuard
 from megatron_v2pe.train.metrics import MetricsLog
 from megatron_v2pe.train.profiling import StepProfiler
 from megatron_v2pe.train.rank_monitor import RankMonitor
+from megatron_v2pe.train.run_lock import locked
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.start_up import StartUp
@@ -78,25 +79,26 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     arch = read_architecture(_model_folder(config))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
-    resume_from = _resume_point(config)
-    if resume_from is not None:
-        require_same_adapters(describe_adapters(config), resume_from)
-        require_same_model(config, resume_from)
-    start_up.done("checks")
-    timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
-    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
-    start_up.done("process groups")
-    run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
-    with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
-        run.start(resume_from)
-        with (
-            final_without_progress(run),
-            explained_worker_deaths(),
-            run.watchers(interruption, monitor) as watchers,
-            run.saver() as saver,
-        ):
-            reason = run.steps(interruption, watchers, saver)
-    shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
+    run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+    with locked(run_dir, by_this_rank=launcher().rank == 0):
+        found = _resume_point(config, run_dir)
+        start_up.done("checks")
+        timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
+        ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
+        # One answer for all: a rank may have looked while a run before this one was ending.
+        resume_from = on_first_rank(lambda: found)
+        start_up.done("process groups")
+        run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
+        with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
+            run.start(resume_from)
+            with (
+                final_without_progress(run),
+                explained_worker_deaths(),
+                run.watchers(interruption, monitor) as watchers,
+                run.saver() as saver,
+            ):
+                reason = run.steps(interruption, watchers, saver)
+        shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
 
@@ -121,15 +123,18 @@ def _model_folder(config: RunConfig) -> Path:
     return hf_path(config.model.checkpoint)
 
 
-def _resume_point(config: RunConfig) -> Path | None:
-    """Checkpoint of the run folder to continue from; the folder is made, so that it is known to be writable."""
-    run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+def _resume_point(config: RunConfig, run_dir: Path) -> Path | None:
+    """Checkpoint of the run folder to continue from, of the same model and adapters."""
     newest = resume_point(run_dir, fallback=config.checkpoint.fallback)
-    if newest is not None and not config.checkpoint.resume:
+    if newest is None:
+        return None
+    if not config.checkpoint.resume:
         raise ConfigError(
             f"checkpoint.resume is false, but {newest} exists; set it to true to continue that run, or give this "
             "one its own runtime.run_dir"
         )
+    require_same_adapters(describe_adapters(config), newest)
+    require_same_model(config, newest)
     return newest
 
 
