@@ -13,7 +13,8 @@ NAME = "evaluate"
 HELP = """Ask about long documents, once per stride; report exact-match accuracy by length and depth.
 
 DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends with the
-expected answer, with id, length (tokens) and depth (0..1). Answers in OUT are kept, so a stopped run continues. Under
+expected answer, with id, length (tokens) and depth (0..1), about text, images or a video (its middle frames). Limits of
+tiles and frames in the meta json count before the command's. Answers in OUT are kept, so a stopped run continues. Under
 torchrun processes share the questions, or with --tp, --pp, --cp groups of them do, each cutting long documents up.
 
 Example: megatron-v2pe evaluate runs/a/checkpoints/step_00000400 --data eval.jsonl --strides default,1,2 --out eval"""

@@ -1,4 +1,4 @@
-"""The model as an answerer: a question about images becomes a prompt, its greedy answer becomes text.
+"""The model as an answerer: a question about images or a video becomes a prompt, its greedy answer becomes text.
 
 item -> image sizes -> tiles, tokens with visual slots, one stride for every image -> engine -> text
 """
@@ -13,10 +13,11 @@ from megatron_v2pe.checkpoint.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.data.images import NORMALIZATION
-from megatron_v2pe.data.samples import sample_settings
+from megatron_v2pe.data.records import with_frames
+from megatron_v2pe.data.samples import image_refs, record_sizes, sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.prompt import Prompt, build_prompt
+from megatron_v2pe.inference.prompt import Prompt, prompt_with
 from megatron_v2pe.parallel.topology import shutdown
 
 PositionMode = Literal["default", "v2pe_fixed"]
@@ -55,7 +56,9 @@ class EngineAnswerer:
         self.arch = read_architecture(hf_path(checkpoint))
         settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
-        self._settings = dataclasses.replace(settings, text=text)
+        # A question about a video has one prompt: as many frames as there may be, the middle of each interval.
+        video = dataclasses.replace(settings.video, min_frames=settings.video.max_frames, sampling="middle")
+        self._settings = dataclasses.replace(settings, text=text, video=video)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
         self._engine: Engine | None = None
@@ -101,9 +104,14 @@ class EngineAnswerer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt(self, item: RetrievalItem, setting: StrideSetting) -> Prompt:
-        """What the model is given: the conversation up to the assistant's role, and all tiles."""
-        record = item.record
-        return build_prompt(record.turns, record.images, settings=self._settings, stride=setting.stride)
+        """What the model is given: the conversation up to the assistant's role, and all tiles.
+
+        Images are cut as in training, so limits of the data set come before those of the command.
+        """
+        sizes = record_sizes(item.record, settings=self._settings)
+        record = with_frames(item.record, len(sizes))
+        refs = image_refs(record, sizes, entry=item.entry, settings=self._settings)
+        return prompt_with(record.turns, refs, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
         """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""

@@ -150,7 +150,7 @@ def _packing(plan: PlanReport) -> Any:
     """Fill, samples and cost of the packs."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    fills = {
+    fills: dict[str, tuple[Any, dict[str, Any]]] = {
         "tokens": (100 * plan.tokens / plan.max_pack_tokens, {"color": "#4477aa"}),
         "tiles": (
             100 * plan.tiles / plan.max_pack_tiles,

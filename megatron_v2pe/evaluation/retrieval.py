@@ -9,7 +9,7 @@ An answer is appended to its file the moment it exists, so that a killed evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,6 +41,7 @@ class RetrievalItem:
     Attributes:
         item_id: `id` of the record, unique within the evaluation.
         record: conversation that ends with the question; the expected answer is not in it.
+        entry: its data set, whose limits of tiles and frames count.
         answer: expected answer, compared exactly after blanks at both ends are dropped.
         length: nominal length in tokens, a row of the report.
         depth: nominal place of the needle, 0 (first) .. 1 (last), a column of the report.
@@ -48,6 +49,7 @@ class RetrievalItem:
 
     item_id: str
     record: Record
+    entry: DatasetEntry
     answer: str
     length: int
     depth: float
@@ -186,16 +188,13 @@ def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number:
     if not 0 <= values["depth"] <= 1:
         raise DataError(f"{where}: depth is {values['depth']}, but must lie in 0..1")
     record = parse_record(values, entry=entry, sample_id=f"{entry.name}:{number}", where=where)
-    if record.video is not None:
-        raise DataError(
-            f"{where}: a retrieval record has images, not a video; give frames as a list of images"
-        )
     if record.turns[-1].role != "gpt" or not record.turns[-1].value.strip():
         raise DataError(f"{where}: the conversation must end with the expected answer ('gpt')")
-    question = Record(sample_id=record.sample_id, where=where, turns=record.turns[:-1], images=record.images)
+    question = replace(record, turns=record.turns[:-1])
     return RetrievalItem(
         item_id=str(values["id"]),
         record=question,
+        entry=entry,
         answer=record.turns[-1].value.strip(),
         length=values["length"],
         depth=float(values["depth"]),

@@ -56,6 +56,24 @@ def build_prompt(
         size = check_image(path, max_pixels=settings.max_image_pixels)
         grid = choose_grid(*size, rule=rule)
         refs.append(ImageRef(path=path, size=size, grid=grid, max_pixels=settings.max_image_pixels))
+    return prompt_with(turns, refs, settings=settings, stride=stride)
+
+
+def prompt_with(
+    turns: Sequence[Turn], refs: Sequence[ImageRef], *, settings: SampleSettings, stride: int
+) -> Prompt:
+    """Encode a conversation that ends with a question, whose images are already cut; read them.
+
+    Args:
+        turns: messages, human and gpt in turn, the last one human, with a placeholder for each image.
+        refs: images or frames, in the order of their placeholders.
+        settings: template and tokenizer of the checkpoint.
+        stride: position units that a visual token advances.
+
+    Raises:
+        ConfigError: the prompt is too long.
+        DataError: an image cannot be read.
+    """
     num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
     encoded = encode_conversation(
         turns, num_tiles=num_tiles.tolist(), settings=settings.text, add_generation_prompt=True

@@ -14,6 +14,7 @@ from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.evaluation import answerer as answerer_module
 from megatron_v2pe.evaluation.answerer import EngineAnswerer
 from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
+from tests.support.videos import frame_number, write_frames
 
 FAMILY = "a_internlm2_vit300m"
 
@@ -49,8 +50,8 @@ def data(tmp_path):
     return path
 
 
-def make(checkpoint):
-    return EngineAnswerer(checkpoint, data=DataConfig(), dtype="float32", max_new_tokens=3)
+def make(checkpoint, **data):
+    return EngineAnswerer(checkpoint, data=DataConfig(**data), dtype="float32", max_new_tokens=3)
 
 
 def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
@@ -86,6 +87,36 @@ def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
     assert prompt.layout.strides.tolist() == [2, 2]
     tiles = load_tile_range(sample.image_refs, image_size=answerer.arch.image_size, tile_range=(0, 4))
     np.testing.assert_array_equal(prompt.tiles, tiles)
+
+
+def test_limits_of_the_data_set_come_before_those_of_the_command(checkpoint, data):
+    answerer = make(checkpoint)
+    (setting,) = parse_strides("default", tokens_per_tile=answerer.arch.tokens_per_tile)
+    meta = {"annotation": data.name, "root": ".", "repeat_time": 1, "data_augment": False}
+    for limits, num_tiles in (
+        ({"max_dynamic_patch": 1}, [1, 1]),
+        ({"dynamic_image_size": False}, [1, 1]),
+        ({}, [1, 3]),
+    ):
+        (data.parent / "meta.json").write_text(json.dumps({"e": {**meta, **limits}}))
+        prompt = answerer.prompt(read_items(data.parent / "meta.json")[0], setting)
+        assert prompt.layout.num_tiles.tolist() == num_tiles
+
+
+def test_a_video_is_asked_about_by_its_middle_frames(checkpoint, tmp_path):
+    """Four of eight frames, one tile each, in every evaluation the same."""
+    write_frames(tmp_path / "film", 8)
+    conversation = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "7"}]
+    values = {"id": "q", "video": "film/", "conversations": conversation, "length": 99, "depth": 0.5}
+    (tmp_path / "e.jsonl").write_text(json.dumps(values) + "\n")
+    answerer = make(checkpoint, max_num_frame=4)
+    (setting,) = parse_strides("2", tokens_per_tile=answerer.arch.tokens_per_tile)
+    (item,) = read_items(tmp_path / "e.jsonl")
+    prompt, again = (answerer.prompt(item, setting) for _ in range(2))
+    assert [frame_number(tile) for tile in prompt.tiles] == [0, 2, 4, 6]
+    assert prompt.layout.num_tiles.tolist() == [1, 1, 1, 1]
+    assert np.array_equal(prompt.tiles, again.tiles)
+    assert np.array_equal(prompt.tokens, again.tokens)
 
 
 def test_a_missing_image_is_named(checkpoint, data):
