@@ -19,7 +19,8 @@ its newest checkpoint when it is started again. docs/configuration.md explains e
 
 SIGTERM, SIGUSR1, Ctrl-C, or a file RUN_DIR/stop end it behind the current step with a checkpoint and
 RUN_DIR/interrupted.json. The exit code is then 75; under torchrun it is 0, because torchrun would restart the ranks.
-A rank that dies or hangs ends all; `torchrun --max-restarts N` starts them again from the newest checkpoint."""
+A rank that dies or hangs ends all; `torchrun --max-restarts N` starts them again from the newest checkpoint.
+A file RUN_DIR/profile_now, or SIGUSR2 to a rank, traces the next steps into RUN_DIR/profile while the run goes on."""
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: starting again continues
 

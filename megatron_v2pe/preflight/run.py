@@ -60,7 +60,9 @@ def _layout(config: RunConfig) -> tuple[RunConfig, Finding]:
         parallel, tp=1, pp=1, cp=1, vpp=1, sequence_parallel=False, vision="replicated", pipeline_layout=""
     )
     told = f"{text}: looked at as one rank; start under torchrun, or with launch/submit.py, to look at all"
-    return dataclasses.replace(config, parallel=alone), Finding(name="layout", verdict="note", text=told)
+    runtime = dataclasses.replace(config.runtime, profile_ranks="0")  # others of the run's are not here
+    config = dataclasses.replace(config, parallel=alone, runtime=runtime)
+    return config, Finding(name="layout", verdict="note", text=told)
 
 
 def _find(
