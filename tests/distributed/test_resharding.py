@@ -49,6 +49,10 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
         def record(self, reason, *, step):
             pass
 
+    class Unwatched:
+        def beat(self, step):
+            pass
+
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     overrides = [*layout, f"runtime.run_dir={run_dir}", "checkpoint.save_every=1", "checkpoint.keep=99"]
@@ -63,8 +67,8 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
         run.config = load_run_config(config_path, [*overrides, f"runtime.run_dir={Path(run_dir) / 'again'}"])
         run.saver().after_step(run.state, is_interrupted=True)
         run.config = config
-    with run.watchdog() as watchdog, run.saver() as saver:
-        run.steps(AfterOneStep(), watchdog, saver)
+    with run.saver() as saver:
+        run.steps(AfterOneStep(), Unwatched(), saver)
     shutdown()
 
 
