@@ -345,7 +345,7 @@ class Run:
             log.write(replace(metrics, save_s=saver.take_stall()))
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
-            saver.after_step(self.state, is_interrupted=bool(reason))
+            saver.after_step(self.state, is_interrupted=bool(reason), is_applied=report.is_applied)
             watchers.beat(self.state.step + 1)
             if reason:
                 interruption.record(reason, step=self.state.step)

@@ -74,24 +74,28 @@ class Saver:
         )
         self._under_way: _UnderWay | None = None
         self._known: KnownPlan | None = None
-        self._stalled_s = 0.0
+        self._stalled_s, self._is_owed = 0.0, False
 
-    def after_step(self, state: RunState, *, is_interrupted: bool) -> None:
+    def after_step(self, state: RunState, *, is_interrupted: bool, is_applied: bool = True) -> None:
         """Finish or start what is due behind a step. Collective.
 
         Args:
             state: of the run behind this step, without the schedule.
             is_interrupted: the run ends here, before its last step.
+            is_applied: the step changed the weights. A save that is due behind one that did not waits for the next
+                that does: saves of a run that has gone wrong would take the place of good ones.
 
         Raises:
             CheckpointError: a save failed; the checkpoints before it are untouched. Raised on all ranks.
         """
         started = time.perf_counter()
         is_last = is_interrupted or state.step == self._config.optim.steps
-        is_due = is_last or self._is_due(state.step)
+        self._is_owed |= self._is_due(state.step)
+        is_due = is_last or (self._is_owed and is_applied)
         if self._under_way is not None:
             self._look_at(self._under_way, must_end_for=state.step if is_due else 0)
         if is_due:
+            self._is_owed = False
             self._save(state, in_background=not is_last)
         self._stalled_s += time.perf_counter() - started
 

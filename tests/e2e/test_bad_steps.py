@@ -84,14 +84,10 @@ def test_a_spike_of_the_loss_is_left_out_also_right_behind_a_restart(config, tmp
     ]
 
 
-def test_nothing_is_applied_and_too_many_in_a_row_stop_the_run(config, tmp_path):
-    every = ["checkpoint.save_every=1", "runtime.max_bad_steps=2"]
-    done = run(config, tmp_path, kind="gradient", rank=0, steps=[1, 2], overrides=every)
-    assert done.returncode == 2, done.stderr[-4000:]
-    assert "2 steps in a row" in done.stderr
-    assert "1, 2" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [1, 2]
+def test_nothing_is_applied_by_a_run_of_bad_steps_only(config, tmp_path):
+    only = ["optim.steps=1", "optim.warmup_steps=0"]
+    done = run(config, tmp_path, kind="gradient", rank=0, steps=[1], overrides=only)
+    assert done.returncode == 0, done.stderr[-4000:]
     newest = tmp_path / "checkpoints" / "step_00000001"
     equal = run_verb("verify", tiny.GOLDEN_HF, newest)
     assert " 0 different, 0 left out" in equal.stdout, equal.stdout + equal.stderr
@@ -99,3 +95,14 @@ def test_nothing_is_applied_and_too_many_in_a_row_stop_the_run(config, tmp_path)
         config, [f"runtime.run_dir={tmp_path}"]
     )  # from a checkpoint of an optimizer that has done nothing
     assert all(line["is_applied"] for line in lines(tmp_path / "metrics.jsonl")[1:])
+
+
+def test_too_many_in_a_row_stop_the_run_and_leave_its_good_checkpoint(config, tmp_path):
+    every = ["checkpoint.save_every=1", "checkpoint.keep=1", "runtime.max_bad_steps=2"]
+    done = run(config, tmp_path, kind="gradient", rank=0, steps=[2, 3], overrides=every)
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "2 steps in a row" in done.stderr
+    assert "2, 3" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [2, 3]
+    assert [path.name for path in tmp_path.glob("checkpoints/step_*")] == ["step_00000001"]

@@ -69,9 +69,9 @@ def make(monkeypatch):
         yield saver
 
 
-def step(saver, number, *, is_interrupted=False):
+def step(saver, number, *, is_interrupted=False, is_applied=True):
     state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="", config_hash="")
-    saver.after_step(state, is_interrupted=is_interrupted)
+    saver.after_step(state, is_interrupted=is_interrupted, is_applied=is_applied)
 
 
 def let_threads_end():
@@ -113,6 +113,23 @@ def test_the_last_step_and_an_interruption_are_written_before_anything_else(make
     saver = make()
     step(saver, number, is_interrupted=is_interrupted)
     assert FakeSave.made[0].calls == ["write", "join", "commit", "finish"]
+
+
+def test_a_save_behind_a_step_that_was_not_applied_comes_behind_the_next_that_is(make):
+    saver = make(async_save=False)
+    step(saver, 2, is_applied=False)
+    step(saver, 3, is_applied=False)
+    assert FakeSave.made == []
+    for number in (4, 5):
+        step(saver, number, is_applied=number == 5)
+    step(saver, 6)
+    assert [save.run_state.step for save in FakeSave.made] == [5, 6]
+
+
+def test_a_run_that_ends_behind_a_step_that_was_not_applied_is_saved(make):
+    saver = make()
+    step(saver, 3, is_interrupted=True, is_applied=False)
+    assert [save.run_state.step for save in FakeSave.made] == [3]
 
 
 def test_without_async_save_every_step_waits(make):
