@@ -201,9 +201,11 @@ def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView)
     axes = cell.subgridspec(1, _MOST_IMAGES).subplots(squeeze=False)[0]
     firsts = np.cumsum([0, *document.num_tiles])
     for number, axis in enumerate(axes):
-        axis.set_axis_off()
         if number >= len(shown):
+            axis.set_axis_off()
             continue
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color="0.6", linewidth=0.5)  # a white image can be told from the paper
         ref = shown[number]
         place = int(firsts[number + 1]) - 1 if ref.grid.has_thumbnail else int(firsts[number])
         tile = load_tile_range(
