@@ -304,3 +304,30 @@ def test_a_failed_save_is_raised_on_all_ranks_and_leaves_nothing(imported, tmp_p
     assert "its disk has" in messages[0]
     assert complete_steps(tmp_path) == []
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def save_with_one_failing_rank(rank, world_size, checkpoint, run_dir):
+    """The second rank's disk is full in the middle of its file."""
+    import os
+
+    write, written = os.pwrite, []
+
+    def fail(*args):
+        written.append(1)
+        if rank == 1 and len(written) > 5:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    os.pwrite = fail
+    try:
+        train(rank, world_size, checkpoint, run_dir, {}, steps=[1])
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_write_that_fails_on_one_rank_is_raised_on_all_and_is_no_checkpoint(imported, tmp_path):
+    messages = run_ranks(save_with_one_failing_rank, 2, imported, str(tmp_path), timeout=120)
+    assert all("No space left on device" in message for message in messages)
+    assert all("step_00000001.incomplete" in message for message in messages)
+    assert complete_steps(tmp_path) == []
