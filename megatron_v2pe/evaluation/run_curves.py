@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megatron_v2pe.evaluation.report import pyplot, save_figure
 from megatron_v2pe.evaluation.runs import RunSummary
 
-_DASHES = ("-", "--", ":", "-.")
+_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 4)))
 _SHOWN_SOURCES = 8
 _SMOOTHED_SHARE = 0.04  # of the steps are one mean
 _FEW = 30
@@ -81,9 +81,10 @@ PANELS = (
             "communication, who waits most": "comm_wait_s_max",
             "who waits least": "comm_wait_s_min",
             "data, slowest rank": "data_s_max",
+            "saves": "save_s",
         },
         from_zero=True,
-        marks=("stalls", "stalls, cut off"),
+        marks=("stalls", "stalls, may be cut off"),
     ),
     Panel(
         title="memory of the fullest rank, GiB",
@@ -176,7 +177,7 @@ def _draw(
     values: Values,
     *,
     colour: str,
-    dashes: str,
+    dashes: Any,
     label: str | None,
     is_noisy: bool = True,
 ) -> None:
@@ -188,7 +189,7 @@ def _draw(
         axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
     marker = "o" if len(values) <= _FEW else None
     means = moving_mean(values, window=max(1, window))
-    axes.plot(steps, means, dashes, color=colour, linewidth=1.6, marker=marker, ms=3, label=label)
+    axes.plot(steps, means, linestyle=dashes, color=colour, linewidth=1.6, marker=marker, ms=3, label=label)
 
 
 def _mark(axes: Any, marks: tuple[str, str], runs: Sequence[RunSummary]) -> None:

@@ -33,6 +33,7 @@ def rows(run: RunSummary) -> dict[str, str]:
         "positions": _positions(run.lines),
         "memory": _memory(run.lines),
         "time in steps": _time(run.lines),
+        "stood still for saves": _saves(run.lines),
         "stragglers": stragglers(run.lines),
         "starts": _named(run.starts, "behind step"),
         "stalls": _named(run.stalls, "step"),
@@ -50,7 +51,7 @@ def table(runs: Sequence[RunSummary]) -> str:
     labels = _joined_labels(columns)
     text = [
         ["run", *names],
-        *([label, *(column.get(label, "none") for column in columns)] for label in labels),
+        *([label, *(column.get(label, _absent(label, column)) for column in columns)] for label in labels),
     ]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, widths, strict=True)) for row in text]
@@ -103,7 +104,7 @@ def _losses_by_source(lines: Sequence[Line]) -> dict[str, str]:
         for name in ranked[:_SHOWN_SOURCES]
     }
     if more := len(ranked) - len(found):
-        found["  others"] = f"{more} more data sets, in metrics.jsonl"
+        found["  others"] = f"{more} more data set{'s' if more > 1 else ''}, in metrics.jsonl"
     return found
 
 
@@ -173,6 +174,20 @@ def _time(lines: Sequence[Line]) -> str:
     wall = sum(line["data_s"] + line["step_s"] for line in measured)
     least, most = (sum(line[f"comm_wait_s_{end}"] for line in measured) / wall for end in ("min", "max"))
     return f"{text}, {_percent(least)} to {_percent(most)} in communication"
+
+
+def _saves(lines: Sequence[Line]) -> str:
+    measured = [line for line in lines if "save_s" in line]
+    if not measured:
+        return _NOT_RECORDED
+    still = sum(line["save_s"] for line in measured)
+    wall = still + sum(line["data_s"] + line["step_s"] for line in measured)
+    return f"{still:,.1f} s, {_percent(still / wall)} of the time; without the last save"
+
+
+def _absent(label: str, column: dict[str, str]) -> str:
+    """What a run has in a row that only the other one has: a data set may be among those that are not shown."""
+    return "among others" if label.startswith("  of ") and "  others" in column else "none"
 
 
 def _joined_labels(columns: Sequence[dict[str, str]]) -> list[str]:

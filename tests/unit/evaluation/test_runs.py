@@ -8,6 +8,7 @@ import pytest
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.evaluation.run_curves import moving_mean
 from megatron_v2pe.evaluation.run_rows import rows as rows_of
+from megatron_v2pe.evaluation.run_rows import table
 from megatron_v2pe.evaluation.runs import summarize
 
 
@@ -65,6 +66,7 @@ def measured(step, *, losses, straggler=None):
         "comm_wait_s_max": 0.1 if straggler is None else 0.6,
         "straggler": straggler,
         "straggler_s": None if straggler is None else 0.5,
+        "save_s": 0.5 if step == 2 else 0.0,
         "peak_mem_gib": 1.0 + step,
         "peak_mem_rank": 3,
         "reserved_mem_gib": None,
@@ -93,6 +95,7 @@ def test_data_sets_stragglers_and_memory_have_rows(measured_dir):
     assert rows["stragglers"] == "rank 2 in 2 of 3 steps, 1.0 s"
     assert rows["memory"] == "at most 4.0 GiB (rank 3)"
     assert rows["time in steps"] == "4.5 s, 33.3 % waiting for data, 6.7 % to 28.9 % in communication"
+    assert rows["stood still for saves"] == "0.5 s, 10.0 % of the time; without the last save"
 
 
 def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_dir, tmp_path, capsys):
@@ -101,6 +104,19 @@ def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_di
         line.split("  ")[0] if line[0] != " " else line[2:6] for line in capsys.readouterr().out.splitlines()
     ]
     assert labels[2:6] == ["loss", "of a", "of b", "tokens"]
+
+
+def test_a_data_set_that_only_the_other_run_shows_is_told_apart(run_dir, measured_dir):
+    many = measured(1, losses={f"set{number:02}": 1.0 for number in range(13)})
+    path = run_dir / "metrics.jsonl"
+    lines = [json.dumps(json.loads(line) | many) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    text = {
+        line[:12].strip(): line for line in table([summarize(run_dir), summarize(measured_dir)]).splitlines()
+    }
+    assert "among others" in text["of a"]
+    assert "1 more data set, in" in text["others"]
+    assert text["of set00"].rstrip().endswith("none")
 
 
 def test_moving_means_are_centred_and_fewer_at_the_ends():
