@@ -63,6 +63,14 @@ def _k(number: float, _place: int = 0) -> str:
     return f"{number:g}"
 
 
+def _count_whole(axis: Any) -> None:
+    """Ticks at whole numbers only: of a few samples, 2.5 would be labelled 2."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
 def _lengths(indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow]) -> Any:
     """Samples and tokens by length, in doubling steps cut in four."""
     plt = pyplot()
@@ -76,7 +84,7 @@ def _lengths(indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow]) -> Any
         axis.xaxis.set_major_formatter(_k)
         axis.set_xlabel("length of a sample in tokens (log scale)")
         axis.set_ylabel(what)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _count_whole(axis.yaxis)
     total = int(lengths.sum())
     figure.suptitle(
         f"Lengths: {len(lengths):,} samples, {total:,} tokens, {sum(row.bad for row in rows):,} bad lines left out"
@@ -92,7 +100,9 @@ def _tiles(indexes: Sequence[DatasetIndex]) -> Any:
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     if len(shown):
         most = int(shown.max())
-        edges = np.unique(np.geomspace(1, most + 1, min(most + 1, 40)).astype(int)) - 0.5
+        # Up to 32 every number has its bar; beyond, bars are as wide as they look on the log scale.
+        edges = np.arange(1, most + 1) if most <= 32 else np.unique(np.geomspace(1, most + 1, 40).astype(int))
+        edges = edges - 0.5
         axis.hist(
             shown,
             bins=np.append(edges, most + 0.5) if edges[-1] < most + 0.5 else edges,
@@ -106,7 +116,7 @@ def _tiles(indexes: Sequence[DatasetIndex]) -> Any:
             axis.set_xlim(0.8 * shown.min(), 1.25 * most)
     axis.set_xlabel(f"tiles of a sample{' (log scale)' if axis.get_xscale() == 'log' else ''}")
     axis.set_ylabel("samples")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _count_whole(axis.yaxis)
     axis.set_title(
         f"Tiles: {int(tiles.sum()):,} in {len(shown):,} samples; {len(tiles) - len(shown):,} samples are text only",
         fontsize=11,
@@ -162,7 +172,10 @@ def _packing(plan: PlanReport) -> Any:
         axes[0].hist(fill, bins=np.linspace(emptiest, 100, 41), label=name, **style)
     axes[0].set_yscale("log")
     axes[0].set_xlabel("fill of a pack in % of its budget")
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[0].set_ylim(bottom=0.5)  # a bar of one pack has a height
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
+    is_few = len(plan.tokens) < 20  # without tens on the axis, ones are labelled
+    axes[0].yaxis.set_minor_formatter(lambda value, _: f"{value:.0f}" if is_few and value > 1 else "")
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     few, many = int(plan.samples.min()), int(plan.samples.max())
     edges = np.arange(few, many + 2, max(1, (many - few) // 40)) - 0.5
@@ -172,6 +185,9 @@ def _packing(plan: PlanReport) -> Any:
     axes[2].set_xlabel("cost of a pack over the mean")
     for axis, what in zip(axes, ("packs (log scale)", "packs", "packs"), strict=True):
         axis.set_ylabel(what)
+    _count_whole(axes[1].xaxis)
+    for axis in axes[1:]:
+        _count_whole(axis.yaxis)
     figure.suptitle(
         f"Packs of an epoch: {len(plan.tokens):,} of {_k(plan.max_pack_tokens)} tokens ({plan.fill:.2%} full) and "
         f"{plan.max_pack_tiles:,} tiles ({plan.tile_fill:.2%} full), {plan.samples.mean():.1f} samples each"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.evaluation import data_pictures
 from megatron_v2pe.evaluation.sample_view import view_pack
 from megatron_v2pe.parallel.zigzag import shard_indices
 from tests.support.mixture import HF_FOLDER, filled_mixture
@@ -55,6 +57,16 @@ def test_index_data_describes_a_run(run_file, tmp_path, capsys):
     assert not list(mixture_files(run_file, "*.jsonl.*"))
 
 
+def test_counts_of_a_few_samples_are_read_off_right():
+    """One bar for each number of tiles, and no tick between two numbers of samples."""
+    index = SimpleNamespace(num_tiles=np.array([0, 1, 1, 7, 8, 13, 13, 13, 13, 13]))
+    axis = data_pictures._tiles([index]).axes[0]
+    heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axis.patches}
+    assert len(heights) == 13
+    assert {tiles: height for tiles, height in heights.items() if height} == {1: 2, 7: 1, 8: 1, 13: 5}
+    assert all(tick == round(tick) for tick in axis.get_yticks())
+
+
 def mixture_files(run_file, pattern):
     return run_file.parent.glob(pattern)
 
@@ -74,6 +86,9 @@ def test_a_meta_json_without_a_run(mixture, tmp_path, capsys):
     assert "no place to keep what is measured: give --cache-dir" in capsys.readouterr().err
     assert main(["index-data", *arguments, "--cache-dir", str(cache), "data.max_dynamic_patch=2"]) == 0
     assert len(list(cache.glob("a-*/rows-*"))) == 1
+    assert "a step has one pack" in capsys.readouterr().out
+    assert main(["index-data", *arguments, "--cache-dir", str(cache), "optim.global_batch_size=2"]) == 0
+    assert "a step has one pack" not in capsys.readouterr().out
 
 
 def test_bad_lines_are_named_and_the_limit_is_kept(run_file, mixture, tmp_path, capsys):
