@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -132,3 +133,25 @@ def test_damaged_images_have_no_loss_on_any_rank(setup, tmp_path):
     assert f"no loss on {named[0]['sample']}" in log
     assert too_many.returncode != 0
     assert "data.max_bad_samples = 0.05 allows 1; repair them or raise the limit" in refusal
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_lines_that_one_rank_cannot_read_have_no_loss_on_any(setup, tmp_path):
+    """Rank 1 of cp 2 alone reads garbage for two samples; the curve is that of one rank that cannot read them."""
+    root, config = setup
+    cache = f"data.cache_dir={root / 'whole' / 'data_cache'}"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launch, rank, more in (("one", [], 0, []), ("two", launcher, 1, ["parallel.cp=2"])):
+        run = [str(config), *OPTIONS, cache, f"runtime.run_dir={tmp_path / name}", *more]
+        command = [*launch, "-m", "tests.support.spoiled_lines", str(rank), '"s3","s6"', *run]
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    np.testing.assert_allclose(tiny.curve(tmp_path / "two"), tiny.curve(tmp_path / "one"), rtol=1e-5)
+    assert tiny.curve(tmp_path / "one") != tiny.curve(root / "whole")
+    assert digests(tmp_path / "two") == digests(root / "whole")
+    named = [json.loads(line) for line in (tmp_path / "two" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {line["sample"] for line in named} == {"tiny:4", "tiny:7"}
+    assert all("train.jsonl" in line["message"] and "not utf-8" in line["message"] for line in named)
