@@ -217,8 +217,8 @@ def _plan_text(report: PlanReport) -> str:
         lines.append("an epoch is shorter than a step, so steps hold packs of several epochs")
     if report.step_text == "1":
         lines.append(
-            "a step has one pack and loads one rank; give the run's optim.global_batch_size=N to see how evenly N packs "
-            "load 2, 4, 8, ... ranks"
+            "a step has one pack and loads one rank; give the run's optim.global_batch_size=N to see how evenly N "
+            "packs load 2, 4, 8, ... ranks"
         )
     lines += [
         f"step of {report.step_text} packs on {size} data parallel ranks: slowest rank {values.mean():.3f} x the mean "
