@@ -105,11 +105,12 @@ def judge_time(steps: int, step_seconds: float, seconds: float) -> Finding:
 
 
 def history(config: RunConfig) -> tuple[int, float | None]:
-    """Last step in the run folder, and the median seconds of its last steps."""
+    """Last step in the run folder, and the median seconds of its last steps with their wait for data."""
     path = Path(config.runtime.run_dir) / "metrics.jsonl"
     if not path.exists():
         return 0, None
     lines = [line for _, line in read_jsonl(path)]
     if not lines:
         return 0, None
-    return int(lines[-1]["step"]), statistics.median(float(line["step_s"]) for line in lines[-20:])
+    seconds = [float(line["step_s"]) + float(line["data_s"]) for line in lines[-20:]]
+    return int(lines[-1]["step"]), statistics.median(seconds)

@@ -85,7 +85,7 @@ def test_the_time_of_a_step_comes_from_the_run_folder(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert "not known yet" in limit.check_limit(config, None, left="10:00").text
-    lines = [json.dumps({"step": step, "step_s": 2.0}) for step in range(1, 41)]
+    lines = [json.dumps({"step": step, "step_s": 1.5, "data_s": 0.5}) for step in range(1, 41)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     found = limit.check_limit(config, 99.0, left="10:00")
     assert "60 steps of 2 s need 0.03 h" in found.text
