@@ -1,16 +1,20 @@
-"""Whatever stands in an annotation file or an image file, the answer is a result or a DataError."""
+"""Whatever stands in an annotation file, an image or a video, the answer is a result or a DataError."""
 
 import json
 import posixpath
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.frames import FrameDraw, VideoSource
 from megatron_v2pe.data.images import check_image
 from megatron_v2pe.data.records import Record, parse_line, with_frames
 from megatron_v2pe.data.storage import resolve_path
+from megatron_v2pe.data.video import probe_video, read_frames
 from tests.support.mixture import entry, write_image
+from tests.support.videos import write_video
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
@@ -101,3 +105,30 @@ def test_no_name_leaves_its_root(name):
         else:
             normal = posixpath.normpath(path.partition("://")[2] if "://" in path else path)
             assert f"{normal}/".startswith(("/data/images/", "bucket/images/"))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_to_a_video(tmp_path, data):
+    """A video opens and gives its frames, or it is a DataError that names it."""
+    pytest.importorskip("av")
+    name = data.draw(st.sampled_from(["a.mp4", "a.avi", "a.gif"]))
+    sound = tmp_path / f"sound_{name}"
+    if not sound.exists():
+        write_video(sound, 9, codec="gif" if name == "a.gif" else "mpeg4", gop=0 if name == "a.gif" else 8)
+    content = bytearray(sound.read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / name
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    source = VideoSource(path=str(path))
+    try:
+        size, count = probe_video(source, wanted=4, max_seconds=60.0, max_pixels=10**6)
+        draw = FrameDraw(source=source, max_seconds=60.0, places=(0.0,) * count)
+        frames = list(read_frames(draw, range(count), size=size, max_pixels=10**6))
+        assert 0 < len(frames) == count <= 4
+        assert all(frame.mode == "RGB" for frame in frames)
+        message = str(path)
+    except DataError as error:
+        message = str(error)
+    assert str(path) in message
