@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,22 +14,20 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.checkpoint.adapter_record import describe_adapters, require_same_adapters, require_whole
+from megatron_v2pe.checkpoint.adapter_record import describe_adapters
 from megatron_v2pe.checkpoint.adapters import draw_adapters
-from megatron_v2pe.checkpoint.convert import open_hf
 from megatron_v2pe.checkpoint.dist_io import load_model_weights, on_first_rank
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.folder import hf_path
 from megatron_v2pe.checkpoint.hf_load import load_hf_weights
-from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
-from megatron_v2pe.checkpoint.resume import resume_point, resume_point_in_full, verify_in_full
+from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
-from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
+from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.train_state import load_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
+from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.core.files import writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
@@ -38,6 +36,7 @@ from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.bad_steps import BadSteps
+from megatron_v2pe.train.before import initial_state, model_folder, run_to_continue
 from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.interruption import Interruption
@@ -76,12 +75,12 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     start_up.done("imports")
     check_required(config)
     check_sinks(config.runtime)
-    arch = read_architecture(_model_folder(config))
+    arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
     with locked(run_dir, by_this_rank=launcher().rank == 0):
-        found = _resume_point(config, run_dir)
+        found = run_to_continue(config, run_dir)
         start_up.done("checks")
         timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
         ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
@@ -111,45 +110,6 @@ def final_without_progress(run: Run) -> Iterator[None]:
     except (DataError, CheckpointError) as error:
         error.is_final = run.state.step == first
         raise
-
-
-def _model_folder(config: RunConfig) -> Path:
-    """Where config.json and the tokenizer are, after a look at everything that can be seen without reading weights."""
-    if config.model.hf_path:
-        open_hf(config.model.hf_path)
-        return Path(config.model.hf_path)
-    read_info(config.model.checkpoint)
-    require_whole(config.model.checkpoint)
-    return hf_path(config.model.checkpoint)
-
-
-def _resume_point(config: RunConfig, run_dir: Path) -> Path | None:
-    """Checkpoint of the run folder to continue from, of the same model and adapters."""
-    newest = resume_point(run_dir, fallback=config.checkpoint.fallback)
-    if newest is None:
-        return None
-    if not config.checkpoint.resume:
-        raise ConfigError(
-            f"checkpoint.resume is false, but {newest} exists; set it to true to continue that run, or give this "
-            "one its own runtime.run_dir"
-        )
-    require_same_adapters(describe_adapters(config), newest)
-    require_same_model(config, newest)
-    return newest
-
-
-def initial_state(config: RunConfig) -> RunState:
-    """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
-    return RunState(
-        step=0,
-        consumed_packs=0,
-        data_seed=config.runtime.seed,
-        data_hash="",  # the loader's, once it has measured the data
-        config_hash=settings_hash(asdict(config)),
-        position_mode=config.position.mode,
-        position_stride=config.position.stride,
-        model_facts=model_facts(config),
-    )
 
 
 class Run:
