@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_v2pe.cli.data_arguments import add_data_arguments, data_config, tokenizer_folder
 
@@ -33,12 +32,14 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.core.errors import ConfigError
+    from megatron_v2pe.core.files import writable_folder
     from megatron_v2pe.evaluation.sample_picture import write_picture
     from megatron_v2pe.evaluation.sample_view import listing, view_pack
 
     cp_size = config.parallel.cp if args.cp is None else args.cp
     if cp_size < 1:
         raise ConfigError(f"--cp is {cp_size}, but must be at least 1")
+    out = None if args.out is None else writable_folder(args.out, field="--out")
     folder = tokenizer_folder(config)
     view = view_pack(
         config,
@@ -49,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         cp_size=cp_size,
     )
     sys.stdout.write(listing(view))
-    if args.out is not None:
-        path = Path(args.out) / f"step{args.step}_micro_batch{args.micro_batch}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        path = out / f"step{args.step}_micro_batch{args.micro_batch}.png"
         write_picture(path, view)
         sys.stdout.write(f"{path}\n")
     return 0

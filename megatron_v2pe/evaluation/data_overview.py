@@ -14,6 +14,7 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_lengths
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.files import writable_folder
 from megatron_v2pe.data.index import DatasetIndex, index_dataset
 from megatron_v2pe.data.loader import plan_mixture
 from megatron_v2pe.data.meta import read_meta
@@ -63,8 +64,9 @@ def overview(
     if workers < 1:
         raise ConfigError(f"--workers is {workers}, but must be at least 1")
     check_lengths(config.data)
-    if report_dir is not None:
-        pyplot()  # whether there is matplotlib is better known now than after an hour
+    if report_dir is not None:  # what a report needs is better known now than after an hour
+        pyplot()
+        writable_folder(report_dir, field="--report")
     settings = sample_settings(config, read_architecture(hf_folder), hf_folder)
     cache_dir = config.data.cache_dir or str(Path(config.runtime.run_dir) / "data_cache")
     indexes = [

@@ -114,6 +114,7 @@ def test_bad_lines_are_named_and_the_limit_is_kept(run_file, mixture, tmp_path, 
         (["--meta", "m.json"], "no checkpoint is named"),
         (["RUN", "--workers", "0"], "--workers is 0"),
         (["RUN", "data.cache_dir=/proc/none"], "give a folder that can be written"),
+        (["RUN", "--report", __file__], "--report is "),
     ],
 )
 def test_mistakes_of_index_data(run_file, capsys, arguments, message):
@@ -175,6 +176,7 @@ def load(run_file):
         (["--step", "10"], "--step is 10"),
         (["--micro-batch", "4"], "--micro-batch is 4, but step 1 has packs 0 to 3"),
         (["--cp", "0"], "--cp is 0"),
+        (["--out", __file__], "--out is "),
     ],
 )
 def test_mistakes_of_show_sample(run_file, capsys, arguments, message):
