@@ -12,10 +12,9 @@ from megatron_v2pe.core.errors import ConfigError
 NAME = "evaluate"
 HELP = """Ask about long documents, once per stride; report exact-match accuracy by length and depth.
 
-DATA is a jsonl file (images are looked up beside it) or a meta json. Each record is a conversation that ends with the
-expected answer, with id, length (tokens) and depth (0..1), about text, images or a video (its middle frames). Limits of
-tiles and frames in the meta json count before the command's. Answers in OUT are kept, so a stopped run continues. Under
-torchrun processes share the questions, or with --tp, --pp, --cp groups of them do, each cutting long documents up.
+DATA is a jsonl file (images are looked up beside it) or a meta json, whose limits of tiles and frames come first. A
+record is a conversation that ends with the expected answer, with id, length (tokens) and depth (0..1). A video shows
+its middle frames. A stopped run continues. Under torchrun, processes or groups of --tp, --pp, --cp share the questions.
 
 Example: megatron-v2pe evaluate runs/a/checkpoints/step_00000400 --data eval.jsonl --strides default,1,2 --out eval"""
 
@@ -42,17 +41,17 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
     from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
 
-    report.pyplot()  # a missing matplotlib is told before the work, not after it
+    report.pyplot()  # a missing matplotlib is told before the work
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
-    data = DataConfig(max_dynamic_patch=args.max_dynamic_patch)
-    limits = {"dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
-    answerer = EngineAnswerer(args.checkpoint, data=data, parallel=parallel_config(args), **limits)
+    data, parallel = DataConfig(max_dynamic_patch=args.max_dynamic_patch), parallel_config(args)
+    how = {"data": data, "parallel": parallel, "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
+    answerer = EngineAnswerer(args.checkpoint, **how)
     settings = parse_strides(args.strides, tokens_per_tile=answerer.arch.tokens_per_tile)
     items = read_items(args.data)
-    options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
-    subject = describe_subject(args.checkpoint, args.data, options=options)
+    told = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
+    subject = describe_subject(args.checkpoint, args.data, options=told)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
     if here.rank == 0:

@@ -85,15 +85,7 @@ def collate_pack(
     if not blank:
         _check_supervised(weights, sample_ids)
     tile_range = tile_range_of(layout.num_tiles)
-    refs = [ref for sample in samples for ref in sample.image_refs]
-    document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
-
-    def note(image: int, error: DataError) -> None:
-        damaged.setdefault(document_of[image], str(error))
-
-    tiles = load_tile_range(
-        refs, image_size=image_size, tile_range=tile_range, on_damage=note if tolerate_damage else None
-    )
+    tiles = _tiles(samples, tile_range, image_size=image_size, damaged=damaged if tolerate_damage else None)
     return PackedBatch(
         tokens=tokens,
         labels=labels,
@@ -106,6 +98,25 @@ def collate_pack(
         damaged=tuple(damaged.items()),
         blank=blank,
     )
+
+
+def _tiles(
+    samples: Sequence[EncodedSample],
+    tile_range: tuple[int, int],
+    *,
+    image_size: int,
+    damaged: dict[int, str] | None,
+) -> NDArray[np.uint8]:
+    """Pixels of the wanted tiles; images that cannot be read are noted by document in `damaged`, where it is given."""
+    refs = [ref for sample in samples for ref in sample.image_refs]
+    document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
+
+    def note(image: int, error: DataError) -> None:
+        assert damaged is not None
+        damaged.setdefault(document_of[image], str(error))
+
+    on_damage = None if damaged is None else note
+    return load_tile_range(refs, image_size=image_size, tile_range=tile_range, on_damage=on_damage)
 
 
 def _check_supervised(weights: NDArray[np.float32], sample_ids: tuple[str, ...]) -> None:

@@ -93,7 +93,11 @@ def edit(folder, name, change):
         ("qwen2", lambda f: edit(f, "vocab.json", lambda v: v.pop("a")), "1 of the 256 byte letters"),
         ("qwen2", lambda f: (f / "merges.txt").write_text("a b c"), "'a b c' is not a pair"),
         ("qwen2", lambda f: (f / "merges.txt").write_text("q zz"), "merges.txt: does not fit vocab.json"),
-        ("qwen2", lambda f: (f / "merges.txt").write_text("q q"), "no entry 'qq' for the merge of 'q' and 'q'"),
+        (
+            "qwen2",
+            lambda f: (f / "merges.txt").write_text("q q"),
+            "no entry 'qq' for the merge of 'q' and 'q'",
+        ),
         ("yi", lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: no such file"),
         ("phi3", lambda f: (f / "tokenizer.model").write_bytes(b"no"), "not a sentencepiece model"),
     ],

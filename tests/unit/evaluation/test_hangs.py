@@ -42,7 +42,9 @@ def test_silent_ranks_are_named_with_their_last_step_where_it_is_known(tmp_path)
     restarted = {"rank": 0, "host": "n1", "step": 6, "seconds": 44.0}  # spoke all the same
     write(tmp_path, 0, WAITING, time=100.0, world_size=3, silent=[last, restarted])
     (hang,) = read_hangs(tmp_path)
-    assert str(hang).endswith("_mean_loss), rank 1 is silent, last heard of in step 6 on n2, rank 2 is silent")
+    assert str(hang).endswith(
+        "_mean_loss), rank 1 is silent, last heard of in step 6 on n2, rank 2 is silent"
+    )
 
 
 def test_many_silent_ranks_are_counted(tmp_path):
