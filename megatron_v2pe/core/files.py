@@ -9,7 +9,11 @@ state or the new one. Folders are flushed too; without that a power cut may lose
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_v2pe.core.errors import ConfigError
@@ -84,6 +88,36 @@ def writable_folder(path: str | Path, *, field: str) -> Path:
             "choose another or mend its permissions"
         ) from None
     return folder
+
+
+@contextmanager
+def explained_full_disk(folder: Path) -> Iterator[None]:
+    """A disk that is full, or was made read-only, while a run goes on is told as a mistake that can be mended.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ConfigError: not final, as there may be room again at the launcher's next start.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        told = ConfigError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); {_free(folder)}. Make room or raise "
+            "the quota, and start again: the same command continues from the newest checkpoint"
+        )
+        told.is_final = False
+        raise told from error
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"the disk of {folder} has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
+    except OSError as error:
+        return f"{folder} cannot be looked at ({error.strerror})"
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,12 @@ from typing import Any
 from megatron_v2pe.core.errors import DataError
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | Path, *, skip_cut: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Objects of a file with their line numbers, counted from 1; empty lines are passed over.
+
+    Args:
+        path: the file.
+        skip_cut: pass over a last line that lacks its end: whoever appended it died, or its disk was full.
 
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8, not json, or not an object.
@@ -23,7 +28,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.strip() and not (skip_cut and not line.endswith(b"\n")):
                 yield number, _parse(line, f"{path}:{number}")
 
 
@@ -32,11 +37,15 @@ def append_json(path: str | Path, obj: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a number is not finite; json has no spelling for it.
+        OSError: it cannot be written, or not whole; nothing of it is left in the file.
     """
-    line = json.dumps(obj, allow_nan=False) + "\n"
+    line = (json.dumps(obj, allow_nan=False) + "\n").encode("utf-8")
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode("utf-8"))
+        written = os.write(descriptor, line)
+        if written < len(line):  # the last room of a disk
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

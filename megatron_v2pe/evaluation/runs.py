@@ -74,7 +74,7 @@ def summarize(run_dir: str | Path) -> RunSummary:
 
 def _checked(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for number, line in read_jsonl(path):
+    for number, line in read_jsonl(path, skip_cut=True):
         if missing := [name for name in _NEEDED if name not in line]:
             raise DataError(f"{path}:{number}: not a line of training metrics, it lacks {', '.join(missing)}")
         lines.append(line)

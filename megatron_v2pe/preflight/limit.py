@@ -109,7 +109,7 @@ def history(config: RunConfig) -> tuple[int, float | None]:
     path = Path(config.runtime.run_dir) / "metrics.jsonl"
     if not path.exists():
         return 0, None
-    lines = [line for _, line in read_jsonl(path)]
+    lines = [line for _, line in read_jsonl(path, skip_cut=True)]
     if not lines:
         return 0, None
     seconds = [float(line["step_s"]) + float(line["data_s"]) for line in lines[-20:]]

@@ -28,7 +28,7 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, DataError
-from megatron_v2pe.core.files import writable_folder
+from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
@@ -79,7 +79,7 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     plan = resolve(config.parallel, launcher().world_size)
     validate(config, arch, launcher().world_size)
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
-    with locked(run_dir, by_this_rank=launcher().rank == 0):
+    with locked(run_dir, by_this_rank=launcher().rank == 0), explained_full_disk(run_dir):
         found = run_to_continue(config, run_dir)
         start_up.done("checks")
         timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)

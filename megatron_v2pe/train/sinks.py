@@ -37,7 +37,7 @@ class JsonLines:
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         self._path = run_dir / METRICS_FILE
         if self._path.exists():
-            kept = [line for _, line in read_jsonl(self._path) if line["step"] < first_step]
+            kept = [line for _, line in read_jsonl(self._path, skip_cut=True) if line["step"] < first_step]
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values: Values) -> None:

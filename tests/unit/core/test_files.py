@@ -1,11 +1,12 @@
 """core.files: old state or new state, never something between."""
 
+import errno
 import os
 
 import pytest
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.core.files import commit_folder, writable_folder, write_atomic
+from megatron_v2pe.core.files import commit_folder, explained_full_disk, writable_folder, write_atomic
 
 
 def test_write_and_replace(tmp_path):
@@ -74,3 +75,16 @@ def test_writable_folder_refuses_a_file(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"runtime\.run_dir is '.*cannot be written"):
             writable_folder(path, field="runtime.run_dir")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_a_mistake_that_a_later_start_may_not_meet(tmp_path, code):
+    words = r"metrics.jsonl: cannot be written \(.*GiB free.*continues from the newest checkpoint"
+    with pytest.raises(ConfigError, match=words) as caught, explained_full_disk(tmp_path):
+        raise OSError(code, os.strerror(code), "metrics.jsonl")
+    assert not caught.value.is_final
+
+
+def test_other_errors_of_files_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), explained_full_disk(tmp_path):
+        (tmp_path / "none").read_text()

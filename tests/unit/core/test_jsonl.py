@@ -1,5 +1,7 @@
 """core.jsonl: line numbers in errors, whole lines on disk."""
 
+import os
+
 import pytest
 
 from megatron_v2pe.core.errors import DataError
@@ -44,3 +46,25 @@ def test_not_a_number_is_refused_and_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         append_json(path, {"loss": float("nan")})
     assert not path.exists()
+
+
+def test_a_line_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    append_json(path, {"step": 1})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+    with pytest.raises(OSError, match="No space left") as caught:
+        append_json(path, {"step": 2})
+    assert caught.value.filename == str(path)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_last_line_without_its_end_is_passed_over_where_a_run_may_have_died(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert list(read_jsonl(path, skip_cut=True)) == [(1, {"step": 1})]
+    with pytest.raises(DataError, match=r"m.jsonl:2: not valid json"):
+        list(read_jsonl(path))
+    path.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"m.jsonl:1: not valid json"):
+        list(read_jsonl(path, skip_cut=True))

@@ -81,3 +81,11 @@ def test_lines_that_come_again_are_dropped(tmp_path):
 
 def test_only_rank_0_has_sinks(tmp_path):
     assert open_sinks(RuntimeConfig(wandb_project="x"), tmp_path, rank=1, first_step=1) == []
+
+
+def test_a_line_that_a_crash_cut_does_not_keep_a_run_from_going_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    (sink,) = open_sinks(RuntimeConfig(tensorboard=False), tmp_path, rank=0, first_step=2)
+    sink.write({"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
