@@ -23,7 +23,7 @@ from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.core.processes import worker_context
+from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index import DatasetIndex, index_dataset
 from megatron_v2pe.data.meta import read_meta
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
@@ -59,6 +59,11 @@ class _RequestSampler(Sampler[PackRequest]):
 def _unchanged(pack: Any) -> Any:
     """Keep torch's default conversion away from packs."""
     return pack
+
+
+def _start_worker(_worker_id: int) -> None:
+    """Torch's own watch looks at the fork server, which outlives a rank that is killed as long as a worker lives."""
+    end_with_parent()
 
 
 def plan_mixture(
@@ -212,6 +217,7 @@ def _torch_loader(
         prefetch_factor=prefetch if num_workers else None,
         collate_fn=_unchanged,
         multiprocessing_context=worker_context(__name__) if num_workers else None,
+        worker_init_fn=_start_worker,
     )
 
 

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
@@ -202,6 +204,28 @@ def test_a_killed_worker_is_explained(filled):
         explained_worker_deaths(),
     ):
         kill_workers_while_reading()
+
+
+def _read_for_ever(mixture, started):
+    packs = iter(mixture.loader(mixture.config(steps=400, num_workers=2)))
+    next(packs)
+    started.put(True)
+    time.sleep(600)
+
+
+def test_workers_end_with_a_rank_that_is_killed(filled):
+    """They hold packs in shared memory; a rank that torchrun starts again would find less of it each time."""
+    context = multiprocessing.get_context("spawn")
+    started = context.Queue()
+    rank = context.Process(target=_read_for_ever, args=(filled, started))
+    rank.start()
+    started.get(timeout=120)
+    left = psutil.Process(rank.pid).children(recursive=True)
+    assert len(left) >= 3  # the fork server and two workers
+    os.kill(rank.pid, signal.SIGKILL)
+    rank.join()
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
 
 
 def test_equal_ids_and_odd_lines(mixture, caplog):
