@@ -15,6 +15,9 @@ from megatron_v2pe.config.lora_config import LoRAConfig
 from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.core.errors import ConfigError
 
+MOST_TILES = 1024
+"""Of one image; all grids of so many tiles are looked at."""
+
 
 def _require(condition: bool, path: str, value: object, rule: str) -> None:
     if not condition:
@@ -171,7 +174,7 @@ class DataConfig:
     min_dynamic_patch: int = 1
     """Fewest tiles of an image, thumbnail excluded."""
     max_dynamic_patch: int = 12
-    """Most tiles of an image, thumbnail excluded; a data set may override it."""
+    """Most tiles of an image, thumbnail excluded, up to 1024; a data set may override it."""
     dynamic_max_patch: bool = False
     """Divide max_dynamic_patch by the number of images of a sample."""
     use_thumbnail: bool = True

@@ -10,7 +10,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
 from megatron_v2pe.config.pipeline import check_layout
-from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -178,6 +178,10 @@ def check_lengths(data: DataConfig) -> None:
         raise ConfigError(
             f"data.max_sample_tokens is {data.max_sample_tokens}, but a pack holds data.max_pack_tokens = "
             f"{data.max_pack_tokens}; lower the first or raise the second"
+        )
+    if data.max_dynamic_patch > MOST_TILES:
+        raise ConfigError(
+            f"data.max_dynamic_patch is {data.max_dynamic_patch}, but must not exceed {MOST_TILES}"
         )
     if data.min_dynamic_patch > data.max_dynamic_patch:
         raise ConfigError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_v2pe.config.schema import MOST_TILES
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data import storage
 
@@ -76,7 +77,7 @@ def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct_keys)
     except FileNotFoundError:
         raise DataError(f"data.meta: {path}: no such file; give the meta json of the data sets") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -116,8 +117,10 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         raise DataError(
             f"{where}: repeat_time is {entry['repeat_time']}, but must be positive and at most {_MOST_REPEATS}"
         )
-    if entry.get("max_dynamic_patch", 1) < 1:
-        raise DataError(f"{where}: max_dynamic_patch is {entry['max_dynamic_patch']}, but must be at least 1")
+    if not 1 <= entry.get("max_dynamic_patch", 1) <= MOST_TILES:
+        raise DataError(
+            f"{where}: max_dynamic_patch is {entry['max_dynamic_patch']}, but must lie in 1..{MOST_TILES}"
+        )
     for key in ("min_num_frame", "max_num_frame", "video_fps"):
         if not 0 < entry.get(key, 1) < math.inf:
             raise DataError(f"{where}: {key} is {entry[key]}, but must be positive")

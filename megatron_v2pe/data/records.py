@@ -71,7 +71,7 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
     """
     where = f"{entry.annotation}:{line_number}"
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8-sig"))  # some editors mark the start of a file
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not utf-8 ({error})") from None
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits

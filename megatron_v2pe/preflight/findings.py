@@ -59,4 +59,5 @@ def table(findings: Sequence[Finding], *, ranks: int, seconds: float) -> str:
     width = max(len(each.name) for each in findings)
     lines = [f"{each.verdict:<6} {each.name:<{width}}  {each.text}" for each in findings]
     answer = "NO-GO" if worst(findings) == "no-go" else "GO"
-    return "\n".join([*lines, f"{answer}: {ranks} ranks, looked at in {seconds:.0f} s"]) + "\n"
+    world = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    return "\n".join([*lines, f"{answer}: {world}, looked at in {seconds:.0f} s"]) + "\n"

@@ -113,4 +113,4 @@ def test_preflight_refuses_a_disk_that_is_too_small(jobs, tmp_path):
     log = jobs.finish(tmp_path, job, state="FAILED")
     assert re.search(r"^no-go +free space .* GB too few", log, re.M)
     assert re.search(r"^note +time limit .* h left for 5 steps", log, re.M)
-    assert log.count("NO-GO: 1 ranks") == 1  # and is not started again
+    assert log.count("NO-GO: 1 rank,") == 1  # and is not started again

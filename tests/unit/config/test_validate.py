@@ -228,6 +228,8 @@ def test_sample_by_pack():
 def test_tile_limits():
     with pytest.raises(ConfigError, match=r"data.min_dynamic_patch is 3, but must not exceed"):
         run(data=DataConfig(meta="m", min_dynamic_patch=3, max_dynamic_patch=2))
+    with pytest.raises(ConfigError, match="max_dynamic_patch is 1000000, but must not exceed 1024"):
+        run(data=DataConfig(meta="m", max_dynamic_patch=10**6))
     run(data=DataConfig(meta="m", min_dynamic_patch=2, max_dynamic_patch=2))
 
 

@@ -25,6 +25,10 @@ def test_text_single_and_multi_image_records():
     assert (many.sample_id, many.where) == ("set:7", "a.jsonl:7")
 
 
+def test_the_mark_that_some_editors_put_at_the_start_of_a_file_is_not_part_of_the_record():
+    assert parse(b"\xef\xbb\xbf" + json.dumps(record("hello", "hi")).encode()).turns[0].value == "hello"
+
+
 def test_a_single_image_without_placeholder_gets_one_in_front():
     parsed = parse(record("hello", "hi", "x.png"))
     assert parsed.turns[0].value == "<image>\nhello"

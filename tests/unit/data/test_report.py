@@ -9,7 +9,7 @@ from tests.unit.data.test_plan import LENGTHS, index, plan
 
 def described(batches):
     planned = plan(index(LENGTHS), batches=batches)
-    return describe_plan(planned, max_pack_tokens=100, batches=batches, balance=True)
+    return describe_plan(planned, max_pack_tokens=100, max_pack_tiles=10, batches=batches, balance=True)
 
 
 def test_steps_of_one_size_on_the_sizes_that_divide_them():

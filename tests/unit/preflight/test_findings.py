@@ -24,7 +24,7 @@ def test_the_table_ends_with_the_answer():
     )
     text = table([finding("no-go", "disk"), finding("go", "links")], ranks=1, seconds=0)
     assert text.splitlines()[0] == "no-go  disk   told"
-    assert text.splitlines()[-1].startswith("NO-GO: 1 ranks")
+    assert text.splitlines()[-1].startswith("NO-GO: 1 rank,")
 
 
 def test_a_no_go_is_worse_than_a_note():
