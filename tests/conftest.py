@@ -1,7 +1,11 @@
-"""One server of warm processes for each worker of a parallel run, started before any test asks for it."""
+"""For all tests: a server of warm processes for each worker of a parallel run, and no world left behind."""
 
 import os
+import sys
+from collections.abc import Iterator
 from multiprocessing import forkserver
+
+import pytest
 
 from tests.support.warm import warm_context
 
@@ -10,3 +14,13 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         warm_context()
         forkserver.ensure_running()  # imports in its own process, while the first tests run here
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_world_left() -> Iterator[None]:
+    """A verb that was called in this process joins a world of one rank, as a process of its own would until its end."""
+    yield
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        from megatron_v2pe.parallel.topology import shutdown
+
+        shutdown()
