@@ -83,9 +83,7 @@ def check_background(lines):
 
 
 def test_the_same_bytes_and_losses_as_of_saves_that_training_waits_for(tmp_path):
-    checkpoint = tiny.import_golden(tmp_path / "checkpoint")
-    meta = tiny.make_data(tmp_path / "data")
-    config = tiny.run_yaml(tmp_path / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=tmp_path / "run")
+    config = tiny.prepared(tmp_path)
     runs = []
     for layout, overrides in LAYOUTS.items():
         for name in ("background", "waiting"):

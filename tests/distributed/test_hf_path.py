@@ -95,9 +95,7 @@ def test_a_folder_with_problems_is_refused_before_anything_starts(tmp_path, caps
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     root = tmp_path_factory.mktemp("hf_path")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    config = tiny.prepared(root)
     return root, config
 
 

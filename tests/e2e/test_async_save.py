@@ -54,9 +54,7 @@ sys.exit(main(sys.argv[1:]))
 def undisturbed(tmp_path_factory):
     """Configuration, and the curve of a run with a checkpoint at its end only."""
     root = tmp_path_factory.mktemp("async_save")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    config = tiny.prepared(root)
     tiny.train(config, [f"optim.steps={STEPS}"])
     return config, tiny.curve(root / "run")
 

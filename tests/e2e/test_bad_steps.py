@@ -17,9 +17,7 @@ from tests.support.warm import run_verb
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad_steps")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    return tiny.prepared(root)
 
 
 def run(config, run_dir, *, kind, rank, steps, ranks=1, overrides=()):

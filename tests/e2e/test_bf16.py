@@ -18,9 +18,7 @@ FIRST_LOSS, LOSS, NORM = 1e-3, 1.5e-2, 5e-2
 def float32(tmp_path_factory):
     """Configuration, and the curve of one rank in float32."""
     root = tmp_path_factory.mktemp("bf16")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "float32")
+    config = tiny.prepared(root, run="float32")
     tiny.train(config, [])
     return config, np.array(tiny.curve(root / "float32"))
 

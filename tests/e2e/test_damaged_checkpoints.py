@@ -21,9 +21,7 @@ LAST = 5
 def finished(tmp_path_factory):
     """A run of five steps with a checkpoint after each; configuration and curve."""
     root = tmp_path_factory.mktemp("damaged")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    config = tiny.prepared(root)
     tiny.train(config, SAVES)
     return root / "run", config, tiny.curve(root / "run")
 

@@ -23,9 +23,7 @@ OPTIONS = ["checkpoint.save_every=2", "data.max_bad_samples=0.9"]
 def setup(tmp_path_factory):
     """Data, configuration, and the run that nothing interrupts."""
     root = tmp_path_factory.mktemp("order")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "whole")
+    config = tiny.prepared(root, run="whole")
     tiny.train(config, OPTIONS)
     return root, config
 

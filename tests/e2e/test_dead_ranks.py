@@ -24,9 +24,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("dead_ranks")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    return tiny.prepared(root)
 
 
 @pytest.fixture(scope="module")

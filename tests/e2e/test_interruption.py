@@ -20,9 +20,7 @@ STEPS = 12
 def undisturbed(tmp_path_factory):
     """Configuration of a longer run without checkpoints of its own but the last, and its curve."""
     root = tmp_path_factory.mktemp("interruption")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "whole")
+    config = tiny.prepared(root, run="whole")
     tiny.train(config, [f"optim.steps={STEPS}"])
     return config, tiny.curve(root / "whole")
 

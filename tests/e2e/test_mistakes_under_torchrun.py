@@ -17,9 +17,7 @@ RESTARTS = 3
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("mistakes")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    return tiny.prepared(root)
 
 
 @pytest.mark.parametrize(

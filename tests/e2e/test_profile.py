@@ -15,9 +15,7 @@ from tests.support import tiny
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("profile")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data")
-    return tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "run")
+    return tiny.prepared(root)
 
 
 def profiled_steps(run_dir, rank):

@@ -14,9 +14,7 @@ from tests.support import tiny
 def setup(tmp_path_factory):
     """Imported checkpoint, data, and the curve of an uninterrupted single-rank run."""
     root = tmp_path_factory.mktemp("train")
-    checkpoint = tiny.import_golden(root / "checkpoint")
-    meta = tiny.make_data(root / "data", num_sets=3)
-    config = tiny.run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / "single")
+    config = tiny.prepared(root, run="single", num_sets=3)
     tiny.train(config, [])
     return root, config, tiny.curve(root / "single")
 

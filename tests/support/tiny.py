@@ -71,6 +71,13 @@ runtime: {{run_dir: {run_dir}, dtype: float32, tensorboard: false, seed: 3}}
     return path
 
 
+def prepared(root: Path, *, run: str = "run", num_sets: int = 1) -> Path:
+    """The golden checkpoint, data, and the YAML file of a run in `root / run`, which is returned."""
+    checkpoint = import_golden(root / "checkpoint")
+    meta = make_data(root / "data", num_sets=num_sets)
+    return run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / run)
+
+
 def train_command(config: Path, overrides: list[str], *, ranks: int) -> list[str]:
     """Command line of a run on `ranks` processes."""
     module = ["-m", "megatron_v2pe", "train", str(config), *overrides]
