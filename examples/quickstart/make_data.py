@@ -28,8 +28,8 @@ from sklearn.datasets import load_digits
 
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.data.templates import Turn, get_template, render
-from megatron_v2pe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_v2pe.data.text.templates import Turn, get_template, render
+from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
 TRAIN_LENGTHS = (48, 64, 128, 256, 512)
