@@ -21,9 +21,12 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
         kv_cache: keys and values of earlier tokens (decoding), an `inference.kv_cache.KVCache`; None in training.
+        routed: what the routers of a mixture of experts must know of the rows, a `models.experts.RoutedRows`; it
+            travels here because a layer that is computed again must get that of its own micro batch.
     """
 
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
     kv_cache: Any = None
+    routed: Any = None

@@ -93,6 +93,8 @@ class LocalBatch:
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
         kv_cache: keys and values of earlier tokens, in decoding only.
+        is_token: bool [l], false for padding; None where nobody asks (prompts).
+        pack_weight: float64 [], loss weight of the whole pack; None with `is_token`.
     """
 
     tokens: Tensor
@@ -105,6 +107,8 @@ class LocalBatch:
     pixels: Tensor | None
     route: FeatureRoute | None
     kv_cache: Any = None
+    is_token: Tensor | None = None
+    pack_weight: Tensor | None = None
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -105,6 +106,10 @@ class ParallelConfig:
     vision: Literal["replicated", "tensor"] = "replicated"
     """The vision tower on tensor parallel ranks. replicated: whole on each, tiles dealt over them where
     sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
+    ep: int = 1
+    """Expert parallel size: ranks of a pipeline stage (tp x cp x dp) over which the experts of a layer are spread."""
+    etp: int = 0
+    """Ranks that split each expert; 0 is tp where ep is 1, else 1."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
@@ -117,7 +122,7 @@ class ParallelConfig:
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "vpp"):
+        for name in ("tp", "pp", "cp", "vpp", "ep"):
             _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         if self.vision == "tensor" and self.tp == 1:
             raise ConfigError(
@@ -139,6 +144,17 @@ class ParallelConfig:
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
             )
+        _require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
+        if self.ep == 1 and self.etp not in (0, self.tp):
+            raise ConfigError(
+                f"parallel.etp is {self.etp} with parallel.ep 1 and parallel.tp {self.tp}, but experts that are not "
+                "spread are split like the rest of the model; set parallel.etp to 0, or parallel.ep to 2 or more"
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that split each expert."""
+        return self.etp or (self.tp if self.ep == 1 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +386,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     position: PositionConfig = field(default_factory=PositionConfig)

@@ -26,6 +26,8 @@ class ParallelPlan:
         cp: context parallel size.
         dp: data parallel size, what remains of the world.
         vpp: virtual stages of each pipeline rank.
+        ep: ranks over which the experts of a layer are spread.
+        etp: ranks that split each expert.
         sequence_parallel: activations between layers are split over tp.
         vision: the tower is `replicated` on tp ranks or split over them (`tensor`).
     """
@@ -35,6 +37,8 @@ class ParallelPlan:
     cp: int = 1
     dp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
     sequence_parallel: bool = False
     vision: Literal["replicated", "tensor"] = "replicated"
 
@@ -85,12 +89,20 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
             f"must divide the world size {world_size}; start a multiple of {replica} ranks, or make one of the "
             "three smaller"
         )
+    per_stage = world_size // config.pp
+    if per_stage % (config.ep * config.expert_tp):
+        raise ConfigError(
+            f"parallel.ep * parallel.etp = {config.ep} * {config.expert_tp} must divide the {per_stage} ranks of a "
+            "pipeline stage (tp * cp * dp), over which experts are spread; make ep smaller or start more ranks"
+        )
     return ParallelPlan(
         tp=config.tp,
         pp=config.pp,
         cp=config.cp,
         dp=world_size // replica,
         vpp=config.vpp,
+        ep=config.ep,
+        etp=config.expert_tp,
         sequence_parallel=config.sequence_parallel,
         vision=config.vision,
     )

@@ -10,6 +10,7 @@ This is the only place where a pack becomes a rank's tensors.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,10 @@ def shard_batch(
         max_seqlen=int(lengths.max()),
         pixels=pixels,
         route=route,
+        is_token=torch.from_numpy(layout.is_token(index)).to(device),
+        pack_weight=torch.tensor(
+            float(batch.loss_weights.sum(dtype=np.float64)), dtype=torch.float64, device=device
+        ),
     )
 
 

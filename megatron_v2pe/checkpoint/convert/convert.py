@@ -46,6 +46,7 @@ from megatron_v2pe.checkpoint.hf.converted_blocks import (
 )
 from megatron_v2pe.checkpoint.hf.io import INDEX_FILE, HFWeights, index_text, plan_shards
 from megatron_v2pe.checkpoint.hf.map import NameMap, family_name, name_map
+from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.state.dist_io import (
     gather_from_ranks,
     on_all_ranks,
@@ -212,7 +213,7 @@ def open_hf(
     names = None
     try:
         arch = read_architecture(hf_folder)
-        names = name_map(arch)
+        names = name_map(arch, spelling_of(arch, weights.tensors))
     except CheckpointError as error:
         problems.append(str(error))
     if names is not None and weights.files:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_v2pe.checkpoint.adapters.merge import open_state
 from megatron_v2pe.checkpoint.files.block_stream import Block
-from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, hf_path
+from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, hf_path, read_layout
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.hf.converted_blocks import (
     Dtype,
@@ -25,6 +25,7 @@ from megatron_v2pe.checkpoint.hf.converted_blocks import (
 )
 from megatron_v2pe.checkpoint.hf.map import name_map
 from megatron_v2pe.checkpoint.hf.row_runs import rows_of_hf
+from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.state.dist_io import raise_together
 from megatron_v2pe.config.architecture import read_architecture
 
@@ -49,7 +50,9 @@ class ExportedTensors:
     def __init__(
         self, checkpoint_folder: str | Path, *, dtype: Dtype = "keep", progress: Progress = silent
     ) -> None:
-        self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
+        arch = read_architecture(hf_path(checkpoint_folder))
+        stored = [name for file in read_layout(hf_path(checkpoint_folder)) for name in file.tensors]
+        self.names = name_map(arch, spelling_of(arch, stored))
         self.state = open_state(checkpoint_folder)
         self.not_finite: Counter[str] = Counter()
         self._dtype, self._progress = dtype, progress
