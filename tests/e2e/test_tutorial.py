@@ -20,7 +20,13 @@ def test_every_block_runs_and_the_model_goes_home(tmp_path):
     tools["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{tools['PATH']}"
     script = "set -eu\n" + "\n".join(blocks)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=tools, capture_output=True, text=True, timeout=280, check=False
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=tools,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.rstrip().endswith("equal")  # `verify`, the last command
