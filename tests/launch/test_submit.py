@@ -258,7 +258,7 @@ def test_a_mount_that_a_shell_would_run_is_refused(tmp_path, mount):
     container = {"runtime": "pyxis", "image": "i.sqsh", "mounts": [mount]}
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"partition": "p", "container": container}))
-    with pytest.raises(LaunchError, match="container.mounts"):
+    with pytest.raises(LaunchError, match=r"container\.mounts"):
         read_cluster(path)
 
 
@@ -281,7 +281,7 @@ def test_a_cluster_file_cannot_add_lines_to_the_script(tmp_path, key):
     with pytest.raises(LaunchError, match=f"{key} is .* one line"):
         read_cluster(path)
     path.write_text(json.dumps({"partition": "p", "sbatch": [LEAVES_ITS_LINE]}))
-    with pytest.raises(LaunchError, match="sbatch is .* one line"):
+    with pytest.raises(LaunchError, match=r"sbatch is .* one line"):
         read_cluster(path)
 
 
