@@ -7,6 +7,6 @@ setup(
     package_dir={"megatron_v2pe.launch": "launch"},
     package_data={
         "megatron_v2pe": ["py.typed"],
-        "megatron_v2pe.launch": ["*.sbatch", "*.sh", "clusters/*.yaml", "recipes/*"],
+        "megatron_v2pe.launch": ["*.sbatch", "*.sh", "clusters/*.yaml", "recipes/*", "containers/*"],
     },
 )
