@@ -111,7 +111,7 @@ class EngineAnswerer:
         sizes = record_sizes(item.record, settings=self._settings)
         record = with_frames(item.record, len(sizes))
         refs = image_refs(record, sizes, entry=item.entry, settings=self._settings)
-        return prompt_with(record.turns, refs, settings=self._settings, stride=setting.stride)
+        return prompt_with(record.messages, refs, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
         """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""

@@ -139,9 +139,7 @@ class ExpertRouter(TopKRouter):
 
     def forward(self, rows: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """[s, b, H] to weights [r, E], 0 where an expert is not chosen, and the choice, bool [r, E]."""
-        working = torch.promote_types(rows.dtype, torch.float32)
-        flat = rows.reshape(-1, rows.shape[-1])
-        logits = F.linear(flat.to(working), self.weight.to(working))
+        logits = self.gating(rows.reshape(-1, rows.shape[-1]))
         weights, choice = self._choose(logits)
         dropped = torch.zeros((), dtype=torch.float64, device=rows.device)
         if self.settings.capacity_factor:
@@ -153,6 +151,11 @@ class ExpertRouter(TopKRouter):
         if self.training and torch.is_grad_enabled() and self.routed is not None:
             weights = self._with_losses(weights, logits, dropped)
         return weights, choice
+
+    def gating(self, rows: Tensor) -> Tensor:
+        """[r, H] to logits [r, E], in float32 or better."""
+        working = torch.promote_types(rows.dtype, torch.float32)
+        return F.linear(rows.to(working), self.weight.to(working))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         values, experts = logits.topk(self.topk, dim=-1)

@@ -1,8 +1,8 @@
 """Hugging Face names <-> our parameter names of one architecture: its rows of `config.families`, in one of 3 spellings.
 
-    github             vision_model.*        mlp1.*                         language_model.model.*  language_model.lm_head
-    hf-native          vision_tower.*        multi_modal_projector.*        the same
-    hf-native-nested   model.vision_tower.*  model.multi_modal_projector.*  model.language_model.*  lm_head
+    github            vision_model.*        mlp1.*                         language_model.model.*
+    hf-native         vision_tower.*        multi_modal_projector.*        language_model.model.*
+    hf-native-nested  model.vision_tower.*  model.multi_modal_projector.*  model.language_model.*
 
 transformers writes either spelling of the native names, that of the folder it loaded; published folders have the first.
 

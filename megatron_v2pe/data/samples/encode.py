@@ -136,7 +136,8 @@ def encode_conversation(
 
     spans: list[Span] = [(shifted(start), shifted(end)) for start, end in text.answers]
     lengths_disagree = False
-    if settings.label_rule == "release":
+    # Per message there is no bookkeeping of lengths to repeat: the answers' own ranges are the release's.
+    if settings.label_rule == "release" and settings.template.release_rule != "per_message":
         spans, lengths_disagree = release_spans(
             _expanded(text.rendered, text.image_marks, lengths),
             tokens,
@@ -265,7 +266,7 @@ def encode_record(
         DataError: the cut at `settings.max_tokens` goes through an image, or leaves nothing supervised.
     """
     num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
-    encoded = encode_conversation(record.turns, num_tiles=num_tiles.tolist(), settings=settings)
+    encoded = encode_conversation(record.messages, num_tiles=num_tiles.tolist(), settings=settings)
     ends = encoded.image_starts + num_tiles * settings.tokens_per_tile
     was_cut = encoded.num_uncut_tokens > settings.max_tokens
     # `</img>` follows the visual tokens; without it the image is incomplete.

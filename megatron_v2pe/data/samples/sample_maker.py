@@ -320,7 +320,7 @@ def measure_record(
     record = with_frames(record, len(sizes))
     rule = _record_tiling(record, entry, settings)
     num_tiles = [choose_grid(width, height, rule=rule).num_tiles for width, height in sizes]
-    uncut, supervised = conversation_length(record.turns, num_tiles=num_tiles, settings=settings.text)
+    uncut, supervised = conversation_length(record.messages, num_tiles=num_tiles, settings=settings.text)
     num_tokens = uncut
     if uncut > settings.text.max_tokens or not supervised:  # the cut decides, and what is wrong is said there
         refs = image_refs(record, sizes, entry=entry, settings=settings)

@@ -20,7 +20,11 @@ from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.v2pe.layout import SampleLayout, find_images
 from megatron_v2pe.verification.golden.cases import ForwardFile
-from megatron_v2pe.verification.golden.checkpoints import fitting_layers, imported_checkpoints
+from megatron_v2pe.verification.golden.checkpoints import (
+    fitting_layout,
+    imported_checkpoints,
+    is_left_out,
+)
 from megatron_v2pe.verification.golden.rows import Row, compared, equal, unsupported
 
 LOGITS_ATOL = 2e-3  # below the smallest margin between first and second choice of any case (FORMAT: 0.0097)
@@ -36,6 +40,8 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
             continue
         name = f"generation/{case['name']}"
         checkpoint = checkpoints[case["ckpt"]]
+        if is_left_out(parallel, checkpoint):
+            continue
         if isinstance(checkpoint, CheckpointError):
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
             continue
@@ -44,7 +50,7 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
             mode="default" if case["version"] == "default" else "v2pe_fixed",
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
-            parallel=fitting_layers(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
+            parallel=fitting_layout(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
         )
         yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)
 
