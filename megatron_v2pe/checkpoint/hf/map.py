@@ -103,10 +103,9 @@ def _places(rule: Rule, num_layers: int, arch: InternVLArchitecture) -> list[dic
     if "{i}" not in rule.ours:
         return [{}]
     experts = arch.language.experts
-    if experts is None or rule.layers == "all":
-        return [{"i": i} for i in range(num_layers)]
-    wanted = [i for i, sparse in enumerate(experts.is_sparse) if sparse == (rule.layers == "sparse")]
-    if "{e}" not in rule.ours:
+    is_sparse = experts.is_sparse if experts and rule.layers != "all" else (False,) * num_layers
+    wanted = [i for i in range(num_layers) if is_sparse[i] == (rule.layers == "sparse")]
+    if experts is None or "{e}" not in rule.ours:
         return [{"i": i} for i in wanted]
     return [{"i": i, "e": e} for i in wanted for e in range(experts.num_experts)]
 

@@ -6,8 +6,8 @@ r"""Chat templates as data, and the one function that renders them.
     <|system|>\n{system}<|end|><|user|>\n{Q}<|end|><|assistant|>\n{A}<|end|>
 
 There is no newline after `<|im_end|>`, and an empty message renders its role only, as in the release; `internvl2_5`, of
-InternVL 2.5, 3 and 3.5, has the newline, also after empty messages. The release also lists templates of models before InternVL2 (vicuna_v1.1, internvl_zh, internlm2-base);
-no checkpoint that this package reads names them.
+InternVL 2.5, 3 and 3.5, has the newline, also after empty messages. The release also lists templates of models before
+InternVL2 (vicuna_v1.1, internvl_zh, internlm2-base); no checkpoint that this package reads names them.
 """
 
 from __future__ import annotations
