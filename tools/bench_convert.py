@@ -39,13 +39,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.convert.import_plan import plan_import
 from megatron_v2pe.checkpoint.files.block_stream import BLOCK_BYTES, NUM_BUFFERS, Block, BlockStream
 from megatron_v2pe.checkpoint.files.hashing import sha256_files
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
-from megatron_v2pe.checkpoint.hf.io import index_text, plan_shards
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.weight_files import index_text, plan_weight_files
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.core.files import sync_folder
@@ -76,7 +77,7 @@ def random_blocks(num_bytes: int, generator: np.random.Generator) -> Iterator[Bl
 def make_folder(folder: Path, size: str) -> list[WeightFile]:
     """A Hugging Face folder with random weights, written block by block."""
     folder.mkdir(parents=True)
-    files = plan_shards(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
+    files = plan_weight_files(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
     (folder / "config.json").write_text(json.dumps(PUBLISHED[size], indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text("{}\n")
     if len(files) > 1:
@@ -134,7 +135,7 @@ class PeakMemory:
 
 
 def back_free_memory(num_bytes: int) -> None:
-    """Have the host give free memory: a child takes it, as far as it is free, and ends."""
+    """Have the host provide free memory: a child allocates it, as far as it is free, and ends."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     num_bytes = min(num_bytes, int(0.8 * free))
     process = os.fork()
@@ -248,7 +249,7 @@ def layout(size: str) -> bool:
     largest = max(tensors.items(), key=lambda item: item[1].num_bytes)
     buffers = NUM_BUFFERS * max(BLOCK_BYTES, row) + 2 * BLOCK_BYTES  # and a block that is cut or cast
     base = PeakMemory._private()
-    hf_files = plan_shards(tensors, max_shard_bytes=HF_SHARD_BYTES)
+    hf_files = plan_weight_files(tensors, max_shard_bytes=HF_SHARD_BYTES)
     print(
         f"InternVL2-{size}: {names.num_parameters:,} parameters in {len(tensors)} tensors, {expected / 1e9:.2f} GB"
     )

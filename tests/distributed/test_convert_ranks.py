@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_v2pe.checkpoint.convert import import_plan
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files import range_reader
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, folder_bytes, golden_copy, random_folder
 from tests.support.spawn import run_ranks
@@ -75,13 +76,10 @@ def test_an_error_on_one_rank_ends_all_and_leaves_nothing(tmp_path):
 def resave(rank, world_size, checkpoint, target, sizes):
     """Load a checkpoint into a model of this layout and save the model's own state as a checkpoint."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.convert.hf_load import copy_hf_folder
+    from megatron_v2pe.checkpoint.convert.hf_source import copy_hf_folder
     from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, state_path, write_info
-    from megatron_v2pe.checkpoint.state.dist_io import (
-        load_model_weights,
-        model_sharded_state_dict,
-        on_first_rank,
-    )
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights, model_sharded_state_dict
+    from megatron_v2pe.checkpoint.state.ranks import on_first_rank
     from megatron_v2pe.checkpoint.state.save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
