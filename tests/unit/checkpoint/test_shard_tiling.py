@@ -113,12 +113,12 @@ def test_a_wrong_shape(ranks):
     assert any("disagree" in problem for problem in faulty(ranks, shrink))
 
 
-def test_copies_that_nobody_writes(ranks):
+def test_copies_that_no_rank_writes(ranks):
     def copy(shards):
         at = index(shards, "linear_qkv")
         shards[at] = dataclasses.replace(shards[at], is_written=False)
 
-    assert any("has copies, but nobody writes it" in problem for problem in faulty(ranks, copy))
+    assert any("has copies, but no rank writes it" in problem for problem in faulty(ranks, copy))
 
 
 def tool(*arguments):

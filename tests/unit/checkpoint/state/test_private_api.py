@@ -96,7 +96,7 @@ def test_mcore_saves_plain_values_and_hands_over_the_rest(tmp_path):
     assert len(private_api.shards_in(given[0])) == 3
 
 
-def test_the_check_finds_an_element_that_nobody_writes(tmp_path):
+def test_the_check_finds_an_element_that_no_rank_writes(tmp_path):
     half = {"half": ShardedTensor.from_rank_offsets("half", torch.ones(2), (0, 0, 2))}
     with ensure_process_group():
         with pytest.raises((private_api.CheckpointingException, CheckpointException)):
