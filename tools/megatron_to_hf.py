@@ -27,8 +27,8 @@ FOREIGN = {
     "--model-size": "the sizes are in the checkpoint",
     "--loader": "there is one format to read, and its layout does not matter",
     "--saver": "there is one format to write, safetensors",
-    "--hf-model": "the checkpoint carries configuration, tokenizer and code of the folder it came from",
-    "--tokenizer-model": "the checkpoint carries its tokenizer",
+    "--hf-model": "the checkpoint has the configuration, tokenizer and code of the folder it came from",
+    "--tokenizer-model": "the checkpoint has its tokenizer",
     "--megatron-path": "megatron-core is an installed dependency",
 }
 

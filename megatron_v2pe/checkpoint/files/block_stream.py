@@ -34,7 +34,7 @@ class Block:
     """Bytes that do not exist yet.
 
     Attributes:
-        num_bytes: of the buffer that `fill` wants.
+        num_bytes: size of the buffer that `fill` needs.
         fill: gets the buffer, uint8 [num_bytes]; returns what to write, uint8, in the buffer or elsewhere.
     """
 

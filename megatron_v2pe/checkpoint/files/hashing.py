@@ -27,7 +27,7 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What `checkpoint.json` says about another file.
+    """What `checkpoint.json` records about another file.
 
     Attributes:
         num_bytes: its size.

@@ -71,7 +71,7 @@ class NameMap:
 
 
 def family_name(arch: InternVLArchitecture) -> str:
-    """Language and vision family in one word, for reports and `checkpoint.json`."""
+    """Language and vision family as one name, for reports and `checkpoint.json`."""
     vision = "vit300m" if arch.vision.norm_type == "layer_norm" else "vit6b"
     return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
 

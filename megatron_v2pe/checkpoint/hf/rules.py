@@ -1,6 +1,6 @@
 """A row of the tables in `families`: Hugging Face names <-> our parameter names, read from left to right by import.
 
-A row says: these Hugging Face tensors, of this shape, become this parameter of ours by this transform, or are
+A row means: these Hugging Face tensors, of this shape, become this parameter of ours by this transform, or are
 dropped for this reason. `{i}` runs over the layers. Sizes in the shape column; tensors of different shapes are
 separated by a bar:
 

@@ -60,7 +60,7 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator
 
 
 def owned_shards(states: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Shards that this rank saves: of trained parameters its range, of the others what `states` says. Collective.
+    """Shards that this rank saves: of trained parameters its range, of the others the shards of `states`. Collective.
 
     Args:
         states: `model_sharded_state_dict`, whose shards have the parameters themselves as data.

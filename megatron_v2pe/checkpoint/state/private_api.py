@@ -36,30 +36,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-__all__ = [
-    "CheckpointingException",
-    "StorageInfo",
-    "all_ranks",
-    "built_shards",
-    "expand_factories",
-    "failures_of",
-    "is_written_here",
-    "map_shards",
-    "merge_factories",
-    "offset_in_archive",
-    "optimized_parameters",
-    "owned_ranges",
-    "owned_states",
-    "owner_group",
-    "save_planner",
-    "save_through_plan",
-    "shards_in",
-    "single_optimizers",
-    "torch_state",
-]
+StorageInfo = _StorageInfo
+"""Where a shard is in a folder: relative_path, offset, length; pickled into `.metadata` under torch's own name."""
 
 
 def expand_factories(sharded_state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which table belongs to which architecture of config.json. A new family is a file beside this one, and a line here."""
+"""Which table belongs to which architecture of config.json. A new family is a file in this folder, and a line here."""
 
 from __future__ import annotations
 
