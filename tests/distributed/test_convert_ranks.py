@@ -88,11 +88,11 @@ def resave(rank, world_size, checkpoint, target, sizes):
     config = RunConfig(parallel=ParallelConfig(**sizes), runtime=RuntimeConfig(dtype="float32"))
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
-    load_model_weights(checkpoint, chunks, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    load_model_weights(checkpoint, model_chunks, ranks=ranks)
     folder = tmp = Path(target)
     on_first_rank(lambda: state_path(tmp).mkdir(parents=True))
-    save_state(state_path(folder), model_sharded_state_dict(chunks, ranks))
+    save_state(state_path(folder), model_sharded_state_dict(model_chunks, ranks))
     info = CheckpointInfo(kind="import", step=0, family="", num_parameters=0)
     on_first_rank(
         lambda: (

@@ -36,8 +36,8 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
     ranks = init_distributed(plan, seed=1, timeout_minutes=2)
     arch = read_architecture(hf_path(checkpoint))
     imported, direct = (build_model(config, arch, plan=plan, ranks=ranks) for _ in range(2))
-    for chunk in [*imported, *direct]:
-        for parameter in chunk.parameters():
+    for model_chunk in [*imported, *direct]:
+        for parameter in model_chunk.parameters():
             parameter.data.fill_(float("nan"))
     load_model_weights(checkpoint, imported, ranks=ranks)
     num_bytes = load_hf_weights(hf, direct, ranks=ranks)
@@ -47,7 +47,7 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
         for name, parameter in one.named_parameters()
         if not torch.equal(parameter, dict(other.named_parameters())[name])
     ]
-    own_bytes = sum(p.numel() * 4 for chunk in direct for p in chunk.parameters())
+    own_bytes = sum(p.numel() * 4 for model_chunk in direct for p in model_chunk.parameters())
     shutdown()
     return different, num_bytes, own_bytes
 

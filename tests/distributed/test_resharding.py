@@ -129,6 +129,6 @@ def test_tied_embeddings_with_biases_go_through_every_layout(tmp_path):
 
 
 @pytest.mark.slow
-def test_internlm2_goes_through_every_layout(tmp_path):
+def test_internlm2_loads_at_every_layout(tmp_path):
     config, wanted = prepared(tmp_path, tiny.GOLDEN_HF)
     check_chain(tmp_path, config, wanted)

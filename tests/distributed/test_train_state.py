@@ -50,11 +50,11 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
     )
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
     newest = newest_checkpoint(run_dir)
     if newest is None:
-        load_model_weights(checkpoint, chunks, ranks=ranks)
-    trainer = wrap_for_training(chunks, config)
+        load_model_weights(checkpoint, model_chunks, ranks=ranks)
+    trainer = wrap_for_training(model_chunks, config)
     step = 0
     if newest is not None:
         state = load_checkpoint(
@@ -64,8 +64,8 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
         trainer.scheduler.load_state_dict(state.schedule)
     before = torch.rand(3).tolist()
     while step < steps[-1]:
-        for chunk in trainer.wrapped:
-            for parameter in chunk.parameters():
+        for model_chunk in trainer.wrapped:
+            for parameter in model_chunk.parameters():
                 parameter.main_grad.copy_(torch.sin(7 * parameter.detach().float() + step))
         trainer.optimizer.step()
         trainer.scheduler.step(increment=1)
@@ -276,9 +276,9 @@ def load_expecting_refusal(rank, world_size, mine, other):
     config = RunConfig(parallel=ParallelConfig(pp=world_size))
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(mine)), plan=plan, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(mine)), plan=plan, ranks=ranks)
     try:
-        load_model_weights(other, chunks, ranks=ranks)
+        load_model_weights(other, model_chunks, ranks=ranks)
     except CheckpointError as error:
         message = str(error)
     shutdown()

@@ -83,7 +83,7 @@ def check_continues(undisturbed, run_dir, *, at):
     return log
 
 
-def test_killed_while_a_thread_writes_goes_on_from_the_checkpoint_before(undisturbed, tmp_path):
+def test_killed_while_a_thread_writes_resumes_from_the_checkpoint_before(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "killed")
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7  # trained on beside the write
@@ -108,7 +108,7 @@ def test_a_write_that_fails_ends_the_run_with_one_message_and_the_old_checkpoint
 
 
 @pytest.mark.slow
-def test_told_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbed, tmp_path):
+def test_asked_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "asked to stop")
     assert done.returncode == 75, done.stderr[-3000:]
     assert json.loads((tmp_path / "interrupted.json").read_text()) == {"reason": "SIGTERM", "step": 5}

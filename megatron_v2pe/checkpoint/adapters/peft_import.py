@@ -117,23 +117,17 @@ def _lora_of(
     Raises:
         CheckpointError: there is none.
     """
-    known = {_name(linear, factor) for linear in linears for factor in ("lora_A", "lora_B")}
-    problems = [f"{name}: no linear of the base's model" for name in sorted(set(weights.tensors) - known)]
-    problems += [f"{name}: missing" for name in sorted(known - set(weights.tensors))]
     ranks: dict[Part, set[int]] = {}
     alphas: dict[Part, set[float]] = {}
     for linear in linears:
-        (rows, columns), shape = linear.hf_shape, weights.tensors[_name(linear, "lora_A")].shape
-        ranks.setdefault(linear.part, set()).add(shape[0])
+        ranks.setdefault(linear.part, set()).add(weights.tensors[_name(linear, "lora_A")].shape[0])
         alphas.setdefault(linear.part, set()).add(_alpha(config, linear.hf_name))
-        other = weights.tensors.get(_name(linear, "lora_B"))
-        if shape[1:] != (columns,) or (other and other.shape != (rows, shape[0])):
-            problems.append(f"{linear.hf_name}: shapes do not fit a weight of {(rows, columns)}")
-    for part in ranks:
-        if len(ranks[part]) > 1 or len(alphas[part]) > 1:
-            problems.append(
-                f"the {part} has ranks {ranks[part]} and alphas {alphas[part]}; must be one of each"
-            )
+    problems = [*_name_problems(weights, linears), *_shape_problems(weights, linears)]
+    problems += [
+        f"the {part} has ranks {ranks[part]} and alphas {alphas[part]}; must be one of each"
+        for part in ranks
+        if len(ranks[part]) > 1 or len(alphas[part]) > 1
+    ]
     if not linears:
         problems.append("no adapter of any linear of the base's model")
     raise_problems(f"{folder}: cannot be imported", problems)
@@ -141,10 +135,25 @@ def _lora_of(
     lora = LoRAConfig(
         **rank, alpha=_common_alpha(folder, rank, alphas), targets=_targets(linears, ranks, arch)
     )
-    asked = {linear.hf_name for linear in adapted_linears(lora, arch)}
-    lacking = sorted(asked - {linear.hf_name for linear in linears})
+    wanted = {linear.hf_name for linear in adapted_linears(lora, arch)}
+    lacking = sorted(wanted - {linear.hf_name for linear in linears})
     raise_problems(f"{folder}: adapters are missing in some layers", lacking)
     return lora
+
+
+def _name_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
+    known = {_name(linear, factor) for linear in linears for factor in ("lora_A", "lora_B")}
+    yield from (f"{name}: no linear of the base's model" for name in sorted(set(weights.tensors) - known))
+    yield from (f"{name}: missing" for name in sorted(known - set(weights.tensors)))
+
+
+def _shape_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
+    for linear in linears:
+        rows, columns = linear.hf_shape
+        a, b = (weights.tensors.get(_name(linear, factor)) for factor in ("lora_A", "lora_B"))
+        assert a is not None, "it is what a linear was found by"
+        if a.shape[1:] != (columns,) or (b and b.shape != (rows, a.shape[0])):
+            yield f"{linear.hf_name}: shapes do not fit a weight of {(rows, columns)}"
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

@@ -152,7 +152,7 @@ def test_a_missing_pickle_is_named(tmp_path):
         import_hf(source, tmp_path / "ckpt", allow_pickle=True)
 
 
-def test_progress_is_told_every_byte(tmp_path):
+def test_progress_counts_every_byte(tmp_path):
     done, expected = [], []
     import_hf(GOLDEN, tmp_path / "ckpt", progress=done.append, expect=expected.append)
     assert [sum(done)] == expected == [272_832 * 4]

@@ -1,4 +1,4 @@
-"""A conversion that is stopped, by a signal or a full disk, leaves nothing that could be taken for a finished one."""
+"""A conversion that is stopped, by a signal or a full disk, leaves nothing that looks like a finished one."""
 
 import os
 import resource

@@ -91,7 +91,7 @@ def test_files_are_shared_out_so_that_each_is_hashed_once(ckpt):
         flip_bit(ckpt / name, 0)
 
 
-def test_known_hashes_are_taken_over_and_the_rest_is_hashed(tmp_path):
+def test_known_hashes_are_used_and_the_rest_is_hashed(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
     records = record_files(tmp_path, tmp_path.iterdir(), known={"a": "given"})

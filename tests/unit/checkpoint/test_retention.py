@@ -75,7 +75,7 @@ def test_a_damaged_newest_does_not_count_as_kept_and_is_left_alone(tmp_path, cap
     assert "step_00000040: damaged checkpoint: data has 0 bytes instead of 1" in caplog.text
 
 
-def test_resume_takes_the_newest_good_one(tmp_path):
+def test_resume_uses_the_newest_good_one(tmp_path):
     assert resume_point(tmp_path, fallback=False) is None
     make(tmp_path, 10, 20)
     write_latest(tmp_path, 10)  # a crash before it was moved on
@@ -121,7 +121,7 @@ def test_a_damaged_newest_stops_the_run_and_offers_the_one_before(tmp_path, harm
 
 
 @pytest.mark.parametrize("harm", DAMAGES)
-def test_fallback_takes_the_one_before_and_says_so_loudly(tmp_path, caplog, harm):
+def test_fallback_uses_the_one_before_and_logs_an_error(tmp_path, caplog, harm):
     make(tmp_path, 10, 20, 30)
     write_latest(tmp_path, 30)
     message = harm(tmp_path)

@@ -27,8 +27,8 @@ def shards_of_all_ranks(arch, *, dp=1, **layout):
     plan = resolve(config.parallel, replica * dp)
     found = []
     for rank in range(plan.world_size):
-        with rank_model(config, arch, plan=plan, rank=rank) as (chunks, ranks):
-            found.append(rank_shards(chunks, ranks))
+        with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, ranks):
+            found.append(rank_shards(model_chunks, ranks))
     return found
 
 

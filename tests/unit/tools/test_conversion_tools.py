@@ -113,7 +113,7 @@ def test_cast_on_import(tool, tmp_path):
     assert dtypes == {torch.bfloat16}
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tool, tmp_path, ckpt):
+def test_a_run_means_its_newest_checkpoint(tool, tmp_path, ckpt):
     steps = tmp_path / "run" / "checkpoints"
     steps.mkdir(parents=True)
     ckpt.rename(steps / "step_00000002")

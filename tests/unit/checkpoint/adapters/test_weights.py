@@ -91,7 +91,7 @@ def test_a_part_with_adapters_is_not_trained_whole():
 
 
 @pytest.mark.parametrize("targets", [(), ("w1", "attn.qkv", "mlp1.3")])
-def test_targets_that_exist_are_taken(targets):
+def test_targets_that_exist_are_accepted(targets):
     lora = dataclasses.replace(EVERYWHERE, targets=targets)
     check_lora(RunConfig(lora=lora), of("InternLM2ForCausalLM"))
 

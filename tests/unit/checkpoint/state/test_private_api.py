@@ -167,10 +167,10 @@ def trainer():
     """A tiny model with its distributed optimizer, on this process alone."""
     ranks = init_distributed(ParallelPlan(), seed=0)
     config = RunConfig(runtime=RuntimeConfig(dtype="bfloat16"))
-    chunks = build_model(config, ARCH, plan=ParallelPlan(), ranks=ranks)
-    for parameter in chunks[0].parameters():
+    model_chunks = build_model(config, ARCH, plan=ParallelPlan(), ranks=ranks)
+    for parameter in model_chunks[0].parameters():
         torch.nn.init.uniform_(parameter)
-    yield wrap_for_training(chunks, config)
+    yield wrap_for_training(model_chunks, config)
     shutdown()
 
 
