@@ -152,7 +152,8 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A native config in GitHub's words, with the positions that this package writes into either."""
-    kept = {key: values[key] for key in ("rope_pos_id_version", "rope_pos_id_stride") if key in values}
+    keys = ("rope_pos_id_version", "rope_pos_id_stride")
+    kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
     return {**github_config(values, path), **kept}
 
 

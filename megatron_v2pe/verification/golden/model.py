@@ -21,7 +21,7 @@ from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.router_counts import take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher

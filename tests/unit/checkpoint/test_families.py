@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
-from megatron_v2pe.checkpoint.hf.map import name_map
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.families import FAMILIES
 from megatron_v2pe.core.errors import CheckpointError
@@ -53,7 +54,12 @@ def test_other_sizes_come_back_byte_for_byte(tmp_path, architecture, kv_heads):
     if FAMILIES[architecture].reads_head_dim:
         llm["head_dim"] = 14
     if FAMILIES[architecture].experts:
-        llm |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0]}
+        llm |= {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "mlp_only_layers": [0],
+        }
     source = random_folder(tmp_path / "hf", shards=2, dtype=torch.bfloat16, llm=llm, vision={})
     import_hf(source, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "back")

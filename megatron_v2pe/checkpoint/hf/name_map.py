@@ -20,7 +20,7 @@ class Entry:
     """A rule with its layer number filled in: the tensors of one parameter of ours.
 
     Attributes:
-        hf: Hugging Face names, in the order in which the transform takes them.
+        hf: Hugging Face names, in the order of the arguments of the transform.
         ours: our name.
         hf_shapes: shape of each Hugging Face tensor.
         transform: between the two.
@@ -34,7 +34,7 @@ class Entry:
     def to_hf(self, stored: Tensor) -> list[Tensor]:
         """The Hugging Face tensors of a stored one, without padding.
 
-        Rows and columns that a run added (vocabulary, heads of a split vision tower) lie behind the real ones.
+        Rows and columns that a run added (vocabulary, heads of a split vision tower) come after the real ones.
         """
         if len(self.hf) == 1:
             stored = stored[tuple(slice(size) for size in self.hf_shapes[0])]
@@ -62,7 +62,7 @@ class NameMap:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all Hugging Face tensors that are kept."""
+        """Elements of all Hugging Face tensors that are kept."""
         return sum(prod(shape) for entry in self.by_ours.values() for shape in entry.hf_shapes)
 
     def drop_reason(self, hf_name: str) -> str:
@@ -71,7 +71,7 @@ class NameMap:
 
 
 def family_name(arch: InternVLArchitecture) -> str:
-    """Language and vision family in one word, for reports and `checkpoint.json`."""
+    """Language and vision family as one name, for reports and `checkpoint.json`."""
     vision = "vit300m" if arch.vision.norm_type == "layer_norm" else "vit6b"
     return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
 
@@ -136,8 +136,8 @@ def _expand(
     rule: Rule, places: Iterable[dict[str, int]], sizes: dict[str, int], transform: Transform
 ) -> Iterable[Entry]:
     shapes = [
-        tuple(sizes[size] if size in sizes else int(size) for size in part.split())
-        for part in rule.shape.split("|")
+        tuple(sizes[size] if size in sizes else int(size) for size in shape.split())
+        for shape in rule.shape.split("|")
     ]
     if len(shapes) == 1:
         shapes *= len(rule.hf)
