@@ -26,6 +26,22 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_format(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--format`, for verbs that write a Hugging Face folder.
+
+    Args:
+        parser: of the verb.
+        default: what is written without the option, in words.
+    """
+    parser.add_argument(
+        "--format",
+        choices=("github", "hf-native"),
+        default="",
+        help="github (InternVLChatModel, names as released on GitHub) or hf-native (transformers' own "
+        f"InternVLForConditionalGeneration, the -hf folders); default: {default}",
+    )
+
+
 def add_verify_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add `--verify-checkpoint`, for verbs that read a checkpoint."""
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_dtype, add_verify_checkpoint, check_files
+from megatron_v2pe.cli.conversion import add_dtype, add_format, add_verify_checkpoint, check_files
 from megatron_v2pe.cli.peft_folders import export_adapters
 from megatron_v2pe.cli.progress import shared_progress
 from megatron_v2pe.cli.sizes import parse_size
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    add_format(parser, "that of the folder which was imported")
     add_dtype(parser)
     add_verify_checkpoint(parser)
 
@@ -42,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
-    options = {"force": args.force, "dtype": args.dtype, "max_shard_bytes": max_shard_bytes}
+    options = {
+        "force": args.force,
+        "dtype": args.dtype,
+        "max_shard_bytes": max_shard_bytes,
+        "to": args.format or None,
+    }
     with shared_progress(NAME) as progress:
         check_files(args)
         export_hf(args.checkpoint, args.hf_folder, progress=progress, expect=progress.expect, **options)

@@ -21,6 +21,9 @@ GITHUB_TYPE, NATIVE_TYPE = "internvl_chat", "internvl"
 NATIVE_QK_NORM_EPS = 1e-6
 """transformers' InternVL tower normalises queries and keys with this, whatever its `layer_norm_eps` is."""
 
+SOURCE_CLASS, SOURCE_TYPE = "github_architecture", "github_model_type"
+"""Keys of a native text_config that this package writes where the class differs, so that the way back is the same."""
+
 _SHARED_VISION = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"),
     *("norm_type", "layer_norm_eps", "hidden_act", "attention_dropout", "initializer_range"),
@@ -113,8 +116,12 @@ def _github_language(text: Section) -> dict[str, Any]:
         (name, *_) = text.get("architectures", ["?"])
         reason = REFUSED.get(name, f"known are {', '.join(NATIVE_FAMILIES)}")
         raise CheckpointError(f"{text.path}: model_type {kind!r} is not supported; {reason}")
-    family = NATIVE_FAMILIES[kind]
+    family = FAMILIES[text.get(SOURCE_CLASS, NATIVE_FAMILIES[kind].architecture)]
     values = {**text.values, "architectures": [family.architecture]}
+    if values.pop(SOURCE_CLASS, None):
+        values["model_type"] = values.pop(SOURCE_TYPE, kind)
+        for key in family.native_values:
+            values.pop(key, None)
     values["torch_dtype"] = _dtype(text)
     values.pop("dtype", None)
     rope = values.pop("rope_parameters", None)
@@ -202,10 +209,13 @@ def _native_language(language: Section, dtype: str) -> dict[str, Any]:
     scaling = dict(language.get("rope_scaling", {}))
     kind = scaling.pop("type", scaling.get("rope_type", "default"))
     scaling["rope_type"] = scaling.get("rope_type", kind)
+    native_class = NATIVE_FAMILIES[family.native_model_type].architecture
+    source = {SOURCE_CLASS: name, SOURCE_TYPE: language.get("model_type", "")} if native_class != name else {}
     return {
         **kept,
         **family.native_values,
-        "architectures": [NATIVE_FAMILIES[family.native_model_type].architecture],
+        **source,
+        "architectures": [native_class],
         "dtype": dtype,
         "model_type": family.native_model_type,
         # Both spellings of the rotary settings: transformers 4 reads the first two keys, 5 the third.

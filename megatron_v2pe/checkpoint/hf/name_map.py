@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, tr
 from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.families.rules import Rule
+from megatron_v2pe.config.native import FolderFormat
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ def name_map(arch: InternVLArchitecture, spelling: Spelling | None = None) -> Na
                 entries.extend(_expand(rule, places, sizes, transform_of(rule, arch)))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
+
+
+def other_names(arch: InternVLArchitecture) -> NameMap:
+    """The names table of the Hugging Face format that a folder does not have."""
+    other: FolderFormat = "hf-native" if arch.folder_format == "github" else "github"
+    return name_map(replace(arch, folder_format=other))
 
 
 def _places(rule: Rule, num_layers: int, arch: InternVLArchitecture) -> list[dict[str, int]]:
