@@ -36,17 +36,17 @@ class RouterTotals:
     z_loss: Tensor
 
 
-def take_router_totals(
-    chunks: Sequence[InternVL], *, layers: Sequence[int], num_experts: int, ranks: Ranks
-) -> RouterTotals:
-    """Add up what was counted, and start anew. Collective.
+def take_router_totals(chunks: Sequence[InternVL], *, ranks: Ranks) -> RouterTotals | None:
+    """Add up what was counted, and start anew; None for a model without experts. Collective.
 
     Args:
         chunks: bare model chunks of this rank.
-        layers: numbers of the sparse layers of the whole model, 0-based.
-        num_experts: E.
         ranks: this rank's place.
     """
+    num_experts = chunks[0].config.num_moe_experts
+    if num_experts is None:
+        return None
+    layers = [number for number, sparse in enumerate(chunks[0].config.moe_layer_freq) if sparse]
     sums = torch.zeros(len(layers), num_experts + 3, dtype=torch.float64, device=ranks.device)
     # The ranks that share a pack counted the same.
     is_counted = ranks.tp_rank == 0 and ranks.cp_rank == 0

@@ -86,6 +86,28 @@ class LanguageArchitecture:
     pad_token_id: int
     experts: ExpertsArchitecture | None = None
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and self.experts.is_sparse[layer]
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of the linears of one layer's attention."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * queries + 2 * keys)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of linears that one token meets in all decoder layers: of the experts those it goes to."""
+        dense = 3 * self.hidden_size * self.ffn_size
+        if self.experts is None:
+            return self.num_layers * (self.attention_weights + dense)
+        experts = self.experts
+        chosen = self.hidden_size * (3 * experts.top_k * experts.ffn_size + experts.num_experts)
+        num_sparse = len(experts.sparse_layers)
+        mlps = num_sparse * chosen + (self.num_layers - num_sparse) * dense
+        return self.num_layers * self.attention_weights + mlps
+
 
 @dataclass(frozen=True, kw_only=True)
 class InternVLArchitecture:

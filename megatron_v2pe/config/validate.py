@@ -31,6 +31,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
+    check_experts(config, arch)
     check_world(config, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
@@ -38,6 +39,43 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_lora(config, arch)
     check_something_is_trained(config)
     check_part_rates(config)
+
+
+def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """Experts are spread evenly and split evenly; settings of experts are for models that have them."""
+    parallel, experts = config.parallel, arch.language.experts
+    if experts is None:
+        for name, value in (("ep", parallel.ep), ("etp", parallel.etp)):
+            if value > 1 and value != parallel.tp:
+                raise ConfigError(
+                    f"parallel.{name} is {value}, but {arch.language.architecture} has no experts; leave it out"
+                )
+        if not config.moe.is_default:
+            raise ConfigError(
+                f"section moe is set, but {arch.language.architecture} has no experts to balance; leave it out"
+            )
+        return
+    if experts.num_experts % parallel.ep:
+        raise ConfigError(
+            f"parallel.ep is {parallel.ep}, but must divide the {experts.num_experts} experts of a layer; possible: "
+            f"{_divisors(experts.num_experts)}"
+        )
+    if experts.ffn_size % parallel.expert_tp:
+        raise ConfigError(
+            f"parallel.etp is {parallel.expert_tp}, but must divide the {experts.ffn_size} channels of an expert; "
+            f"possible: {_divisors(experts.ffn_size)}"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.tp is {parallel.tp} and parallel.sequence_parallel is false, but with experts tensor parallel "
+            "ranks must hold different tokens, or each expert would get every token several times; set "
+            "parallel.sequence_parallel to true"
+        )
+    if config.model.mlp_chunks > 1:
+        raise ConfigError(
+            f"model.mlp_chunks is {config.model.mlp_chunks}, but the load balancing loss needs all tokens of a pack at "
+            "once; set model.mlp_chunks to 1"
+        )
 
 
 def check_required(config: RunConfig) -> None:
@@ -149,6 +187,12 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"the world has {world_size} ranks, but parallel.tp x parallel.pp x parallel.cp = "
             f"{parallel.tp} x {parallel.pp} x {parallel.cp} = {replica} must divide it; start a multiple of "
             f"{replica} ranks or make an axis smaller"
+        )
+    stage, spread = world_size // parallel.pp, parallel.ep * parallel.expert_tp
+    if stage % spread:
+        raise ConfigError(
+            f"a pipeline stage has {stage} ranks (tp x cp x dp), but parallel.ep x parallel.etp = {parallel.ep} x "
+            f"{parallel.expert_tp} = {spread} must divide them; make ep smaller or start more ranks"
         )
     check_batches(config, dp=world_size // replica)
 

@@ -140,16 +140,14 @@ class ExpertRouter(TopKRouter):
     def forward(self, rows: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """[s, b, H] to weights [r, E], 0 where an expert is not chosen, and the choice, bool [r, E]."""
         logits = self.gating(rows.reshape(-1, rows.shape[-1]))
-        weights, choice = self._choose(logits)
-        dropped = torch.zeros((), dtype=torch.float64, device=rows.device)
+        weights, wanted = self._choose(logits)
+        choice = wanted
         if self.settings.capacity_factor:
-            num_chosen = choice.sum()
             weights, choice = apply_router_token_dropping(
-                weights, choice, router_topk=self.topk, capacity_factor=self.settings.capacity_factor
+                weights, wanted, router_topk=self.topk, capacity_factor=self.settings.capacity_factor
             )
-            dropped += num_chosen - choice.sum()
         if self.training and torch.is_grad_enabled() and self.routed is not None:
-            weights = self._with_losses(weights, logits, dropped)
+            weights = self._with_losses(weights, logits, wanted=wanted, choice=choice)
         return weights, choice
 
     def gating(self, rows: Tensor) -> Tensor:
@@ -165,13 +163,13 @@ class ExpertRouter(TopKRouter):
         choice = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
         return weights, choice
 
-    def _with_losses(self, weights: Tensor, logits: Tensor, dropped: Tensor) -> Tensor:
+    def _with_losses(self, weights: Tensor, logits: Tensor, *, wanted: Tensor, choice: Tensor) -> Tensor:
         """The weights, whose backward also brings the losses' gradients; and everything counted."""
         assert self.routed is not None
         is_token, settings = self.routed.is_token, self.settings
-        wanted = torch.zeros_like(logits).scatter(1, logits.topk(self.topk, dim=-1).indices, 1.0)
-        local = torch.cat([(wanted * is_token[:, None]).sum(0), is_token.sum()[None]]).double()
-        local = self.sum_over_pack(torch.cat([local, dropped[None]]))
+        dropped = ((wanted & ~choice) & is_token[:, None]).sum()
+        counts = torch.cat([(wanted & is_token[:, None]).sum(0), torch.stack([is_token.sum(), dropped])])
+        local = self.sum_over_pack(counts.double())
         tokens, num_tokens = local[:-2], local[-2].clamp(min=1.0)
         probabilities = (logits.softmax(-1) * is_token[:, None]).sum(0)
         # This rank's share of either loss: the shares of all ranks of the pack add up to it.

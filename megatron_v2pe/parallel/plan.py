@@ -48,6 +48,11 @@ class ParallelPlan:
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def expert_dp(self) -> int:
+        """Ranks that hold copies of the same experts and share their optimizer state."""
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
+
+    @property
     def pad_to_multiple(self) -> int:
         """Every document is padded to a multiple of this many tokens.
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
+from megatron_v2pe.assembly.router_counts import RouterTotals, take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
@@ -39,6 +40,8 @@ class StepReport:
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
         by_source: sums by data set; empty where the runner was not told of any.
+        routers: what the routers of a mixture of experts counted; None without experts.
+        weight_sum: loss weight of the global batch.
     """
 
     loss: float
@@ -50,6 +53,8 @@ class StepReport:
     bad_packs: tuple[int, ...]
     seconds: float
     by_source: SourceTotals
+    routers: RouterTotals | None = None
+    weight_sum: float = 0.0
 
 
 def train_step(
@@ -87,6 +92,8 @@ def train_step(
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
         by_source=by_source,
+        routers=take_router_totals(trainer.chunks, ranks=ranks),
+        weight_sum=float(runner.weight_sum),
     )
 
 

@@ -87,7 +87,7 @@ class _PlanInsteadOfSave(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Called by mcore when its checks are done.
 
-        mcore 0.19 gives the plain values along, as one object; 0.16 has written them to `common.pt`, as it is done here.
+        mcore 0.19 gives the plain values along, as one object; 0.16 writes them to `common.pt`, as is done here.
         """
         common = sharded_state_dict.pop("common_state", None)
         if common is not None and torch.distributed.get_rank() == 0:

@@ -51,8 +51,7 @@ def pack_cost(arch: InternVLArchitecture, *, trains_vision: bool) -> PackCost:
         trains_vision: gradients pass through the vision tower.
     """
     language, vision = arch.language, arch.vision
-    hidden, kv = language.hidden_size, language.num_kv_heads * language.head_dim
-    weights = language.num_layers * (2 * hidden**2 + 2 * hidden * kv + 3 * hidden * language.ffn_size)
+    hidden, weights = language.hidden_size, language.active_weights
     attention = language.num_layers * language.num_heads * language.head_dim
     patches = (arch.image_size // vision.patch_size) ** 2 + 1
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size

@@ -32,6 +32,8 @@ from megatron_v2pe.planning.request.stages import Chunk
 from megatron_v2pe.planning.request.workload import Pack
 
 SHORT_TOKENS = 512  # documents up to this length share a call of a native kernel
+EXPERT_IMBALANCE = 1.25
+"""Rows of the fullest rank's experts over an even share, assumed; what it is, `expert_load_by_layer` of a run says."""
 TOKEN_BYTES = 28  # token id, label, position units (8 each), loss weight (4)
 
 
@@ -54,6 +56,12 @@ class Setting:
     pack: Pack
     backend: str
     on_cpu: bool = False
+
+    @property
+    def routed_rows(self) -> float:
+        """Rows that the experts of a rank get in a layer, at most: its even share times `EXPERT_IMBALANCE`."""
+        experts = self.arch.language.experts
+        return EXPERT_IMBALANCE * self.rows * self.plan.etp * experts.top_k if experts else 0.0
 
     @property
     def element_bytes(self) -> int:
@@ -136,6 +144,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
     longest = max(setting.pack.document_lengths)
     gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
+    experts = language.experts
     sizes = DecoderSizes(
         tokens=setting.tokens,
         rows=setting.rows,
@@ -149,6 +158,10 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         tp=plan.tp,
         sequence_parallel=plan.sequence_parallel,
         mlp_chunks=model.mlp_chunks if model.recompute == "selective" or model.mlp_chunks > 1 else 0,
+        # A chunk with sparse and dense layers counts as sparse: those need more.
+        routed_rows=round(setting.routed_rows) if experts else 0,
+        expert_ffn=experts.ffn_size // plan.etp if experts else 0,
+        num_experts=experts.num_experts if experts else 0,
     )
     shape = AttentionShape(
         tokens=sizes.tokens,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.planning.memory.attention import AttentionShape, context_attention, tower_attention
-from megatron_v2pe.planning.memory.decoder_ops import DecoderSizes, attention_ops, gated_mlp_ops
+from megatron_v2pe.planning.memory.decoder_ops import DecoderSizes, attention_ops, experts_ops, gated_mlp_ops
 from megatron_v2pe.planning.memory.layers import LayerCosts, norm_ops
 from megatron_v2pe.planning.memory.tape import INPUT, Op, Peaks, moved_bytes, peaks
 from megatron_v2pe.planning.memory.tower_ops import TowerSizes, scaled_ops, tower_attention_ops, tower_mlp_ops
@@ -133,7 +133,14 @@ def decoder_layer(sizes: DecoderSizes, shape: AttentionShape, *, backend: str, c
     hidden = sizes.rows * sizes.hidden * costs.element_bytes
     ops = attention_ops(sizes, context_attention(shape, costs, backend), costs)
     ops += norm_ops("mlp norm", "middle", hidden, costs)
-    if sizes.mlp_chunks:
+    if sizes.routed_rows and sizes.mlp_chunks:
+        experts = experts_ops(INPUT, sizes, costs)
+        ops.append(
+            recomputed_op("mlp", "mlp norm", experts, input_bytes=hidden, output_bytes=hidden, pieces=1)
+        )
+    elif sizes.routed_rows:
+        ops += experts_ops("mlp norm", sizes, costs)
+    elif sizes.mlp_chunks:
         piece = gated_mlp_ops(INPUT, sizes, costs, tokens=sizes.tokens // sizes.mlp_chunks)
         ops.append(
             recomputed_op(

@@ -5,6 +5,7 @@
     router   features of tiles to the owners of their tokens, and their gradients back
     pp       hidden states to the next stage, gradients to the one before
     dp       gradients once a step (reduce-scatter), weights once a step (all-gather), over dp * cp
+    ep       rows to the ranks of their experts and back, and their gradients
     tp sum   gradients of parameters that tp ranks hold copies of
 
 A collective over n ranks sends (n - 1) / n of its result per rank; an all-reduce twice that.
@@ -30,6 +31,7 @@ class ChunkTraffic:
         cp_backward_bytes: attention, backward.
         router_bytes: forward and backward.
         pp_bytes: forward and backward.
+        ep_bytes: all-to-all of the experts, forward (recomputed too) and backward.
     """
 
     tp_bytes: float
@@ -37,6 +39,7 @@ class ChunkTraffic:
     cp_backward_bytes: float
     router_bytes: float
     pp_bytes: float
+    ep_bytes: float = 0.0
 
 
 def chunk_traffic(setting: Setting, chunk: Chunk) -> ChunkTraffic:
@@ -51,7 +54,22 @@ def chunk_traffic(setting: Setting, chunk: Chunk) -> ChunkTraffic:
         cp_backward_bytes=layers * backward,
         router_bytes=router_bytes(setting) if chunk.is_first else 0.0,
         pp_bytes=neighbours * setting.rows * hidden if plan.pp > 1 else 0.0,
+        ep_bytes=expert_bytes(setting, chunk),
     )
+
+
+def expert_bytes(setting: Setting, chunk: Chunk) -> float:
+    """All-to-all over ep, there and back, (ep - 1) / ep * n H e each way; once a forward pass and once in backward.
+
+    n is the rows of the fullest rank (`Setting.routed_rows`): the others wait for it.
+    """
+    plan, language = setting.plan, setting.arch.language
+    if language.experts is None or plan.ep == 1:
+        return 0.0
+    layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+    sparse = sum(language.is_sparse(layer) for layer in layers)
+    each_way = (plan.ep - 1) / plan.ep * setting.routed_rows * language.hidden_size * setting.element_bytes
+    return sparse * 2 * each_way * (forward_passes(setting) + 1)
 
 
 def forward_passes(setting: Setting) -> int:

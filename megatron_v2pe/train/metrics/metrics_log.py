@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from megatron_v2pe.train.metrics.sinks import Sink
 
@@ -68,6 +68,13 @@ class StepMetrics:
     peak_mem_gib: float
     peak_mem_rank: int
     reserved_mem_gib: float | None
+    aux_loss: float | None = None
+    z_loss: float | None = None
+    expert_load_max: float | None = None
+    expert_load_by_layer: dict[str, float] = field(default_factory=dict)
+    busiest_layer: int | None = None
+    tokens_per_expert: dict[str, int] = field(default_factory=dict)
+    drop_rate: float | None = None
 
 
 class MetricsLog:

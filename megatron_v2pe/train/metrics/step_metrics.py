@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from megatron_v2pe.assembly.router_counts import RouterTotals
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.parallel.comm_clock import CommClock
@@ -140,7 +142,25 @@ class StepMeter:
             peak_mem_gib=max(memory),
             peak_mem_rank=memory.index(max(memory)),
             reserved_mem_gib=finite(max(row.reserved_mem_gib for row in counts.rows)),
+            **(_of_routers(report.routers, report.weight_sum) if report.routers else {}),
         )
+
+
+def _of_routers(totals: RouterTotals, weight_sum: float) -> dict[str, Any]:
+    """Fields of a mixture of experts; loads are an expert's tokens over the mean of its layer, 1 is even."""
+    loads = totals.tokens.amax(1) / totals.tokens.mean(1).clamp(min=1.0)
+    busiest = int(loads.argmax())
+    return dict(
+        aux_loss=finite(float(totals.aux_loss.mean()) / weight_sum),
+        z_loss=finite(float(totals.z_loss.mean()) / weight_sum),
+        expert_load_max=float(loads[busiest]),
+        expert_load_by_layer={
+            str(layer): round(load, 3) for layer, load in zip(totals.layers, loads.tolist(), strict=True)
+        },
+        busiest_layer=totals.layers[busiest],
+        tokens_per_expert={str(e): int(n) for e, n in enumerate(totals.tokens[busiest].tolist())},
+        drop_rate=float(totals.dropped.sum()) / max(float(totals.tokens.sum()), 1.0),
+    )
 
 
 def peak_memory_gib() -> float:

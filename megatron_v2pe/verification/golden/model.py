@@ -179,12 +179,9 @@ class CaseRun:
 
     def _compare_counts(self, pack: PackedBatch) -> Iterator[Row]:
         """Of the training pass: tokens per expert and load balancing losses."""
-        experts = self.arch.language.experts
-        if experts is None:
+        totals = take_router_totals(self.chunks, ranks=self.ranks)
+        if totals is None:
             return
-        totals = take_router_totals(
-            self.chunks, layers=experts.sparse_layers, num_experts=experts.num_experts, ranks=self.ranks
-        )
         weight = float(pack.loss_weights.sum())
         yield from count_rows(self.name, self.case, totals, weight=weight, copies=self.plan.dp)
 
