@@ -8,6 +8,7 @@ optimizer state are those of `wrap_for_training`: mcore's buffers, with their pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,12 +107,16 @@ def build_rank_bytes(
 
 
 def whole_name(chunk: InternVL, name: str) -> str:
-    """Name of a chunk's parameter in the whole model: decoder layers are numbered over all stages."""
+    """Name of a chunk's parameter in the whole model: layers are numbered over all stages, experts over all ranks."""
     prefix = "language.decoder.layers."
     if not name.startswith(prefix):
         return name
     number, _, rest = name.removeprefix(prefix).partition(".")
     layer: Any = chunk.language.decoder.layers[int(number)]
+    local = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", rest)
+    if local:
+        expert = layer.mlp.local_expert_indices[int(local[1])]
+        rest = f"mlp.experts.{expert}.{local[2]}"
     return f"{prefix}{layer.layer_number - 1}.{rest}"
 
 

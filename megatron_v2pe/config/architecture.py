@@ -90,6 +90,10 @@ class LanguageArchitecture:
         """Whether a layer has experts."""
         return self.experts is not None and self.experts.is_sparse[layer]
 
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """KV heads whose keys and values a tensor parallel rank has."""
+        return max(1, self.num_kv_heads // tp)
+
     @property
     def attention_weights(self) -> int:
         """Weights of the linears of one layer's attention."""

@@ -91,6 +91,12 @@ def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:
             raise ConfigError(
                 f"lora.targets names {target!r}, but no part with adapters has such a linear: {listed}"
             )
+    if lora.language_rank and config.parallel.tp > arch.language.num_kv_heads:
+        raise ConfigError(
+            f"lora.language_rank is {lora.language_rank} and parallel.tp is {config.parallel.tp}, but with more ranks "
+            f"than the {arch.language.num_kv_heads} KV heads a rank has a part of a head's rows, to which no adapter "
+            "fits; make parallel.tp smaller"
+        )
     for part, names in known.items():
         if not adapted_names(lora, part, arch):
             raise ConfigError(

@@ -92,7 +92,10 @@ def check_required(config: RunConfig) -> None:
 
 
 def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
-    """Tensor parallelism cuts heads, KV heads and feed-forward rows of the language model evenly."""
+    """Tensor parallelism cuts heads, KV heads and feed-forward rows of the language model evenly.
+
+    More ranks than KV heads are fine where they are a multiple: each KV head is then used by several ranks.
+    """
     language = arch.language
     sizes = {
         "attention heads": language.num_heads,
@@ -100,7 +103,8 @@ def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
         "feed-forward channels": language.ffn_size,
     }
     for what, size in sizes.items():
-        if size % parallel.tp:
+        is_shared = what == "KV heads" and parallel.tp % size == 0
+        if size % parallel.tp and not is_shared:
             raise ConfigError(
                 f"parallel.tp is {parallel.tp}, but must divide the {size} {what} of the language model; "
                 f"possible: {_divisors(size)}"

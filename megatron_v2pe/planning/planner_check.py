@@ -51,7 +51,9 @@ def built_rank(config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelP
             p.numel() * p.itemsize for chunk in chunks for p in chunk.parameters() if not p.requires_grad
         )
         trainer = wrap_for_training(chunks, config)
-        buffers = [buffer for chunk in trainer.wrapped for buffer in chunk.buffers]
+        buffers = [
+            buffer for chunk in trainer.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
         shard = sum(
             parameter.numel()
             for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])

@@ -46,9 +46,9 @@ def _record(index: int, generator: np.random.Generator) -> dict:
     return {"id": f"s{index}", **image, "conversations": turns}
 
 
-def import_golden(folder: Path) -> Path:
-    """The golden checkpoint, imported."""
-    import_hf(GOLDEN_HF, folder)
+def import_golden(folder: Path, *, hf_folder: Path = GOLDEN_HF) -> Path:
+    """A golden checkpoint, imported."""
+    import_hf(hf_folder, folder)
     return folder
 
 
@@ -71,9 +71,9 @@ runtime: {{run_dir: {run_dir}, dtype: float32, tensorboard: false, seed: 3}}
     return path
 
 
-def prepared(root: Path, *, run: str = "run", num_sets: int = 1) -> Path:
-    """The golden checkpoint, data, and the YAML file of a run in `root / run`, which is returned."""
-    checkpoint = import_golden(root / "checkpoint")
+def prepared(root: Path, *, run: str = "run", num_sets: int = 1, hf_folder: Path = GOLDEN_HF) -> Path:
+    """A golden checkpoint, data, and the YAML file of a run in `root / run`, which is returned."""
+    checkpoint = import_golden(root / "checkpoint", hf_folder=hf_folder)
     meta = make_data(root / "data", num_sets=num_sets)
     return run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / run)
 

@@ -150,7 +150,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         rows=setting.rows,
         hidden=language.hidden_size,
         query_width=language.num_heads * language.head_dim // plan.tp,
-        key_width=language.num_kv_heads * language.head_dim // plan.tp,
+        key_width=language.kv_heads_of_rank(plan.tp) * language.head_dim,
         ffn=language.ffn_size // plan.tp,
         num_heads=language.num_heads // plan.tp,
         head_dim=language.head_dim,

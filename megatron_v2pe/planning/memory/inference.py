@@ -36,7 +36,7 @@ class InferenceMemory:
 def kv_cache_bytes(setting: Setting, num_layers: int, prompt_tokens: int) -> float:
     """2 (keys, values) * layers * KV channels of a tp rank * tokens of a cp rank * e."""
     language, plan = setting.arch.language, setting.plan
-    width = language.num_kv_heads * language.head_dim / plan.tp
+    width = language.kv_heads_of_rank(plan.tp) * language.head_dim
     return 2.0 * num_layers * width * prompt_tokens / plan.cp * setting.element_bytes
 
 

@@ -110,7 +110,7 @@ def context_bytes(setting: Setting) -> tuple[float, float]:
         return 0.0, 0.0
     e = setting.element_bytes
     query = language.num_heads * language.head_dim // plan.tp
-    key = language.num_kv_heads * language.head_dim // plan.tp
+    key = language.kv_heads_of_rank(plan.tp) * language.head_dim
     if setting.config.parallel.cp_comm_type == "a2a":
         both = (plan.cp - 1) / plan.cp * setting.tokens * (2 * query + 2 * key) * e
         return both, both

@@ -82,6 +82,24 @@ LAYOUTS = {
             lora=LoRAConfig(language_rank=8, vision_rank=8, projector_rank=4),
         ),
     ),
+    "3.5-8B, norms of queries and keys": (
+        "3.5-8B",
+        8,
+        [0, 7],
+        run(parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
+    ),
+    "3.5-30B-A3B, experts over 8 ranks": (
+        "3.5-30B-A3B",
+        16,
+        [0, 5, 15],
+        run(parallel=ParallelConfig(tp=2, cp=2, pp=2, ep=8, sequence_parallel=True)),
+    ),
+    "3.5-30B-A3B, experts split": (
+        "3.5-30B-A3B",
+        16,
+        [3],
+        run(parallel=ParallelConfig(tp=2, ep=4, etp=2, sequence_parallel=True)),
+    ),
     "8B, adapters of two linears": (
         "8B",
         8,
