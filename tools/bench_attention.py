@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron_v2pe.parallel.attention.context import CONTEXT_ATTENTION
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.context import CONTEXT_ATTENTION
 from megatron_v2pe.parallel.zigzag import shard_indices
 
 TARGET_SPEED, TARGET_BYTES = 0.90, 0.01

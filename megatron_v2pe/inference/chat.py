@@ -55,14 +55,14 @@ class Chat:
         if not 0 <= stride <= arch.tokens_per_tile:
             raise ConfigError(
                 f"--stride is {stride}, but must lie in 1..{arch.tokens_per_tile} (visual tokens per tile of this "
-                "checkpoint); leave it away for the default spacing"
+                "checkpoint); omit it for the default spacing"
             )
         self.stride = stride or arch.tokens_per_tile
         config = RunConfig(data=DataConfig(max_sample_tokens=max_tokens))
         self.settings = sample_settings(config, arch, hf_folder)
-        mean, std = NORMALIZATION[config.data.normalize_type]
+        norm = NORMALIZATION[config.data.normalize_type]
         mode: Literal["default", "v2pe_fixed"] = "v2pe_fixed" if stride else "default"
-        self.engine = Engine.load(checkpoint, mode=mode, mean=mean, std=std, dtype=dtype, parallel=parallel)
+        self.engine = Engine.load(checkpoint, mode=mode, norm=norm, dtype=dtype, parallel=parallel)
 
     def answer(
         self, question: str, images: Sequence[str] = (), *, max_new_tokens: int = 256

@@ -1,6 +1,6 @@
 """What mcore's pipeline schedule calls for each micro batch: cut, run this stage, add the weights up.
 
-    PackedBatch --shard_batch--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
+    PackedBatch --BatchSharder--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
 
 The schedule is told nothing of weights: it counts in int32. The float weights are summed here and handed to
 mcore's gradient finalisation in the schedule's place (`finalize`), which divides by their global sum once.
@@ -29,7 +29,7 @@ class MicroBatchRunner:
     """One optimizer step's view of the micro batches.
 
     Attributes:
-        shard: (pack, encodes_tiles) -> this rank's share; see `parallel.shard_batch`.
+        shard: (pack, encodes_tiles) -> this rank's share; `BatchSharder.shard`.
         device: where the weight sum is kept.
         num_sources: data sets whose losses are added up apart (`by_source`); 0 where nobody asks.
         weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from megatron_v2pe.assembly.build import build_model
@@ -33,8 +32,8 @@ from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
 from megatron_v2pe.data.media.images import NORMALIZATION
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve, shutdown
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
@@ -83,11 +82,12 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
         found = run_to_continue(config, run_dir)
         startup.done("checks")
         timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
-        ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
+        context = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
+        ranks = context.ranks
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
         startup.done("process groups")
-        run = Run(config, arch, plan=plan, ranks=ranks, startup=startup, peak_tflops=peak_tflops)
+        run = Run(config, arch, context=context, startup=startup, peak_tflops=peak_tflops)
         with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
             run.start(resume_from)
             with (
@@ -118,8 +118,7 @@ class Run:
     Args:
         config: the run.
         arch: architecture of the checkpoint.
-        plan: sizes of the parallel axes.
-        ranks: this rank's place in them.
+        context: sizes of the parallel axes and this rank's place on them.
         startup: tells how long the way to the first step took; None begins here.
         peak_tflops: see `train`.
     """
@@ -129,14 +128,15 @@ class Run:
         config: RunConfig,
         arch: InternVLArchitecture,
         *,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        context: ParallelContext,
         startup: StartupTimer | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         self.config, self.arch = config, arch
         self.startup, self.peak_tflops = startup or StartupTimer(), peak_tflops
-        self.plan, self.ranks = plan, ranks
+        self.context = context
+        self.plan = context.plan
+        self.ranks = context.ranks
         self.run_dir = Path(config.runtime.run_dir)
         self.hf_folder = (
             Path(config.model.hf_path) if config.model.hf_path else hf_path(config.model.checkpoint)
@@ -149,7 +149,7 @@ class Run:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
         resume_from = self._verified(resume_from)
         self.startup.done("checks")
-        chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
+        chunks = build_model(self.config, self.arch, self.context)
         self.startup.done("model")
         if resume_from is None or self.adapters is not None:  # whose checkpoints do not hold their base
             self._load_weights(chunks)
@@ -227,18 +227,13 @@ class Run:
         return state
 
     def _micro_batch_runner(self) -> MicroBatchRunner:
-        mean, std = NORMALIZATION[self.config.data.normalize_type]
-        shard = partial(
-            shard_batch,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
+        sharder = BatchSharder(
+            context=self.context,
             dtype=DTYPES[self.config.runtime.dtype],
-            mean=mean,
-            std=std,
+            norm=NORMALIZATION[self.config.data.normalize_type],
         )
         num_sources = len(self.loader.source_names)
-        return MicroBatchRunner(shard=shard, device=self.ranks.device, num_sources=num_sources)
+        return MicroBatchRunner(shard=sharder.shard, device=self.ranks.device, num_sources=num_sources)
 
     def _meter(self) -> StepMeter:
         names = self.loader.source_names

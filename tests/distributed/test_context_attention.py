@@ -56,14 +56,14 @@ def shard_errors(rank, world_size, comm, lengths, heads, key_heads, dtype, whole
     """Largest error of output and gradients of this rank's shard."""
     import torch.distributed as dist
 
-    from megatron_v2pe.parallel.attention.context import context_attention
+    from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     cut = boundaries((sum(lengths),) if whole_row else lengths)
     index = torch.from_numpy(shard_indices(cut, cp=world_size, cp_rank=rank))
     local = [x[index] for x in inputs(lengths, heads, key_heads, dtype)]
     query, key, value = (x.requires_grad_() for x in local[:3])
-    out = context_attention(comm)(
+    out = context_parallel_attention(comm)(
         query,
         key,
         value,
@@ -156,17 +156,17 @@ def refusal(rank, world_size, heads, key_heads):
     import torch.distributed as dist
 
     from megatron_v2pe.core.errors import ConfigError
-    from megatron_v2pe.parallel.attention.context import context_attention
+    from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention
 
     query, key, value, _ = inputs((8,), heads, key_heads, torch.float32)
     try:
-        context_attention("a2a")(query, key, value, lengths=(8,), scale=1.0, group=dist.group.WORLD)
+        context_parallel_attention("a2a")(query, key, value, lengths=(8,), scale=1.0, group=dist.group.WORLD)
     except ConfigError as error:
         return str(error)
     return ""
 
 
 @pytest.mark.parametrize(("heads", "what"), [((6, 3), "3 KV heads"), ((3, 2), "3 attention heads")])
-def test_heads_that_cannot_be_dealt_are_refused(heads, what):
+def test_heads_that_do_not_divide_are_refused(heads, what):
     for message in run_ranks(refusal, 2, *heads):
         assert f"the {what} of a tensor parallel rank do not divide by parallel.cp = 2" in message

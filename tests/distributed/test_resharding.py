@@ -59,8 +59,8 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
     config = load_run_config(config_path, [*overrides, f"optim.steps={len(LAYOUTS)}"])
     plan = resolve(config.parallel, world_size)
     arch = read_architecture(hf_path(config.model.checkpoint))
-    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=2)
-    run = Run(config, arch, plan=plan, ranks=ranks)
+    context = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=2)
+    run = Run(config, arch, context=context)
     newest = resume_point(run_dir, fallback=False)
     run.start(newest)
     if newest is not None:

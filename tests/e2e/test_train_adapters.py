@@ -115,8 +115,7 @@ def logits(checkpoint, image):
     settings = sample_settings(RunConfig(), arch, hf_path(checkpoint))
     turns = [Turn(role="human", value="What is on the page?")]
     prompt = build_prompt(turns, [str(image)], settings=settings, stride=4)
-    mean, std = NORMALIZATION["imagenet"]
-    engine = Engine.load(checkpoint, mode="v2pe_fixed", mean=mean, std=std)
+    engine = Engine.load(checkpoint, mode="v2pe_fixed", norm=NORMALIZATION["imagenet"])
     steps = list(engine.stream(prompt, max_new_tokens=3, stop_ids=()))
     shutdown()
     return torch.stack([step.logits for step in steps])

@@ -23,6 +23,7 @@ import pytest
 from megatron_v2pe.data.index.annotation_index import locked
 from megatron_v2pe.parallel.feature_router import owned_rows
 from megatron_v2pe.parallel.topology import resolve
+from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks
 from tests.numerics.layouts import EIGHT_RANKS, GROUPS
 from tests.support import parity, parity_cases
 
@@ -138,7 +139,8 @@ def test_the_cases_are_what_their_names_say(name):
             batch = parity_cases.pack(
                 case, micro_batch, pad_to_multiple=plan.pad_to_multiple, tile_range_of=lambda _: (0, 0)
             )
-            owned = [len(owned_rows(batch.layout, plan, rank)[0]) for rank in range(plan.tile_ranks)]
+            shards = shard_ranges_of_ranks(batch.layout.cu_seqlens, cp=plan.cp)
+            owned = [len(slots) for slots, _ in owned_rows(batch.layout, shards, plan=plan)]
             owners |= {rank for rank, count in enumerate(owned) if count}
             fewest.append(batch.num_tiles // plan.tile_ranks)
         assert len(owners) == {"text": 0, "one shard": 1, "spread": plan.tile_ranks}[case.images]

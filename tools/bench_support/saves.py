@@ -71,7 +71,7 @@ def measure(work: str, hidden: int, layers: int, step_seconds: float, rounds: in
             block = _block(training, savers.get(mode), number=number)
             if number:  # the first round touches memory for the first time
                 blocks[mode].append(block)
-    gradients = sum(p.numel() for p in training.trainer.chunks[0].parameters())
+    gradients = sum(p.numel() for p in training.trainer.model_chunks[0].parameters())
     return {"tokens": tokens, "parameters": gradients, "blocks": blocks}
 
 

@@ -28,9 +28,9 @@ from megatron_v2pe.checkpoint.state.dist_io import (
     model_sharded_state_dict,
 )
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import PARTS, Part, adapted_names, linear_names
+from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
-from megatron_v2pe.models.lora import adapter_prefix, is_adapter
+from megatron_v2pe.models.lora import adapter_prefix
 from megatron_v2pe.parallel.topology import Ranks
 
 
@@ -113,7 +113,7 @@ def draw_adapters(
     the heads of a split tower is zero.
     """
     shapes = {f"{linear.prefix}lora_A": linear.hf_shape for linear in adapted_linears(lora, arch)}
-    for shard in nested_values(model_sharded_state_dict(chunks, ranks, wanted=is_adapter)):
+    for shard in nested_values(model_sharded_state_dict(chunks, ranks, wanted=is_adapter_parameter)):
         assert isinstance(shard, ShardedTensor)
         with torch.no_grad():
             shard.data.zero_()

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_v2pe.checkpoint.files.adapter_record import require_whole
 from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.state.reader import StateReader
+from megatron_v2pe.config.lora import is_adapter_parameter
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, V2PEError
-from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.parallel.topology import Ranks
 
 SHARDED_STATE_METADATA: dict[str, Any] = {
@@ -59,7 +59,7 @@ def every_parameter(name: str) -> bool:
 
 def own_parameter(name: str) -> bool:
     """Of the model itself, not of adapters that were added to it."""
-    return not is_adapter(name)
+    return not is_adapter_parameter(name)
 
 
 def model_sharded_state_dict(
