@@ -15,8 +15,6 @@ whole step; eps 1e-2 (`parity.Layout.config`) keeps its amplification below max 
 
 import os
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 
@@ -155,10 +153,3 @@ def test_three_cases_of_six_layouts_are_all_cases():
         assert {case.images for case in cases} == set(parity_cases.IMAGES)
         assert {case.mode for case in cases} == set(parity_cases.POSITIONS)
         assert {case.packing for case in cases} == set(parity_cases.PACKINGS)
-
-
-def test_the_table_of_the_documentation_has_every_layout():
-    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
-    rows = {match.strip() for match in re.findall(r"^\| ([^|]+)\|", page, flags=re.MULTILINE)}
-    names = {row.name for _, work in GROUPS.values() for row in work} | set(EIGHT_RANKS)
-    assert names - rows == set()

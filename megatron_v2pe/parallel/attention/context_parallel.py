@@ -85,7 +85,7 @@ def head_attention(
     return attend_by_heads(query, key, value, lengths=tuple(lengths), scale=scale, group=group)
 
 
-BACK_ENDS: dict[str, ContextParallelAttention] = {
+CONTEXT_PARALLEL_ATTENTION: dict[str, ContextParallelAttention] = {
     "p2p": ring_attention,
     "all_gather": gather_attention,
     "a2a": head_attention,
@@ -99,8 +99,8 @@ def context_parallel_attention(cp_comm_type: str | None) -> ContextParallelAtten
         ConfigError: there is no native back end of that name.
     """
     name = "p2p" if cp_comm_type is None else cp_comm_type
-    if name not in BACK_ENDS:
+    if name not in CONTEXT_PARALLEL_ATTENTION:
         raise ConfigError(
-            f"parallel.cp_comm_type is {name!r}, but native attention has {', '.join(BACK_ENDS)}"
+            f"parallel.cp_comm_type is {name!r}, but native attention has {', '.join(CONTEXT_PARALLEL_ATTENTION)}"
         )
-    return BACK_ENDS[name]
+    return CONTEXT_PARALLEL_ATTENTION[name]
