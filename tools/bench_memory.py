@@ -210,7 +210,7 @@ def written_bytes() -> int:
 
 
 def routed(sizes: Sizes, hidden: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Bytes to other ranks, forward and backward: handed to all_to_all_single, and written to sockets."""
+    """Bytes to other ranks, forward and backward: given to all_to_all_single, and written to sockets."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plan = ParallelPlan(cp=world_size)
     layout = sizes.layout(pad_to_multiple=plan.pad_to_multiple)

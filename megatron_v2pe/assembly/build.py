@@ -172,12 +172,12 @@ def _build_projector(
 
 
 def memory_savings(model: ModelConfig) -> MemorySavings:
-    """What the run recomputes, computes in chunks, or keeps on the host.
+    """What the run recomputes or keeps on the host, and its loss chunks and MLP chunks.
 
     Raises:
         ConfigError: activations are to move to host memory and are there already.
     """
-    # A layer that is recomputed whole need not recompute an MLP that is not cut into chunks.
+    # A layer that is recomputed whole need not recompute its MLP, unless in MLP chunks.
     is_recomputed = model.recompute == "selective" or model.mlp_chunks > 1
     savings = MemorySavings(
         loss_chunk_tokens=model.loss_chunk_tokens, mlp_chunks=model.mlp_chunks if is_recomputed else 0

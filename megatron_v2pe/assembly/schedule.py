@@ -32,7 +32,7 @@ def run_schedule(
         data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
         model=model_chunks if len(model_chunks) > 1 else model_chunks[0],
         num_microbatches=len(batches),
-        seq_length=1,  # real lengths travel between stages: variable_seq_lengths
+        seq_length=1,  # real lengths are sent between stages: variable_seq_lengths
         micro_batch_size=1,
         forward_only=forward_only,
     )

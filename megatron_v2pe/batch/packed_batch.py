@@ -59,7 +59,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureRoute:
-    """How feature rows travel from the ranks that encode tiles to the ranks that own the tokens.
+    """How feature rows are sent from the ranks that encode tiles to the ranks that own the tokens.
 
     Attributes:
         send_rows: int64 [sent], rows of the local features (tile-major) in order of destination rank.
@@ -109,7 +109,7 @@ class LocalBatch:
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
-    """The pack with labels and loss weights of some documents taken away."""
+    """The pack with labels and loss weights of some documents removed."""
     if not documents:
         return batch
     labels, weights = batch.labels.copy(), batch.loss_weights.copy()
@@ -123,7 +123,7 @@ def blanked(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
     """The pack with some documents made blank: their lengths and tiles stay, all else is the same on every rank.
 
     A rank that could not read a document's text does not know where its images are, so ranks that share the pack
-    must all forget it, or features would be sent to places where nobody waits for them.
+    must all drop it, or features would be sent to ranks that do not expect them.
     """
     if not documents:
         return batch

@@ -78,13 +78,13 @@ class Chat:
         tokenizer = self.settings.text.tokenizer
         stops = {tokenizer.eos_id, tokenizer.token_id(self.settings.text.template.stop_token)}
         tokens: list[int] = []
-        told = ""
+        shown = ""
         for step in self.engine.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stops):
             tokens.append(step.token)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if text.startswith(told) and not text.endswith("\ufffd"):  # a character may span several tokens
-                yield text[len(told) :]
-                told = text
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # a character may span several tokens
+                yield text[len(shown) :]
+                shown = text
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text != told:
-            yield text[len(told) :]
+        if text != shown:
+            yield text[len(shown) :]

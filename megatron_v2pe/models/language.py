@@ -1,4 +1,4 @@
-"""The decoder-only language model: mcore's GPT with V2PE positions and a head whose loss is computed in chunks.
+"""The decoder-only language model: mcore's GPT with V2PE positions and a head that computes its loss in chunks.
 
     hidden = embedding(tokens)                              first stage; visual rows are spliced in by InternVL
     hidden = layer(hidden, angles(positions))  x num_layers
@@ -39,7 +39,7 @@ class LanguageModel(GPTModel):
         rope: rotary embedding of the checkpoint.
         vocab_size: entries of the vocabulary.
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
-        memory: what is recomputed, or computed in chunks.
+        memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
         share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.

@@ -2,11 +2,11 @@
 
     recompute full        a layer's input is kept, the layer runs again in backward          (mcore)
     recompute selective   an MLP's input is kept, the MLP runs again
-    MLP chunks            ... one chunk of the tokens after the other, inside either of the two
+    MLP chunks            ... one chunk of tokens after the other, inside either of the two
     slices of tiles       tower and projector run again slice by slice, so that one slice's activations exist
 
 All of them use mcore's re-entrant checkpoint: backward runs the part again under the generator state of its
-forward pass, and the gradients of each chunk or slice are added to the float32 gradient buffers one after the other.
+forward pass, and the gradients of each MLP chunk or slice are added to the float32 gradient buffers one after the other.
 (These parts therefore reach a parameter's gradient hook several times in a micro batch, which mcore's
 `overlap_grad_reduce` does not allow.)
 """
@@ -31,7 +31,7 @@ class MemorySavings:
 
     Attributes:
         loss_chunk_tokens: supervised rows whose logits exist at a time.
-        mlp_chunks: chunks of tokens in which a decoder MLP is recomputed; 0 keeps its activations.
+        mlp_chunks: MLP chunks (of tokens) that are recomputed one by one; 0 keeps its activations.
         saved_tensors: context in which the decoder runs; it may move what is kept for backward elsewhere.
     """
 
@@ -56,7 +56,7 @@ def is_trained(part: torch.nn.Module) -> bool:
 
 
 class RecomputingLayer(TransformerLayer):
-    """mcore's layer, whose MLP may be recomputed in backward, in chunks of its rows.
+    """mcore's layer, whose MLP may be recomputed in backward, in MLP chunks of its rows.
 
     mcore's own recomputation of the MLP (`recompute_modules`) returns the bias of the second linear out of the
     checkpoint, which turns that parameter into a computed tensor: towers with biases never finish backward.
@@ -75,7 +75,7 @@ class RecomputingLayer(TransformerLayer):
 def _in_chunks(
     forward: Callable[..., tuple[Tensor, Tensor | None]], mlp_chunks: int, hidden: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An MLP's output [s, b, H], its bias added, for `mlp_chunks` chunks of rows one after the other."""
+    """An MLP's output [s, b, H], its bias added, one MLP chunk of rows after the other."""
 
     def biased(rows: Tensor) -> Tensor:
         output, bias = forward(rows, **kwargs)

@@ -9,7 +9,7 @@
 
 megatron-core asks for CUDA in three ways: functions of `torch.cuda`, the literal device "cuda", and the
 methods `Tensor.type()` and `Tensor.cuda()`. The first two are answered by the proxy; the methods belong to a
-class that everybody shares, so their replacements look at the calling module and act for megatron.core alone.
+class that everybody shares, so their replacements check the calling module and act for megatron.core only.
 A `TorchFunctionMode` would do the same without the hook, but it costs 2.6 us per operator instead of 1.3 and
 would change what user code sees too.
 
@@ -160,7 +160,7 @@ def _patch_random(module: types.ModuleType) -> None:
 
 
 class _Proxy(types.ModuleType):
-    """A module that answers some names itself and passes the others to the real one."""
+    """A module with some names of its own; the others are those of the real one."""
 
     def __init__(self, real: types.ModuleType, overrides: dict[str, Any]) -> None:
         super().__init__(f"{real.__name__}(cpu)")

@@ -1,11 +1,11 @@
-"""Image features travel once: from the rank that encoded a tile to the ranks that own its tokens.
+"""Image features are sent once: from the rank that encoded a tile to the ranks that own its tokens.
 
     tiles in contiguous shares --encode--> features [n_local * K, H] --all-to-all--> rows of my tokens --> splice
                                            (row = tile * K + offset)                 (in token order)
 
 All ranks work out the same route from the layout, so nothing but features is sent. Feature rows are numbered in
 token order and every shard keeps documents and zigzag chunks in that order, so the rows a rank receives, rank by
-rank, are in the order of its slots already. Backward is the mirror image: gradients travel back to the encoder.
+rank, are in the order of its slots already. Backward is the mirror image: gradients are sent back to the encoder.
 
 Every rank of the group must call the router for every micro batch, with rows or without; a collective that one
 rank skips hangs the others, in forward or in backward.
@@ -106,7 +106,9 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
         """[sum(send), H] to [sum(receive), H]."""
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
         return received

@@ -176,7 +176,7 @@ def _join_world(device: torch.device, timeout_minutes: int) -> None:
 
 def _ranks(plan: ParallelPlan, device: torch.device, timeout_minutes: int) -> Ranks:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    # Made by its one member alone: asking the whole world for a group of each rank takes minutes at scale.
+    # Made by its one member alone: making a group of each rank with the whole world needs minutes at scale.
     alone = dist.new_group(
         [dist.get_rank()], timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True
     )

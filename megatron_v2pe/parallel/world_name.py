@@ -1,8 +1,8 @@
 """A name for each world that the ranks form, so that entries of an earlier one in the launcher's store are not read.
 
 torchrun keeps one store over its restarts, and a process may join several worlds in a row. Under the names of an
-earlier world gloo finds addresses at which no process listens any more. A count of joins cannot tell worlds apart:
-after a restart the nodes may differ in their counts. So rank 0 chooses a name and gives it to the others:
+earlier world gloo finds addresses at which no process listens any more. A count of joins cannot distinguish
+worlds: after a restart the nodes may differ in their counts. So rank 0 chooses a name and gives it to the others:
 
     others   n = arrivals + 1  ........................ wait for name/n, read it, taken/NAME + 1
     rank 0   name/1 .. name/arrivals = NAME, repeated until all others have read it
@@ -26,7 +26,7 @@ def agree_on_name(store: Store, *, rank: int, world_size: int, timeout: timedelt
 
     Raises:
         TimeoutError: not all ranks joined within `timeout` (rank 0).
-        DistStoreError: rank 0 did not answer within the store's timeout (the others).
+        DistStoreError: rank 0 gave no name within the store's timeout (the others).
     """
     if rank == 0:
         name = uuid.uuid4().hex

@@ -2,7 +2,7 @@
 
 Two context parallel ranks encode 3 and 2 tiles (and, in a second pack, 1 and 0), so that slices differ in number.
 Everything is compared with the run that keeps all activations. float32; recomputation repeats the same operations,
-so only sums over slices and chunks are in another order: 2e-5 of a parameter's largest gradient.
+so only sums over slices, MLP chunks and loss chunks are in another order: 2e-5 of a parameter's largest gradient.
 """
 
 import collections
@@ -49,8 +49,8 @@ VARIANTS = {
     "selective": dict(model=ModelConfig(recompute="selective")),
     "full": dict(model=ModelConfig(recompute="full")),
     "full, offloaded": dict(model=ModelConfig(recompute="full")),
-    "selective in chunks": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
-    "full in chunks": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
+    "selective, MLP chunks": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
+    "full, MLP chunks": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
     "loss chunks": dict(model=ModelConfig(loss_chunk_tokens=5)),
     "vision selective": dict(vision=VisionConfig(recompute="selective")),
     "vision full": dict(vision=VisionConfig(recompute="full")),
@@ -260,5 +260,5 @@ def test_parts_are_given_what_was_asked_for(results):
     assert [rank["slices of 2"].rows["tiles"][0] for rank in results] == [2, 2]
     assert [rank["slices of 1"].rows["tiles"][0] for rank in results] == [1, 1]
     whole = results[0]["base"].rows["mlp"][0]
-    for name in ("selective in chunks", "full in chunks"):
+    for name in ("selective, MLP chunks", "full, MLP chunks"):
         assert results[0][name].rows["mlp"][0] == -(-whole // 3)

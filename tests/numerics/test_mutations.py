@@ -205,8 +205,8 @@ def divided_by_own_weights():
 
         local = self.weight_sum.clone()
         finalize_model_grads(model, self.weight_sum, **kwargs)
-        for chunk in model:
-            chunk.scale_gradients(float(self.weight_sum / local / dist.get_world_size()))
+        for wrapper in model:
+            wrapper.scale_gradients(float(self.weight_sum / local / dist.get_world_size()))
 
     with mock.patch.object(MicroBatchRunner, "finalize", wrong):
         yield

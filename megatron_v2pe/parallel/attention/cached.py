@@ -6,7 +6,7 @@
                cp ranks: it attends to each rank's keys; the parts are merged by their log-sum-exp
 
 Every rank computes the new token's query; only keys and values are spread, so that a document of a million tokens
-needs a cp-th of them on each rank. What travels for a new token is one output and log-sum-exp per layer.
+needs a cp-th of them on each rank. What is sent for a new token is one output and log-sum-exp per layer.
 
 Shape legend: t new tokens, T tokens seen, h query heads, k key heads, d head dimension.
 """

@@ -84,7 +84,7 @@ def wanted_rate(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rates_by_part_and_by_vision_layer(context, dtype):
-    """In bfloat16 a further wrapper stands before every name."""
+    """In bfloat16 the name of a further wrapper precedes every name."""
     groups = groups_by_name(trainer_of(context, dtype=dtype, optim=OptimConfig(**RATES)))
     for name, group in groups.items():
         assert group["max_lr"] == pytest.approx(wanted_rate(name), rel=1e-12), name

@@ -1,6 +1,6 @@
 """Our adapter around Transformer Engine's attention, with a stand-in that records what it is given.
 
-The stand-in attends like the real one is documented to; the real one is met on a GPU only (tests/gpu).
+The stand-in attends like the real one is documented to; the real one runs on a GPU only (tests/gpu).
 """
 
 import importlib
