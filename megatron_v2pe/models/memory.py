@@ -6,9 +6,9 @@
     slices of tiles       tower and projector run again slice by slice, so that one slice's activations exist
 
 All of them use mcore's re-entrant checkpoint: backward runs the part again under the generator state of its
-forward pass, and the gradients of each MLP chunk or slice are added to the float32 gradient buffers one after the other.
-(These parts therefore reach a parameter's gradient hook several times in a micro batch, which mcore's
-`overlap_grad_reduce` does not allow.)
+forward pass, and the gradients of each MLP chunk or slice are added to the float32 gradient buffers in turn. (These
+parts therefore reach a parameter's gradient hook several times in a micro batch, which mcore's `overlap_grad_reduce`
+does not allow.)
 """
 
 from __future__ import annotations

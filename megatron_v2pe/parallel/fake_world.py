@@ -3,8 +3,8 @@
     with fake_world(plan, rank=37) as context:     # 256 ranks, one process, seconds
         ...                                       # build on the meta device; nothing is computed or sent
 
-torch's `fake` back end returns from every collective at once with whatever is in the buffers, so groups, ranks and shapes
-are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside one, and
+torch's `fake` back end returns from every collective at once with whatever is in the buffers: groups, ranks and
+shapes are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside one, and
 where megatron-core would find a CUDA device to allocate on.
 """
 
