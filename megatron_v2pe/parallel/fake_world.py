@@ -4,8 +4,8 @@
         ...                                       # build on the meta device; nothing is computed or sent
 
 torch's `fake` back end returns from every collective at once with whatever is in the buffers: groups, ranks and
-shapes are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside one, and
-where megatron-core would find a CUDA device to allocate on.
+shapes are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside
+one, and where megatron-core would find a CUDA device to allocate on.
 """
 
 from __future__ import annotations
