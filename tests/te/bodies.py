@@ -199,13 +199,13 @@ def model_cases(rank, world_size, folder, layouts):
         rank: this rank.
         world_size: number of ranks.
         folder: Transformer Engine's sources.
-        layouts: fields of ParallelConfig.
+        layouts: name -> fields of ParallelConfig.
     """
     engine.start(folder, kernels.references())
     from megatron_v2pe.assembly import backend_modules as choice
 
     choice.torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True))
-    return [compare_models(world_size, layout) for layout in layouts]
+    return {name: compare_models(world_size, layout) for name, layout in layouts.items()}
 
 
 def compare_models(world_size, layout):
