@@ -1,4 +1,4 @@
-"""Small videos in which the brightness of a frame is its number."""
+"""Small videos whose frames show their number by their brightness."""
 
 from fractions import Fraction
 
