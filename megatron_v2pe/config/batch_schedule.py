@@ -14,6 +14,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from megatron_v2pe.config.rules import divisors, nearest_multiples
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -122,7 +123,7 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
     if (size - start) % increment:
         raise ConfigError(
             f"{where} and adds {increment} at a time, but the step of {size} is {size - start} away, of which "
-            f"INCREMENT must be a divisor: {_divisors(size - start)}"
+            f"INCREMENT must be a divisor: {divisors(size - start)}"
         )
     return ramped_batches(start=start, increment=increment, packs=packs, size=size)
 
@@ -157,12 +158,12 @@ def _refusal(config: RunConfig, batches: BatchSchedule, level: Level, reason: st
             f"ramp-up as multiples of {divisor}"
         )
     if optim.global_batch_tokens:
-        tokens = _nearest(optim.global_batch_tokens, divisor * config.data.max_pack_tokens)
+        tokens = nearest_multiples(optim.global_batch_tokens, divisor * config.data.max_pack_tokens)
         return (
             f"optim.global_batch_tokens is {optim.global_batch_tokens}, {level.size} packs of data.max_pack_tokens, "
             f"{reason}; nearest: {tokens}"
         )
-    return f"optim.global_batch_size is {level.size}, {reason}; nearest: {_nearest(level.size, divisor)}"
+    return f"optim.global_batch_size is {level.size}, {reason}; nearest: {nearest_multiples(level.size, divisor)}"
 
 
 def _full_size(config: RunConfig) -> int:
@@ -173,15 +174,6 @@ def _full_size(config: RunConfig) -> int:
     if tokens % pack:
         raise ConfigError(
             f"optim.global_batch_tokens is {tokens}, but packs of data.max_pack_tokens = {pack} must divide it; "
-            f"nearest: {_nearest(tokens, pack)}"
+            f"nearest: {nearest_multiples(tokens, pack)}"
         )
     return tokens // pack
-
-
-def _nearest(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return " or ".join(str(size) for size in (below, below + divisor) if size)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)

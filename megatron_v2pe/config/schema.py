@@ -13,15 +13,12 @@ from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
 from megatron_v2pe.config.optim_config import OptimConfig
+from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
+from megatron_v2pe.config.rules import require
 from megatron_v2pe.core.errors import ConfigError
 
 MOST_TILES = 1024
 """Of one image; all grids of so many tiles are looked at."""
-
-
-def _require(condition: bool, path: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path} is {value!r}, but {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,7 @@ class ModelConfig:
     """Supervised tokens whose logits exist at a time."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive"
         )
         if self.checkpoint and self.hf_path:
@@ -55,7 +52,7 @@ class ModelConfig:
                 f"model.checkpoint is {self.checkpoint!r} and model.hf_path is {self.hf_path!r}, but weights come from "
                 "one place; set one of the two to ''"
             )
-        _require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
+        require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
         if self.mlp_chunks > 1 and self.recompute == "none":
             raise ConfigError(
                 f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all pieces would be kept; "
@@ -82,10 +79,10 @@ class VisionConfig:
     """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)"
         )
-        _require(
+        require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
 
@@ -118,7 +115,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         if self.vision == "tensor" and self.tp == 1:
             raise ConfigError(
                 "parallel.vision is 'tensor', but parallel.tp is 1 and there is nothing to split over; set parallel.tp "
@@ -139,6 +136,25 @@ class ParallelConfig:
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
             )
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one model replica."""
+        return self.tp * self.pp * self.cp
+
+    def dp(self, world_size: int) -> int:
+        """Data parallel size: model replicas in a world of so many ranks.
+
+        Raises:
+            ConfigError: the world is not a whole number of them.
+        """
+        if world_size % self.replica_size:
+            raise ConfigError(
+                f"parallel.tp * parallel.pp * parallel.cp = {self.tp} * {self.pp} * {self.cp} = {self.replica_size} "
+                f"must divide the world size {world_size}; start a multiple of {self.replica_size} ranks, or make one "
+                "of the three smaller"
+            )
+        return world_size // self.replica_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,29 +230,29 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
-            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
+        require(
             self.min_dynamic_patch >= 1,
             "data.min_dynamic_patch",
             self.min_dynamic_patch,
             "must be at least 1",
         )
-        _require(
+        require(
             0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]"
         )
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
-        _require(self.prefetch_mib >= 1, "data.prefetch_mib", self.prefetch_mib, "must be at least 1")
-        _require(
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
+        require(self.prefetch_mib >= 1, "data.prefetch_mib", self.prefetch_mib, "must be at least 1")
+        require(
             1 <= self.min_num_frame <= self.max_num_frame,
             "data.min_num_frame",
             self.min_num_frame,
             f"must lie in 1..data.max_num_frame = {self.max_num_frame}",
         )
-        _require(
+        require(
             self.max_video_seconds > 0, "data.max_video_seconds", self.max_video_seconds, "must be positive"
         )
         steps = [stage.from_step for stage in self.curriculum]
-        _require(
+        require(
             steps == sorted(set(steps)) and (not steps or steps[0] == 0),
             "data.curriculum",
             steps,
@@ -257,11 +273,11 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         if self.mode == "v2pe_fixed":
-            _require(
+            require(
                 self.stride >= 1, "position.stride", self.stride, "v2pe_fixed needs a stride of at least 1"
             )
         else:
-            _require(
+            require(
                 self.stride == 0,
                 "position.stride",
                 self.stride,
@@ -295,8 +311,8 @@ class CheckpointConfig:
     says what changed."""
 
     def __post_init__(self) -> None:
-        _require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,32 +351,32 @@ class RuntimeConfig:
     """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
-        _require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
-        _require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
-        _require(
+        require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
+        require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),
             "runtime.hang_timeout_s",
             self.hang_timeout_s,
             "must be >= 0 and finite",
         )
-        _require(
+        require(
             self.max_loss_ratio == 0 or 1 < self.max_loss_ratio < math.inf,
             "runtime.max_loss_ratio",
             self.max_loss_ratio,
             "must be above 1 and finite, or 0 to turn it off",
         )
-        _require(self.loss_window >= 1, "runtime.loss_window", self.loss_window, "must be at least 1")
-        _require(
+        require(self.loss_window >= 1, "runtime.loss_window", self.loss_window, "must be at least 1")
+        require(
             self.profile_from_step >= 0, "runtime.profile_from_step", self.profile_from_step, "must be >= 0"
         )
-        _require(self.profile_steps >= 1, "runtime.profile_steps", self.profile_steps, "must be at least 1")
-        _require(
+        require(self.profile_steps >= 1, "runtime.profile_steps", self.profile_steps, "must be at least 1")
+        require(
             re.fullmatch(r"all|[0-9]+(,[0-9]+)*", self.profile_ranks) is not None,
             "runtime.profile_ranks",
             self.profile_ranks,
             "must be all, or numbers of ranks with commas between, such as 0,8",
         )
-        _require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
+        require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,4 +399,9 @@ class RunConfig:
             for each in fields(values):
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
-                _require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+                require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+
+    def is_frozen(self, part: Part) -> bool:
+        """Whether the weights of a part stay as they are."""
+        section, name = FREEZE_FIELDS[part].split(".")
+        return getattr(getattr(self, section), name)

@@ -1,7 +1,7 @@
 """A run that version 0.1.0 made is read by this one: resumed to the same losses, evaluated, exported.
 
-recorded/run_0_1_0.tar.xz holds an imported checkpoint, the folder of a run that was stopped after 2 of 4 steps (language
-model and vision tower frozen), its YAML file, and the whole curve of the run that was not stopped.
+recorded/run_0_1_0.tar.xz holds an imported checkpoint, the folder of a run that was stopped after 2 of 4 steps
+(language model and vision tower frozen), its YAML file, and the whole curve of the run that was not stopped.
 """
 
 import hashlib

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.convert import open_hf
@@ -14,7 +13,7 @@ from megatron_v2pe.checkpoint.files.adapter_record import (
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
 from megatron_v2pe.checkpoint.resume import resume_point
-from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
+from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -60,7 +59,6 @@ def initial_state(config: RunConfig) -> RunState:
         consumed_packs=0,
         data_seed=config.runtime.seed,
         data_hash="",  # the loader's, once it has measured the data
-        config_hash=settings_hash(asdict(config)),
         position_mode=config.position.mode,
         position_stride=config.position.stride,
         model_facts=model_facts(config),

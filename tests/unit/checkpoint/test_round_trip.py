@@ -123,7 +123,6 @@ def run_state(mode: str, stride: int = 0) -> RunState:
         consumed_packs=1,
         data_seed=0,
         data_hash="",
-        config_hash="",
         position_mode=mode,
         position_stride=stride,
     )

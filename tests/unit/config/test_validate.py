@@ -192,7 +192,7 @@ def test_a_pipeline_is_needed():
 
 def test_world_by_replica():
     axes = ParallelConfig(tp=2, cp=2)
-    with pytest.raises(ConfigError, match=r"the world has 6 ranks.*2 x 1 x 2 = 4 must divide it"):
+    with pytest.raises(ConfigError, match=r"2 \* 1 \* 2 = 4 must divide the world size 6"):
         run(6, parallel=axes)
     run(8, parallel=axes, optim=OptimConfig(global_batch_size=2))
 

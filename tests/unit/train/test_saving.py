@@ -70,7 +70,7 @@ def make(monkeypatch):
 
 
 def step(saver, number, *, is_interrupted=False, is_applied=True):
-    state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="", config_hash="")
+    state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="")
     saver.after_step(state, is_interrupted=is_interrupted, is_applied=is_applied)
 
 
