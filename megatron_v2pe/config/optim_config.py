@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
+from megatron_v2pe.config.parts import FREEZE_FIELDS
 from megatron_v2pe.config.rules import require
 from megatron_v2pe.core.errors import ConfigError
 
@@ -100,7 +100,7 @@ class OptimConfig:
             "must lie in (0, 1]; 1 turns it off",
         )
 
-    def lr_of(self, part: Part) -> float:
-        """Peak learning rate of a part."""
+    def lr_of(self, part: str) -> float:
+        """Peak learning rate of a part: vision, projector or language."""
         rate = getattr(self, f"lr_{part}")
         return self.lr if rate is None else rate

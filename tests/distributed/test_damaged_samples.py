@@ -46,7 +46,7 @@ def settled(rank, world_size, folder, sizes, share):
     found = []
     try:
         for step, batches in enumerate(loader, 1):
-            found.append([facts(batch) for batch in damaged.settle(batches, step=step)])
+            found.append([facts(batch) for batch in damaged.mask_damaged(batches, step=step)])
         outcome = found, damaged.num_skipped
     except DataError as error:
         outcome = str(error)

@@ -1,4 +1,4 @@
-"""What is looked at before a run starts, while no rank waits for another: its model, and the run it continues."""
+"""What is checked before a run starts, while no rank waits for another: its model, and the run it continues."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
+def hf_folder_of(config: RunConfig) -> Path:
+    """Where config.json and the tokenizer of the run's model are."""
+    return Path(config.model.hf_path) if config.model.hf_path else hf_path(config.model.checkpoint)
+
+
 def model_folder(config: RunConfig) -> Path:
-    """Where config.json and the tokenizer are, after a look at everything that can be seen without reading weights.
+    """`hf_folder_of` a model that was checked as far as that needs no reading of weights.
 
     Raises:
         CheckpointError: the checkpoint or Hugging Face folder is not whole.
     """
     if config.model.hf_path:
         open_hf(config.model.hf_path)
-        return Path(config.model.hf_path)
-    read_info(config.model.checkpoint)
-    require_whole(config.model.checkpoint)
-    return hf_path(config.model.checkpoint)
+    else:
+        read_info(config.model.checkpoint)
+        require_whole(config.model.checkpoint)
+    return hf_folder_of(config)
 
 
 def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
@@ -53,7 +58,7 @@ def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
 
 
 def initial_state(config: RunConfig) -> RunState:
-    """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
+    """State of a run that has done nothing yet; its facts say later what it was configured for."""
     return RunState(
         step=0,
         consumed_packs=0,

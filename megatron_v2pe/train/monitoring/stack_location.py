@@ -20,7 +20,9 @@ from types import FrameType
 
 import torch
 
-_OWN = f"{Path(__file__).parents[1]}/"
+import megatron_v2pe
+
+_OWN = f"{Path(megatron_v2pe.__file__).parent}/"
 _CLOCK = f"{_OWN}parallel/comm_clock.py"
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TORCH_DISTRIBUTED = f"{_TORCH}distributed/"

@@ -50,7 +50,7 @@ def test_a_collective_is_named_with_the_line_that_called_it(monkeypatch):
     assert found.is_waiting
     assert found.call == "all_reduce"
     assert found.at.endswith("in enters")
-    assert "test_place.py" in found.at
+    assert "test_stack_location.py" in found.at
     assert str(found).startswith("waits in all_reduce (")
 
 
