@@ -1,4 +1,4 @@
-"""How many packs a step takes: a pure function of the step number.
+"""How many packs a step has: a pure function of the step number.
 
     optim.global_batch_size | optim.global_batch_tokens / data.max_pack_tokens    packs of a step
     optim.batch_rampup [START, INCREMENT, PACKS]                                  fewer of them at first
@@ -25,7 +25,7 @@ class Level:
 
     Attributes:
         from_step: first of them, 0-based.
-        from_pack: packs that the steps before it took.
+        from_pack: packs of all steps before it.
         size: packs of each step.
     """
 
@@ -46,7 +46,7 @@ class BatchSchedule:
 
     @property
     def full_size(self) -> int:
-        """Packs of a step behind the ramp-up."""
+        """Packs of a step after the ramp-up."""
         return self.levels[-1].size
 
     @property
@@ -64,8 +64,8 @@ class BatchSchedule:
         return level.from_pack + (step - level.from_step) * level.size
 
     def _level(self, step: int) -> Level:
-        place = bisect.bisect_right(self.levels, step, key=lambda level: level.from_step)
-        return self.levels[place - 1]
+        index = bisect.bisect_right(self.levels, step, key=lambda level: level.from_step)
+        return self.levels[index - 1]
 
     @property
     def text(self) -> str:
@@ -77,7 +77,7 @@ class BatchSchedule:
 
 
 def constant_batches(size: int) -> BatchSchedule:
-    """Every step takes as many packs."""
+    """Every step has as many packs."""
     return BatchSchedule((Level(from_step=0, from_pack=0, size=size),))
 
 
@@ -85,13 +85,13 @@ def ramped_batches(*, start: int, increment: int, packs: int, size: int) -> Batc
     """Megatron's `--rampup-batch-size START INCREMENT SAMPLES`, counted in packs.
 
     The `packs` are cut into as many equal parts as there are increments. A step is as large as the part says that its
-    first pack lies in; behind them all, it has the full size.
+    first pack lies in; after them all, it has the full size.
 
     Args:
         start: packs of the first step.
         increment: packs by which steps grow; must divide size - start.
         packs: over how many packs they grow.
-        size: packs of a step behind the ramp-up.
+        size: packs of a step after the ramp-up.
     """
     num_parts = (size - start) // increment
     levels: list[Level] = []
@@ -118,7 +118,7 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
     if start >= size:
         raise ConfigError(
             f"{where}, but a step has {size} in the end and there is nothing to grow; lower START, raise "
-            "optim.global_batch_size or optim.global_batch_tokens, or leave the ramp-up out"
+            "optim.global_batch_size or optim.global_batch_tokens, or omit the ramp-up"
         )
     if (size - start) % increment:
         raise ConfigError(
@@ -129,7 +129,7 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
 
 
 def check_batches(config: RunConfig, *, dp: int) -> None:
-    """Every step deals equally many packs to each data parallel rank, as the interleaved schedule needs them.
+    """Every step gives each data parallel rank as many packs as the others, in numbers that the schedule can run.
 
     Raises:
         ConfigError: with the nearest size that does.
@@ -154,7 +154,7 @@ def _refusal(config: RunConfig, batches: BatchSchedule, level: Level, reason: st
     if optim.batch_rampup:
         return (
             f"optim.batch_rampup is {list(optim.batch_rampup)}: from step {level.from_step + 1} on a step has "
-            f"{level.size} packs, {reason}; choose START, INCREMENT and the {batches.full_size} packs behind the "
+            f"{level.size} packs, {reason}; choose START, INCREMENT and the {batches.full_size} packs after the "
             f"ramp-up as multiples of {divisor}"
         )
     if optim.global_batch_tokens:
@@ -167,7 +167,7 @@ def _refusal(config: RunConfig, batches: BatchSchedule, level: Level, reason: st
 
 
 def _full_size(config: RunConfig) -> int:
-    """Packs of a step behind the ramp-up."""
+    """Packs of a step after the ramp-up."""
     tokens, pack = config.optim.global_batch_tokens, config.data.max_pack_tokens
     if not tokens:
         return config.optim.global_batch_size or 1

@@ -19,11 +19,11 @@ class LoRAConfig:
     projector_rank: int = 0
     """Rank of the projector's adapters; 0 for none."""
     alpha: float = 0.0
-    """Adapters are scaled by alpha / rank; 0 takes 2 * rank for each part, as the release does."""
+    """Adapters are scaled by alpha / rank; 0 means 2 * rank for each part, as the release does."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is zeroed in training. The release trains with 0.05."""
     targets: tuple[str, ...] = ()
-    """Linears with adapters, by their Hugging Face names (wqkv, w1, q_proj, attn.qkv, mlp1.1); empty takes all."""
+    """Linears with adapters, by their Hugging Face names (wqkv, w1, q_proj, attn.qkv, mlp1.1); empty means all."""
 
     def __post_init__(self) -> None:
         ranks = {f"lora.{part}_rank": self.rank_of(part) for part in PARTS}

@@ -27,11 +27,11 @@ class OptimConfig:
     lr: float = 5e-6
     """Peak learning rate."""
     lr_vision: float | None = None
-    """Peak learning rate of the vision tower (of its adapters, where it has some); null takes lr."""
+    """Peak learning rate of the vision tower (of its adapters, where it has some); null means lr."""
     lr_projector: float | None = None
-    """Peak learning rate of the projector; null takes lr."""
+    """Peak learning rate of the projector; null means lr."""
     lr_language: float | None = None
-    """Peak learning rate of the language model; null takes lr."""
+    """Peak learning rate of the language model; null means lr."""
     vision_layer_decay: float = 1.0
     """Learning rate of a vision layer over that of the layer above it, as VIT_LAYER_DECAY_RATE of the release: the last
     of L layers has lr_vision x this, the first lr_vision x this^L, patches and positions lr_vision x this^(L+1)."""
@@ -61,7 +61,7 @@ class OptimConfig:
             0 <= self.warmup_steps < self.steps,
             "optim.warmup_steps",
             self.warmup_steps,
-            f"must be less than optim.steps = {self.steps}, as the decay takes at least one step, and not negative",
+            f"must be less than optim.steps = {self.steps}, as the decay needs at least one step, and not negative",
         )
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")

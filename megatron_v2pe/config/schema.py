@@ -18,7 +18,7 @@ from megatron_v2pe.config.rules import require
 from megatron_v2pe.core.errors import ConfigError
 
 MOST_TILES = 1024
-"""Of one image; all grids of so many tiles are looked at."""
+"""Of one image; all grids of up to so many tiles are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ModelConfig:
     """Which checkpoint is trained, and which parts of it."""
 
     checkpoint: str = ""
-    """Folder written by `import-hf`, or a step folder of an earlier run; weights only are taken from it."""
+    """Folder written by `import-hf`, or a step folder of an earlier run; only its weights are used."""
     hf_path: str = ""
     """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
     its slices of the safetensors."""
@@ -37,7 +37,7 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
-    """Pieces in which a recomputed MLP takes its tokens, so that only one piece's inner activations exist."""
+    """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
@@ -55,7 +55,7 @@ class ModelConfig:
         require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
         if self.mlp_chunks > 1 and self.recompute == "none":
             raise ConfigError(
-                f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all pieces would be kept; "
+                f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all chunks would be kept; "
                 "set model.recompute to selective or full, or mlp_chunks to 1"
             )
         if self.offload_activations and self.recompute != "full":
@@ -100,17 +100,17 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between layers over the tensor parallel ranks."""
     vision: Literal["replicated", "tensor"] = "replicated"
-    """The vision tower on tensor parallel ranks. replicated: whole on each, tiles dealt over them where
+    """The vision tower on tensor parallel ranks. replicated: whole on each, tiles shared between them where
     sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
     """Decoder layers of each stage in Megatron's notation, such as Et*3|t*5|t*5|t*3L; empty splits evenly."""
     attention_backend: Literal["auto", "native", "transformer_engine"] = "auto"
-    """`auto` takes Transformer Engine in bfloat16 where it is installed and a GPU is present, else `native`."""
+    """`auto` uses Transformer Engine in bfloat16 where it is installed and a GPU is present, else `native`."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    """How context parallel ranks share a sequence. p2p: keys travel in a ring, hidden behind compute; all_gather
-    (native only): all keys at once; a2a: tokens are traded for heads, of which every tensor parallel rank needs a
+    """How context parallel ranks share a sequence. p2p: keys travel in a ring, overlapped with compute; all_gather
+    (native only): all keys at once; a2a: tokens are exchanged for heads, of which every tensor parallel rank needs a
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class DataConfig:
     meta: str = ""
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
     template: str = ""
-    """Chat template; empty takes the checkpoint's own (`template` of its config.json)."""
+    """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
     """Token budget of a pack, padding of documents excluded."""
     max_pack_tiles: int = 1024
@@ -196,7 +196,7 @@ class DataConfig:
     use_thumbnail: bool = True
     """Append the whole image as a last tile when it was cut into several."""
     pad2square: bool = False
-    """Pad an image to a square with the mean colour before resizing (only when it is not augmented)."""
+    """Pad an image to a square with the mean color before resizing (only when it is not augmented)."""
     normalize_type: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and standard deviation of the pixel normalisation."""
     loss_reduction: Literal["token", "sample", "square"] = "square"
@@ -204,7 +204,7 @@ class DataConfig:
     packing: Literal["best_fit", "release_greedy"] = "best_fit"
     """best_fit: packs as full and as alike as possible; release_greedy: the release's packer with its buffer of 20."""
     balance: bool = True
-    """Steps of packs that cost about the same, dealt so that data parallel ranks finish together; false is random."""
+    """Steps of packs that cost about the same, assigned so that data parallel ranks end together; false is random."""
     shuffle: bool = True
     """Shuffle samples before packing, anew each epoch."""
     num_workers: int = 0
@@ -222,7 +222,7 @@ class DataConfig:
     video_sampling: Literal["rand", "middle"] = "rand"
     """One frame of each equal interval: `rand` anew in every epoch, `middle` the same always."""
     max_video_seconds: float = 7200.0
-    """Longest video, or clip of one, that is gone through."""
+    """Longest video, or clip of one, that is read."""
     cache_dir: str = ""
     """Where measured lengths are kept; empty means `<runtime.run_dir>/data_cache`."""
     curriculum: tuple[CurriculumStage, ...] = ()
@@ -281,7 +281,7 @@ class PositionConfig:
                 self.stride == 0,
                 "position.stride",
                 self.stride,
-                "only position.mode v2pe_fixed takes a stride",
+                "only position.mode v2pe_fixed has a stride",
             )
 
 
@@ -294,12 +294,12 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True
-    """Write checkpoints while training goes on, from a copy of each rank's state in host memory; where there is too
+    """Write checkpoints while training continues, from a copy of each rank's state in host memory; where there is too
     little of it, and at the last step, training waits, as it does with false."""
     resume: bool = True
     """Continue from the newest checkpoint of runtime.run_dir, when there is one."""
     verify: Literal["sizes", "full"] = "sizes"
-    """How the files of a checkpoint are looked at before it is loaded. sizes: missing and cut files are found; full:
+    """How the files of a checkpoint are checked before it is loaded. sizes: missing and cut files are found; full:
     every file is read and hashed as well, which also finds flipped bits."""
     fallback: bool = False
     """Continue from the newest good checkpoint when newer ones are damaged; false stops and names it."""
@@ -344,7 +344,7 @@ class RuntimeConfig:
     """Applied steps whose median loss max_loss_ratio refers to; before there are as many, no loss is too large."""
     profile_from_step: int = 0
     """First step of which a trace is written to <run_dir>/profile; 0 for none. A file <run_dir>/profile_now, or
-    SIGUSR2 to a rank, asks for the next steps while the run goes on."""
+    SIGUSR2 to a rank, asks for the next steps while the run continues."""
     profile_steps: int = 2
     """Steps that are profiled then, each into a trace of its own."""
     profile_ranks: str = "0"

@@ -91,16 +91,16 @@ def check_comm_type(cp_comm_type: str, backend: str) -> None:
     if cp_comm_type == "all_gather":
         raise ConfigError(
             f"{where} Transformer Engine before 2.20 gathers keys of unpacked sequences only, and every batch here is "
-            "packed (thd); take p2p or a2a, or set parallel.attention_backend to native"
+            "packed (thd); use p2p or a2a, or set parallel.attention_backend to native"
         )
     raise ConfigError(
         f"{where} native attention has one level of context parallelism, and Transformer Engine before 2.20 refuses "
-        "two levels for packed sequences (thd), which every batch here is; take p2p or a2a"
+        "two levels for packed sequences (thd), which every batch here is; use p2p or a2a"
     )
 
 
 def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
-    """Trading tokens for heads gives every rank whole heads."""
+    """Exchanging tokens for heads gives every rank whole heads."""
     if parallel.cp_comm_type != "a2a":
         return
     language = arch.language
@@ -108,7 +108,7 @@ def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
         if size % (parallel.tp * parallel.cp):
             raise ConfigError(
                 f"parallel.cp_comm_type is 'a2a' with parallel.tp x parallel.cp = {parallel.tp} x {parallel.cp}, which "
-                f"must divide the {size} {what} of the language model; make tp or cp smaller, or take p2p"
+                f"must divide the {size} {what} of the language model; make tp or cp smaller, or use p2p"
             )
 
 

@@ -57,17 +57,17 @@ def flip(run_dir):
     ("harm", "flags"),
     [pytest.param(truncate, [], marks=pytest.mark.slow), (flip, ["--verify-checkpoint", "full"])],
 )
-def test_a_damaged_newest_stops_the_run_which_goes_on_from_the_one_before_when_told_to(
+def test_a_damaged_newest_stops_the_run_which_continues_from_the_one_before_where_allowed(
     finished, tmp_path, harm, flags
 ):
     """The last step is trained again from the checkpoint before it, to the bit, and replaces the damaged folder."""
     source, config, wanted = finished
     shutil.copytree(source, tmp_path / "run")
-    told = harm(tmp_path / "run")
+    damage = harm(tmp_path / "run")
     overrides = [*SAVES, f"runtime.run_dir={tmp_path / 'run'}"]
     code, log = attempt(config, overrides, *flags)
     assert code == 2, log
-    assert told in log
+    assert damage in log
     assert f"the newest good checkpoint is {step_path(tmp_path / 'run', LAST - 1)}" in log
     assert "add checkpoint.fallback=true" in log
     assert tiny.curve(tmp_path / "run") == wanted  # nothing was trained

@@ -108,7 +108,7 @@ def test_killed_and_started_again_equals_uninterrupted(setup, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_goes_on_under_another_layout(setup, tmp_path):
+def test_a_checkpoint_continues_under_another_layout(setup, tmp_path):
     """Two steps at one rank, the rest at cp 2; three updates after a resume show a wrong optimizer state."""
     _, config, wanted = setup
     run = [f"runtime.run_dir={tmp_path}", "checkpoint.save_every=2"]

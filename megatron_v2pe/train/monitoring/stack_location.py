@@ -1,4 +1,4 @@
-"""Where a process stands that makes no progress: one call and one line of source, out of all its threads.
+"""Where a process hangs: one call and one line of source, out of all its threads.
 
     frames of the training thread --innermost of torch.distributed, else a wait--> call, at, within
                                    --none--> its innermost line: it is elsewhere, and the others wait for it
@@ -34,7 +34,7 @@ _LONGEST_CALL = 60
 
 @dataclass(frozen=True, kw_only=True)
 class StackLocation:
-    """Where a process stands.
+    """Where a process is.
 
     Attributes:
         is_waiting: in a collective, or for one to end.
@@ -72,7 +72,7 @@ class _Line:
 
 
 def locate_stall(frames: Mapping[int, FrameType] | None = None, *, main: int | None = None) -> StackLocation:
-    """Where this process stands, seen from another of its threads.
+    """Where this process is, seen from another of its threads.
 
     Args:
         frames: innermost frame by thread; of this process when None.
@@ -89,9 +89,9 @@ def locate_stall(frames: Mapping[int, FrameType] | None = None, *, main: int | N
         ]
     for find in (_collective, _wait):
         for stack in stacks:
-            if place := find(stack):
-                return place
-    return _place(stacks[0], 0, call=stacks[0][0].source, is_waiting=False)
+            if location := find(stack):
+                return location
+    return _location(stacks[0], 0, call=stacks[0][0].source, is_waiting=False)
 
 
 def _stack(frame: FrameType) -> list[_Line]:
@@ -109,17 +109,17 @@ def _collective(stack: Sequence[_Line]) -> StackLocation | None:
     ]
     if not inside:
         return None
-    return _place(stack, stack.index(inside[0]), call=inside[0].function, is_waiting=True)
+    return _location(stack, stack.index(inside[0]), call=inside[0].function, is_waiting=True)
 
 
 def _wait(stack: Sequence[_Line]) -> StackLocation | None:
     """It waits for an operation which it has started before."""
     if not _WAITS.search(stack[0].source):
         return None
-    return _place(stack, 0, call=stack[0].source, is_waiting=True)
+    return _location(stack, 0, call=stack[0].source, is_waiting=True)
 
 
-def _place(stack: Sequence[_Line], index: int, *, call: str, is_waiting: bool) -> StackLocation:
+def _location(stack: Sequence[_Line], index: int, *, call: str, is_waiting: bool) -> StackLocation:
     outside = [line for line in stack[index:] if not line.path.startswith(_TORCH)] or list(stack[index:])
     own = next((line for line in stack[index:] if line.path.startswith(_OWN)), None)
     within = str(own) if own is not None and own != outside[0] else ""

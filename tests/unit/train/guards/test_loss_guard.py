@@ -1,4 +1,4 @@
-"""The limit of a step's loss: by hand for a few steps, off, and the same behind a checkpoint as without one."""
+"""The limit of a step's loss: by hand for a few steps, off, and the same after a checkpoint as without one."""
 
 import math
 
