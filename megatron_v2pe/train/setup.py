@@ -218,7 +218,7 @@ def _introduction(
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     rows = [
         ["model", f"{config.model.hf_path or config.model.checkpoint}"],
-        ["", f"{arch.language.architecture}, {name_map(arch).num_parameters / 1e9:.3g} B parameters"],
+        ["", f"{arch.language.architecture}, {name_map(arch).num_parameters / 1e6:,.1f} M parameters"],
         ["trained", ", ".join(trained)],
         ["layout", f"{ranks}: {layout}"],
         ["data", f"{config.data.meta}; packs of {config.data.max_pack_tokens:,} tokens"],

@@ -23,7 +23,7 @@ import torch
 import megatron_v2pe
 
 _OWN = f"{Path(megatron_v2pe.__file__).parent}/"
-_CLOCK = f"{_OWN}parallel/comm_clock.py"
+_HELPERS = {f"{_OWN}parallel/comm_clock.py", f"{_OWN}train/reduce.py"}  # what calls them says more
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TORCH_DISTRIBUTED = f"{_TORCH}distributed/"
 _BACKWARD = "_engine_run_backward"  # on a GPU, autograd's own threads run what is below it
@@ -95,12 +95,12 @@ def locate_stall(frames: Mapping[int, FrameType] | None = None, *, main: int | N
 
 
 def _stack(frame: FrameType) -> list[_Line]:
-    """Innermost first, without what only measures how long a call takes."""
+    """Innermost first, without helpers around a collective."""
     lines = [
         _Line(each.f_code.co_filename, number, each.f_code.co_name)
         for each, number in traceback.walk_stack(frame)
     ]
-    return [line for line in lines if line.path != _CLOCK] or lines
+    return [line for line in lines if line.path not in _HELPERS] or lines
 
 
 def _collective(stack: Sequence[_Line]) -> StackLocation | None:
