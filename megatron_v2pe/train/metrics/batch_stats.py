@@ -86,23 +86,27 @@ def count_batches(
         },
         ranks=ranks,
     )
-    numbers = {
-        **{name: int(sums[name]) for name in counts},
-        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
-        "max_position": int(max(by_rank["max_position"])),
-        "stride_min": int(min(by_rank["stride_min"])) if sums["images"] else 0,
-        "stride_mean": sums["stride"] / sums["images"] if sums["images"] else 0.0,
-        "stride_max": int(max(by_rank["stride_max"])),
-        "max_tiles_per_rank": int(max(by_rank["tiles"])),
-        "imbalance": max(by_rank["flops"]) * group.size() / sums["flops"],
-        "data_digest": f"{int(sums['digest']):x}",
-    }
     return BatchStats(
-        numbers=numbers,
+        numbers={**{name: int(sums[name]) for name in counts}, **_derived(sums, by_rank, dp=group.size())},
         flops=sums["flops"],
         flops_full_attention=sums["flops_full_attention"],
         by_rank=by_rank,
     )
+
+
+def _derived(sums: Mapping[str, float], by_rank: Mapping[str, Sequence[float]], *, dp: int) -> dict[str, Any]:
+    """Numbers that follow from sums and from values of all ranks."""
+    num_images = sums["images"]
+    return {
+        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
+        "max_position": int(max(by_rank["max_position"])),
+        "stride_min": int(min(by_rank["stride_min"])) if num_images else 0,
+        "stride_mean": sums["stride"] / num_images if num_images else 0.0,
+        "stride_max": int(max(by_rank["stride_max"])),
+        "max_tiles_per_rank": int(max(by_rank["tiles"])),
+        "imbalance": max(by_rank["flops"]) * dp / sums["flops"],
+        "data_digest": f"{int(sums['digest']):x}",
+    }
 
 
 def _pack_counts(batch: PackedBatch) -> PackCounts:
