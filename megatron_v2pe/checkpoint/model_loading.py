@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.checkpoint.adapters.weights import draw_adapters, load_weights
-from megatron_v2pe.checkpoint.convert.hf_load import load_hf_weights
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
@@ -41,7 +41,7 @@ def load_model(
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded into this model.
     """
-    config = replace(config, lora=adapters_of(checkpoint))
+    config = replace(config, lora=checkpoint_lora(checkpoint))
     model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
     load_weights(checkpoint, model_chunks, ranks=ranks)
     return model_chunks

@@ -19,13 +19,13 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state.dist_io import on_first_rank
-from megatron_v2pe.checkpoint.train_state import load_checkpoint
+from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.lora import parts_trained_whole
@@ -268,7 +268,7 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
     """Load weights, optimizer, generators and schedule of a checkpoint; None for a new run."""
     if folder is None:
         return None
-    state = load_checkpoint(folder, chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
+    state = load_checkpoint(folder, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
     trainer.scheduler.load_state_dict(state.schedule)
     return state
 

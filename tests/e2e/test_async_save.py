@@ -83,7 +83,7 @@ def check_continues(undisturbed, run_dir, *, at):
     return log
 
 
-def test_killed_while_a_thread_writes_goes_on_from_the_checkpoint_before(undisturbed, tmp_path):
+def test_killed_while_a_thread_writes_resumes_from_the_checkpoint_before(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "killed")
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7  # trained on beside the write

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.state.dist_io import process_group
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group
 from megatron_v2pe.train.reduce import gather_by_name, sum_by_name
 from tests.support.spawn import run_ranks
 
@@ -33,5 +33,5 @@ def test_every_rank_gets_the_sums_and_every_ranks_numbers():
 
 
 def test_large_whole_numbers_add_up_exactly():
-    with process_group():
+    with ensure_process_group():
         assert int(sum_by_name({"digest": 2**53 - 1}, device=CPU)["digest"]) == 2**53 - 1
