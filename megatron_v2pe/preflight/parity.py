@@ -96,7 +96,7 @@ def _inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dty
 def _packed(
     boundaries: np.ndarray, units: Tensor, spec: RopeSpec, *, rope_length: int, device: torch.device
 ) -> V2PEPackedSeqParams:
-    """What the attention core is told of the documents and of this rank's positions."""
+    """What the attention core is given: boundaries of the documents, this rank's positions."""
     cut = torch.from_numpy(boundaries).to(device=device, dtype=torch.int32)
     longest = int(np.diff(boundaries).max())
     return V2PEPackedSeqParams(

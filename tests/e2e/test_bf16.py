@@ -2,9 +2,8 @@
 
 Rounding to 8 bits changes the tiny model's first loss by up to 3e-4 (measured, relative). Updates amplify it, through
 weights that are rounded for the next forward pass and through Adam, which makes full steps of gradients that are nearly
-zero: 5e-3 within five updates at a learning rate of 1e-3, gradient norms 1.5e-2. The bounds are about 3 times that;
-docs/numerics.md has the last measurement. Two context parallel ranks with recomputation round other sums and are as
-close.
+zero: 5e-3 within five updates at a learning rate of 1e-3, gradient norms 1.5e-2. The bounds are about 3 times that
+(figures are in docs/numerics.md). Two context parallel ranks with recomputation round other sums and are as close.
 """
 
 import numpy as np

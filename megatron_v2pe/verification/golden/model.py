@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
-from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
@@ -95,8 +94,7 @@ class CaseRun:
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
-        self.chunks: list[InternVL] = build_model(self.config, self.arch, context)
-        load_model_weights(checkpoint, self.chunks, ranks=self.ranks)
+        self.chunks: list[InternVL] = load_model(checkpoint, self.config, self.arch, context)
         self.wrapped = wrap_data_parallel(self.chunks, self.config, shard_gradients=False)
 
     def rows(self) -> Iterator[Row]:

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.checkpoint.files.folder import hf_path
-from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
@@ -31,13 +30,12 @@ VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code 
 POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 
-def load_model(checkpoint: Path, context: ParallelContext) -> InternVL:
+def load_whole_model(checkpoint: Path, context: ParallelContext) -> InternVL:
     """The model of an imported checkpoint on one rank, in float32."""
     arch = read_architecture(hf_path(checkpoint))
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
-    model_chunks = build_model(config, arch, context)
-    load_model_weights(checkpoint, model_chunks, ranks=context.ranks)
-    return model_chunks[0].eval()
+    (model,) = load_model(checkpoint, config, arch, context)
+    return model.eval()
 
 
 def vision_rows(folder: Path, checkpoints: Mapping[str, Imported], context: ParallelContext) -> Iterator[Row]:
@@ -50,7 +48,7 @@ def vision_rows(folder: Path, checkpoints: Mapping[str, Imported], context: Para
             yield unsupported(f"model/{key}/vision", "all", reason=str(checkpoint).splitlines()[0])
             continue
         with torch.no_grad():
-            model = load_model(checkpoint, context)
+            model = load_whole_model(checkpoint, context)
             yield from _tower_rows(ForwardFile.open(folder, path), model, device=context.ranks.device)
     path = folder / "forward" / "vision_resize.json"
     if path.exists():
@@ -86,7 +84,7 @@ def _resize_rows(path: Path, checkpoints: Mapping[str, Imported], context: Paral
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
         elif checkpoint is not None:  # else the family was not asked for
             with torch.no_grad():
-                model = load_model(checkpoint, context)
+                model = load_whole_model(checkpoint, context)
                 yield from _resized(name, model, case, tensors, device=context.ranks.device)
 
 
