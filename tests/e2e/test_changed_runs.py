@@ -45,7 +45,7 @@ def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
     code, told = again(config)
     assert code == 2
     assert "data set tiny: content: " in told
-    assert "checkpoint.allow_changed_data=true to go on with step 3" in told
+    assert "checkpoint.allow_changed_data=true to continue with step 3" in told
     assert "Traceback" not in told
     code, told = again(config, "checkpoint.allow_changed_data=true")
     assert code == 0, told
