@@ -227,7 +227,7 @@ def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
         assert main([str(argument) for argument in export]) == 0
         info = tmp_path / "base" / "checkpoint.json"
         info.write_text(info.read_text() + "\n")
-        assert "is another checkpoint" in refused(capsys, *export, "--force")
+        assert "another checkpoint is there now" in refused(capsys, *export, "--force")
     finally:
         (root / "elsewhere").rename(root / "base")
     (adapters / RECORD_FILE).write_text("{}")
