@@ -31,7 +31,7 @@ from megatron_v2pe.config.schema import (
 )
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.planner_check import compare_rank
 from megatron_v2pe.planning.request.workload import Pack
 
@@ -149,8 +149,10 @@ def activations(sizes: Sizes, dtype: str) -> bool:
         RunConfig(runtime=runtime, **OPTIONS["model.recompute=full"]),
         world_size=1,
     )
-    words = dataclasses.replace(sizes, tokens=1024, tiles=8, layers=1, vocab=32768)
-    return met and compare("32768 words, 1 layer", words, RunConfig(runtime=runtime, **FULL), world_size=1)
+    vocab_rows = dataclasses.replace(sizes, tokens=1024, tiles=8, layers=1, vocab=32768)
+    return met and compare(
+        "32768 words, 1 layer", vocab_rows, RunConfig(runtime=runtime, **FULL), world_size=1
+    )
 
 
 def ranks(sizes: Sizes, dtype: str) -> bool:

@@ -1,4 +1,4 @@
-"""doctor: what this machine has and what will therefore be used."""
+"""`doctor`: what this machine has and what will therefore be used."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import sys
 
 NAME = "doctor"
-HELP = """Report what was found on this machine (torch, CUDA, NCCL, Transformer Engine, apex, megatron-core, SLURM,
+HELP = """report what was found on this machine (torch, CUDA, NCCL, Transformer Engine, apex, megatron-core, SLURM,
 cores, memory) and what will therefore be used (runtime, attention, optimizer). Always exits with 0.
 
 Example: megatron-v2pe doctor"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are no options."""
+    """The verb has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

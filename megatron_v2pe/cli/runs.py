@@ -1,4 +1,4 @@
-"""`runs`: what one run folder tells, or two side by side."""
+"""`runs`: what happened in one run, or in two side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ One run:        megatron-v2pe runs RUN_DIR
 Two of them:    megatron-v2pe runs RUN_DIR OTHER          # also says where their losses part
 With curves:    megatron-v2pe runs RUN_DIR --out curves.png
 
-A stall is a step that took more than three times the median. Each hang is told in one line:
+A stall is a step that took more than three times the median. Each hang is one line:
 which ranks waited in which call, and which did not; RUN_DIR/stacks/rank_N.txt has the whole stacks."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.planning.changes import Advice, override_text
+from megatron_v2pe.planning.changes import Variant, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
 from megatron_v2pe.planning.memory.inference import InferenceMemory
 from megatron_v2pe.planning.request.hardware import GIB
@@ -18,7 +18,7 @@ def rank_data(rank: RankMemory) -> dict[str, Any]:
     """Memory of a pipeline rank."""
     return {
         "stage": rank.pp_rank,
-        "decoder_layers": sum(chunk.num_layers for chunk in rank.chunks),
+        "decoder_layers": sum(model_chunk.num_layers for model_chunk in rank.model_chunks),
         "weights_bytes": rank.state.weights_bytes,
         "gradients_bytes": rank.state.gradients_bytes,
         "optimizer_bytes": rank.state.optimizer_bytes,
@@ -62,7 +62,7 @@ def estimate_data(estimate: Estimate, name: str) -> dict[str, Any]:
     }
 
 
-def advice_data(advice: Advice | None) -> dict[str, Any] | None:
+def advice_data(advice: Variant | None) -> dict[str, Any] | None:
     """Overrides and what they lead to."""
     if advice is None:
         return None
@@ -74,7 +74,7 @@ def advice_data(advice: Advice | None) -> dict[str, Any] | None:
     }
 
 
-def search_data(found: Sequence[Advice], config: RunConfig, *, count: int) -> list[dict[str, Any]]:
+def search_data(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[dict[str, Any]]:
     """The best layouts."""
     rows = []
     for advice in found[:count]:

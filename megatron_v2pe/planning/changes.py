@@ -24,7 +24,7 @@ MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advice:
+class Variant:
     """Overrides, and the run with them."""
 
     overrides: tuple[Override, ...]
@@ -100,12 +100,14 @@ def relaxations(config: RunConfig) -> Iterator[tuple[Override, ...]]:
         yield (("vision", "recompute", "none"),)
 
 
-def try_changes(config: RunConfig, steps: Iterator[tuple[Override, ...]], evaluate: Evaluate) -> list[Advice]:
+def try_changes(
+    config: RunConfig, steps: Iterator[tuple[Override, ...]], evaluate: Evaluate
+) -> list[Variant]:
     """Estimates of a configuration after each of some changes; invalid ones are left out."""
     found = []
     for overrides in steps:
         try:
-            found.append(Advice(overrides=overrides, estimate=evaluate(changed(config, overrides))))
+            found.append(Variant(overrides=overrides, estimate=evaluate(changed(config, overrides))))
         except ConfigError:
             continue
     return found
@@ -117,17 +119,17 @@ def merged(first: tuple[Override, ...], second: tuple[Override, ...]) -> tuple[O
     return tuple((section, key, value) for (section, key), value in values.items())
 
 
-def advise(config: RunConfig, evaluate: Evaluate) -> Advice | None:
+def advise(config: RunConfig, evaluate: Evaluate) -> Variant | None:
     """Changes after which a run fits: each round the fastest that does, or else the one that saves most for its time.
 
     Returns:
         None when no sequence of up to 8 changes fits.
     """
-    current = Advice(overrides=(), estimate=evaluate(config))
+    current = Variant(overrides=(), estimate=evaluate(config))
     for _ in range(MAX_ROUNDS):
         here = changed(config, current.overrides)
         found = [
-            Advice(overrides=merged(current.overrides, advice.overrides), estimate=advice.estimate)
+            Variant(overrides=merged(current.overrides, advice.overrides), estimate=advice.estimate)
             for advice in try_changes(here, candidates(here), evaluate)
         ]
         fitting = [advice for advice in found if advice.estimate.fits]
@@ -146,7 +148,7 @@ def _worth(after: Estimate, before: Estimate) -> float:
     return (after.room_bytes - before.room_bytes) * before.time.seconds / after.time.seconds
 
 
-def relax(config: RunConfig, evaluate: Evaluate) -> Advice | None:
+def relax(config: RunConfig, evaluate: Evaluate) -> Variant | None:
     """The single change that makes a fitting run at least 3 % faster and still fit, if there is one."""
     now = evaluate(config).time.seconds
     found = [

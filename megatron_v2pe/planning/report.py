@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.planning.changes import Advice, override_text
+from megatron_v2pe.planning.changes import Variant, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
-from megatron_v2pe.planning.memory.activations import Setting
 from megatron_v2pe.planning.memory.inference import InferenceMemory
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.request.hardware import GIB, Hardware
 from megatron_v2pe.planning.search import shown_overrides
 
@@ -179,7 +179,7 @@ def inference_lines(setting: Setting, memories: Sequence[InferenceMemory], hardw
     ]
 
 
-def advice_lines(estimate: Estimate, advice: Advice | None) -> list[str]:
+def advice_lines(estimate: Estimate, advice: Variant | None) -> list[str]:
     """What to change."""
     if advice is None and estimate.fits:
         return ["advice: nothing; --search compares other layouts"]
@@ -194,7 +194,7 @@ def advice_lines(estimate: Estimate, advice: Advice | None) -> list[str]:
     ]
 
 
-def search_lines(found: Sequence[Advice], config: RunConfig, *, count: int) -> list[str]:
+def search_lines(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[str]:
     """The best layouts."""
     best = [advice for advice in found if advice.estimate.fits][:count]
     if not best:
@@ -221,7 +221,7 @@ def search_lines(found: Sequence[Advice], config: RunConfig, *, count: int) -> l
     return lines
 
 
-def estimate_text(estimate: Estimate, name: str, advice: Advice | None) -> str:
+def estimate_text(estimate: Estimate, name: str, advice: Variant | None) -> str:
     """The whole report."""
     blocks = [
         heading_lines(estimate, name),

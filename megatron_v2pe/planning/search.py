@@ -16,16 +16,16 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.planning.changes import Advice, Evaluate, Override, changed
+from megatron_v2pe.planning.changes import Evaluate, Override, Variant, changed
 from megatron_v2pe.planning.request.hardware import Hardware
 
 DECODER_SAVINGS: tuple[tuple[Override, ...], ...] = tuple(
     (
         ("model", "recompute", recompute),
-        ("model", "mlp_chunks", chunks),
+        ("model", "mlp_chunks", model_chunks),
         ("model", "offload_activations", offload),
     )
-    for recompute, chunks, offload in (
+    for recompute, model_chunks, offload in (
         ("none", 1, False),
         ("selective", 1, False),
         ("selective", 4, False),
@@ -75,14 +75,14 @@ def splits(arch: InternVLArchitecture, gpus: int, hardware: Hardware) -> Iterato
 
 def search(
     config: RunConfig, arch: InternVLArchitecture, evaluate: Evaluate, *, gpus: int, hardware: Hardware
-) -> list[Advice]:
+) -> list[Variant]:
     """Layouts that fit, the fastest first; where none fits, the ones that come nearest, by what they lack.
 
     Raises:
         ConfigError: no layout is valid for this model, batch and number of GPUs.
     """
-    fitting: list[Advice] = []
-    lacking: list[Advice] = []
+    fitting: list[Variant] = []
+    lacking: list[Variant] = []
     for axes in splits(arch, gpus, hardware):
         advice = best_savings(config, axes, evaluate)
         if advice is not None:
@@ -97,7 +97,7 @@ def search(
     return sorted(fitting, key=lambda advice: advice.estimate.time.seconds)
 
 
-def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:
     """The fastest combination of savings that fits a split, or the smallest one; None for an invalid split.
 
     The largest savings are tried first: where they do not fit, nothing does.
@@ -117,14 +117,14 @@ def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evalua
     return best
 
 
-def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:
     try:
-        return Advice(overrides=overrides, estimate=evaluate(changed(config, overrides)))
+        return Variant(overrides=overrides, estimate=evaluate(changed(config, overrides)))
     except ConfigError:
         return None
 
 
-def shown_overrides(advice: Advice, config: RunConfig) -> tuple[Override, ...]:
+def shown_overrides(advice: Variant, config: RunConfig) -> tuple[Override, ...]:
     """Those that differ from the run, and those that differ from the defaults, so that a row says its layout."""
     defaults = RunConfig()
     return tuple(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.planning.memory.layers import FLOAT_BYTES, LayerCosts
+from megatron_v2pe.planning.memory.operations import FLOAT_BYTES, LayerCosts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class HeadShape:
     """Final norm and cross entropy on one rank.
 
     Attributes:
@@ -31,9 +31,9 @@ class Head:
     rows: int
     tokens: int
     supervised: int
-    chunk: int
+    loss_chunk: int
     hidden: int
-    words: int
+    vocab_rows: int
     is_trained: bool
     gathers: bool
 
@@ -47,19 +47,19 @@ class HeadPeaks:
     backward_bytes: float
 
 
-def norm_kept_bytes(head: Head, costs: LayerCosts) -> float:
+def norm_kept_bytes(head: HeadShape, costs: LayerCosts) -> float:
     """The final norm: its input (fused), or float32 copy and normalised rows (torch's RMSNorm)."""
     rows, e = head.rows * head.hidden, costs.element_bytes
     return rows * e if costs.fused_norm else rows * (FLOAT_BYTES + e)
 
 
-def logits_bytes(head: Head, costs: LayerCosts) -> float:
+def logits_bytes(head: HeadShape, costs: LayerCosts) -> float:
     """Logits of a chunk, c V: float32, and beside it its form in the compute dtype, where that is another."""
-    chunk, e = min(head.chunk, head.supervised), costs.element_bytes
-    return chunk * head.words * (FLOAT_BYTES + (e if e < FLOAT_BYTES else 0))
+    loss_chunk, e = min(head.loss_chunk, head.supervised), costs.element_bytes
+    return loss_chunk * head.vocab_rows * (FLOAT_BYTES + (e if e < FLOAT_BYTES else 0))
 
 
-def head_peaks(head: Head, costs: LayerCosts) -> HeadPeaks:
+def head_peaks(head: HeadShape, costs: LayerCosts) -> HeadPeaks:
     """Peaks of the last stage's head.
 
     Kept: what the norm keeps, d rows s H e, d words 4 V H.
@@ -69,20 +69,20 @@ def head_peaks(head: Head, costs: LayerCosts) -> HeadPeaks:
     weight (V H e again, its float32 form gone in half precision).
     """
     e = costs.element_bytes
-    weight = head.hidden * head.words * head.is_trained
+    weight = head.hidden * head.vocab_rows * head.is_trained
     supervised, norm = head.supervised * head.hidden * e, norm_kept_bytes(head, costs)
     gathered = head.tokens * head.hidden * e * head.gathers
     output = head.rows * head.hidden * e
     is_half = e < FLOAT_BYTES
     product = weight * e if head.supervised else 0
-    chunk = logits_bytes(head, costs) + product
+    loss_chunk = logits_bytes(head, costs) + product
     scaled = 2 * supervised + weight * (FLOAT_BYTES + (e if is_half else 0))
     padded = supervised + 2 * weight * e
     spread = supervised + head.tokens * head.hidden * e
     return HeadPeaks(
         forward_bytes=norm
         + output
-        + max(gathered + supervised, 2 * supervised + weight * FLOAT_BYTES + chunk),
+        + max(gathered + supervised, 2 * supervised + weight * FLOAT_BYTES + loss_chunk),
         kept_bytes=norm + supervised + weight * FLOAT_BYTES,
         backward_bytes=norm + max(scaled, padded, spread),
     )

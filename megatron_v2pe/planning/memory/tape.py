@@ -171,7 +171,7 @@ class _Tape:
             most = max(most, _total(held, gradients) + op.backward_bytes)
             gradients.pop(op.name, None)
             for name in op.inputs:
-                gradients[name].settle()
+                gradients[name].merge()
             held.pop(f"{op.name} (inside)", None)
             for name in [name for name, reader in readers.items() if reader == index]:
                 held.pop(name, None)
@@ -215,7 +215,7 @@ class _Gradient:
         """A gradient of some rows or channels; the parts wait until the whole is put together."""
         self.cells = [*self.cells, _Cell(size, is_part=True)]
 
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Full gradients are added up in the memory of the newest."""
         if self.cells and not self.cells[-1].is_part:
             self.cells = self.cells[-1:]

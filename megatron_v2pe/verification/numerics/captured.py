@@ -3,7 +3,7 @@
     checkpoint --load_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
     pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
-Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
+Stages are named as in the table that `verify-numerics` prints; `stage_names` is their list.
 """
 
 from __future__ import annotations

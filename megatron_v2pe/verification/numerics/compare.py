@@ -1,4 +1,4 @@
-"""Our model against the reference, stage by stage: the table of `verify --numerics`.
+"""Our model against the reference, stage by stage: the table of `verify-numerics`.
 
     every rank   CapturedRun.outputs()                        ours, at any tp, pp, cp
     rank 0       ReferenceModel, float64, layer by layer      each stage compared when it is there
@@ -226,10 +226,12 @@ def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_si
     needed = parallel.tp * parallel.pp * parallel.cp
     if needed != world_size:
         launch = (
-            f"torchrun --nproc-per-node {needed} -m megatron_v2pe verify ..." if needed > 1 else "no torchrun"
+            f"torchrun --nproc-per-node {needed} -m megatron_v2pe verify-numerics ..."
+            if needed > 1
+            else "no torchrun"
         )
         raise ConfigError(
-            f"verify --numerics: --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp} is a layout for {needed} "
+            f"verify-numerics: --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp} is a layout for {needed} "
             f"ranks, but {world_size} were started; start it as: {launch}"
         )
     check_model_split(parallel, arch)
@@ -250,6 +252,6 @@ def _check_same_sizes(reference: InternVLArchitecture, ours: InternVLArchitectur
     for what, value in facts.items():
         if value(reference) != value(ours):
             raise ConfigError(
-                f"verify --numerics: {what} is {value(reference)} in the source and {value(ours)} in the checkpoint; "
+                f"verify-numerics: {what} is {value(reference)} in the source and {value(ours)} in the checkpoint; "
                 "give the folder that the checkpoint was imported from"
             )

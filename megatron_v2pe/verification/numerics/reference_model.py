@@ -1,4 +1,4 @@
-"""InternVL2 in plain PyTorch, straight from Hugging Face names: what `verify --numerics` compares with.
+"""InternVL2 in plain PyTorch, straight from Hugging Face names: what `verify-numerics` compares with.
 
     read("vision_model....")   --vision_states-->  hidden states of the tower, layer by layer
     read("mlp1....")           --features------->  one row for each visual token

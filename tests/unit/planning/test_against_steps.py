@@ -22,10 +22,10 @@ from megatron_v2pe.config.schema import (
 )
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.memory.activations import Setting
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.request.workload import Pack
-from megatron_v2pe.planning.time.compute import chunk_flops
+from megatron_v2pe.planning.time.compute import model_chunk_flops
 
 TOOLS = Path(__file__).parents[3] / "tools"
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -123,8 +123,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_executed_flops_are_those_that_torch_counts(name, one_rank):
     size, config = sizes(), STEPS[name]
-    whole = Chunk(num_layers=size.layers, is_first=True, is_last=True)
-    predicted = chunk_flops(setting(config, size), whole).total
+    whole = ModelChunk(num_layers=size.layers, is_first=True, is_last=True)
+    predicted = model_chunk_flops(setting(config, size), whole).total
     assert counted_flops(size, config) == pytest.approx(predicted, rel=1e-6)
 
 
