@@ -62,26 +62,26 @@ def estimate_data(estimate: Estimate, name: str) -> dict[str, Any]:
     }
 
 
-def advice_data(advice: Variant | None) -> dict[str, Any] | None:
+def variant_data(variant: Variant | None) -> dict[str, Any] | None:
     """Overrides and what they lead to."""
-    if advice is None:
+    if variant is None:
         return None
     return {
-        "overrides": [override_text(override) for override in advice.overrides],
-        "total_bytes": advice.estimate.fullest.total_bytes,
-        "step_seconds": advice.estimate.time.seconds,
-        "fits": advice.estimate.fits,
+        "overrides": [override_text(override) for override in variant.overrides],
+        "total_bytes": variant.estimate.fullest.total_bytes,
+        "step_seconds": variant.estimate.time.seconds,
+        "fits": variant.estimate.fits,
     }
 
 
 def search_data(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[dict[str, Any]]:
     """The best layouts."""
     rows = []
-    for advice in found[:count]:
-        estimate = advice.estimate
+    for variant in found[:count]:
+        estimate = variant.estimate
         rows.append(
             {
-                "overrides": [override_text(override) for override in shown_overrides(advice, config)],
+                "overrides": [override_text(override) for override in shown_overrides(variant, config)],
                 "fits": estimate.fits,
                 "total_bytes": estimate.fullest.total_bytes,
                 "step_seconds": estimate.time.seconds,

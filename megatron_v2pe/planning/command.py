@@ -13,7 +13,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import resolve
-from megatron_v2pe.planning.as_json import advice_data, estimate_data, inference_data, search_data
+from megatron_v2pe.planning.as_json import estimate_data, inference_data, search_data, variant_data
 from megatron_v2pe.planning.changes import advise, relax
 from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
 from megatron_v2pe.planning.memory.inference import inference_memory
@@ -68,7 +68,7 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
     ask = partial(evaluate, arch=arch, packs=packs_of(request, arch), gpus=request.gpus, hardware=hardware)
     if request.search:
         found = search(request.config, arch, ask, gpus=request.gpus, hardware=hardware)
-        fits = any(advice.estimate.fits for advice in found)
+        fits = any(variant.estimate.fits for variant in found)
         if request.as_json:
             return _json(
                 {"model": name, "search": search_data(found, request.config, count=request.search)}
@@ -81,7 +81,7 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
     result = ask(request.config)
     change = (relax if result.fits else advise)(request.config, ask)
     if request.as_json:
-        return _json({**estimate_data(result, name), "advice": advice_data(change)}), result.fits
+        return _json({**estimate_data(result, name), "advice": variant_data(change)}), result.fits
     return estimate_text(result, name, change), result.fits
 
 

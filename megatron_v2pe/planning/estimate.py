@@ -46,10 +46,10 @@ class RankMemory:
 
     Attributes:
         pp_rank: which.
-        chunks: its model chunks.
+        model_chunks: its model chunks.
         state: weights, gradients, optimizer.
         phases: a micro batch's phases, with what other micro batches in flight keep.
-        in_flight: micro batches (forward passes of chunks) held at a time.
+        in_flight: micro batches (forward passes of model chunks) held at a time.
         host_bytes: activations that were moved to host memory.
         reserved_bytes: context, libraries.
         fragmentation_share: of the activations.
@@ -202,7 +202,7 @@ def rank_memory(
     micro_batches: int,
     hardware: Hardware,
 ) -> RankMemory:
-    """Memory of a pipeline rank: state, and its chunks' phases on top of what is in flight."""
+    """Memory of a pipeline rank: state, and its model chunks' phases on top of what is in flight."""
     plan, arch = setting.plan, setting.arch
     state = rank_state(setting.config, arch, plan, pp_rank * plan.tp * plan.cp * plan.dp)
     held = forwards_by_model_chunk(plan, pp_rank, micro_batches)
@@ -233,7 +233,7 @@ def rank_memory(
 
 
 def forwards_by_model_chunk(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> dict[int, int]:
-    """Forward passes held, by chunk: the first ones of the schedule, pp micro batches of each chunk in turn."""
+    """Forward passes held, by model chunk: the first ones of the schedule, pp micro batches of each in turn."""
     counts: dict[int, int] = {}
     for number in range(forwards_in_flight(plan, pp_rank, micro_batches)):
         model_chunk = number // plan.pp % plan.vpp if plan.vpp > 1 else 0

@@ -1,4 +1,4 @@
-"""The planner against the real thing: ranks built by `build_model` and wrapped as for training, without memory.
+"""The planner against real ranks: built by `build_model` and wrapped as for training, without memory.
 
 predicted parameters, weights, gradients, optimizer bytes   ==   those of the rank on the meta device
 """
@@ -20,7 +20,7 @@ from megatron_v2pe.planning.request.stages import model_chunks_of_rank
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltRank:
-    """A rank as it was built: parameters of each chunk in order, and bytes of its buffers."""
+    """A rank as it was built: parameters of each model chunk in order, and bytes of its buffers."""
 
     parameters: tuple[tuple[ParameterSize, ...], ...]
     state: StateBytes

@@ -1,6 +1,6 @@
 """The best layouts of a run on a number of GPUs: every split of the axes, each with the least saving that fits.
 
-    tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, pieces, slices, offload, cheapest first--> fits?
+    tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, MLP chunks, tile slices, offload--> fits?
                                             --> by predicted time
 
 What `config.validate` refuses is left out. Batch, data and frozen parts stay as the run has them.
@@ -84,17 +84,17 @@ def search(
     fitting: list[Variant] = []
     lacking: list[Variant] = []
     for axes in splits(arch, gpus, hardware):
-        advice = best_savings(config, axes, evaluate)
-        if advice is not None:
-            (fitting if advice.estimate.fits else lacking).append(advice)
+        variant = best_savings(config, axes, evaluate)
+        if variant is not None:
+            (fitting if variant.estimate.fits else lacking).append(variant)
     if not fitting and not lacking:
         raise ConfigError(
             f"--search: no split of {gpus} GPUs is valid for this model with steps of {batch_schedule(config).text} "
             "(optim.global_batch_size); the data parallel size must divide it"
         )
     if not fitting:
-        return sorted(lacking, key=lambda advice: -advice.estimate.room_bytes)
-    return sorted(fitting, key=lambda advice: advice.estimate.time.seconds)
+        return sorted(lacking, key=lambda variant: -variant.estimate.room_bytes)
+    return sorted(fitting, key=lambda variant: variant.estimate.time.seconds)
 
 
 def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:
@@ -108,11 +108,11 @@ def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evalua
     best = smallest
     for tower in TOWER_SAVINGS:
         for decoder in DECODER_SAVINGS:
-            advice = _evaluated(config, (*axes, *decoder, *tower), evaluate)
-            if advice is None or not advice.estimate.fits:
+            variant = _evaluated(config, (*axes, *decoder, *tower), evaluate)
+            if variant is None or not variant.estimate.fits:
                 continue
-            if advice.estimate.time.seconds < best.estimate.time.seconds:
-                best = advice
+            if variant.estimate.time.seconds < best.estimate.time.seconds:
+                best = variant
             break  # further savings cost more time
     return best
 
@@ -124,12 +124,12 @@ def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Eva
         return None
 
 
-def shown_overrides(advice: Variant, config: RunConfig) -> tuple[Override, ...]:
+def shown_overrides(variant: Variant, config: RunConfig) -> tuple[Override, ...]:
     """Those that differ from the run, and those that differ from the defaults, so that a row says its layout."""
     defaults = RunConfig()
     return tuple(
         (section, key, value)
-        for section, key, value in advice.overrides
+        for section, key, value in variant.overrides
         if getattr(getattr(defaults, section), key) != value
         or getattr(getattr(config, section), key) != value
     )

@@ -1,9 +1,9 @@
 """Memory of the final norm and the chunked cross entropy, whose gradients are formed in forward.
 
-    rows with a label [s, H] --head--> logits of c rows [c, V] --> d rows [s, H], d words [V, H] float32
+    rows with a label [s, H] --head--> logits of c rows [c, V] --> d rows [s, H], d weight [V, H] float32
 
 Shape legend: r local rows, l rows after gathering over tp, s supervised rows, c rows whose logits exist, H hidden, V
-words of this rank; e bytes of an element.
+vocabulary rows of this rank; e bytes of an element.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class HeadShape:
         rows: r.
         tokens: l.
         supervised: s, at most: labels of a long document may all fall to one rank.
-        chunk: c, at most.
+        loss_chunk: c, at most.
         hidden: H.
-        words: V.
+        vocab_rows: V.
         is_trained: the head's weight gets a gradient.
         gathers: sequence parallelism is on, rows are gathered first.
     """
@@ -54,7 +54,7 @@ def norm_kept_bytes(head: HeadShape, costs: LayerCosts) -> float:
 
 
 def logits_bytes(head: HeadShape, costs: LayerCosts) -> float:
-    """Logits of a chunk, c V: float32, and beside it its form in the compute dtype, where that is another."""
+    """Logits of a loss chunk, c V: float32, and beside it its form in the compute dtype, where that is another."""
     loss_chunk, e = min(head.loss_chunk, head.supervised), costs.element_bytes
     return loss_chunk * head.vocab_rows * (FLOAT_BYTES + (e if e < FLOAT_BYTES else 0))
 
@@ -62,10 +62,10 @@ def logits_bytes(head: HeadShape, costs: LayerCosts) -> float:
 def head_peaks(head: HeadShape, costs: LayerCosts) -> HeadPeaks:
     """Peaks of the last stage's head.
 
-    Kept: what the norm keeps, d rows s H e, d words 4 V H.
-    Forward: that, the norm's output r H e, rows s H e (and all gathered rows l H e before they are picked), a chunk's
-    logits and its product V H e.
-    Backward: d rows is scaled (s H e again); d words is rounded (V H e in half precision), then padded to the whole
+    Kept: what the norm keeps, d rows s H e, d weight 4 V H.
+    Forward: that, the norm's output r H e, rows s H e (and all gathered rows l H e before they are picked), the
+    logits of a loss chunk and their product V H e.
+    Backward: d rows is scaled (s H e again); d weight is rounded (V H e in half precision), then padded to the whole
     weight (V H e again, its float32 form gone in half precision).
     """
     e = costs.element_bytes

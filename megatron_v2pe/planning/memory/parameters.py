@@ -6,7 +6,7 @@
 
 A tensor parallel rank holds 1/tp of every linear and of embedding and head, and norms and output biases whole.
 Adapters follow their linear. The order is that of `named_parameters`; it decides where mcore's gradient buffer has
-gaps. `reality.py` builds the real ranks without memory and compares every name and number.
+gaps. `planner_check.py` builds the real ranks without memory and compares every name and number.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def language_layer_parameters(
 def language_parameters(
     arch: InternVLArchitecture, plan: ParallelPlan, model_chunk: ModelChunk, adapters: Adapters
 ) -> Iterator[ParameterSize]:
-    """This chunk's part of the decoder. A tied head is a second copy where it is on another stage."""
+    """This model chunk's part of the decoder. A tied head is a second copy where it is on another stage."""
     language = arch.language
     vocab_rows = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp * language.hidden_size
     if model_chunk.is_first:
@@ -141,7 +141,7 @@ def language_parameters(
 def model_chunk_parameters(
     arch: InternVLArchitecture, plan: ParallelPlan, model_chunk: ModelChunk, lora: LoRAConfig = NO_LORA
 ) -> tuple[ParameterSize, ...]:
-    """All parameters of a chunk."""
+    """All parameters of a model chunk."""
     parameters: list[ParameterSize] = []
     if model_chunk.is_first:
         parameters += vision_parameters(arch, plan.tower_tp, planned_adapters(lora, "vision", arch))

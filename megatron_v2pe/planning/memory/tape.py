@@ -1,4 +1,4 @@
-"""Peak memory of a piece of a network from a list of its operations: what autograd allocates, keeps and frees.
+"""Peak memory of a part of a network from a list of its operations: what autograd allocates, keeps and frees.
 
     ops       norm -> qkv -> rotate -> attend -> project -> add -> ...
     forward   allocate an output, free what nobody needs any more, never what backward needs
@@ -208,7 +208,7 @@ class _Gradient:
             self.cells = [*self.cells, *other.cells]
 
     def add(self, size: float) -> None:
-        """A gradient of full size; what was there before lives until `settle`."""
+        """A gradient of full size; what was there before lives until `merge`."""
         self.cells = [*self.cells, _Cell(size)]
 
     def add_part(self, size: float) -> None:
@@ -222,10 +222,11 @@ class _Gradient:
 
 
 class _Cell:
-    """A run of memory."""
+    """Memory that one or several gradients use."""
 
     def __init__(self, size: float, *, is_part: bool = False) -> None:
-        self.size, self.is_part = size, is_part
+        self.size = size
+        self.is_part = is_part
 
 
 def _total(held: dict[str, float], gradients: dict[str, _Gradient]) -> float:

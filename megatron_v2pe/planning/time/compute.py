@@ -28,7 +28,7 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChunkFlops:
-    """Executed FLOPs of one micro batch in one chunk on one rank."""
+    """Executed FLOPs of one micro batch in one model chunk on one rank."""
 
     linear: float
     attention_forward: float
@@ -47,12 +47,12 @@ class ModelChunkFlops:
 def linear_passes(model: ModelConfig, *, is_trained: bool) -> tuple[float, float]:
     """How often attention's linears and the MLP's are multiplied, in forward passes.
 
-    An MLP in pieces inside a recomputed layer runs forward a third time, piece by piece.
+    A chunked MLP inside a recomputed layer runs forward a third time, MLP chunk by MLP chunk.
     """
     backward = 2.0 if is_trained else 1.0
     again = 1.0 if model.recompute == "full" else 0.0
-    pieces = 1.0 if model.recompute == "selective" or model.mlp_chunks > 1 else 0.0
-    return 1.0 + backward + again, 1.0 + backward + again + pieces
+    mlp_again = 1.0 if model.recompute == "selective" or model.mlp_chunks > 1 else 0.0
+    return 1.0 + backward + again, 1.0 + backward + again + mlp_again
 
 
 def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFlops:

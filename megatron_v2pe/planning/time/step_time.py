@@ -3,7 +3,7 @@
     micro batch on a stage   linears + attention + head + tower + element-wise + what communication is not hidden
     step                     (micro batches + (pp - 1) / vpp) * the slowest stage + gradients, weights, optimizer
 
-Ring hops are hidden behind the attention of the block before; everything else waits. Nothing here was measured on a
+Ring hops overlap the attention of the block before; everything else waits. Nothing here was measured on a
 GPU: see `hardware.py`.
 """
 
@@ -57,7 +57,7 @@ class StepTime:
 def micro_batch_seconds(
     setting: Setting, model_chunk: ModelChunk, memory: ModelChunkMemory, hardware: Hardware
 ) -> dict[str, float]:
-    """Seconds of one micro batch in one chunk on one rank, by term."""
+    """Seconds of one micro batch in one model chunk on one rank, by term."""
     flops, traffic = model_chunk_flops(setting, model_chunk), model_chunk_traffic(setting, model_chunk)
     peak = hardware.peak_tflops * 1e12
     forward = flops.attention_forward / (peak * hardware.attention_forward_share)
@@ -88,8 +88,8 @@ def exposed_seconds(
 ) -> dict[str, float]:
     """Communication of one micro batch that nothing hides.
 
-    p2p: (cp - 1) / cp of the attention's time runs while hops are under way. all_gather hides behind the own block,
-    1 / cp; a2a behind nothing. Each hop or collective also has a fixed cost.
+    p2p: (cp - 1) / cp of the attention's time runs while hops are under way. all_gather overlaps the rank's own block,
+    1 / cp; a2a overlaps nothing. Each hop or collective also has a fixed cost.
     """
     plan, comm = setting.plan, setting.config.parallel.cp_comm_type
     tp_rate = group_gb_s(hardware, size=plan.tp, stride=1) * 1e9

@@ -22,7 +22,7 @@ from megatron_v2pe.planning.request.stages import ModelChunk
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChunkTraffic:
-    """Bytes sent by a rank for one micro batch in one chunk.
+    """Bytes sent by a rank for one micro batch in one model chunk.
 
     Attributes:
         tp_bytes: collectives of the decoder, of embedding and head, and of a split tower.
