@@ -40,12 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; the table goes to stdout."""
     from megatron_v2pe.config.schema import DataConfig
-    from megatron_v2pe.evaluation import report
     from megatron_v2pe.evaluation.answerer import EngineAnswerer
     from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
-    from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
+    from megatron_v2pe.evaluation.runner import (
+        claim_folder,
+        describe_subject,
+        run_strides,
+        write_evaluation,
+    )
+    from megatron_v2pe.inspection.figures import pyplot
 
-    report.pyplot()  # a missing matplotlib is reported before the work
+    pyplot()  # a missing matplotlib is reported before the work
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
@@ -63,6 +68,6 @@ def run(args: argparse.Namespace) -> int:
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
     if here.rank == 0:
-        text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
+        text = write_evaluation(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
         sys.stdout.write(text + "\n")
     return 0
