@@ -27,14 +27,14 @@ _OPTIMIZER_PREFIX = "optimizer."
 class WeightsDigest:
     """SHA-256 over name, dtype, shape and bytes of tensors, added in the order of their names.
 
-    How tensors lie in files, and what else a folder holds, has no part in it.
+    How tensors are spread over files, and what else a folder holds, does not matter.
     """
 
     def __init__(self) -> None:
         self._running = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in the next tensor; the caller keeps to sorted names."""
+        """Hash the next tensor; the caller adds them by sorted name."""
         self._running.update(f"{name} {DTYPE_NAMES[tensor.dtype]} {tuple(tensor.shape)}\n".encode())
         self._running.update(tensor_bytes(tensor))
 
@@ -115,8 +115,8 @@ def verify(
     Args:
         hf_folder: the source.
         checkpoint_folder: a checkpoint; a trained one will differ, and the report says where.
-        files: how closely the checkpoint's own files are looked at first.
-        progress: told the bytes of each tensor.
+        files: how closely the checkpoint's own files are checked first.
+        progress: called with the bytes of each tensor.
 
     Raises:
         CheckpointError: one of the two cannot be read at all.
@@ -150,7 +150,8 @@ def _compare_tensors(weights: HFWeights, exported: ExportedTensors, report: Veri
             report.different[name] = how
         else:
             report.num_equal += 1
-    report.source_sha256, report.checkpoint_sha256 = source_digest.hexdigest(), checkpoint_digest.hexdigest()
+    report.source_sha256 = source_digest.hexdigest()
+    report.checkpoint_sha256 = checkpoint_digest.hexdigest()
 
 
 def _difference(source: Tensor | None, ours: Tensor | None) -> str:

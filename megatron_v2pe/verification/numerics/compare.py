@@ -40,9 +40,9 @@ from megatron_v2pe.verification.numerics.captured import (
     PROJECTOR,
     TOWER,
     CapturedRun,
-    decoder_layer,
+    decoder_stage,
     stage_names,
-    vision_layer,
+    vision_stage,
 )
 from megatron_v2pe.verification.numerics.inputs import Inputs, make_inputs
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel, positions_of
@@ -148,7 +148,7 @@ def compare_numerics(
 def compare_stages(
     reference: ReferenceModel, inputs: Inputs, ours: dict[str, Tensor], *, tolerance: float
 ) -> list[StageRow]:
-    """A row for each stage of `ours`; stages that only the reference has are passed over."""
+    """A row for each stage of `ours`; stages that only the reference has are skipped."""
     rows = []
     for name, wanted in reference_stages(reference, inputs):
         if name in ours:
@@ -165,7 +165,7 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
     arch = reference.arch
     with torch.no_grad():
         for number, hidden in enumerate(reference.vision_states(inputs.pixels)):
-            yield (vision_layer(number) if number else EMBEDDING), hidden
+            yield (vision_stage(number) if number else EMBEDDING), hidden
         yield TOWER, hidden
         features = reference.features(hidden)
         yield PROJECTOR, features
@@ -175,7 +175,7 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
         states = reference.decoder_states(x, reference_positions(inputs), inputs.document_starts)
         for number, hidden in enumerate(states, 1):
             is_norm = number > arch.language.num_layers
-            yield (DECODER_NORM if is_norm else decoder_layer(number)), hidden
+            yield (DECODER_NORM if is_norm else decoder_stage(number)), hidden
         yield LOGITS, reference.logits(hidden[torch.from_numpy(~inputs.is_visual)])
 
 
@@ -239,7 +239,7 @@ def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_si
 
 
 def _check_same_sizes(reference: InternVLArchitecture, ours: InternVLArchitecture) -> None:
-    """Both must take the same tiles, words and layers; everything else may differ and shows as an error."""
+    """Both must have the same tiles, vocabulary and layers; everything else may differ and shows as an error."""
     facts: dict[str, Callable[[InternVLArchitecture], int]] = {
         "tile size": lambda arch: arch.image_size,
         "tokens per tile": lambda arch: arch.tokens_per_tile,

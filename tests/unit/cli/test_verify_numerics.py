@@ -124,4 +124,4 @@ def test_transformers_is_optional_and_asked_for_by_name(capsys, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     code, _, err = run(capsys, source, tmp_path / "ckpt", "--reference", "transformers")
     assert code == 2
-    assert "install the extra 'verify', or leave --reference out" in err
+    assert "install the extra 'verify', or omit --reference" in err

@@ -27,7 +27,7 @@ from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import Imported
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
 
-VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code differs by 6e-6
+VISION_ATOL = 5e-5  # float32 against float64 of the release's own code differs by 6e-6
 POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 
@@ -35,9 +35,9 @@ def load_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternV
     """The model of an imported checkpoint on one rank, in float32."""
     arch = read_architecture(hf_path(checkpoint))
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
-    chunks = build_model(config, arch, plan=plan, ranks=ranks)
-    load_model_weights(checkpoint, chunks, ranks=ranks)
-    return chunks[0].eval()
+    model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    load_model_weights(checkpoint, model_chunks, ranks=ranks)
+    return model_chunks[0].eval()
 
 
 def vision_rows(
