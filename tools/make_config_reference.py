@@ -49,7 +49,7 @@ def sections() -> dict[str, type]:
 
 
 def type_text(annotation: object) -> str:
-    """How a value may look, in words of YAML."""
+    """How a value may look, in terms of YAML."""
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
