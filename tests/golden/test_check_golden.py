@@ -133,7 +133,7 @@ def test_command_line_refuses(copy, capsys):
     assert main(["check-golden", str(copy / "none")]) == 2
     assert "none is not a folder" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--tp", "0"]) == 2
-    assert "parallel.tp is 0, but must be at least 1" in capsys.readouterr().err
+    assert "--tp is 0, but must be at least 1" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--sp"]) == 2
     assert "parallel.sequence_parallel" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--family", "z"]) == 2
