@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export_model(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.convert.convert import export_hf
+    from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
     with shared_progress(NAME) as progress:
@@ -68,7 +68,7 @@ def _export_model(args: argparse.Namespace) -> int:
 
 
 def _export_adapters(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.adapters.peft_io import export_peft
+    from megatron_v2pe.checkpoint.adapters.peft_export import export_peft
 
     require_one_process("export-hf --adapter")
     if args.dtype != "keep":

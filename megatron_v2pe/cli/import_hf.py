@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import_model(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.convert.convert import import_hf
+    from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 
     with shared_progress(NAME) as progress:
         info = import_hf(
