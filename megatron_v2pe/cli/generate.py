@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     limits = {"stride": args.stride, "dtype": args.dtype, "max_tokens": args.max_tokens}
     chat = Chat(args.checkpoint, parallel=parallel, **limits)
     is_shown = launcher().rank == 0
-    for piece in chat.answer(args.question, args.image, max_new_tokens=args.max_new_tokens):
+    for part in chat.answer(args.question, args.image, max_new_tokens=args.max_new_tokens):
         if is_shown:
-            sys.stdout.write(piece)
+            sys.stdout.write(part)
             sys.stdout.flush()
     if is_shown:
         sys.stdout.write("\n")

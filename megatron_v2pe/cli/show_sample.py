@@ -8,7 +8,7 @@ import sys
 from megatron_v2pe.cli.arguments import add_data_source, data_config, tokenizer_folder
 
 NAME = "show-sample"
-HELP = """draw what one micro batch of a run trains on, and list it run by run on stdout
+HELP = """draw what one micro batch of a run trains on, and list its texts and images on stdout
 
     megatron-v2pe show-sample run.yaml --step 1 --micro-batch 0 --cp 4 --out shown
 

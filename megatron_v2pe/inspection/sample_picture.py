@@ -121,7 +121,7 @@ def _draw_positions(axis: Any, view: PackView) -> None:
 
 
 def _wrapped(document: DocumentView) -> list[list[tuple[str, str]]]:
-    """Lines of (kind, text) parts, at most `_COLUMNS` characters; a long middle is left out."""
+    """Lines of (kind, text) fragments, at most `_COLUMNS` characters; a long middle is left out."""
     lines: list[list[tuple[str, str]]] = [[]]
     used = 0
     for kind, word in _words(document):
@@ -171,9 +171,9 @@ def _draw_text(
         va="center",
     )
     backgrounds = {"supervised": "#ffd9b3", "image": "#cfe0f2"}
-    for row, parts in enumerate(lines):
+    for row, fragments in enumerate(lines):
         column = 0
-        for kind, text in _joined(parts):
+        for kind, text in _joined(fragments):
             if kind in backgrounds:
                 axis.barh(row + 0.5, len(text), 0.92, left=column, color=backgrounds[kind], linewidth=0)
             for offset, letter in enumerate(text):
@@ -183,10 +183,10 @@ def _draw_text(
             column += len(text)
 
 
-def _joined(parts: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _joined(fragments: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Neighbours of one kind joined."""
     kind, text = "", ""
-    for next_kind, word in parts:
+    for next_kind, word in fragments:
         if next_kind != kind and text:
             yield kind, text
             text = ""

@@ -205,7 +205,7 @@ def _view_document(
     ):
         code[start : start + tiles * layout.tokens_per_tile] = 3 + image
     runs = tuple(
-        _run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
+        _token_run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
         for start, end in _constant_ranges(code)
     )
     return DocumentView(
@@ -223,7 +223,7 @@ def _constant_ranges(values: Int64Array) -> Iterator[tuple[int, int]]:
     yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True)
 
 
-def _run(
+def _token_run(
     batch: PackedBatch,
     code: int,
     start: int,

@@ -96,7 +96,7 @@ def test_a_folder_without_a_group_gives_no_rows_for_it(copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "model_only", "words"),
+    ("name", "model_only", "message"),
     [
         ("position", False, "--group is 'position', known groups are positions, rope"),
         ("tiling", False, "holds no cases to run"),
@@ -104,8 +104,8 @@ def test_a_folder_without_a_group_gives_no_rows_for_it(copy):
         (None, True, "holds no cases to run"),
     ],
 )
-def test_refused_selections(copy, name, model_only, words):
-    with pytest.raises(ConfigError, match=words):
+def test_refused_selections(copy, name, model_only, message):
+    with pytest.raises(ConfigError, match=message):
         select_groups(copy, name=name, model_only=model_only)
 
 

@@ -31,6 +31,7 @@ from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.validate import check_model_split, check_vision_split
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.parallel.topology import init_distributed
 from megatron_v2pe.verification.numerics.captured import (
@@ -79,14 +80,10 @@ class StageRow:
         """False beyond the tolerance, and for NaN."""
         return self.relative <= self.tolerance
 
-    def line(self) -> str:
-        """The row as text."""
-        verdict = "pass" if self.passes else "FAIL"
-        numbers = f"{self.largest:>10.3e} {self.error:>10.3e} {self.relative:>10.3e} {self.tolerance:>8.0e}"
-        return f"{self.name:<20} {numbers}  {verdict}"
-
-
-HEADER = f"{'stage':<20} {'max abs':>10} {'error':>10} {'relative':>10} {'limit':>8}"
+    def cells(self) -> list[str]:
+        """The row as text, in the columns of `format_rows`."""
+        numbers = [f"{number:.3e}" for number in (self.largest, self.error, self.relative)]
+        return [self.name, *numbers, f"{self.tolerance:.0e}", "pass" if self.passes else "FAIL"]
 
 
 def compare_numerics(
@@ -197,7 +194,8 @@ def format_rows(rows: list[StageRow]) -> str:
     last = (
         f"{passing} of {len(rows)} stages pass; largest relative error {worst.relative:.3e} at {worst.name}"
     )
-    return "\n".join([HEADER, *(row.line() for row in rows), last])
+    header = ["stage", "max abs", "error", "relative", "limit", ""]
+    return "\n".join([*text_table(header, [row.cells() for row in rows], align="<>>>><"), last])
 
 
 def to_json(rows: list[StageRow]) -> list[dict[str, Any]]:

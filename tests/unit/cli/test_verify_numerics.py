@@ -83,7 +83,7 @@ def test_another_rope_theta(capsys, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--tp", "2"], "torchrun --nproc-per-node 2 -m megatron_v2pe verify-numerics"),
         (["--stride", "17"], "must lie in 1..16"),
@@ -95,10 +95,10 @@ def test_another_rope_theta(capsys, checkpoint, tmp_path):
         (["--sp"], "parallel.sequence_parallel is true, but parallel.tp is 1"),
     ],
 )
-def test_mistakes(capsys, checkpoint, arguments, words):
+def test_mistakes(capsys, checkpoint, arguments, message):
     code, _, err = run(capsys, GOLDEN, checkpoint, *arguments)
     assert code == 2
-    assert words in err
+    assert message in err
 
 
 @pytest.mark.parametrize("more", [[], ["--tp", "2", "--sp"]])

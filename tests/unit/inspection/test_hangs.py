@@ -1,4 +1,4 @@
-"""Hangs in words: ranks that wait, one that is elsewhere, ranks that said nothing, and two hangs of one run."""
+"""Hangs as text: ranks that wait, one that is elsewhere, ranks that said nothing, and two hangs of one run."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_a_hang_after_a_restart_is_another_one(tmp_path):
     assert [(hang.step, hang.silent) for hang in read_hangs(tmp_path)] == [(7, {}), (9, {})]
 
 
-def test_runs_tells_hangs_in_a_line_each(tmp_path, capsys):
+def test_runs_shows_a_line_for_each_hang(tmp_path, capsys):
     write(tmp_path, 0, WAITING, time=100.0, world_size=1)
     with pytest.raises(DataError, match=r"did the run start\?|cannot be read(.|\n)*hang at step 7"):
         read_run(tmp_path)  # it hung before its first step was done
