@@ -34,7 +34,7 @@ from megatron_v2pe.evaluation.retrieval import (
 )
 from megatron_v2pe.inspection.run_curves import write_loss_curve
 
-_log = get_logger(__name__)
+logger = get_logger(__name__)
 MANIFEST = "evaluation.json"
 
 
@@ -153,7 +153,7 @@ def _progress(
     with tqdm(total=len(share), desc=name, unit="answer", disable=None if is_shown else True) as bar:
         counter = _Counter(bar)
         yield counter
-    _log.info("%s: %d of this process's %d answers right", name, counter.correct, len(share))
+    logger.info("%s: %d of this process's %d answers right", name, counter.correct, len(share))
 
 
 class _Counter:
