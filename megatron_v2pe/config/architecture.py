@@ -87,6 +87,11 @@ class InternVLArchitecture:
         """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
 
+    @property
+    def projector_width(self) -> int:
+        """Channels after the pixel shuffle, the input of the projector."""
+        return self.vision.hidden_size * round(1 / self.downsample_ratio) ** 2
+
 
 def read_architecture(folder: str | Path) -> InternVLArchitecture:
     """Read `config.json` of a Hugging Face InternVL2 folder.

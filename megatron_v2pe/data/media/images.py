@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.frames import FrameRef
 from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
@@ -30,12 +31,11 @@ from megatron_v2pe.data.sources import storage
 
 UInt8Array = NDArray[np.uint8]
 NormalizeType = Literal["imagenet", "clip", "siglip"]
-Channels = tuple[float, float, float]
 
-NORMALIZATION: dict[NormalizeType, tuple[Channels, Channels]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+NORMALIZATION: dict[NormalizeType, PixelNorm] = {
+    "imagenet": PixelNorm((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": PixelNorm((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 # What Pillow raises for files that are not images, are cut off, or carry broken compressed data.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, IndexError)
@@ -181,7 +181,7 @@ def _tail(path: str, num_bytes: int) -> bytes:
 
 def mean_color(normalize_type: NormalizeType) -> tuple[int, int, int]:
     """The mean of the normalisation as an 8-bit colour, rounded down as in the release."""
-    red, green, blue = (int(channel * 255) for channel in NORMALIZATION[normalize_type][0])
+    red, green, blue = (int(channel * 255) for channel in NORMALIZATION[normalize_type].mean)
     return red, green, blue
 
 

@@ -136,9 +136,9 @@ def compare_numerics(
         lora=checkpoint_lora(checkpoint),
     )
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(plan, seed=0)
     wanted = stage_names(arch, every=every)
-    run = CapturedRun(checkpoint, arch, config, plan=plan, ranks=ranks, inputs=inputs, wanted=wanted)
+    run = CapturedRun(checkpoint, arch, config, context=context, inputs=inputs, wanted=wanted)
     ours = run.outputs()
     return on_first_rank(lambda: compare_stages(judge, inputs, ours, tolerance=TOLERANCES[dtype]))
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.inspection.run_curves import moving_mean, write_loss_curve
-from megatron_v2pe.inspection.run_table import run_rows, runs_table
+from megatron_v2pe.inspection.run_table import run_rows, runs_table, stragglers
 from megatron_v2pe.inspection.runs import read_run
 
 
@@ -165,3 +165,20 @@ def test_metrics_without_steps_are_refused(tmp_path, text, message):
         write_loss_curve(tmp_path / "loss.png", tmp_path / "m.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         write_loss_curve(tmp_path / "loss.png", tmp_path / "none.jsonl")
+
+
+def test_a_rank_that_is_slow_again_and_again_is_marked():
+    lines = [
+        {
+            "step": step,
+            "comm_wait_s_max": 0.6,
+            "straggler": rank,
+            "straggler_s": 0.5,
+            "step_s": 1.0,
+            "data_s": 0.5,
+        }
+        for step, rank in enumerate([2] * 29 + [7, 2], start=1)
+    ]
+    assert stragglers(lines) == (
+        "rank 2 in 30 of 31 steps, 15.0 s (slow, noticed in steps 1 to 30); rank 7 in 1 of 31 steps, 0.5 s"
+    )

@@ -97,9 +97,8 @@ def _image_ref(path: Path, case: dict[str, Any]) -> ImageRef:
 
 def normalized_tiles(ref: ImageRef, *, image_size: int, normalize_type: Any) -> NDArray[np.float32]:
     """All tiles of an image as the model gets them, float32 [n, 3, S, S]."""
-    mean, std = NORMALIZATION[normalize_type]
     tiles = torch.from_numpy(load_tiles(ref, image_size=image_size))
-    return normalize_tiles(tiles, mean=mean, std=std).numpy()
+    return normalize_tiles(tiles, NORMALIZATION[normalize_type]).numpy()
 
 
 def _shape_row(name: str, ours: NDArray[np.float32], case: dict[str, Any]) -> Row:

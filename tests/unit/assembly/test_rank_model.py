@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_v2pe.assembly.rank_shapes import build_rank_bytes, build_rank_shapes
+from megatron_v2pe.assembly.rank_model import build_rank_bytes, rank_model
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
@@ -18,10 +18,25 @@ from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size, resolve
 CKPT = Path(__file__).parents[2] / "golden" / "ckpt"
 
 
-def shapes(arch, *, rank=0, dp=1, **layout):
+def shapes(arch, *, rank=0, **layout):
+    """Name in the whole model -> shape and dtype of every parameter that the rank holds."""
     config = RunConfig(parallel=ParallelConfig(**layout))
-    replica = config.parallel.tp * config.parallel.pp * config.parallel.cp
-    return build_rank_shapes(config, arch, plan=resolve(config.parallel, replica * dp), rank=rank)
+    plan = resolve(config.parallel, config.parallel.tp * config.parallel.pp * config.parallel.cp)
+    with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, _):
+        return {
+            whole_name(model_chunk, name): (tuple(parameter.shape), parameter.dtype)
+            for model_chunk in model_chunks
+            for name, parameter in model_chunk.named_parameters()
+        }
+
+
+def whole_name(model_chunk, name):
+    """Decoder layers are numbered over all stages."""
+    prefix = "language.decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{model_chunk.language.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
 
 @pytest.mark.parametrize("key", ["a_internlm2_vit300m", "c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m"])
@@ -30,8 +45,8 @@ def test_one_rank_holds_the_table(key):
     found = shapes(arch)
     names = name_map(arch)
     assert set(found) == set(names.by_ours)
-    words = padded_vocab_size(arch.language.vocab_size, 1) - arch.language.vocab_size
-    padding = 2 * words * arch.language.hidden_size
+    padded_rows = padded_vocab_size(arch.language.vocab_size, 1) - arch.language.vocab_size
+    padding = 2 * padded_rows * arch.language.hidden_size
     assert sum(torch.Size(shape).numel() for shape, _ in found.values()) == names.num_parameters + padding
     assert {dtype for _, dtype in found.values()} == {torch.bfloat16}
 

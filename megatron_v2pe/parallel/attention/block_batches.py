@@ -1,10 +1,10 @@
 """Which blocks of queries and keys a context parallel rank computes: geometry of the zigzag, no communication.
 
-Every document is cut in 2*cp chunks, and a rank holds an early and a late one (see `zigzag`). With the keys of
+Every document is cut into 2*cp zigzag chunks, and a rank holds an early and a late one (see `zigzag`). With the keys of
 
-    itself           each document is causal in itself: its early chunk before its late chunk
-    a lower rank     all queries see the early chunk of its keys
-    a higher rank    the late queries see both chunks of its keys
+    itself           each document is causal in itself: its early zigzag chunk before its late one
+    a lower rank     all queries see the early zigzag chunk of its keys
+    a higher rank    the late queries see both zigzag chunks of its keys
 
 The other combinations lie in the future and are never computed.
 """
@@ -24,14 +24,14 @@ SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and woul
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """Equal blocks of one or several documents that a kernel takes in one call.
+class BlockBatch:
+    """Equal blocks of one or several documents that a kernel computes in one call.
 
     Attributes:
         queries: local rows of the queries; a slice for one document, an index for several.
-        keys: rows of the visiting keys, likewise.
+        keys: rows of the source's keys, likewise.
         blocks: number of documents.
-        causal: the diagonal.
+        causal: the diagonal block, of queries and keys of the same tokens.
     """
 
     queries: Rows
@@ -46,14 +46,16 @@ class Piece:
 
 
 @lru_cache(maxsize=256)  # the same for all layers of a micro batch, forward and backward
-def pieces(lengths: tuple[int, ...], *, rank: int, source: int, device: torch.device) -> tuple[Piece, ...]:
+def block_batches(
+    lengths: tuple[int, ...], *, rank: int, source: int, device: torch.device
+) -> tuple[BlockBatch, ...]:
     """Blocks that `rank` computes with the keys of rank `source`.
 
     Short documents of equal length share a call, which matters on packs of many of them: 64 documents of 32
-    tokens take 6 ms one by one and 1.3 ms together.
+    tokens need 6 ms one by one and 1.3 ms together.
 
     Args:
-        lengths: tokens of each document on one rank (equal on all ranks), both chunks together.
+        lengths: tokens of each document on one rank (equal on all ranks), both zigzag chunks together.
         rank: rank of the queries.
         source: rank that the keys belong to.
         device: where indices are needed.
@@ -66,7 +68,7 @@ def pieces(lengths: tuple[int, ...], *, rank: int, source: int, device: torch.de
     for length, stop in zip(lengths, accumulate(lengths), strict=True):
         if length:
             by_length.setdefault(length, []).append(stop - length)
-    found = []
+    batches = []
     for length, starts in by_length.items():
         half = length // 2
         queries = (half, length) if source > rank else (0, length)
@@ -74,13 +76,13 @@ def pieces(lengths: tuple[int, ...], *, rank: int, source: int, device: torch.de
         together = [starts] if length <= SHORT_TOKENS else [[start] for start in starts]
         for group in together:
             rows = _rows(group, *queries, device), _rows(group, *keys, device)
-            found.append(Piece(*rows, blocks=len(group), causal=source == rank))
-    return tuple(found)
+            batches.append(BlockBatch(*rows, blocks=len(group), causal=source == rank))
+    return tuple(batches)
 
 
-def num_key_rows(found: Sequence[Piece]) -> int:
-    """Rows of keys that the pieces read, and of gradients that they give back."""
-    return sum(piece.num_keys for piece in found)
+def num_key_rows(batches: Sequence[BlockBatch]) -> int:
+    """Rows of keys that the blocks read, and of gradients that they return."""
+    return sum(batch.num_keys for batch in batches)
 
 
 def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:

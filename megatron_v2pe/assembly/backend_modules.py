@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import torch
 
+from megatron_v2pe.assembly.environment import has_module
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.config.validate import check_comm_type
 from megatron_v2pe.core.errors import ConfigError
@@ -16,16 +16,11 @@ from megatron_v2pe.parallel.attention.native import NativeContextAttention
 logger = logging.getLogger(__name__)
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed; nothing of it is imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def choose_modules(parallel: ParallelConfig, *, dtype: str) -> BackendModules:
     """Modules for `parallel.attention_backend`.
 
     `auto` is Transformer Engine in bfloat16 only. Its products of float32 matrices round to tf32 (10 bits), and its
-    fused attention takes half precision alone, so that float32 would be inexact on one rank and refused on several.
+    fused attention supports half precision only, so that float32 would be inexact on one rank and refused on several.
 
     Args:
         parallel: names the back end, and how ranks share a sequence.
@@ -36,7 +31,7 @@ def choose_modules(parallel: ParallelConfig, *, dtype: str) -> BackendModules:
             sequence as `parallel.cp_comm_type` asks.
     """
     backend = parallel.attention_backend
-    available = torch.cuda.is_available() and has_transformer_engine()
+    available = torch.cuda.is_available() and has_module("transformer_engine")
     if backend == "transformer_engine" and not available:
         raise ConfigError(
             "parallel.attention_backend is 'transformer_engine', but "

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.batch.packed_batch import tile_share
+from megatron_v2pe.batch.pixel_norm import PixelNorm
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.feature_router import feature_route, owned_rows
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan
-from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.topology import ParallelContext
+from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges_of_ranks
 from tests.support.packs import IMAGE_TOKEN, TOKENS_PER_TILE, batch_of, feature_rows, layout_of, units_of
 
 DOCUMENTS = {
@@ -28,7 +30,7 @@ PLANS = [
     ParallelPlan(tp=2, cp=2, sequence_parallel=True),
     ParallelPlan(tp=4, cp=3, sequence_parallel=True),
 ]
-MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+NORM = PixelNorm((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
 CPU = torch.device("cpu")
 
 
@@ -36,28 +38,23 @@ def name_of(plan):
     return f"tp{plan.tp}cp{plan.cp}{'sp' if plan.sequence_parallel else ''}"
 
 
-def place(plan, tile_rank=0, *, first_stage=True):
-    """The fields of `Ranks` that cutting reads."""
+def context_of(plan, tile_rank=0, *, first_stage=True):
+    """A context with the fields of `Ranks` that cutting reads."""
     slices = plan.tp if plan.sequence_parallel else 1
-    return SimpleNamespace(
+    ranks = SimpleNamespace(
         cp_rank=tile_rank // slices,
         tp_rank=tile_rank % slices,
         tile_rank=tile_rank,
         is_first_stage=first_stage,
-    )
-
-
-def cut(layout, plan, tile_rank=0, *, first_stage=True, tile_range="mine", dtype=torch.float32):
-    share = deal_tiles(layout.num_tiles, plan.tile_ranks, tile_rank) if tile_range == "mine" else tile_range
-    return shard_batch(
-        batch_of(layout, tile_range=share),
-        plan=plan,
-        ranks=place(plan, tile_rank, first_stage=first_stage),
         device=CPU,
-        dtype=dtype,
-        mean=MEAN,
-        std=STD,
     )
+    return ParallelContext(plan, ranks)
+
+
+def cut(layout, plan, tile_rank=0, *, first_stage=True, tile_range="mine", dtype=torch.float32, norm=NORM):
+    share = tile_share(layout.num_tiles, plan.tile_ranks, tile_rank) if tile_range == "mine" else tile_range
+    context = context_of(plan, tile_rank, first_stage=first_stage)
+    return BatchSharder(context=context, dtype=dtype, norm=norm).shard(batch_of(layout, tile_range=share))
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -87,8 +84,11 @@ def test_one_index_cuts_every_field(documents, plan):
 def test_every_feature_arrives_at_its_token(documents, plan):
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     num_ranks, slices = plan.tile_ranks, plan.tile_ranks // plan.cp
-    routes = [feature_route(layout, plan=plan, tile_rank=rank, device=CPU) for rank in range(num_ranks)]
-    starts = [deal_tiles(layout.num_tiles, num_ranks, rank)[0] * TOKENS_PER_TILE for rank in range(num_ranks)]
+    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+    routes = [
+        feature_route(layout, shards, plan=plan, tile_rank=rank, device=CPU) for rank in range(num_ranks)
+    ]
+    starts = [tile_share(layout.num_tiles, num_ranks, rank)[0] * TOKENS_PER_TILE for rank in range(num_ranks)]
     sent = [
         (route.send_rows + start).split(route.send_splits)
         for route, start in zip(routes, starts, strict=True)
@@ -112,10 +112,11 @@ def test_every_feature_arrives_at_its_token(documents, plan):
 def test_slots_are_the_image_tokens_of_the_shard(documents, plan):
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     slices = plan.tile_ranks // plan.cp
-    for tile_rank in range(plan.tile_ranks):
+    owned = owned_rows(layout, shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp), plan=plan)
+    assert len(owned) == plan.tile_ranks
+    for tile_rank, (slots, _) in enumerate(owned):
         tokens = cut(layout, plan, tile_rank).tokens.squeeze(0)
         mine = tokens.chunk(slices)[tile_rank % slices]
-        slots, _ = owned_rows(layout, plan, tile_rank)
         assert slots.tolist() == (mine == IMAGE_TOKEN).nonzero().squeeze(1).tolist()
 
 
@@ -126,7 +127,8 @@ def test_pixels_are_this_ranks_tiles_normalised():
     assert pixels.shape == (3, 3, 2, 2)
     assert pixels.dtype == torch.float64
     expected = [
-        [(tile / 255 - mean) / std for mean, std in zip(MEAN, STD, strict=True)] for tile in (3, 4, 5)
+        [(tile / 255 - mean) / std for mean, std in zip(NORM.mean, NORM.std, strict=True)]
+        for tile in (3, 4, 5)
     ]
     torch.testing.assert_close(
         pixels[:, :, 0, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
@@ -151,8 +153,29 @@ def test_ranks_without_tiles_still_have_a_route():
     assert len(local.route.send_splits) == len(local.route.receive_splits) == 8
 
 
-def test_pixels_of_tiles_dealt_to_another_rank_are_refused():
+def test_pixels_of_another_ranks_tiles_are_refused():
     plan = ParallelPlan(cp=2)
     layout = layout_of(DOCUMENTS["images spread"], pad_to_multiple=plan.pad_to_multiple)
     with pytest.raises(ValueError, match=r"tiles \(0, 6\) were decoded, but rank 1 of 2 encodes \(3, 6\)"):
         cut(layout, plan, 1, tile_range=(0, 6))
+
+
+def test_uint8_tiles_need_a_normalisation():
+    layout = layout_of(DOCUMENTS["images spread"], pad_to_multiple=1)
+    with pytest.raises(ValueError, match="uint8 tiles, but this BatchSharder has no PixelNorm"):
+        cut(layout, ParallelPlan(), norm=None)
+
+
+def test_ranges_are_computed_once_for_each_rank(monkeypatch):
+    from megatron_v2pe.parallel import zigzag
+
+    asked, right = [], zigzag.shard_ranges
+
+    def counted(cu_seqlens, *, cp, cp_rank):
+        asked.append(cp_rank)
+        return right(cu_seqlens, cp=cp, cp_rank=cp_rank)
+
+    monkeypatch.setattr(zigzag, "shard_ranges", counted)
+    plan = ParallelPlan(tp=2, cp=2, sequence_parallel=True)
+    cut(layout_of(DOCUMENTS["images spread"], pad_to_multiple=plan.pad_to_multiple), plan, 3)
+    assert asked == [0, 1]

@@ -6,7 +6,7 @@ import types
 import megatron.core.extensions.transformer_engine as mcore_extension
 import pytest
 
-from megatron_v2pe.assembly import kernels
+from megatron_v2pe.assembly import backend_modules
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
@@ -17,8 +17,8 @@ def host(monkeypatch):
     """Make up a host: host(gpu=..., engine=...)."""
 
     def make(*, gpu, engine):
-        monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: gpu)
-        monkeypatch.setattr(kernels, "has_transformer_engine", lambda: engine)
+        monkeypatch.setattr(backend_modules.torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(backend_modules, "has_module", lambda name: engine)
         for name in ("TEDotProductAttention", "TEColumnParallelLinear", "TERowParallelLinear", "TENorm"):
             monkeypatch.setattr(mcore_extension, name, name, raising=False)
         adapter = types.SimpleNamespace(RotaryTEAttention="RotaryTEAttention")
@@ -28,7 +28,7 @@ def host(monkeypatch):
 
 
 def choose(*, dtype="bfloat16", **parallel):
-    return kernels.choose_modules(ParallelConfig(**parallel), dtype=dtype)
+    return backend_modules.choose_modules(ParallelConfig(**parallel), dtype=dtype)
 
 
 @pytest.mark.parametrize(("gpu", "engine"), [(False, False), (False, True), (True, False)])

@@ -1,8 +1,8 @@
 """What one rank of any layout holds, without weights, memory or a launcher.
 
-    (run, architecture, plan, rank) --fake world, meta device, build_model--> names, shapes, dtypes, bytes
+    (run, architecture, plan, rank) --fake world, meta device, build_model--> model chunks, bytes
 
-The model is built by `build_model` itself, so the answer cannot drift from what a run allocates. Gradients and
+The model is built by `build_model` itself, so the result cannot differ from what a run allocates. Gradients and
 optimizer state are those of `wrap_for_training`: mcore's buffers, with their padding, and this rank's shard of Adam's.
 """
 
@@ -24,9 +24,6 @@ from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.fake_world import fake_world
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.topology import Ranks
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Parameter name in the whole model -> shape and dtype of this rank's piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ def rank_model(
     """This rank's model chunks on the meta device, with the groups that `sharded_state_dict` asks for.
 
     Args:
-        config: the run; parallel sizes are taken from `plan`, layout and dtype from here.
+        config: the run; parallel sizes are those of `plan`, layout and dtype those of the run.
         arch: the model.
         plan: sizes of all axes.
         rank: rank in the plan's world.
@@ -69,50 +66,27 @@ def rank_model(
     check_pipeline(config.parallel, arch.language.num_layers)
     # Transformer Engine names and shapes parameters as the native layers do, but asks for a device.
     native = replace(config, parallel=replace(config.parallel, attention_backend="native"))
-    with fake_world(plan, rank=rank) as ranks:
-        yield build_model(native, arch, plan=plan, ranks=ranks), ranks
-
-
-def build_rank_shapes(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, rank: int
-) -> Shapes:
-    """Every parameter that a rank holds; see `rank_model`.
-
-    A tied head lies on the last stage as a second copy of the embedding, and is listed there as what it is.
-    """
-    with rank_model(config, arch, plan=plan, rank=rank) as (chunks, _):
-        return {
-            whole_name(chunk, name): (tuple(parameter.shape), parameter.dtype)
-            for chunk in chunks
-            for name, parameter in chunk.named_parameters()
-        }
+    with fake_world(plan, rank=rank) as context:
+        yield build_model(native, arch, context), context.ranks
 
 
 def build_rank_bytes(
     config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, rank: int
 ) -> RankBytes:
-    """What training keeps on a rank: exact, by wrapping the chunks as `train` does."""
-    with rank_model(config, arch, plan=plan, rank=rank) as (chunks, _):
-        parameters = sum(_bytes(parameter) for chunk in chunks for parameter in chunk.parameters())
-        trainer = wrap_for_training(chunks, config)
+    """What training keeps on a rank: exact, by wrapping the model chunks as `train` does."""
+    with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, _):
+        parameters = sum(_bytes(parameter) for chunk in model_chunks for parameter in chunk.parameters())
+        trainer = wrap_for_training(model_chunks, config)
         buffers = [
-            buffer for chunk in trainer.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            buffer
+            for wrapper in trainer.wrapped
+            for buffer in (*wrapper.buffers, *wrapper.expert_parallel_buffers)
         ]
         return RankBytes(
             parameters=parameters,
             gradients=sum(_bytes(buffer.grad_data) for buffer in buffers),
             optimizer=_optimizer_bytes(trainer.optimizer, config),
         )
-
-
-def whole_name(chunk: InternVL, name: str) -> str:
-    """Name of a chunk's parameter in the whole model: decoder layers are numbered over all stages."""
-    prefix = "language.decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    number, _, rest = name.removeprefix(prefix).partition(".")
-    layer: Any = chunk.language.decoder.layers[int(number)]
-    return f"{prefix}{layer.layer_number - 1}.{rest}"
 
 
 def _optimizer_bytes(optimizer: Any, config: RunConfig) -> int:
