@@ -62,17 +62,12 @@ class TowerShape:
     projector: LayerCosts
 
 
-def patch_rows(arch: InternVLArchitecture) -> int:
-    """P: patches of a tile and the class token."""
-    return (arch.image_size // arch.vision.patch_size) ** 2 + 1
-
-
 def tower_sizes(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int, tower_tp: int) -> TowerSizes:
     """A layer of the tower for some tiles."""
     tower = arch.vision
     width = tower_heads(tower, tower_tp) * (tower.hidden_size // tower.num_heads) // tower_tp
     return TowerSizes(
-        rows=tiles * patch_rows(arch),
+        rows=tiles * arch.patches_per_tile,
         hidden=tower.hidden_size,
         width=width,
         ffn=tower.ffn_size // tower_tp,
@@ -87,8 +82,7 @@ def tower_sizes(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int,
 def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, costs: LayerCosts) -> list[Op]:
     """shuffle (a copy) -> LayerNorm -> fc1 -> bias -> gelu -> fc2 -> bias."""
     e, hidden = costs.element_bytes, arch.language.hidden_size
-    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    rows = tiles * arch.tokens_per_tile
+    channels, rows = arch.projector_width, tiles * arch.tokens_per_tile
     shuffled, inner, output = rows * channels * e, rows * hidden // tower_tp * e, rows * hidden * e
     return [
         Op(name="shuffled", inputs=(INPUT,), output_bytes=shuffled),
@@ -141,7 +135,7 @@ def tower_peaks(
     if shape.tiles <= slice_tiles:
         return whole
     features = whole.features_bytes * shape.tiles / slice_tiles
-    hidden = shape.tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
+    hidden = shape.tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
     trains = shape.is_trained or shape.trains_projector
     kept = hidden if shape.trains_projector and not shape.is_trained else 0.0
     again = max(whole.forward_bytes + whole.features_bytes, whole.backward_bytes)
@@ -164,7 +158,7 @@ def _at_once(
     a trained tower keeps what gradients pass through.
     """
     layers = tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, costs=costs)
-    hidden = tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
+    hidden = tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
     last = peaks(
         projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.models.flops import PackCounts, step_flops
+from megatron_v2pe.config.flops import PackCounts, step_flops
 from megatron_v2pe.parallel.topology import Ranks
 
 
