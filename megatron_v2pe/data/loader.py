@@ -27,7 +27,7 @@ from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, sample_settings
+from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
 _log = get_logger(__name__)

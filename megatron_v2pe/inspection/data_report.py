@@ -18,7 +18,7 @@ from megatron_v2pe.core.files import writable_folder
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.loader import plan_mixture
 from megatron_v2pe.data.report import describe_datasets, describe_plan, table
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 from megatron_v2pe.inspection.data_pictures import write_report
 from megatron_v2pe.inspection.figures import pyplot

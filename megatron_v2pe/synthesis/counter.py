@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_v2pe.data.media.tiling import choose_grid
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.synthesis.pictures import Picture
 

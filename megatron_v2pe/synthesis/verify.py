@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.data.media.images import check_image
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.tiling import TilingRule
+from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import encode_record
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, parse_line
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, image_refs
+from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.records import parse_line
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.synthesis.kinds import SampleSpec
 from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
@@ -58,10 +60,10 @@ def read_back(record: Mapping[str, Any], *, entry: DatasetEntry, settings: Sampl
         settings: of the run that will read it.
     """
     parsed = parse_line(json.dumps(record).encode(), entry=entry, line_number=1)
-    sizes = [check_image(path, max_pixels=settings.max_image_pixels) for path in parsed.images]
-    refs = image_refs(parsed, sizes, entry=entry, settings=settings)
-    strides = np.full(len(refs), settings.text.tokens_per_tile, dtype=np.int64)
-    return encode_record(parsed, refs=refs, settings=settings.text, strides=strides).layout
+    sizes = probe_record(parsed, settings=settings)
+    media = record_tiles(parsed, sizes, entry=entry, settings=settings)
+    strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)
+    return encode_record(parsed, media=media, settings=settings.text, strides=strides).layout
 
 
 def last_positions(layout: SampleLayout) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import read_jsonl
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.synthesis.pictures import PoolImage
 

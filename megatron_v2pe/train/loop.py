@@ -31,7 +31,7 @@ from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.frames import FrameDraw, VideoSource
-from megatron_v2pe.data.media.images import check_image
-from megatron_v2pe.data.media.video import probe_video, read_frames
-from megatron_v2pe.data.samples.records import Record, parse_line, with_frames
+from megatron_v2pe.data.media.frames import FrameDraw
+from megatron_v2pe.data.media.image import check_image
+from megatron_v2pe.data.media.video import VideoFile
+from megatron_v2pe.data.media.video_stream import probe_video, read_frames
+from megatron_v2pe.data.samples.records import Record, parse_line, write_images
 from megatron_v2pe.data.sources.storage import resolve_path
 from tests.support.mixture import entry, write_image
 from tests.support.videos import write_video
@@ -66,7 +67,7 @@ def test_any_record(values):
         assert all(path.startswith("images") and ".." not in path.split("/") for path in paths)
         if record.video:
             assert record.images == ()
-            shown = with_frames(record, 3)
+            shown = write_images(record, 3)
             assert sum(turn.value.count("<image>") for turn in shown.turns) == 3
             assert not record.video.clip or 0 <= record.video.clip[0] < record.video.clip[1]
 
@@ -121,7 +122,7 @@ def test_any_damage_to_a_video(tmp_path, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / name
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    source = VideoSource(path=str(path))
+    source = VideoFile(path=str(path))
     try:
         size, count = probe_video(source, wanted=4, max_seconds=60.0, max_pixels=10**6)
         draw = FrameDraw(source=source, max_seconds=60.0, places=(0.0,) * count)

@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 
 HF_FOLDER = Path(__file__).parents[1] / "golden" / "ckpt" / "a_internlm2_vit300m"

@@ -28,7 +28,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture, read_archite
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media import pixels
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
 
 HF_FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
 TARGET_RATIO, TARGET_SPEED = 1.10, 1.80
@@ -116,7 +116,7 @@ def open_loader(
 
 def compare_with_pillow(work: Path, arch: InternVLArchitecture, *, rounds: int) -> None:
     """CPU time per tile: packs of the loader against opening, resizing and cropping the same images."""
-    refs: list[ImageRef] = []
+    refs: list[ImageTiles] = []
     restore = _spy(refs.append)
     try:
         num_tiles = sum(batch.num_tiles for step in open_loader(work, arch) for batch in step)
@@ -139,7 +139,7 @@ def compare_with_pillow(work: Path, arch: InternVLArchitecture, *, rounds: int) 
     )
 
 
-def bare_tiles(ref: ImageRef, size: int) -> list[Image.Image]:
+def bare_tiles(ref: ImageTiles, size: int) -> list[Image.Image]:
     """What any loader must do for an image."""
     with Image.open(ref.path) as opened:
         image = opened.convert("RGB")
@@ -188,7 +188,7 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
     whole_ms = _cpu_ms(lambda: list(open_loader(work, arch, steps=steps)))
     furthest = 0.0
     for rank in range(ranks):
-        refs: list[ImageRef] = []
+        refs: list[ImageTiles] = []
         restore = _spy(refs.append)
         try:
             batches: list[Any] = []
@@ -213,11 +213,11 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
     )
 
 
-def _spy(note: Callable[[ImageRef], None]) -> Callable[[], None]:
+def _spy(note: Callable[[ImageTiles], None]) -> Callable[[], None]:
     """Report each image that is opened; returns what ends it."""
     real = pixels.load_tiles
 
-    def load_tiles(ref: ImageRef, **rest: Any) -> Any:
+    def load_tiles(ref: ImageTiles, **rest: Any) -> Any:
         note(ref)
         return real(ref, **rest)
 

@@ -41,8 +41,9 @@ from megatron_v2pe.data.index.rows import (
     write_rows,
 )
 from megatron_v2pe.data.index.scan import FileScan, byte_range, scan_file
+from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.samples.measure import LineMeasurer
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, Size, dataset_tiling
+from megatron_v2pe.data.samples.settings import SampleSettings, dataset_tiling
 from megatron_v2pe.data.samples.split import Units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import file_facts, open_binary
@@ -173,8 +174,8 @@ def describe_settings(entry: DatasetEntry, settings: SampleSettings) -> dict[str
             if name not in ("repeat_time", "data_augment")
         },
         **{f"tiling.{name}": value for name, value in tiling.items()},
-        **{f"video.{name}": value for name, value in dataclasses.asdict(settings.video).items()},
-        "max_image_pixels": settings.max_image_pixels,
+        **{f"video.{name}": value for name, value in dataclasses.asdict(settings.media.video).items()},
+        "max_image_pixels": settings.media.max_pixels,
         "tokenizer": settings.text.tokenizer.fingerprint,
         "template": f"{settings.text.template.name} {hashlib.sha256(template.encode()).hexdigest()[:8]}",
         "tokens_per_tile": settings.text.tokens_per_tile,

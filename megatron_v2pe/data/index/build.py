@@ -30,7 +30,7 @@ from megatron_v2pe.data.index.rows import (
 )
 from megatron_v2pe.data.index.scan import ByteRange, byte_range
 from megatron_v2pe.data.samples.measure import LineMeasurer, LongSampleError
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import open_binary
 

@@ -128,7 +128,7 @@ class Case:
                     tokens=tokens[start:stop],
                     labels=labels[start:stop],
                     layout=layout,
-                    image_refs=(),
+                    media=(),
                     sample_id=f"{self.name}#{index}",
                 )
             )

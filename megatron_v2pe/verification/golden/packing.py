@@ -140,7 +140,7 @@ def _documents(labels: Int64Array, data_index: Any, *, num_tokens: int = 0) -> l
             tokens=np.zeros(len(piece), dtype=np.int64),
             labels=piece,
             layout=text_layout(len(piece), tokens_per_tile=1),
-            image_refs=(),
+            media=(),
             sample_id=str(number),
         )
         for number, piece in enumerate(pieces)

@@ -8,7 +8,7 @@ import pytest
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.collate import collate_pack, token_weights
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import SampleLayout, text_layout
@@ -69,7 +69,7 @@ def test_tiles_of_the_wanted_range_only(tmp_path):
     write_image(tmp_path / "a.png", 20, 10)
     grid = TileGrid(columns=2, rows=1, has_thumbnail=True)
     refs = [
-        ImageRef(path=str(tmp_path / name), size=(20, 10), grid=grid) for name in ("missing.png", "a.png")
+        ImageTiles(path=str(tmp_path / name), size=(20, 10), grid=grid) for name in ("missing.png", "a.png")
     ]
     layout = SampleLayout(
         num_tokens=14,

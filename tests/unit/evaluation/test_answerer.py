@@ -56,8 +56,10 @@ def make(checkpoint, **data):
 
 def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
     from megatron_v2pe.checkpoint.files.folder import hf_path
-    from megatron_v2pe.data.media.pixels import load_tile_range
-    from megatron_v2pe.data.samples.sample_maker import Draw, measure_line, read_sample, sample_settings
+    from megatron_v2pe.data.media.medium import load_tile_range
+    from megatron_v2pe.data.samples.draw import Draw, read_sample
+    from megatron_v2pe.data.samples.measure import measure_line
+    from megatron_v2pe.data.samples.settings import sample_settings
     from megatron_v2pe.data.sources.meta import DatasetEntry
 
     answerer = make(checkpoint)

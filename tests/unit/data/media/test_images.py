@@ -7,14 +7,10 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import (
-    ImageRef,
-    check_image,
-    image_size,
-    load_tiles,
-    mean_color,
-)
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.image import check_image, image_size, load_tiles
+from megatron_v2pe.data.media.medium import load_tile_range
+from megatron_v2pe.data.media.normalization import mean_color
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.sources.storage import resolve_path
 from tests.support.mixture import write_image
@@ -24,7 +20,7 @@ GRID = TileGrid(columns=2, rows=1, has_thumbnail=True)
 
 
 def ref(path, size, **changes):
-    return ImageRef(path=str(path), **{"size": size, "grid": GRID, "max_pixels": LIMIT, **changes})
+    return ImageTiles(path=str(path), **{"size": size, "grid": GRID, "max_pixels": LIMIT, **changes})
 
 
 def test_header_gives_the_size(tmp_path):

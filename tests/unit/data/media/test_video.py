@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.data.media.cut import ImageTiles
 from megatron_v2pe.data.media.frames import (
     FrameDraw,
     FrameRef,
     VideoRule,
-    VideoSource,
     draw_places,
     frame_index,
     wanted_frames,
 )
-from megatron_v2pe.data.media.images import ImageRef
-from megatron_v2pe.data.media.pixels import load_tile_range, measure_video
+from megatron_v2pe.data.media.medium import load_tile_range
 from megatron_v2pe.data.media.tiling import TileGrid
+from megatron_v2pe.data.media.video import VideoFile, measure_video
 from tests.support.videos import frame_number, write_frames, write_video
 
 pytest.importorskip("av")
@@ -29,15 +29,15 @@ LIMIT = 10**6
 
 
 def measure(path, *, rule=ALL, limit=LIMIT, **source):
-    return measure_video(VideoSource(path=str(path), **source), sample_id="a:1", rule=rule, max_pixels=limit)
+    return measure_video(VideoFile(path=str(path), **source), sample_id="a:1", rule=rule, max_pixels=limit)
 
 
 def load(path, places, *, tile_range=None, size=(64, 48), max_seconds=100.0, **source):
     draw = FrameDraw(
-        source=VideoSource(path=str(path), **source), max_seconds=max_seconds, places=tuple(places)
+        source=VideoFile(path=str(path), **source), max_seconds=max_seconds, places=tuple(places)
     )
     refs = [
-        ImageRef(
+        ImageTiles(
             path=str(path),
             size=size,
             grid=ONE_TILE,

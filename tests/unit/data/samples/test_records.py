@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.records import parse_line, with_frames
+from megatron_v2pe.data.samples.records import parse_line, write_images
 from tests.support.mixture import entry, record
 
 SET = entry(annotation="a.jsonl", root="images")
@@ -68,7 +68,7 @@ def test_a_video_becomes_a_line_for_each_frame(question, wanted):
     parsed = parse({**record(question, "hi"), "video": "sub/v.mp4", "clip": [1, 2.5]})
     assert (parsed.video.path, parsed.video.clip, parsed.images) == ("images/sub/v.mp4", (1.0, 2.5), ())
     lines = "Frame1: <image>\nFrame2: <image>\n"
-    assert with_frames(parsed, 2).turns[0].value == wanted.format(lines)
+    assert write_images(parsed, 2).turns[0].value == wanted.format(lines)
     assert parse({**record(question, "hi"), "video": "frames/"}).video.path == "images/frames/"
 
 

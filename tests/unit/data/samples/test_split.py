@@ -6,9 +6,9 @@ import pytest
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.samples.measure import LineMeasurer, LongSampleError
 from megatron_v2pe.data.samples.records import parse_record
-from megatron_v2pe.data.samples.sample_maker import Draw, read_sample
 from megatron_v2pe.data.samples.split import WHOLE, num_units, part_of, split_units
 from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import entry, record, write_image
