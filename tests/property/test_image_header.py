@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media import images
+from megatron_v2pe.data.media import image as image_module
 from megatron_v2pe.data.media.image import check_image
 from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
 
@@ -195,7 +195,7 @@ def test_a_check_gives_what_pillow_alone_gives(tmp_path, content):
 
     found = outcome()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "plain_header", lambda head: None)
+        patch.setattr(image_module, "plain_header", lambda head: None)
         assert found == outcome()
 
 

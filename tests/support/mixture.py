@@ -10,6 +10,7 @@ from PIL import Image
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
+from megatron_v2pe.data.samples.measure import LineMeasurer
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 
@@ -20,6 +21,12 @@ IMAGE_SIZE = 112  # of that checkpoint; 16 visual tokens per tile
 def write_image(path, width, height, *, seed=0, mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
+
+
+def measure(line, number, *, entry, settings):
+    """Lengths of the one sample that a line makes."""
+    (sample,) = LineMeasurer(entry, settings)(line, number)
+    return sample.measurement
 
 
 def record(question, answer, image=None):

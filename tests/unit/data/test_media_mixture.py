@@ -9,9 +9,8 @@ import pytest
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.samples.draw import Draw, read_sample
-from megatron_v2pe.data.samples.measure import measure_line
 from megatron_v2pe.data.sources.meta import read_meta
-from tests.support.mixture import record, write_image
+from tests.support.mixture import measure, record, write_image
 from tests.support.videos import frame_number, write_frames, write_video
 
 pytest.importorskip("av")
@@ -86,7 +85,7 @@ def read(films, line_number, **data):
     (entry,) = read_meta(films.folder / "meta.json")
     line = (films.folder / "a.jsonl").read_bytes().splitlines()[line_number - 1]
     settings = films.settings(**data)
-    sizes = measure_line(line, line_number, entry=entry, settings=settings).sizes
+    sizes = measure(line, line_number, entry=entry, settings=settings).sizes
     return read_sample(line, line_number, sizes, entry=entry, settings=settings, draw=Draw(epoch=0))
 
 
@@ -94,7 +93,7 @@ def test_limits_of_a_data_set_come_first(films):
     meta = json.loads((films.folder / "meta.json").read_text())
     meta["a"] |= {"min_num_frame": 7, "max_num_frame": 7}
     (films.folder / "meta.json").write_text(json.dumps(meta))
-    assert len(read(films, 1).image_refs) == 7
+    assert read(films, 1).layout.num_images == 7
     del meta["a"]["max_num_frame"]
     meta["a"]["min_num_frame"] = 30
     (films.folder / "meta.json").write_text(json.dumps(meta))
