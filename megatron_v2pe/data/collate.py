@@ -4,7 +4,7 @@
     pack       tokens  a b c d p p    labels              . c d . . .     weights  0 w w 0 0 0
 
 Labels are shifted here, inside each document, so that whatever is cut later (context parallel shards) keeps
-every pair of token and target; the release shifts after the cut (its defect D36).
+every pair of token and target; the release shifts after the cut and loses the pair at each edge of a shard.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def token_weights(labels: Int64Array, *, loss_reduction: str) -> NDArray[np.floa
 
 
 def shift_left(values: NDArray, *, fill: float) -> NDArray:
-    """What stands at t+1 moves to t; the last place is filled. Same shape and dtype."""
+    """The value at t+1 moves to t; the last place is filled. Same shape and dtype."""
     return np.append(values[1:], np.asarray(fill, dtype=values.dtype))
 
 

@@ -31,7 +31,7 @@ from megatron_v2pe.data.sources.storage import read_line
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """Where one sample stands, and what was measured of it."""
+    """Where one sample is, and what was measured of it."""
 
     sample_id: str
     dataset: int

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
-from megatron_v2pe.data.report import DatasetRow, PlanReport, datasets_csv, packs_csv, table
+from megatron_v2pe.data.report import DatasetRow, PlanReport, data_table, datasets_csv, packs_csv
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 
 _MOST_SOURCES = 24  # rows of the picture of shares; smaller ones are joined
@@ -38,7 +38,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     bad = [sample for index in indexes for sample in index.bad]
     texts = {
-        "report.txt": table(rows, plan),
+        "report.txt": data_table(rows, plan),
         "datasets.csv": datasets_csv(rows),
         "bad.txt": "".join(f"{sample.kind}\t{sample.sample_id}\t{sample.message}\n" for sample in bad),
     }

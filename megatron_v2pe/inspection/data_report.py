@@ -17,7 +17,7 @@ from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.files import writable_folder
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.loader import plan_mixture
-from megatron_v2pe.data.report import describe_datasets, describe_plan, table
+from megatron_v2pe.data.report import data_table, describe_datasets, describe_plan
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 from megatron_v2pe.inspection.data_pictures import write_report
@@ -88,7 +88,7 @@ def overview(
     except DataError as error:
         problem = error
     rows = describe_datasets(indexes, plan)
-    text = table(rows, report)
+    text = data_table(rows, report)
     if report_dir is not None:
         files = write_report(report_dir, indexes, rows, report)
         text += "".join(f"{path}\n" for path in files)

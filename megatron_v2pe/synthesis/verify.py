@@ -42,10 +42,6 @@ def entry_of(out: Path, tiling: TilingRule) -> DatasetEntry:
         name="synthetic",
         annotation=str(out / "records"),
         root=str(out),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
         max_dynamic_patch=tiling.max_tiles,
         dynamic_image_size=tiling.dynamic,
     )

@@ -2,7 +2,7 @@
 
 The paper trains with delta drawn per image from {1, 1/2, ..., 1/256} (release: `v2pe_rnd`), and picks one
 delta at inference. A draw depends on (seed, epoch, sample id) only, so it is the same on every rank and in
-every loader worker, and a resumed run repeats it; the release draws from global state (its defect D13).
+every loader worker, and a resumed run repeats it; the release draws from global state, so ranks and restarts differ.
 """
 
 from __future__ import annotations

@@ -59,6 +59,6 @@ def test_the_releases_packer_keeps_its_budgets_and_drops_only_what_has_too_many_
         for number, (tokens, tiles) in enumerate(samples)
     ]
     packs = [pack for sample in arrivals for pack in packer.add(sample)] + packer.flush()
-    packed = sorted(part.sample.sample_id for pack in packs for part in pack.parts)
+    packed = sorted(part.sample.sample_id for pack in packs for part in pack.members)
     assert packed == [sample.sample_id for sample in arrivals if sample.num_tiles <= 8]
     assert all(pack.num_tokens <= 100 and pack.num_tiles <= 8 for pack in packs)

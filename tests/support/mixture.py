@@ -37,18 +37,7 @@ def record(question, answer, image=None):
 
 
 def entry(**changes):
-    values = {
-        "name": "set",
-        "annotation": "a.jsonl",
-        "root": "",
-        "root2": "",
-        "http_root": "",
-        "repeat_time": 1.0,
-        "data_augment": False,
-        "max_dynamic_patch": None,
-        "dynamic_image_size": None,
-    }
-    return DatasetEntry(**{**values, **changes})
+    return DatasetEntry(**{"name": "set", "annotation": "a.jsonl", **changes})
 
 
 @dataclass

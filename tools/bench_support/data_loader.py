@@ -29,6 +29,7 @@ from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig,
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.cut import ImageTiles
 from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.medium import MediumTiles
 
 HF_FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
 TARGET_RATIO, TARGET_SPEED = 1.10, 1.80
@@ -219,9 +220,9 @@ def _spy(note: Callable[[OpenedImage], None]) -> Callable[[], None]:
     """Report each image that is opened; returns what ends it."""
     real = ImageFile.open_range
 
-    def open_range(file: ImageFile, images: Sequence[ImageTiles], *args: Any, **rest: Any) -> None:
-        note((file.path, images[0]))
-        real(file, images, *args, **rest)
+    def open_range(file: ImageFile, own: MediumTiles, *rest: Any) -> None:
+        note((file.path, own.images[0]))
+        real(file, own, *rest)
 
     ImageFile.open_range = open_range  # type: ignore[method-assign]
 

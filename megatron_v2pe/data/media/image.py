@@ -22,7 +22,7 @@ from PIL import Image
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.cut import CutRule, ImageTiles, Size, UInt8Array, cut_tiles, plan_tiles
 from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
-from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, MediaRules, SizeOf
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediaRules, MediumTiles, SizeOf
 from megatron_v2pe.data.sources import storage
 
 # What Pillow raises for files that are not images, are cut off, or carry broken compressed data.
@@ -54,29 +54,21 @@ class ImageFile:
         """Its grid."""
         return plan_tiles(sizes, rule)
 
-    def open_range(
-        self,
-        images: Sequence[ImageTiles],
-        tile_range: tuple[int, int],
-        *,
-        rules: MediaRules,
-        seed: DrawSeed,
-        out: UInt8Array,
-    ) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
         """Decode the image and cut some of its tiles.
 
         Raises:
             DataError: see `open_image`; also a file whose size changed since it was probed.
         """
-        (tiles,) = images
-        with open_image(self.path, max_pixels=rules.max_pixels) as opened:
+        (tiles,) = own.images
+        with open_image(self.path, max_pixels=own.rules.max_pixels) as opened:
             if opened.size != tiles.size:
                 raise DataError(
                     f"{self.path}: is {opened.size[0]} x {opened.size[1]}, but was {tiles.size[0]} x {tiles.size[1]} "
                     "when lengths were measured; remove data.cache_dir so that they are measured again"
                 )
             image = opened.convert("RGB")
-        cut_tiles(image, tiles, *tile_range, out=out)
+        cut_tiles(image, tiles, first, last, out=out)
 
 
 @contextmanager

@@ -93,23 +93,14 @@ class Medium(Protocol):
     def tiles(self, sizes: Sequence[Size], rule: CutRule) -> tuple[ImageTiles, ...]:
         """How its images are cut."""
 
-    def open_range(
-        self,
-        images: Sequence[ImageTiles],
-        tile_range: tuple[int, int],
-        *,
-        rules: MediaRules,
-        seed: DrawSeed,
-        out: UInt8Array,
-    ) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
         """Decode what is needed for some of its tiles.
 
         Args:
-            images: as `tiles` gave them.
-            tile_range: half-open range of the tiles of all its images.
-            rules: of the run.
-            seed: of the draw.
-            out: uint8 [n, 3, S, S], filled.
+            own: as `tiles` planned them, with the run's rules and the seed of the draw.
+            first: first tile, counted over all its images.
+            last: one past the last tile.
+            out: uint8 [last - first, 3, S, S], filled.
 
         Raises:
             DataError: see `probe`; also a file that changed since it was probed.
@@ -142,7 +133,7 @@ class MediumTiles:
         if self.medium is None:
             out[...] = 0
         else:
-            self.medium.open_range(self.images, (first, last), rules=self.rules, seed=self.seed, out=out)
+            self.medium.open_range(self, first, last, out)
 
 
 def load_tile_range(

@@ -18,7 +18,7 @@ from megatron_v2pe.data.media.frames import (
     wanted_frames,
 )
 from megatron_v2pe.data.media.image import open_image
-from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, MediaRules, SizeOf
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediaRules, MediumTiles, SizeOf
 from megatron_v2pe.data.media.video_stream import probe_video, read_frames
 from megatron_v2pe.data.sources import storage
 
@@ -80,37 +80,29 @@ class VideoFile:
         """One tile for each frame."""
         return plan_tiles(sizes, replace(rule, tiling=replace(rule.tiling, dynamic=False)))
 
-    def open_range(
-        self,
-        images: Sequence[ImageTiles],
-        tile_range: tuple[int, int],
-        *,
-        rules: MediaRules,
-        seed: DrawSeed,
-        out: UInt8Array,
-    ) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
         """Decode the frames of a range, which the draw chooses; the file is opened once.
 
         Raises:
             DataError: see `probe`; also a video that changed since it was probed.
         """
-        rule = self._rule(rules)
-        places = draw_places(rule, len(images), seed.generator("frames"))
-        numbers = range(*tile_range)
+        rule, max_pixels = self._rule(own.rules), own.rules.max_pixels
+        places = draw_places(rule, len(own.images), own.seed.generator("frames"))
+        numbers = range(first, last)
         if self._is_folder():
-            frames = self._folder_frames(numbers, places, max_pixels=rules.max_pixels)
+            frames = self._folder_frames(numbers, places, max_pixels=max_pixels)
         else:
             frames = read_frames(
                 self.path,
                 numbers,
                 places=places,
                 clip=self.clip,
-                size=images[0].size,
+                size=own.images[0].size,
                 max_seconds=rule.max_seconds,
-                max_pixels=rules.max_pixels,
+                max_pixels=max_pixels,
             )
         for row, (number, frame) in enumerate(zip(numbers, frames, strict=True)):
-            cut_tiles(frame, images[number], 0, 1, out=out[row : row + 1])
+            cut_tiles(frame, own.images[number], 0, 1, out=out[row : row + 1])
 
     def _rule(self, rules: MediaRules) -> VideoRule:
         """The run's rule with the data set's own numbers of frames.

@@ -139,12 +139,6 @@ def _sample(
         name="golden",
         annotation="golden",
         root=str(images),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     settings = _settings(case, text, rule)
     record = parse_record(case["item"], entry=entry, sample_id="golden", where="golden")

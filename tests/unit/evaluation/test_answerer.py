@@ -71,12 +71,6 @@ def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
         name="t",
         annotation=str(data),
         root=str(data.parent),
-        root2="",
-        http_root="",
-        repeat_time=1,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     line = data.read_bytes().splitlines()[0]
     sizes = measure(line, 1, entry=entry, settings=settings).sizes
