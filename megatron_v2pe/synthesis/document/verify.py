@@ -26,7 +26,7 @@ from megatron_v2pe.data.samples.records import parse_line
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.synthesis.kinds import SampleSpec
-from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
+from megatron_v2pe.synthesis.material.texts import MAX_UNIT_CHARS
 from megatron_v2pe.v2pe.layout import SampleLayout
 
 _STRIDES = (1, 16, 64)
@@ -104,7 +104,7 @@ def _check_depth(record: Mapping[str, Any], spec: SampleSpec) -> None:
     if not isinstance(placed, float) or spec.kind.startswith("longvqa"):
         return
     low, high = spec.depth_band / spec.num_depths, (spec.depth_band + 1) / spec.num_depths
-    # Bytes bound tokens for every tokenizer, and a piece of text has at most MAX_UNIT_CHARS characters.
+    # Bytes bound tokens for every tokenizer, and a sentence has at most MAX_UNIT_CHARS characters.
     slack = 4 * MAX_UNIT_CHARS / record["meta"]["context_length"]
     _require(
         low - slack <= placed <= high + slack,
