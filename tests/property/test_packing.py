@@ -27,7 +27,7 @@ def test_every_sample_is_in_exactly_one_pack_within_both_budgets(samples, window
 @given(samples=SAMPLES)
 @settings(max_examples=100, deadline=None)
 def test_no_two_packs_could_be_one(samples):
-    """Within a window best fit opens a pack only if none could take the sample."""
+    """Within a window best fit opens a pack only if none had room for the sample."""
     tokens = np.array([sample[0] for sample in samples], dtype=np.int64)
     packs = best_fit_packs(tokens, np.zeros_like(tokens), max_tokens=100, max_tiles=1)
     loads = sorted(int(tokens[pack].sum()) for pack in packs)

@@ -125,7 +125,7 @@ COSTS = st.lists(st.floats(1, 1000), min_size=1, max_size=60)
 @given(batches=schedules(), first=st.integers(0, 150), count=st.integers(0, 60))
 @settings(max_examples=200, deadline=None)
 def test_whole_steps_are_those_that_begin_and_end_within(batches, first, count):
-    """Against every step looked at on its own."""
+    """Against every step computed on its own."""
     head, sizes = whole_steps(batches, first, count)
     spans = [(batches.packs_before(step), batches.packs_before(step + 1)) for step in range(300)]
     within = [(low, high) for low, high in spans if first <= low and high <= first + count]
@@ -145,14 +145,14 @@ def test_an_order_for_steps_holds_every_pack_once(costs, batches, first, seed):
 
 @given(each=st.integers(1, 5), ranks=st.integers(1, 6), data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_packs_are_dealt_once_in_equal_numbers(each, ranks, data):
+def test_packs_are_assigned_once_in_equal_numbers(each, ranks, data):
     costs = data.draw(st.lists(st.floats(1, 1000), min_size=each * ranks, max_size=each * ranks))
     assigned = assign_packs(costs, ranks)
     assert [len(places) for places in assigned] == [each] * ranks
     assert sorted(place for places in assigned for place in places) == list(range(each * ranks))
 
 
-def test_dealing_evens_out_what_a_step_holds():
+def test_assignment_evens_out_what_a_step_holds():
     costs = np.random.default_rng(0).lognormal(0, 0.5, 64).tolist()
     in_turn = [list(range(rank, 64, 8)) for rank in range(8)]
     assert imbalance(costs, assign_packs(costs, 8)) < 1.03 < imbalance(costs, in_turn)

@@ -1,4 +1,4 @@
-"""Whatever stands in an annotation file, an image or a video, the answer is a result or a DataError."""
+"""Whatever is in an annotation file, an image or a video, the answer is a result or a DataError."""
 
 import json
 import posixpath
@@ -61,7 +61,7 @@ def test_any_record(values):
         pictures = [medium for medium in record.media if isinstance(medium, ImageFile)]
         assert sum(turn.value.count("<image>") for turn in record.turns) == len(pictures)
         assert record.turns[0].role == "human"
-        assert not any("\ud83d" in turn.value for turn in record.turns)  # no tokenizer takes it
+        assert not any("\ud83d" in turn.value for turn in record.turns)  # no tokenizer accepts it
         paths = [medium.path for medium in record.media]
         assert all(path.startswith("images") and ".." not in path.split("/") for path in paths)
         if len(pictures) < len(record.media):
@@ -95,7 +95,7 @@ def test_any_damage_to_an_image(tmp_path, data):
 )
 @settings(max_examples=300)
 def test_no_name_leaves_its_root(name):
-    """Whatever an annotation names is below the root, on disk and behind an address, or refused."""
+    """Whatever an annotation names is below the root, on disk and at an address, or refused."""
     for root in ("/data/images", "s3://bucket/images", "s3://bucket/images/"):
         try:
             path = resolve_path(root, name, where="a.jsonl:3")

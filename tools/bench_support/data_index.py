@@ -4,7 +4,7 @@ The mixture has a third each of samples with 0 to 1, 2 to 6 and 8 to 24 images, 
 the tokenizer is the golden checkpoint's. It is measured twice: with 400 JPEG files that many records show, and with
 every image met for the first time, where each record costs 7 openings of files. Processor time of the measuring loop
 depends less than wall time on who else uses the machine, but busy cores share their caches: on two cores with a load of
-10 it has been seen 1.5 times as long. The kernel's part is told, because no program can do without it.
+10 it has been seen 1.5 times as long. The kernel's part is printed, because no program can do without it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Lengths are drawn for the 45 data sets of the release's mixture, whose names, si
 lengths are not: sets of Long-MR are named 16_32 and uniform in 16K..32K tokens, Long-VQA sets log-uniform in 1K..32K,
 MileBench sets log-uniform in 1K..16K; 40 to 90 % of a sample's tokens are visual. Ranks are compared by the cost that
 `data.balance` uses (`megatron_v2pe/data/samples/cost.py`, for InternVL2-2B). The release's packer gets the same
-draws in random order; its packs are dealt in turn.
+draws in random order; its packs are assigned in turn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dealing of tiles and normalisation of pixels."""
+"""Shares of tiles and normalisation of pixels."""
 
 import numpy as np
 import torch

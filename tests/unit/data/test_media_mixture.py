@@ -1,4 +1,4 @@
-"""Mixtures with videos and mixtures behind addresses, from annotation to packs."""
+"""Mixtures with videos and mixtures at remote addresses, from annotation to packs."""
 
 import json
 
@@ -124,7 +124,7 @@ def test_a_broken_video_is_a_bad_sample(films, caplog):
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
-def test_a_mixture_behind_addresses_gives_the_same_packs(filled, tmp_path, kind):
+def test_a_mixture_at_remote_addresses_gives_the_same_packs(filled, tmp_path, kind):
     """The meta json is local; annotation and images are read through fsspec."""
     local = [batch for step in filled.loader(filled.config(steps=6)) for batch in step]
     root = f"file://{tmp_path}" if kind == "file" else "memory://mixture"

@@ -54,7 +54,7 @@ def test_training_leaves_out_sentences_that_evaluation_has(tmp_path):
     shared = "This sentence is quoted in every single one of the files of this folder"
     (tmp_path / "texts").mkdir()
     for number in range(40):
-        text = f"{shared}. File number {number} goes on with words of its own until it ends."
+        text = f"{shared}. File number {number} continues with words of its own until it ends."
         (tmp_path / "texts" / f"{number}.md").write_text(text)
     summary = build_corpus(text_files(tmp_path / "texts"), store=tmp_path, held_out=0.3, on_file=lambda: None)
     assert summary.num_passages == 40

@@ -70,7 +70,7 @@ def test_missing_file_names_the_way_out(tmp_path):
 
 
 def test_absurd_size_is_refused_from_the_header(tmp_path):
-    """A header of 60000 x 60000 with no data behind it: refused before anything is decoded."""
+    """A header of 60000 x 60000 with no data after it: refused before anything is decoded."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "BMP")
     header = bytearray(buffer.getvalue())
@@ -117,7 +117,7 @@ ODD_MODES = [
     "LAB",
     "HSV",
     "CMYK",
-    "P with a colour left out",
+    "P with a transparent color",
     "1",
 ]
 
@@ -203,7 +203,7 @@ def test_jpeg_augmentation_changes_pixels(tmp_path):
     assert not np.array_equal(plain, augmented)
 
 
-def test_padding_to_a_square_uses_the_mean_colour(tmp_path):
+def test_padding_to_a_square_uses_the_mean_color(tmp_path):
     write_image(tmp_path / "a.png", 16, 8)
     single = TileGrid(columns=1, rows=1, has_thumbnail=False)
     color = mean_color("imagenet")

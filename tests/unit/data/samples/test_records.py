@@ -70,7 +70,7 @@ def test_roots_of_lists_and_of_web_addresses():
     ],
 )
 def test_a_video_becomes_a_line_for_each_frame(question, wanted):
-    """The lines of the release's evaluation, not those of its training code (its defect D23)."""
+    """The lines of the release's evaluation, not those of its training code."""
     parsed = parse({**record(question, "hi"), "video": "sub/v.mp4", "clip": [1, 2.5]})
     assert parsed.media == (VideoFile(path="images/sub/v.mp4", clip=(1.0, 2.5)),)
     lines = "Frame1: <image>\nFrame2: <image>\n"
