@@ -28,12 +28,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bench_support.step import Sizes, Step, best_seconds, machine, on_ranks, peak_bytes
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.batch.packed_batch import tile_share
 from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.parallel.feature_router import FeatureRouter, feature_route
 from megatron_v2pe.parallel.topology import ParallelPlan
-from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges_of_ranks
 from megatron_v2pe.v2pe.positions import visual_rows
 
 MIB = 2**20
@@ -146,28 +146,36 @@ def tile_table(sizes: Sizes, options: argparse.Namespace) -> bool:
 def loss_table(sizes: Sizes, options: argparse.Namespace) -> bool:
     """Chunked against plain cross entropy, forward and backward, by number of supervised tokens."""
     hidden, vocab, chunk = options.loss_hidden, options.loss_vocab, options.loss_chunk
-    print(f"cross entropy, forward + backward, hidden {hidden}, {vocab} words, chunks of {chunk}, float32")
+    print(
+        f"cross entropy, forward + backward, hidden {hidden}, vocabulary {vocab}, loss chunks of {chunk}, float32"
+    )
     met, beyond = True, []
     for rows in (1024, 2048, 4096):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, hidden, generator=generator, requires_grad=True)
-        words = (torch.randn(vocab, hidden, generator=generator) * 0.02).requires_grad_()
+        head = (torch.randn(vocab, hidden, generator=generator) * 0.02).requires_grad_()
         labels = torch.randint(0, vocab, (rows,), generator=generator)
         weights = torch.rand(rows, generator=generator)
 
-        def clear(x: torch.Tensor = x, words: torch.Tensor = words) -> None:
-            x.grad = words.grad = None
+        def clear(x: torch.Tensor = x, head: torch.Tensor = head) -> None:
+            x.grad = head.grad = None
 
-        def plain(x: Any = x, words: Any = words, labels: Any = labels, weights: Any = weights) -> None:
-            (F.cross_entropy(x @ words.t(), labels, reduction="none") * weights).sum().backward()
+        def plain(x: Any = x, head: Any = head, labels: Any = labels, weights: Any = weights) -> None:
+            (F.cross_entropy(x @ head.t(), labels, reduction="none") * weights).sum().backward()
 
-        def chunked(x: Any = x, words: Any = words, labels: Any = labels, weights: Any = weights) -> None:
+        def chunked(x: Any = x, head: Any = head, labels: Any = labels, weights: Any = weights) -> None:
             total, _ = weighted_cross_entropy(
-                x, words, labels, row_weights=weights, vocab_size=vocab, chunk=chunk, ports=HeadPorts()
+                x,
+                head,
+                labels,
+                row_weights=weights,
+                vocab_size=vocab,
+                loss_chunk_tokens=chunk,
+                ports=HeadPorts(),
             )
             total.backward()
 
-        gradients = (x.numel() + words.numel()) * 4
+        gradients = (x.numel() + head.numel()) * 4
         peaks, times = {}, {"plain": [], "chunked": []}
         for name, action in (("plain", plain), ("chunked", chunked)):
             peaks[name] = peak_bytes(action) - gradients
@@ -191,7 +199,7 @@ def loss_table(sizes: Sizes, options: argparse.Namespace) -> bool:
             flush=True,
         )
     growth = (beyond[-1] - beyond[0]) / (3072 * vocab * 4)
-    print(f"  growth of the chunked peak: {growth:.4f} of tokens x words x 4 bytes (0 is independent)")
+    print(f"  growth of the chunked peak: {growth:.4f} of tokens x vocabulary x 4 bytes (0 is independent)")
     return met and growth < 0.02
 
 
@@ -202,12 +210,13 @@ def written_bytes() -> int:
 
 
 def routed(sizes: Sizes, hidden: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Bytes to other ranks, forward and backward: handed to all_to_all_single, and written to sockets."""
+    """Bytes to other ranks, forward and backward: given to all_to_all_single, and written to sockets."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plan = ParallelPlan(cp=world_size)
     layout = sizes.layout(pad_to_multiple=plan.pad_to_multiple)
-    route = feature_route(layout, plan=plan, tile_rank=rank, device=torch.device("cpu"))
-    first, stop = deal_tiles(layout.num_tiles, world_size, rank)
+    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+    route = feature_route(layout, shards, plan=plan, tile_rank=rank, device=torch.device("cpu"))
+    first, stop = tile_share(layout.num_tiles, world_size, rank)
     features = torch.randn((stop - first) * layout.tokens_per_tile, hidden, dtype=dtype, requires_grad=True)
     router, calls = FeatureRouter(dist.group.WORLD), []
     real = dist.all_to_all_single
@@ -240,7 +249,7 @@ def moving_rows(sizes: Sizes, cp: int) -> np.ndarray:
     for rank in range(cp):
         owner_of_token[shard_indices(layout.cu_seqlens, cp=cp, cp_rank=rank)] = rank
     encoder_of_tile = np.concatenate(
-        [np.full(np.diff(deal_tiles(layout.num_tiles, cp, rank)), rank) for rank in range(cp)]
+        [np.full(np.diff(tile_share(layout.num_tiles, cp, rank)), rank) for rank in range(cp)]
     )
     moves = np.zeros((cp, cp), dtype=np.int64)
     np.add.at(moves, (encoder_of_tile[rows // layout.tokens_per_tile], owner_of_token[slots]), 1)

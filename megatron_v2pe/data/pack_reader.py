@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_v2pe.batch.packed_batch import PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import PackedBatch, tile_share
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
@@ -57,7 +57,7 @@ class TileShare:
 
     def __call__(self, num_tiles: int) -> tuple[int, int]:
         """Half-open tile range for a pack of `num_tiles`."""
-        return deal_tiles(num_tiles, self.num_ranks, self.rank) if self.holds_vision else (0, 0)
+        return tile_share(num_tiles, self.num_ranks, self.rank) if self.holds_vision else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -80,17 +80,15 @@ class EngineAnswerer:
         mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
         if self._engine is None or self._mode != mode:
             self.close()  # one model in memory at a time
-            mean, std = NORMALIZATION[self._settings.normalize_type]
             self._engine = Engine.load(
                 self._checkpoint,
                 mode=mode,
-                mean=mean,
-                std=std,
+                norm=NORMALIZATION[self._settings.normalize_type],
                 dtype=self._dtype,
                 parallel=self._parallel,
             )
             self._mode = mode
-        plan, ranks = self._engine.plan, self._engine.ranks
+        plan, ranks = self._engine.context.plan, self._engine.context.ranks
         is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
         return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_v2pe.assembly.optimizer import wrap_for_training
-from megatron_v2pe.assembly.rank_shapes import rank_model
+from megatron_v2pe.assembly.rank_model import rank_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan

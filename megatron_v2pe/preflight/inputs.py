@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.convert import open_hf
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
@@ -15,7 +15,7 @@ from megatron_v2pe.data.sources import storage
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
 from megatron_v2pe.preflight.findings import Finding
 
-LOOKED_AT = 4  # samples with images of each data set
+PICTURED = 4  # samples with images of each data set
 LINES = 64  # read of each at most
 
 
@@ -49,7 +49,7 @@ def _decode_images(entry: DatasetEntry, *, max_pixels: int) -> int:
     if not records:
         raise DataError(f"{entry.annotation}: is empty; a data set needs at least one sample")
     pictures = [[each.path for each in record.media if isinstance(each, ImageFile)] for record in records]
-    paths = [path for own in [own for own in pictures if own][:LOOKED_AT] for path in own]
+    paths = [path for own in [own for own in pictures if own][:PICTURED] for path in own]
     for path in paths:
         with open_image(path, max_pixels=max_pixels) as image:
             image.load()

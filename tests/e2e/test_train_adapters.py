@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.adapter_record import RECORD_FILE
 from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.retention import step_path
@@ -115,8 +115,7 @@ def logits(checkpoint, image):
     settings = sample_settings(RunConfig(), arch, hf_path(checkpoint))
     turns = [Turn(role="human", value="What is on the page?")]
     prompt = build_prompt(turns, [str(image)], settings=settings, stride=4)
-    mean, std = NORMALIZATION["imagenet"]
-    engine = Engine.load(checkpoint, mode="v2pe_fixed", mean=mean, std=std)
+    engine = Engine.load(checkpoint, mode="v2pe_fixed", norm=NORMALIZATION["imagenet"])
     steps = list(engine.stream(prompt, max_new_tokens=3, stop_ids=()))
     shutdown()
     return torch.stack([step.logits for step in steps])
@@ -186,7 +185,7 @@ def refused(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_mistakes_are_told(setup, tmp_path, capsys):
+def test_mistakes_are_reported(setup, tmp_path, capsys):
     root, config, _ = setup
     run_dir, adapters = f"runtime.run_dir={root / 'run'}", step_path(root / "run", 5)
     # resumed with other adapters
@@ -215,14 +214,14 @@ def test_mistakes_are_told(setup, tmp_path, capsys):
     assert "has one file" in message
 
 
-def test_a_base_that_is_gone_or_another_is_told(setup, tmp_path, capsys):
+def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
     root, _, _ = setup
     shutil.copytree(step_path(root / "run", 5), tmp_path / "run" / "checkpoints" / "step_00000005")
     adapters = tmp_path / "run" / "checkpoints" / "step_00000005"
     export = ("export-hf", adapters, tmp_path / "hf")
     (root / "base").rename(root / "elsewhere")
     try:
-        assert f"holds adapters of {root / 'base'}, which is not there" in refused(capsys, *export)
+        assert f"holds adapters of {root / 'base'}, which does not exist" in refused(capsys, *export)
         # moved together with the run, at the same relative place
         shutil.copytree(root / "elsewhere", tmp_path / "base")
         assert main([str(argument) for argument in export]) == 0

@@ -1,4 +1,4 @@
-"""How long training stands still for checkpoints, and what a write beside it costs; for bench_run.py.
+"""How long training waits for checkpoints, and what a write beside it costs; for bench_run.py.
 
     rounds of:  10 steps without a save | 10 and a save that training waits for | 10 and a save in the background
 
@@ -20,7 +20,7 @@ from typing import Any
 from bench_support.step import Sizes, Step
 
 from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
-from megatron_v2pe.checkpoint.files.folder import write_layout
+from megatron_v2pe.checkpoint.files.weights_layout import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.train.saving import Saver
@@ -71,7 +71,7 @@ def measure(work: str, hidden: int, layers: int, step_seconds: float, rounds: in
             block = _block(training, savers.get(mode), number=number)
             if number:  # the first round touches memory for the first time
                 blocks[mode].append(block)
-    gradients = sum(p.numel() for p in training.trainer.chunks[0].parameters())
+    gradients = sum(p.numel() for p in training.trainer.model_chunks[0].parameters())
     return {"tokens": tokens, "parameters": gradients, "blocks": blocks}
 
 
@@ -106,7 +106,7 @@ def _saver(training: _Training, work: Path, mode: str) -> Saver:
 
 
 def _block(training: _Training, saver: Saver | None, *, number: int) -> Block:
-    """Ten steps; a save falls due behind the first."""
+    """Ten steps; a save falls due after the first."""
     steps_s, steps_cpu_s, stall_s, stall_cpu_s = 0.0, 0.0, 0.0, 0.0
     for step in range(number * EVERY, (number + 1) * EVERY):
         started, started_cpu = time.perf_counter(), time.thread_time()
@@ -114,7 +114,7 @@ def _block(training: _Training, saver: Saver | None, *, number: int) -> Block:
         stopped, stopped_cpu = time.perf_counter(), time.thread_time()
         steps_s, steps_cpu_s = steps_s + stopped - started, steps_cpu_s + stopped_cpu - started_cpu
         if saver is not None:
-            state = RunState(step=step, consumed_packs=0, data_seed=0, data_hash="", config_hash="")
+            state = RunState(step=step, consumed_packs=0, data_seed=0, data_hash="")
             if step:  # step 0 is no step of a run
                 saver.after_step(state, is_interrupted=False)
             stall_s += time.perf_counter() - stopped
@@ -141,7 +141,7 @@ def report(ranks: list[dict[str, Any]]) -> bool:
     cpu = _median(ranks, "none", lambda block: block.steps_cpu_s)
     print(f"{EVERY} steps without a save: {wall:.2f} s, {cpu:.2f} s of processor time (medians of blocks)")
     print(
-        "save         stands still   of 10 steps   processor time   of 10 steps   of one   steps beside it (cpu)"
+        "save            waited      of 10 steps   processor time   of 10 steps   of one   steps beside it (cpu)"
     )
     shares = {}
     for mode in MODES[1:]:

@@ -1,7 +1,7 @@
 """One training step of a small InternVL2 with random weights, and how much memory it takes; for bench_memory.py.
 
     Sizes --architecture--> build_model --> DDP, optimizer        (nothing is read from disk)
-    Pack of text and tiles --shard_batch--> schedule: forward and backward
+    Pack of text and tiles --BatchSharder--> schedule: forward and backward
 
 Memory is counted by torch's profiler, which sees every allocation and release of torch's CPU allocator, temporaries
 inside operators included. `peak_bytes` is the most that was allocated at a time beyond what was there at the start, so
@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_share
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.parallel.shard_batch import shard_batch
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.v2pe.layout import PackLayout, SampleLayout, pack_layout
@@ -106,7 +106,7 @@ class Sizes:
         """The pack as the loader would hand it to a rank: random tokens and pixels."""
         layout = self.layout(pad_to_multiple=plan.pad_to_multiple)
         generator = np.random.default_rng(0)
-        share = deal_tiles(self.tiles, plan.tile_ranks, tile_rank)
+        share = tile_share(self.tiles, plan.tile_ranks, tile_rank)
         tokens = generator.integers(0, self.vocab, layout.num_tokens)
         labels = np.roll(tokens, -1)
         labels[: round((1 - self.supervised) * len(labels))] = IGNORE_INDEX
@@ -142,27 +142,24 @@ class Step:
     def __post_init__(self) -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.plan = resolve(self.config.parallel, world_size)
-        self.ranks = init_distributed(self.plan, seed=0)
-        chunks = build_model(self.config, self.sizes.architecture(), plan=self.plan, ranks=self.ranks)
+        context = init_distributed(self.plan, seed=0)
+        self.ranks = context.ranks
+        (model,) = build_model(self.config, self.sizes.architecture(), context)
         with torch.no_grad():
-            for parameter in chunks[0].parameters():
+            for parameter in model.parameters():
                 parameter.normal_(0.0, 0.02)
         if self.change is not None:
-            self.change(chunks[0])
-        self.wrapped = wrap_data_parallel(chunks, self.config, shard_gradients=True)
+            self.change(model)
+        self.wrapped = wrap_data_parallel([model], self.config, shard_gradients=True)
         self.wrapped[0].train()
         self.batch = self.sizes.pack(self.plan, self.ranks.tile_rank)
         is_half = self.config.runtime.dtype == "bfloat16"
-        shard = partial(
-            shard_batch,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
+        sharder = BatchSharder(
+            context=context,
             dtype=torch.bfloat16 if is_half else torch.float32,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
+            norm=PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         )
-        self.runner = MicroBatchRunner(shard=shard, device=self.ranks.device)
+        self.runner = MicroBatchRunner(shard=sharder.shard, device=self.ranks.device)
         attach(self.runner, self.wrapped)
 
     def __call__(self) -> None:

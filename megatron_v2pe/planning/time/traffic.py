@@ -109,7 +109,7 @@ def router_bytes(setting: Setting) -> float:
     ranks = plan.tile_ranks
     features = setting.tiles * arch.tokens_per_tile * arch.language.hidden_size * e
     total = 2 * (ranks - 1) / ranks * features
-    if plan.sequence_parallel and not plan.deals_tiles_over_tp:
+    if plan.sequence_parallel and not plan.shares_tiles_over_tp:
         total += 2 * (plan.tp - 1) / plan.tp * features
     return total
 

@@ -121,8 +121,7 @@ def _pixel_row(name: str, ours: EncodedSample, case: dict[str, Any]) -> Row:
     tiles = load_tile_range(
         ours.media, image_size=case["image_size"], tile_range=(0, ours.layout.total_tiles)
     )
-    mean, std = NORMALIZATION["imagenet"]
-    pixels: NDArray[np.float32] = normalize_tiles(torch.from_numpy(tiles), mean=mean, std=std).numpy()
+    pixels: NDArray[np.float32] = normalize_tiles(torch.from_numpy(tiles), NORMALIZATION["imagenet"]).numpy()
     if hashlib.sha256(pixels.tobytes()).hexdigest() == case["pixel_sha256_float32"]:
         return compared(name, "pixels", error=0.0, tolerance=0.0, detail="sha256")
     error = abs(float(pixels.mean(dtype=np.float64)) - case["pixel_mean"])

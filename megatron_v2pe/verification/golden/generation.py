@@ -42,8 +42,6 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
         engine = Engine.load(
             checkpoint,
             mode="default" if case["version"] == "default" else "v2pe_fixed",
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
             parallel=fitting_layers(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
         )
         yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)

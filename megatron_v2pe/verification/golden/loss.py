@@ -93,7 +93,7 @@ def _weighted_loss(rank: dict[str, Tensor]) -> Tensor:
         rank["labels"][supervised],
         row_weights=rank["weights"][supervised],
         vocab_size=vocab_size,
-        chunk=CHUNK,
+        loss_chunk_tokens=CHUNK,
         ports=HeadPorts(),
     )
     return total

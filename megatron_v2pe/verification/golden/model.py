@@ -1,7 +1,7 @@
 """Forward, loss and gradients of whole models, through the code that `import-hf` and `train` run.
 
     ckpt/<key> --import_hf--> checkpoint --load_model_weights--> this rank's stage
-    case --collate_pack, shard_batch--> LocalBatch --mcore schedule--> hidden, losses, gradients
+    case --collate_pack, BatchSharder--> LocalBatch --mcore schedule--> hidden, losses, gradients
     --gathered over ranks--> compared with forward/<key>.safetensors
 
 Tolerances are those of the golden FORMAT: twice to twenty times what a float64 run of the same code differs by.
@@ -16,18 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.parallel.collect import gather_tokens, worst_over_ranks
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.collect import gather_tokens, max_error_over_ranks
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.verification.golden.cases import Case, ForwardFile, to_unpadded
 from megatron_v2pe.verification.golden.checkpoints import Imported, fitting_layers, imported_checkpoints
@@ -43,13 +42,13 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
     """All forward cases; see `rows` for the contract of a model group."""
     plan = resolve(parallel, launcher().world_size)
     checkpoints = imported_checkpoints(folder, family)  # before the world is joined
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(plan, seed=0)
     for path in sorted((folder / "forward").glob("*.json")):
         if path.stem in checkpoints:
             file = ForwardFile.open(folder, path)
-            yield from run_file(file, checkpoints[file.key], parallel=parallel, plan=plan, ranks=ranks)
+            yield from run_file(file, checkpoints[file.key], parallel=parallel, context=context)
     if plan.world_size == 1:
-        yield from vision_rows(folder, checkpoints, plan=plan, ranks=ranks)
+        yield from vision_rows(folder, checkpoints, context)
 
 
 def run_file(
@@ -57,8 +56,7 @@ def run_file(
     checkpoint: Imported,
     *,
     parallel: ParallelConfig,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    context: ParallelContext,
 ) -> Iterator[Row]:
     """All cases of one checkpoint."""
     for case in file.cases():
@@ -66,7 +64,7 @@ def run_file(
             reason = str(checkpoint).splitlines()[0]
             yield unsupported(f"model/{file.key}/{case.name}", "all", reason=reason)
         else:
-            yield from CaseRun(case, checkpoint, parallel=parallel, plan=plan, ranks=ranks).rows()
+            yield from CaseRun(case, checkpoint, parallel=parallel, context=context).rows()
 
 
 class CaseRun:
@@ -76,14 +74,17 @@ class CaseRun:
         case: what to run.
         checkpoint: imported weights.
         parallel: the plan as configured.
-        plan: the plan as resolved.
-        ranks: this rank's place.
+        context: the plan as resolved, and this rank's place.
     """
 
     def __init__(
-        self, case: Case, checkpoint: Path, *, parallel: ParallelConfig, plan: ParallelPlan, ranks: Ranks
+        self, case: Case, checkpoint: Path, *, parallel: ParallelConfig, context: ParallelContext
     ) -> None:
-        self.case, self.plan, self.ranks = case, plan, ranks
+        self.case = case
+        self.context = context
+        self.plan = context.plan
+        self.ranks = context.ranks
+        self.sharder = BatchSharder(context=context, dtype=torch.float32)
         self.name = f"model/{case.file.key}/{case.name}"
         # The strides themselves come with the case; this says whether positions may be fractions.
         is_default = case.mode == "default"
@@ -93,8 +94,7 @@ class CaseRun:
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
-        self.chunks: list[InternVL] = build_model(self.config, self.arch, plan=plan, ranks=ranks)
-        load_model_weights(checkpoint, self.chunks, ranks=ranks)
+        self.chunks: list[InternVL] = load_model(checkpoint, self.config, self.arch, context)
         self.wrapped = wrap_data_parallel(self.chunks, self.config, shard_gradients=False)
 
     def rows(self) -> Iterator[Row]:
@@ -109,19 +109,10 @@ class CaseRun:
         yield from self._compare_reductions(losses)
 
     def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
-        local = shard_batch(
-            pack,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
-            dtype=torch.float32,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            encodes_tiles=encodes_tiles,
-        )
+        local = self.sharder.shard(pack, encodes_tiles=encodes_tiles)
         if not encodes_tiles:
             return local
-        start, stop = deal_tiles(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
+        start, stop = tile_share(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
         return dataclasses.replace(local, pixels=self.case.pixels()[start:stop].to(self.ranks.device))
 
     def _shard_unlabelled(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
@@ -141,11 +132,11 @@ class CaseRun:
     def _gather(self, local: Tensor | None, pack: PackedBatch, width: tuple[int, ...]) -> Tensor:
         """Rows of all ranks without padding, on the CPU, where the recorded numbers are."""
         cu_seqlens = pack.layout.cu_seqlens
-        whole = gather_tokens(local, cu_seqlens=cu_seqlens, width=width, cp=self.plan.cp, ranks=self.ranks)
+        whole = gather_tokens(local, cu_seqlens=cu_seqlens, width=width, context=self.context)
         return to_unpadded(whole.cpu(), pack)
 
     def _compare_hidden_states(self, pack: PackedBatch) -> Iterator[Row]:
-        """The decoder's input, each layer's output, and the final norm's, which stands in the last one's place."""
+        """The decoder's input, each layer's output, and the final norm's, which replaces the last one's."""
         decoder = self.chunks[0].language.decoder
         states: list[Tensor] = []
         first = decoder.layers[0].register_forward_pre_hook(
@@ -171,7 +162,7 @@ class CaseRun:
         logits = self._gather(local, pack, (self.arch.language.vocab_size,))
         error = (logits[self.case.wanted("logit_rows")] - self.case.wanted("logits")).abs().max()
         tolerance = self.case.tolerance("logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
-        worst = worst_over_ranks(float(error), ranks=self.ranks)
+        worst = max_error_over_ranks(float(error), ranks=self.ranks)
         return compared(self.name, "logits", error=worst, tolerance=tolerance)
 
     def _train_pass(self, pack: PackedBatch) -> Tensor:
@@ -186,12 +177,12 @@ class CaseRun:
 
     def _compare_losses(self, pack: PackedBatch, losses: Tensor) -> Iterator[Row]:
         wanted = self.case.wanted("per_token_loss")
-        error = worst_over_ranks(float((losses[:-1] - wanted).abs().max()), ranks=self.ranks)
+        error = max_error_over_ranks(float((losses[:-1] - wanted).abs().max()), ranks=self.ranks)
         tolerance = self.case.tolerance("per_token_loss_maxabs", floor=LOSS_FLOOR)
         yield compared(self.name, "per_token_loss", error=error, tolerance=tolerance)
         weights = to_unpadded(torch.from_numpy(pack.loss_weights), pack)
         mean = (losses * weights).sum() / weights.sum()
-        error = worst_over_ranks(abs(float(mean - self.case.wanted("mean_loss"))), ranks=self.ranks)
+        error = max_error_over_ranks(abs(float(mean - self.case.wanted("mean_loss"))), ranks=self.ranks)
         yield compared(
             self.name, "mean_loss", error=error, tolerance=self.case.tolerance("loss_abs", floor=LOSS_FLOOR)
         )

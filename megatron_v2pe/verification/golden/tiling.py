@@ -103,9 +103,8 @@ def _medium(path: Path, case: dict[str, Any]) -> MediumTiles:
 
 def normalized_tiles(file: MediumTiles, *, image_size: int, normalize_type: Any) -> NDArray[np.float32]:
     """All tiles of an image as the model gets them, float32 [n, 3, S, S]."""
-    mean, std = NORMALIZATION[normalize_type]
-    tiles = torch.from_numpy(load_tile_range([file], image_size=image_size, tile_range=(0, file.num_tiles)))
-    return normalize_tiles(tiles, mean=mean, std=std).numpy()
+    tiles = load_tile_range([file], image_size=image_size, tile_range=(0, file.num_tiles))
+    return normalize_tiles(torch.from_numpy(tiles), NORMALIZATION[normalize_type]).numpy()
 
 
 def _shape_row(name: str, ours: NDArray[np.float32], case: dict[str, Any]) -> Row:

@@ -14,15 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.checkpoint.files.folder import hf_path
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.projector import pixel_shuffle
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import Imported
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
@@ -31,18 +30,15 @@ VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code 
 POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 
-def load_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternVL:
+def load_whole_model(checkpoint: Path, context: ParallelContext) -> InternVL:
     """The model of an imported checkpoint on one rank, in float32."""
     arch = read_architecture(hf_path(checkpoint))
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
-    chunks = build_model(config, arch, plan=plan, ranks=ranks)
-    load_model_weights(checkpoint, chunks, ranks=ranks)
-    return chunks[0].eval()
+    (model,) = load_model(checkpoint, config, arch, context)
+    return model.eval()
 
 
-def vision_rows(
-    folder: Path, checkpoints: Mapping[str, Imported], *, plan: ParallelPlan, ranks: Ranks
-) -> Iterator[Row]:
+def vision_rows(folder: Path, checkpoints: Mapping[str, Imported], context: ParallelContext) -> Iterator[Row]:
     """Tower and projector on each file's pool of tiles, and on tiles of another size."""
     for key, checkpoint in checkpoints.items():
         path = folder / "forward" / f"{key}.json"
@@ -52,11 +48,11 @@ def vision_rows(
             yield unsupported(f"model/{key}/vision", "all", reason=str(checkpoint).splitlines()[0])
             continue
         with torch.no_grad():
-            model = load_model(checkpoint, plan=plan, ranks=ranks)
-            yield from _tower_rows(ForwardFile.open(folder, path), model, device=ranks.device)
+            model = load_whole_model(checkpoint, context)
+            yield from _tower_rows(ForwardFile.open(folder, path), model, device=context.ranks.device)
     path = folder / "forward" / "vision_resize.json"
     if path.exists():
-        yield from _resize_rows(path, checkpoints, plan=plan, ranks=ranks)
+        yield from _resize_rows(path, checkpoints, context)
 
 
 def _tower_rows(file: ForwardFile, model: InternVL, *, device: torch.device) -> Iterator[Row]:
@@ -80,9 +76,7 @@ def _tower_rows(file: ForwardFile, model: InternVL, *, device: torch.device) -> 
     yield _row(name, "mlp1_out", model.projector(hidden), file.tensor("vision/mlp1_out"))
 
 
-def _resize_rows(
-    path: Path, checkpoints: Mapping[str, Imported], *, plan: ParallelPlan, ranks: Ranks
-) -> Iterator[Row]:
+def _resize_rows(path: Path, checkpoints: Mapping[str, Imported], context: ParallelContext) -> Iterator[Row]:
     tensors = load_file(path.with_suffix(".safetensors"))
     for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
         name, checkpoint = f"model/vision_resize/{case['name']}", checkpoints.get(case["ckpt"])
@@ -90,8 +84,8 @@ def _resize_rows(
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
         elif checkpoint is not None:  # else the family was not asked for
             with torch.no_grad():
-                model = load_model(checkpoint, plan=plan, ranks=ranks)
-                yield from _resized(name, model, case, tensors, device=ranks.device)
+                model = load_whole_model(checkpoint, context)
+                yield from _resized(name, model, case, tensors, device=context.ranks.device)
 
 
 def _resized(

@@ -1,6 +1,6 @@
 """Our model on this layout's ranks, with what each stage gave, put together on every rank.
 
-    checkpoint --load_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
+    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local pieces
     pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
 Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
@@ -16,19 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.collect import gather_slices, gather_tiles, gather_tokens
-from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.train.forward_step import MicroBatchRunner
 from megatron_v2pe.verification.numerics.inputs import Inputs
 
@@ -65,8 +62,7 @@ class CapturedRun:
         checkpoint: checkpoint folder.
         arch: its architecture.
         config: the run: layout, positions, dtype.
-        plan: the layout as resolved.
-        ranks: this rank's place.
+        context: the layout as resolved, and this rank's place.
         inputs: what the model is given.
         wanted: names of stages to keep.
     """
@@ -77,16 +73,19 @@ class CapturedRun:
         arch: InternVLArchitecture,
         config: RunConfig,
         *,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        context: ParallelContext,
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
-        config = dataclasses.replace(config, lora=adapters_of(checkpoint))
-        self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
-        self.inputs, self.wanted = inputs, wanted
-        self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)
-        load_weights(checkpoint, self.chunks, ranks=ranks)
+        self.arch = arch
+        self.config = config
+        self.context = context
+        self.plan = context.plan
+        self.ranks = context.ranks
+        self.inputs = inputs
+        self.wanted = wanted
+        self.sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype])
+        self.chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:
@@ -108,22 +107,12 @@ class CapturedRun:
 
     def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
         """This rank's share, without labels, so that the last stage gives hidden states."""
-        dtype = DTYPES[self.config.runtime.dtype]
-        local = shard_batch(
-            pack,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
-            dtype=dtype,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            encodes_tiles=encodes_tiles,
-        )
+        local = self.sharder.shard(pack, encodes_tiles=encodes_tiles)
         local = dataclasses.replace(local, labels=None, loss_weights=None)
         if not encodes_tiles:
             return local
-        start, stop = deal_tiles(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
-        pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=dtype)
+        start, stop = tile_share(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
+        pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=self.sharder.dtype)
         return dataclasses.replace(local, pixels=pixels)
 
     def _hooks(self, chunk: InternVL) -> list[Any]:
@@ -176,15 +165,14 @@ class CapturedRun:
                 local,
                 num_tiles=pack.num_tiles,
                 width=width,
-                tile_ranks=self.plan.tile_ranks,
-                ranks=self.ranks,
+                context=self.context,
             )
             return tiles.flatten(0, 1) if name == PROJECTOR else tiles
         if local is not None and self.plan.sequence_parallel and name != LOGITS:
             local = gather_slices(local, ranks=self.ranks)
         size = arch.language.vocab_size if name == LOGITS else arch.language.hidden_size
         cu_seqlens = pack.layout.cu_seqlens
-        rows = gather_tokens(local, cu_seqlens=cu_seqlens, width=(size,), cp=self.plan.cp, ranks=self.ranks)
+        rows = gather_tokens(local, cu_seqlens=cu_seqlens, width=(size,), context=self.context)
         unpadded = [
             rows[start : start + n] for start, n in zip(cu_seqlens, self.inputs.lengths, strict=False)
         ]

@@ -1,0 +1,124 @@
+"""The tables of `families`, filled in for one architecture and inverted by code: names, shapes, transforms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import Tensor
+
+from megatron_v2pe.checkpoint.hf.families.registry import model_tables
+from megatron_v2pe.checkpoint.hf.rules import Rule
+from megatron_v2pe.checkpoint.hf.transforms import Transform
+from megatron_v2pe.config.architecture import InternVLArchitecture
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule with its layer number filled in: the tensors of one parameter of ours.
+
+    Attributes:
+        hf: Hugging Face names, in the order of the arguments of the transform.
+        ours: our name.
+        hf_shapes: shape of each Hugging Face tensor.
+        transform: between the two.
+    """
+
+    hf: tuple[str, ...]
+    ours: str
+    hf_shapes: tuple[tuple[int, ...], ...]
+    transform: Transform
+
+    def to_hf(self, stored: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors of a stored one, without padding.
+
+        Rows and columns that a run added (vocabulary, heads of a split vision tower) come after the real ones.
+        """
+        if len(self.hf) == 1:
+            stored = stored[tuple(slice(size) for size in self.hf_shapes[0])]
+        return self.transform.to_hf(stored)
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The table of one architecture.
+
+    Attributes:
+        by_ours: our parameter name -> its entry.
+        by_hf: Hugging Face tensor name -> the entry it is a part of.
+        dropped: pattern of Hugging Face names that are left out -> why.
+    """
+
+    by_ours: dict[str, Entry]
+    by_hf: dict[str, Entry]
+    dropped: dict[re.Pattern[str], str] = field(default_factory=dict)
+
+    def hf_shape(self, hf_name: str) -> tuple[int, ...]:
+        """Shape that the architecture gives to a Hugging Face tensor."""
+        entry = self.by_hf[hf_name]
+        return entry.hf_shapes[entry.hf.index(hf_name)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all Hugging Face tensors that are kept."""
+        return sum(prod(shape) for entry in self.by_ours.values() for shape in entry.hf_shapes)
+
+    def drop_reason(self, hf_name: str) -> str:
+        """Why a tensor is left out; empty when it is not."""
+        return next((why for pattern, why in self.dropped.items() if pattern.fullmatch(hf_name)), "")
+
+
+def family_name(arch: InternVLArchitecture) -> str:
+    """Language and vision family as one name, for reports and `checkpoint.json`."""
+    vision = "vit300m" if arch.vision.norm_type == "layer_norm" else "vit6b"
+    return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
+
+
+def name_map(arch: InternVLArchitecture) -> NameMap:
+    """Fill in the tables for an architecture."""
+    sizes = _sizes(arch)
+    entries: list[Entry] = []
+    dropped: dict[re.Pattern[str], str] = {}
+    for rules, num_layers in model_tables(arch):
+        for rule in rules:
+            if rule.reason:
+                patterns = (re.escape(name).replace(r"\{i\}", r"\d+") for name in rule.hf)
+                dropped.update({re.compile(pattern): rule.reason for pattern in patterns})
+            else:
+                entries.extend(_expand(rule, num_layers, sizes, rule.transform(arch)))
+    by_hf = {name: entry for entry in entries for name in entry.hf}
+    return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
+
+
+def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
+    vision, language = arch.vision, arch.language
+    return {
+        "C": vision.hidden_size,
+        "3C": 3 * vision.hidden_size,
+        "M": vision.ffn_size,
+        "P": vision.num_positions,
+        "S": vision.patch_size,
+        "K": arch.projector_width,
+        "H": language.hidden_size,
+        "F": language.ffn_size,
+        "2F": 2 * language.ffn_size,
+        "A": language.num_heads * language.head_dim,
+        "B": language.num_kv_heads * language.head_dim,
+        "QKV": (language.num_heads + 2 * language.num_kv_heads) * language.head_dim,
+        "V": language.vocab_size,
+    }
+
+
+def _expand(rule: Rule, num_layers: int, sizes: dict[str, int], transform: Transform) -> Iterable[Entry]:
+    shapes = [
+        tuple(sizes[size] if size in sizes else int(size) for size in shape.split())
+        for shape in rule.shape.split("|")
+    ]
+    if len(shapes) == 1:
+        shapes *= len(rule.hf)
+    for i in range(num_layers) if "{i}" in rule.ours else (0,):
+        names = tuple(name.replace("{i}", str(i)) for name in rule.hf)
+        ours = rule.ours.replace("{i}", str(i))
+        yield Entry(hf=names, ours=ours, hf_shapes=tuple(shapes), transform=transform)
