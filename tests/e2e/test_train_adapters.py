@@ -16,9 +16,9 @@ from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.records import Turn
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
 from megatron_v2pe.parallel.topology import shutdown
