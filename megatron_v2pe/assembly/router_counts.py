@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,23 +36,43 @@ class RouterTotals:
     aux_loss: Tensor
     z_loss: Tensor
 
+    def numbers(self, weight_sum: float) -> dict[str, Any]:
+        """Numbers of metrics.jsonl; a load is the tokens of an expert over the mean of its layer, 1 is even.
 
-def take_router_totals(chunks: Sequence[InternVL], *, ranks: Ranks) -> RouterTotals | None:
+        Args:
+            weight_sum: loss weight of the global batch.
+        """
+        loads = self.tokens.amax(1) / self.tokens.mean(1).clamp(min=1.0)
+        busiest = int(loads.argmax())
+        return {
+            "aux_loss": float(self.aux_loss.mean()) / weight_sum,
+            "z_loss": float(self.z_loss.mean()) / weight_sum,
+            "expert_load_max": float(loads[busiest]),
+            "expert_load_by_layer": {
+                str(layer): round(load, 3) for layer, load in zip(self.layers, loads.tolist(), strict=True)
+            },
+            "busiest_layer": self.layers[busiest],
+            "tokens_per_expert": {str(e): int(n) for e, n in enumerate(self.tokens[busiest].tolist())},
+            "drop_rate": float(self.dropped.sum()) / max(float(self.tokens.sum()), 1.0),
+        }
+
+
+def take_router_totals(model_chunks: Sequence[InternVL], *, ranks: Ranks) -> RouterTotals | None:
     """Add up what was counted, and start anew; None for a model without experts. Collective.
 
     Args:
-        chunks: bare model chunks of this rank.
+        model_chunks: bare, of this rank.
         ranks: this rank's place.
     """
-    num_experts = chunks[0].config.num_moe_experts
+    num_experts = model_chunks[0].config.num_moe_experts
     if num_experts is None:
         return None
-    layers = [number for number, sparse in enumerate(chunks[0].config.moe_layer_freq) if sparse]
+    layers = [number for number, sparse in enumerate(model_chunks[0].config.moe_layer_freq) if sparse]
     sums = torch.zeros(len(layers), num_experts + 3, dtype=torch.float64, device=ranks.device)
     # The ranks that share a pack counted the same.
     is_counted = ranks.tp_rank == 0 and ranks.cp_rank == 0
-    for chunk in chunks:
-        for layer in chunk.language.decoder.layers:
+    for model_chunk in model_chunks:
+        for layer in model_chunk.language.decoder.layers:
             counts: RouterCounts | None = layer.mlp.router.counts if layer.is_moe_layer else None
             if counts is None:
                 continue

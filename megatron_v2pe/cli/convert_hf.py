@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_dtype, add_format
-from megatron_v2pe.cli.progress import shared_progress
-from megatron_v2pe.cli.sizes import parse_size
+from megatron_v2pe.cli.arguments import add_cast, add_format, parse_size, shared_progress
 from megatron_v2pe.core.env import launcher
 
 NAME = "convert-hf"
@@ -26,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     parser.add_argument("--max-shard-size", default="", help="largest weight file, like 5GB (default)")
     add_format(parser, "the one that the source does not have")
-    add_dtype(parser)
+    add_cast(parser)
 
 
 def run(args: argparse.Namespace) -> int:
