@@ -172,6 +172,6 @@ def test_stages_of_a_layout():
     model_chunks = [model_chunks_of_rank(parallel, 6, ParallelPlan(pp=2, vpp=2), rank) for rank in range(2)]
     assert model_chunks[0] == (
         ModelChunk(num_layers=0, is_first=True, is_last=False),
-        ModelChunk(num_layers=1, is_first=False, is_last=False),
+        ModelChunk(num_layers=1, is_first=False, is_last=False, first_layer=2),
     )
-    assert model_chunks[1][1] == ModelChunk(num_layers=3, is_first=False, is_last=True)
+    assert model_chunks[1][1] == ModelChunk(num_layers=3, is_first=False, is_last=True, first_layer=3)
