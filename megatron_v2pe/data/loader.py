@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
@@ -224,6 +225,9 @@ def _torch_loader(
         collate_fn=_unchanged,
         multiprocessing_context=worker_context(__name__) if num_workers else None,
         worker_init_fn=_start_worker,
+        # Of its own: DataLoader draws a seed when it is iterated, and from the global generator that draw would move
+        # drop path and dropout of a resumed run, whose generators were restored before.
+        generator=torch.Generator().manual_seed(config.runtime.seed),
     )
 
 
