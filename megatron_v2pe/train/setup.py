@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -36,9 +35,16 @@ from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.media.images import NORMALIZATION
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.topology import (
+    ParallelContext,
+    ParallelPlan,
+    Ranks,
+    init_distributed,
+    resolve,
+    shutdown,
+)
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
@@ -148,7 +154,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
         startup.done("checks")
-        ranks = stack.enter_context(_world(config, plan))
+        context = stack.enter_context(_world(config, plan))
+        ranks = context.ranks
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
         startup.done("process groups")
@@ -157,10 +164,10 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         logger.info("%s", _introduction(config, arch, plan=plan, resume_from=resume_from))
         resume_from = _verified(config, run_dir, resume_from, ranks=ranks)
         startup.done("checks")
-        trainer = _trainer(config, arch, plan=plan, ranks=ranks, resume_from=resume_from, startup=startup)
+        trainer = _trainer(config, arch, context, resume_from=resume_from, startup=startup)
         saved = _restored(resume_from, trainer, ranks=ranks)
         startup.done("checkpoint")
-        loader = _loader(config, arch, plan=plan, ranks=ranks, start_step=saved.step if saved else 0)
+        loader = _loader(config, arch, context, start_step=saved.step if saved else 0)
         state = _state(config, loader, saved, resume_from)
         if ranks.rank == 0:
             _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
@@ -171,7 +178,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(config, loader, trainer, plan=plan, ranks=ranks),
+            runner=_micro_batch_runner(config, loader, trainer, context),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
@@ -200,7 +207,7 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
 
 
 @contextmanager
-def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[Ranks]:
+def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[ParallelContext]:
     """Process groups of the run. After an error they are left alone: other ranks may be anywhere in theirs."""
     timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
     yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
@@ -247,17 +254,16 @@ def _needs_initial_weights(config: RunConfig, resume_from: Path | None) -> bool:
 def _trainer(
     config: RunConfig,
     arch: InternVLArchitecture,
+    context: ParallelContext,
     *,
-    plan: ParallelPlan,
-    ranks: Ranks,
     resume_from: Path | None,
     startup: StartupTimer,
 ) -> Trainer:
     """Model, weights that no checkpoint of the run will bring, optimizer."""
-    model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    model_chunks = build_model(config, arch, context)
     startup.done("model")
     if _needs_initial_weights(config, resume_from):
-        load_initial_weights(model_chunks, config, arch, ranks=ranks)
+        load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
     startup.done("optimizer")
@@ -274,8 +280,9 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
 
 
 def _loader(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks, start_step: int
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, *, start_step: int
 ) -> TrainLoader:
+    plan, ranks = context.plan, context.ranks
     return TrainLoader(
         config,
         arch,
@@ -321,19 +328,16 @@ def _record_start(
 
 
 def _micro_batch_runner(
-    config: RunConfig, loader: TrainLoader, trainer: Trainer, *, plan: ParallelPlan, ranks: Ranks
+    config: RunConfig, loader: TrainLoader, trainer: Trainer, context: ParallelContext
 ) -> MicroBatchRunner:
-    mean, std = NORMALIZATION[config.data.normalize_type]
-    shard = partial(
-        shard_batch,
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
+    sharder = BatchSharder(
+        context=context,
         dtype=DTYPES[config.runtime.dtype],
-        mean=mean,
-        std=std,
+        norm=NORMALIZATION[config.data.normalize_type],
     )
-    runner = MicroBatchRunner(shard=shard, device=ranks.device, source_names=tuple(loader.source_names))
+    runner = MicroBatchRunner(
+        shard=sharder.shard, device=context.ranks.device, source_names=tuple(loader.source_names)
+    )
     attach(runner, trainer.wrapped)
     return runner
 
