@@ -9,6 +9,7 @@ come back as bytes in shared memory, and how many packs are under way follows fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,7 +24,6 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
@@ -31,7 +31,7 @@ from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _TOKEN_BYTES = 20  # id, label and weight
 _MOST_PREFETCH = 16  # packs of one worker; more only delays the start
 
@@ -238,7 +238,7 @@ def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:
         pack_bytes, num_workers=data.num_workers, budget=data.prefetch_mib * 2**20
     )
     if num_workers < data.num_workers:
-        _log.warning(
+        logger.warning(
             "data.num_workers is %d, but packs of up to %.1f MiB in data.prefetch_mib = %d leave room for %d",
             data.num_workers,
             pack_bytes / 2**20,
