@@ -53,7 +53,9 @@ class EngineAnswerer:
         parallel: ParallelConfig | None = None,
     ) -> None:
         read_info(checkpoint)
-        self._checkpoint, self._dtype, self._max_new_tokens = checkpoint, dtype, max_new_tokens
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))
         settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))

@@ -36,13 +36,13 @@ _SHOWN_TEXT = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TokenRun:
     """Consecutive tokens of one kind.
 
     Attributes:
         kind: what they are; `supervised` text is what the loss asks for.
         start: first token in the pack.
-        end: behind the last token.
+        end: index after the last token.
         first_position: of the first token, in whole steps (a multiple of 1/tokens_per_tile).
         last_position: of the last token.
         owners: context parallel ranks that hold tokens of the run, in the order of the tokens.
@@ -74,7 +74,7 @@ class DocumentView:
     """
 
     sample_id: str
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
     media: tuple[MediumTiles, ...]
     num_tiles: tuple[int, ...]
     strides: tuple[int, ...]
@@ -213,8 +213,8 @@ def _view_document(
     ):
         code[start : start + tiles * layout.tokens_per_tile] = 3 + image
     runs = tuple(
-        _run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
-        for start, end in _constant_pieces(code)
+        _token_run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
+        for start, end in _constant_ranges(code)
     )
     return DocumentView(
         sample_id=batch.sample_ids[number],
@@ -226,12 +226,12 @@ def _view_document(
     )
 
 
-def _constant_pieces(values: Int64Array) -> Iterator[tuple[int, int]]:
+def _constant_ranges(values: Int64Array) -> Iterator[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(values)) + 1
     yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True)
 
 
-def _run(
+def _token_run(
     batch: PackedBatch,
     code: int,
     start: int,
@@ -239,11 +239,11 @@ def _run(
     positions: np.ndarray,
     owners: Int64Array,
     tokenizer: Tokenizer,
-) -> Run:
+) -> TokenRun:
     kinds: tuple[Kind, ...] = ("text", "supervised", "padding", "image")
     kind = kinds[min(code, 3)]
-    held = [int(owners[start + low]) for low, _ in _constant_pieces(owners[start:end])]
-    return Run(
+    held = [int(owners[start + low]) for low, _ in _constant_ranges(owners[start:end])]
+    return TokenRun(
         kind=kind,
         start=start,
         end=end,
@@ -274,7 +274,7 @@ def listing(view: PackView) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run_line(run: Run, document: DocumentView, view: PackView) -> str:
+def _run_line(run: TokenRun, document: DocumentView, view: PackView) -> str:
     content = run.text.replace("\n", "\\n")
     if len(content) > _SHOWN_TEXT:
         half = _SHOWN_TEXT // 2

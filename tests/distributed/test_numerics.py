@@ -1,4 +1,4 @@
-"""`verify --numerics`: every family at tp 2, pp 2, cp 2 against the plain PyTorch model, stage by stage."""
+"""`verify-numerics`: every family at tp 2, pp 2, cp 2 against the plain PyTorch model, stage by stage."""
 
 import json
 from pathlib import Path

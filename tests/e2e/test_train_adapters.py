@@ -126,7 +126,7 @@ def test_merged_weights_answer_like_adapters(setup, tmp_path, capsys):
     root, _, _ = setup
     adapters, image = step_path(root / "run", 5), root / "data" / "0.png"
     assert main(["export-hf", str(adapters), str(tmp_path / "hf")]) == 0
-    assert main(["verify", str(tmp_path / "hf"), str(adapters), "--numerics"]) == 0
+    assert main(["verify-numerics", str(tmp_path / "hf"), str(adapters)]) == 0
     import_hf(tmp_path / "hf", tmp_path / "merged")
     one, other, base = (logits(path, image) for path in (adapters, tmp_path / "merged", root / "base"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -227,7 +227,7 @@ def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
         assert main([str(argument) for argument in export]) == 0
         info = tmp_path / "base" / "checkpoint.json"
         info.write_text(info.read_text() + "\n")
-        assert "is another checkpoint" in refused(capsys, *export, "--force")
+        assert "another checkpoint is there now" in refused(capsys, *export, "--force")
     finally:
         (root / "elsewhere").rename(root / "base")
     (adapters / RECORD_FILE).write_text("{}")

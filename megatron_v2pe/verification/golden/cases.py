@@ -98,7 +98,7 @@ class Case:
 
     @property
     def mode(self) -> PositionMode:
-        """Position mode in our words."""
+        """Position mode by our name."""
         return POSITION_MODES[self.values["version"]]
 
     def wanted(self, name: str) -> Tensor:
@@ -106,7 +106,7 @@ class Case:
         return self.file.tensor(f"{self.name}/{name}")
 
     def tolerance(self, name: str, *, floor: float) -> float:
-        """FORMAT's rule: eight times the float32-against-float64 deviation of the case, at least `floor`."""
+        """Eight times what float32 and float64 runs of the release differ by in this case, at least `floor`."""
         return max(floor, 8.0 * float(self.values["tolerance"][name]))
 
     def pixels(self) -> Tensor:

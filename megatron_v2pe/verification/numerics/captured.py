@@ -1,9 +1,9 @@
 """Our model on this layout's ranks, with what each stage gave, put together on every rank.
 
-    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local pieces
-    pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
+    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local slices
+    slices --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
-Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
+Stages are named as in the table that `verify-numerics` prints; `stage_names` is their list.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ EMBEDDING, TOWER, PROJECTOR, DECODER_INPUT = "vision.embedding", "vision", "proj
 DECODER_NORM, LOGITS = "decoder.norm", "logits"
 
 
-def vision_layer(number: int) -> str:
+def vision_stage(number: int) -> str:
     """Name of the output of a vision layer, counted from 1."""
     return f"vision.layer.{number}"
 
 
-def decoder_layer(number: int) -> str:
+def decoder_stage(number: int) -> str:
     """Name of the output of a decoder layer, counted from 1."""
     return f"decoder.layer.{number}"
 
 
 def stage_names(arch: InternVLArchitecture, *, every: int) -> list[str]:
-    """All stages in the order of the forward pass, with each `every`-th layer; 0 takes about eight of a part."""
+    """All stages in the order of the forward pass, with each `every`-th layer; 0 means about eight of each stack."""
 
     def kept(num_layers: int, name: Callable[[int], str]) -> list[str]:
         step = every or -(-num_layers // 8)
         return [name(number) for number in range(step, num_layers + 1, step)]
 
-    tower = [*kept(arch.vision.num_layers, vision_layer), TOWER]
-    decoder = kept(arch.language.num_layers, decoder_layer)
+    tower = [*kept(arch.vision.num_layers, vision_stage), TOWER]
+    decoder = kept(arch.language.num_layers, decoder_stage)
     return [EMBEDDING, *tower, PROJECTOR, DECODER_INPUT, *decoder, DECODER_NORM, LOGITS]
 
 
@@ -85,22 +85,22 @@ class CapturedRun:
         self.inputs = inputs
         self.wanted = wanted
         self.sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype])
-        self.chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
+        self.model_chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:
-        """Stage name -> float32 tensor on the CPU: [t, H] or [n, 1 + P, C], features [n * K, H], logits [words, V].
+        """Stage name -> float32 tensor on the CPU: [t, H] or [n, 1 + P, C], features [n * K, H], logits of text [t, V].
 
         Collective; the same on every rank.
         """
         pack = self.inputs.pack(pad_to_multiple=self.plan.pad_to_multiple)
-        hooks = [hook for chunk in self.chunks for hook in self._hooks(chunk.eval())]
+        hooks = [hook for model_chunk in self.model_chunks for hook in self._hooks(model_chunk.eval())]
         runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
         # On GPUs convolutions would round float32 to 10 bits (tf32); matrix products do not by default.
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            hidden = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
+            hidden = run_schedule(self.model_chunks, runner.forward_step, [pack], forward_only=True)
             if self.ranks.is_last_stage:
-                self._local[LOGITS] = self.chunks[-1].logits(hidden[0]).float()
+                self._local[LOGITS] = self.model_chunks[-1].logits(hidden[0]).float()
         for hook in hooks:
             hook.remove()
         return {name: self._whole(name, pack).cpu() for name in self.wanted}
@@ -115,11 +115,11 @@ class CapturedRun:
         pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=self.sharder.dtype)
         return dataclasses.replace(local, pixels=pixels)
 
-    def _hooks(self, chunk: InternVL) -> list[Any]:
-        """Keep what this chunk has of the wanted stages."""
+    def _hooks(self, model_chunk: InternVL) -> list[Any]:
+        """Keep what this model chunk has of the wanted stages."""
         hooks = []
-        if chunk.vision is not None and chunk.projector is not None:
-            layers = chunk.vision.encoder.layers
+        if model_chunk.vision is not None and model_chunk.projector is not None:
+            layers = model_chunk.vision.encoder.layers
             hooks = [
                 layers[0].register_forward_pre_hook(
                     lambda _module, _args, kwargs: self._keep(
@@ -127,16 +127,16 @@ class CapturedRun:
                     ),
                     with_kwargs=True,
                 ),
-                *[self._hook(layer, vision_layer(layer.layer_number), is_vision=True) for layer in layers],
-                self._hook(chunk.vision, TOWER),
-                self._hook(chunk.projector, PROJECTOR),
-                chunk.language.register_forward_pre_hook(
+                *[self._hook(layer, vision_stage(layer.layer_number), is_vision=True) for layer in layers],
+                self._hook(model_chunk.vision, TOWER),
+                self._hook(model_chunk.projector, PROJECTOR),
+                model_chunk.language.register_forward_pre_hook(
                     lambda _module, args: self._keep(DECODER_INPUT, args[1].squeeze(1))
                 ),
             ]
-        decoder = chunk.language.decoder
-        hooks += [self._hook(layer, decoder_layer(layer.layer_number)) for layer in decoder.layers]
-        if chunk.post_process:
+        decoder = model_chunk.language.decoder
+        hooks += [self._hook(layer, decoder_stage(layer.layer_number)) for layer in decoder.layers]
+        if model_chunk.post_process:
             hooks.append(self._hook(decoder.final_layernorm, DECODER_NORM))
         return hooks
 
@@ -156,7 +156,8 @@ class CapturedRun:
             self._local[name] = value.detach().float()
 
     def _whole(self, name: str, pack: PackedBatch) -> Tensor:
-        local, arch = self._local.pop(name, None), self.arch
+        local = self._local.pop(name, None)
+        arch = self.arch
         if name.startswith("vision") or name == PROJECTOR:
             side = arch.image_size // arch.vision.patch_size
             features = (arch.tokens_per_tile, arch.language.hidden_size)

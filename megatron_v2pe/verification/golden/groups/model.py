@@ -4,7 +4,7 @@
     case --collate_pack, BatchSharder--> LocalBatch --mcore schedule--> hidden, losses, gradients
     --gathered over ranks--> compared with forward/<key>.safetensors
 
-Tolerances are those of the golden FORMAT: twice to twenty times what a float64 run of the same code differs by.
+Tolerances are twice to twenty times what a float64 run of the same code differs by.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, r
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.verification.golden.cases import Case, ForwardFile, to_unpadded
 from megatron_v2pe.verification.golden.checkpoints import Imported, fitting_layers, imported_checkpoints
-from megatron_v2pe.verification.golden.gradients import gradient_rows
+from megatron_v2pe.verification.golden.groups.gradients import gradient_rows
+from megatron_v2pe.verification.golden.groups.tower import vision_rows
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
-from megatron_v2pe.verification.golden.tower import vision_rows
 
-LOGITS_FLOOR, LOSS_FLOOR = 1e-4, 1e-5  # FORMAT, "Verification and fair tolerances"
+LOGITS_FLOOR = 1e-4  # float32 logits of order 10
+LOSS_FLOOR = 1e-5  # float32 losses of order 5
 REDUCTIONS = ("token", "sample", "square")
 
 
@@ -94,8 +95,8 @@ class CaseRun:
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
-        self.chunks: list[InternVL] = load_model(checkpoint, self.config, self.arch, context)
-        self.wrapped = wrap_data_parallel(self.chunks, self.config, shard_gradients=False)
+        self.model_chunks: list[InternVL] = load_model(checkpoint, self.config, self.arch, context)
+        self.wrapped = wrap_data_parallel(self.model_chunks, self.config, shard_gradients=False)
 
     def rows(self) -> Iterator[Row]:
         """Logits, losses and gradients of the case."""
@@ -105,7 +106,7 @@ class CaseRun:
         yield self._compare_logits(pack)
         losses = self._train_pass(pack)
         yield from self._compare_losses(pack, losses)
-        yield from gradient_rows(self.name, self.case, self.chunks, arch=self.arch, ranks=self.ranks)
+        yield from gradient_rows(self.name, self.case, self.model_chunks, arch=self.arch, ranks=self.ranks)
         yield from self._compare_reductions(losses)
 
     def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
@@ -126,7 +127,7 @@ class CaseRun:
             device=self.ranks.device,
         )
         with torch.no_grad():
-            outputs = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
+            outputs = run_schedule(self.model_chunks, runner.forward_step, [pack], forward_only=True)
         return outputs[0] if self.ranks.is_last_stage else None
 
     def _gather(self, local: Tensor | None, pack: PackedBatch, width: tuple[int, ...]) -> Tensor:
@@ -136,8 +137,8 @@ class CaseRun:
         return to_unpadded(whole.cpu(), pack)
 
     def _compare_hidden_states(self, pack: PackedBatch) -> Iterator[Row]:
-        """The decoder's input, each layer's output, and the final norm's, which replaces the last one's."""
-        decoder = self.chunks[0].language.decoder
+        """The decoder's input, each layer's output, and the final norm's instead of the last layer's."""
+        decoder = self.model_chunks[0].language.decoder
         states: list[Tensor] = []
         first = decoder.layers[0].register_forward_pre_hook(
             lambda _module, args, kwargs: states.append(kwargs["hidden_states"]), with_kwargs=True
@@ -158,7 +159,7 @@ class CaseRun:
     def _compare_logits(self, pack: PackedBatch) -> Row:
         hidden = self._hidden(pack)
         with torch.no_grad():
-            local = self.chunks[-1].logits(hidden) if hidden is not None else None
+            local = self.model_chunks[-1].logits(hidden) if hidden is not None else None
         logits = self._gather(local, pack, (self.arch.language.vocab_size,))
         error = (logits[self.case.wanted("logit_rows")] - self.case.wanted("logits")).abs().max()
         tolerance = self.case.tolerance("logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
@@ -169,8 +170,8 @@ class CaseRun:
         """Forward and backward as `train` does; gradients are left in the buffers. Returns losses [t]."""
         runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
         attach(runner, self.wrapped)
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
+        for wrapped_chunk in self.wrapped:
+            wrapped_chunk.zero_grad_buffer()
         outputs = run_schedule(self.wrapped, runner.forward_step, [pack])
         local = outputs[0]["losses"].squeeze(0) if self.ranks.is_last_stage else None
         return self._gather(local, pack, ())

@@ -27,9 +27,9 @@ from megatron_v2pe.data.collate import shift_left
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.verification.golden.rows import Row, compared, equal
 
-LOSS_ATOL = 1e-5  # FORMAT: float32 losses of order 5
+LOSS_ATOL = 1e-5  # float32 losses of order 5
 GRADIENT_ATOL = 1e-6  # gradients of order 0.1, float32
-CHUNK = 7  # smaller than the rows, so that chunks are crossed
+LOSS_CHUNK = 7  # smaller than the rows, so that there are several loss chunks
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
@@ -93,7 +93,7 @@ def _weighted_loss(rank: dict[str, Tensor]) -> Tensor:
         rank["labels"][supervised],
         row_weights=rank["weights"][supervised],
         vocab_size=vocab_size,
-        loss_chunk_tokens=CHUNK,
+        loss_chunk_tokens=LOSS_CHUNK,
         ports=HeadPorts(),
     )
     return total

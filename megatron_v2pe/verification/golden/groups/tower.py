@@ -26,7 +26,7 @@ from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import Imported
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
 
-VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code differs by 6e-6
+VISION_ATOL = 5e-5  # float32 against float64 of the release's own code differs by 6e-6
 POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 

@@ -36,8 +36,13 @@ from megatron_v2pe.data.text.templates import ChatTemplate
 from megatron_v2pe.data.text.tokenizer import Tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
 from megatron_v2pe.v2pe.positions import position_units, to_float
+from megatron_v2pe.verification.golden.groups.text import (
+    GoldenTokenizers,
+    Unsupported,
+    is_of_family,
+    label_spans,
+)
 from megatron_v2pe.verification.golden.rows import Row, compared, equal, unsupported
-from megatron_v2pe.verification.golden.text import Checkpoints, Unsupported, is_of_family, label_spans
 
 _MAX_PIXELS = 10**9
 _MAX_TOKENS = 2**31
@@ -46,12 +51,12 @@ _OTHER_PILLOW = 0.02
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
     """Every case of text/dataset_items.json."""
-    checkpoints = Checkpoints(folder)
+    tokenizers = GoldenTokenizers(folder)
     cases = json.loads((folder / "text" / "dataset_items.json").read_text(encoding="utf-8"))["cases"]
     for number, case in enumerate(cases):
         if is_of_family(case, family):
             name = f"dataset_items/{number}_{case['ckpt']}_{case['version']}"
-            text = checkpoints.text(case)
+            text = tokenizers.text(case)
             if isinstance(text, Unsupported):
                 yield unsupported(name, "tokens", reason=text.reason)
             else:

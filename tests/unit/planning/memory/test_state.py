@@ -13,11 +13,14 @@ from megatron_v2pe.config.schema import (
     VisionConfig,
 )
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
-from megatron_v2pe.planning.memory.parameters import chunk_parameters
-from megatron_v2pe.planning.memory.rank_state import rank_state
-from megatron_v2pe.planning.memory.state import fill_buckets, shard_numbers
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.state import fill_buckets, rank_state, shard_numbers
 from megatron_v2pe.planning.planner_check import compare_rank
-from megatron_v2pe.planning.request.stages import Chunk, bubble_share, chunks_in_flight, chunks_of_rank
+from megatron_v2pe.planning.request.stages import (
+    ModelChunk,
+    forwards_in_flight,
+    model_chunks_of_rank,
+)
 
 BF16 = RuntimeConfig(dtype="bfloat16")
 
@@ -114,14 +117,14 @@ def test_a_rank_is_predicted_to_the_byte(name):
 
 
 def test_all_stages_together_hold_the_whole_model():
-    # 2,205,754,368 numbers, and 39 padding words in embedding and head.
+    # 2,205,754,368 numbers, and 55 padding rows in embedding and head.
     plan = ParallelPlan(pp=4)
     parallel = ParallelConfig(pp=4)
     total = sum(
         size
         for pp_rank in range(4)
-        for chunk in chunks_of_rank(parallel, 24, plan, pp_rank)
-        for _, size in chunk_parameters(arch("2B"), plan, chunk)
+        for model_chunk in model_chunks_of_rank(parallel, 24, plan, pp_rank)
+        for _, size in model_chunk_parameters(arch("2B"), plan, model_chunk)
     )
     assert total == 2_205_754_368 + 2 * (92_608 - 92_553) * 2048
 
@@ -141,17 +144,16 @@ def test_optimizer_state_differs_by_rank_where_gaps_do():
 
 
 def test_micro_batches_in_flight():
-    assert [chunks_in_flight(ParallelPlan(pp=4), rank, 8) for rank in range(4)] == [4, 3, 2, 1]
-    assert [chunks_in_flight(ParallelPlan(pp=4), rank, 2) for rank in range(4)] == [2, 2, 2, 1]
-    assert chunks_in_flight(ParallelPlan(pp=4, vpp=2), 0, 8) == 11
-    assert bubble_share(ParallelPlan(pp=4, vpp=2), 12) == 3 / 24
+    assert [forwards_in_flight(ParallelPlan(pp=4), rank, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert [forwards_in_flight(ParallelPlan(pp=4), rank, 2) for rank in range(4)] == [2, 2, 2, 1]
+    assert forwards_in_flight(ParallelPlan(pp=4, vpp=2), 0, 8) == 11
 
 
 def test_stages_of_a_layout():
     parallel = ParallelConfig(pp=2, vpp=2, pipeline_layout="E|t*2|t|t*3L")
-    chunks = [chunks_of_rank(parallel, 6, ParallelPlan(pp=2, vpp=2), rank) for rank in range(2)]
-    assert chunks[0] == (
-        Chunk(num_layers=0, is_first=True, is_last=False),
-        Chunk(num_layers=1, is_first=False, is_last=False),
+    model_chunks = [model_chunks_of_rank(parallel, 6, ParallelPlan(pp=2, vpp=2), rank) for rank in range(2)]
+    assert model_chunks[0] == (
+        ModelChunk(num_layers=0, is_first=True, is_last=False),
+        ModelChunk(num_layers=1, is_first=False, is_last=False),
     )
-    assert chunks[1][1] == Chunk(num_layers=3, is_first=False, is_last=True)
+    assert model_chunks[1][1] == ModelChunk(num_layers=3, is_first=False, is_last=True)

@@ -23,7 +23,7 @@ from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import fitting_layers, imported_checkpoints
 from megatron_v2pe.verification.golden.rows import Row, compared, equal, unsupported
 
-LOGITS_ATOL = 2e-3  # below the smallest margin between first and second choice of any case (FORMAT: 0.0097)
+LOGITS_ATOL = 2e-3  # below the smallest margin between first and second choice of any case, 0.0097
 
 
 def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterator[Row]:

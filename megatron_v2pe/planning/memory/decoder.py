@@ -1,4 +1,4 @@
-"""The operations of a decoder layer, as a tape: norm, attention, norm, gated MLP, two additions.
+"""A decoder layer as a tape of operations: norm, attention, norm, gated MLP, two additions.
 
 Shape legend: l tokens of this rank after the context parallel cut, r rows between layers (l, or l / tp with sequence
 parallelism), H hidden, q, k query and key channels of this rank, F feed-forward channels of this rank. Sizes of tensors
@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.planning.memory.layers import FLOAT_BYTES, AttentionBytes, LayerCosts, linear_op, norm_ops
+from megatron_v2pe.planning.memory.attention import AttentionShape, decoder_attention_bytes
+from megatron_v2pe.planning.memory.operations import (
+    FLOAT_BYTES,
+    AttentionBytes,
+    LayerCosts,
+    linear_op,
+    norm_ops,
+)
+from megatron_v2pe.planning.memory.stack import recomputed_mlp_op
 from megatron_v2pe.planning.memory.tape import INPUT, Op
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderSizes:
+class DecoderShape:
     """A decoder layer on one rank."""
 
     tokens: int
@@ -29,7 +37,7 @@ class DecoderSizes:
     tp: int
     sequence_parallel: bool
     mlp_chunks: int
-    """Pieces of a recomputed MLP; 0 keeps its activations."""
+    """Slices of rows of a recomputed MLP; 0 keeps its activations."""
 
     @property
     def mixed_width(self) -> int:
@@ -38,7 +46,7 @@ class DecoderSizes:
 
 
 def rotation_bytes(width_bytes: float, element_bytes: int) -> float:
-    """Beyond the output, while queries or keys are turned in float32.
+    """Beyond the output, while queries or keys are rotated in float32.
 
     Half products (0.5 each) of both halves: one finished half, two products and their sum make 2 of the output's
     float32 size, the output itself included; half precision adds the float32 copy of the input.
@@ -60,15 +68,17 @@ def rotation_op(name: str, source: str, size: float, element_bytes: int) -> Op:
     )
 
 
-def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, costs: LayerCosts) -> list[Op]:
+def decoder_attention_ops(sizes: DecoderShape, attention: AttentionBytes, costs: LayerCosts) -> list[Op]:
     """norm -> qkv -> rotate -> attend -> project -> add.
 
     With sequence parallelism the gathered rows of qkv and fc1 lie in one buffer that mcore keeps for the whole run;
     what comes back (row linears, and column linears' gradients) exists whole for a moment.
     """
     e = costs.element_bytes
-    hidden, query = sizes.rows * sizes.hidden * e, sizes.tokens * sizes.query_width * e
-    key, mixed = sizes.tokens * sizes.key_width * e, sizes.tokens * sizes.mixed_width * e
+    hidden = sizes.rows * sizes.hidden * e
+    query = sizes.tokens * sizes.query_width * e
+    key = sizes.tokens * sizes.key_width * e
+    mixed = sizes.tokens * sizes.mixed_width * e
     whole = sizes.tokens * sizes.hidden * e if sizes.sequence_parallel else 0.0
     given = ("rotated query", "rotated key", "heads")
     return [
@@ -117,7 +127,7 @@ def attention_ops(sizes: DecoderSizes, attention: AttentionBytes, costs: LayerCo
     ]
 
 
-def gated_mlp_ops(source: str, sizes: DecoderSizes, costs: LayerCosts, *, tokens: int) -> list[Op]:
+def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens: int) -> list[Op]:
     """fc1 -> silu(first half) * second half -> fc2, on `tokens` tokens.
 
     mcore adds an offset of 0 to the second half, out of place, so that besides fc1's output (2F) the two factors
@@ -153,4 +163,31 @@ def gated_mlp_ops(source: str, sizes: DecoderSizes, costs: LayerCosts, *, tokens
             forward_bytes=whole,
             backward_bytes=whole,
         ),
+    ]
+
+
+def decoder_layer_ops(
+    sizes: DecoderShape, shape: AttentionShape, *, backend: str, costs: LayerCosts
+) -> list[Op]:
+    """A whole decoder layer."""
+    hidden = sizes.rows * sizes.hidden * costs.element_bytes
+    ops = decoder_attention_ops(sizes, decoder_attention_bytes(shape, costs, backend), costs)
+    ops += norm_ops("mlp norm", "middle", hidden, costs)
+    if sizes.mlp_chunks:
+        mlp = gated_mlp_ops(INPUT, sizes, costs, tokens=sizes.tokens // sizes.mlp_chunks)
+        ops.append(
+            recomputed_mlp_op(
+                "mlp",
+                "mlp norm",
+                mlp,
+                input_bytes=hidden,
+                output_bytes=hidden,
+                mlp_chunks=sizes.mlp_chunks,
+            )
+        )
+    else:
+        ops += gated_mlp_ops("mlp norm", sizes, costs, tokens=sizes.tokens)
+    return [
+        *ops,
+        Op(name="output", inputs=("middle", ops[-1].name), output_bytes=hidden, passes_gradient=True),
     ]

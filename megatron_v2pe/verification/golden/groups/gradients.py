@@ -23,19 +23,19 @@ from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.verification.golden.cases import Case
 from megatron_v2pe.verification.golden.rows import Row, compared
 
-GRADIENT_FLOOR = 1e-4  # FORMAT, relative to the parameter's largest gradient
+GRADIENT_FLOOR = 1e-4  # relative to the parameter's largest gradient
 
 
 def gradient_rows(
-    name: str, case: Case, chunks: list[InternVL], *, arch: InternVLArchitecture, ranks: Ranks
+    name: str, case: Case, model_chunks: list[InternVL], *, arch: InternVLArchitecture, ranks: Ranks
 ) -> Iterator[Row]:
-    """Compare the gradients that lie in the chunks' buffers. Collective; overwrites the weights.
+    """Compare the gradients in the buffers of the model chunks. Collective; overwrites the weights.
 
     Yields:
         `grad_l2`: worst relative deviation of a parameter's gradient norm. `grad`: worst deviation inside
         the stored slices, relative to the parameter's largest gradient. The worst parameter is named.
     """
-    gradients = _whole_gradients(chunks, arch, ranks)
+    gradients = _whole_gradients(model_chunks, arch, ranks)
     tolerance = case.tolerance("grad_max_rel_to_param_absmax", floor=GRADIENT_FLOOR)
     norms = {key: _norm_error(gradients[key], wanted) for key, wanted in case.values["grad_l2"].items()}
     yield _worst(name, "grad_l2", norms, tolerance)
@@ -70,15 +70,17 @@ def _slice_error(gradient: Tensor, case: Case, key: str, rows: list[int] | str, 
     return error / scale if scale > 0 else error
 
 
-def _whole_gradients(chunks: list[InternVL], arch: InternVLArchitecture, ranks: Ranks) -> dict[str, Tensor]:
+def _whole_gradients(
+    model_chunks: list[InternVL], arch: InternVLArchitecture, ranks: Ranks
+) -> dict[str, Tensor]:
     """Gradients of all parameters by Hugging Face name, on every rank."""
-    for chunk in chunks:
-        for parameter in chunk.parameters():
+    for model_chunk in model_chunks:
+        for parameter in model_chunk.parameters():
             parameter.data = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(on_first_rank(lambda: scratch)) / "gradients"
         on_first_rank(folder.mkdir)
-        save_state(folder, model_sharded_state_dict(chunks, ranks))
+        save_state(folder, model_sharded_state_dict(model_chunks, ranks))
         reader = StateReader(folder)
         gradients: dict[str, Tensor] = {}
         for entry in name_map(arch).by_ours.values():

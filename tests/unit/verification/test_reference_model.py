@@ -1,4 +1,4 @@
-"""The plain PyTorch model against numbers of the release: what `verify --numerics` trusts must be right by itself."""
+"""The plain PyTorch model against numbers of the release: what `verify-numerics` trusts must be right by itself."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The limits of `verify --numerics`: usual mistakes of a model are far beyond them, and where they act."""
+"""The limits of `verify-numerics`: usual mistakes of a model are far beyond them, and where they act."""
 
 import dataclasses
 import functools

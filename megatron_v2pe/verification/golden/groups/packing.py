@@ -16,7 +16,7 @@ from megatron_v2pe.data.collate import collate_pack, shift_left, token_weights
 from megatron_v2pe.data.plan.release_packing import GreedyPack, GreedySample, ReleaseGreedyPacker
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, text_layout
-from megatron_v2pe.verification.golden import dataset_items
+from megatron_v2pe.verification.golden.groups import dataset_items
 from megatron_v2pe.verification.golden.rows import Row, compared, equal
 
 _REDUCTIONS = ("token", "sample", "square")
@@ -132,18 +132,18 @@ def _collate_rows(path: Path) -> Iterator[Row]:
 def _documents(labels: Int64Array, data_index: Any, *, num_tokens: int = 0) -> list[EncodedSample]:
     """Samples of a pack from its labels and the sample number of each token, padded to `num_tokens`."""
     edges = [0, *(np.flatnonzero(np.diff(data_index)) + 1).tolist(), len(labels)]
-    pieces = [labels[start:end] for start, end in pairwise(edges)]
+    documents = [labels[start:end] for start, end in pairwise(edges)]
     if num_tokens > len(labels):
-        pieces.append(np.full(num_tokens - len(labels), IGNORE_INDEX, dtype=np.int64))
+        documents.append(np.full(num_tokens - len(labels), IGNORE_INDEX, dtype=np.int64))
     return [
         EncodedSample(
-            tokens=np.zeros(len(piece), dtype=np.int64),
-            labels=piece,
-            layout=text_layout(len(piece), tokens_per_tile=1),
+            tokens=np.zeros(len(document), dtype=np.int64),
+            labels=document,
+            layout=text_layout(len(document), tokens_per_tile=1),
             media=(),
             sample_id=str(number),
         )
-        for number, piece in enumerate(pieces)
+        for number, document in enumerate(documents)
     ]
 
 

@@ -31,7 +31,7 @@ class Unsupported:
     reason: str
 
 
-class Checkpoints:
+class GoldenTokenizers:
     """Tokenizers of a golden folder, read once."""
 
     def __init__(self, folder: Path) -> None:
@@ -72,23 +72,23 @@ def label_spans(labels: Int64Array) -> list[list[int]]:
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
     """Every case of text/tokenizer.json and text/conversations.json."""
-    checkpoints = Checkpoints(folder)
+    tokenizers = GoldenTokenizers(folder)
     tokenizer, conversations = folder / "text" / "tokenizer.json", folder / "text" / "conversations.json"
     if tokenizer.is_file():
         cases = json.loads(tokenizer.read_text(encoding="utf-8"))["cases"]
         for number, case in enumerate(cases):
             if is_of_family(case, family):
-                yield from _tokenizer_rows(f"text/tokenizer_{case['ckpt']}_{number}", case, checkpoints)
+                yield from _tokenizer_rows(f"text/tokenizer_{case['ckpt']}_{number}", case, tokenizers)
     if conversations.is_file():
         table = json.loads(conversations.read_text(encoding="utf-8"))
         records = {record["id"]: record for record in table["records"]}
         for case in table["cases"]:
             if is_of_family(case, family):
-                yield from _conversation_rows(case, records[case["record"]], checkpoints)
+                yield from _conversation_rows(case, records[case["record"]], tokenizers)
 
 
-def _tokenizer_rows(name: str, case: dict[str, Any], checkpoints: Checkpoints) -> Iterator[Row]:
-    tokenizer = checkpoints.tokenizer(case["ckpt"])
+def _tokenizer_rows(name: str, case: dict[str, Any], tokenizers: GoldenTokenizers) -> Iterator[Row]:
+    tokenizer = tokenizers.tokenizer(case["ckpt"])
     if isinstance(tokenizer, Unsupported):
         yield unsupported(name, "tokenizer", reason=tokenizer.reason)
         return
@@ -106,11 +106,11 @@ def _tokenizer_rows(name: str, case: dict[str, Any], checkpoints: Checkpoints) -
 
 
 def _conversation_rows(
-    case: dict[str, Any], record: dict[str, Any], checkpoints: Checkpoints
+    case: dict[str, Any], record: dict[str, Any], tokenizers: GoldenTokenizers
 ) -> Iterator[Row]:
     suffix = "_padded" if case["pad_to_max_length"] else ""
     name = f"text/{case['ckpt']}_{case['record']}{suffix}"
-    text = checkpoints.text(case)
+    text = tokenizers.text(case)
     if isinstance(text, Unsupported):
         yield unsupported(name, "tokens", reason=text.reason)
         return

@@ -13,11 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_v2pe.planning.memory.attention import AttentionShape, context_attention, tower_attention
-from megatron_v2pe.planning.memory.decoder_ops import DecoderSizes, attention_ops, gated_mlp_ops
-from megatron_v2pe.planning.memory.layers import LayerCosts, norm_ops
-from megatron_v2pe.planning.memory.tape import INPUT, Op, Peaks, moved_bytes, peaks
-from megatron_v2pe.planning.memory.tower_ops import TowerSizes, scaled_ops, tower_attention_ops, tower_mlp_ops
+from megatron_v2pe.planning.memory.tape import Op, Peaks, moved_bytes, peaks
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -105,67 +101,33 @@ def _again(inner: Peaks) -> float:
     return max(inner.forward_bytes + inner.output_bytes, inner.backward_bytes)
 
 
-def recomputed_op(
-    name: str, source: str, piece: Sequence[Op], *, input_bytes: float, output_bytes: float, pieces: int
+def recomputed_mlp_op(
+    name: str, source: str, mlp: Sequence[Op], *, input_bytes: float, output_bytes: float, mlp_chunks: int
 ) -> Op:
-    """A part that keeps its input and runs again in backward, in `pieces` runs of rows.
+    """An MLP that keeps its input and runs again in backward, in `mlp_chunks` slices of the rows.
 
-    Forward holds the outputs of finished pieces until they are put together. Backward holds one piece at a time, and
-    the gradients of all pieces until they are put together: the whole input's once more.
+    Forward holds the outputs of finished slices until they are joined. Backward holds one slice at a time, and the
+    gradients of all slices until they are joined: the whole input's once more.
+
+    Args:
+        name: of the operation.
+        source: name of the input.
+        mlp: tape of one slice.
+        input_bytes: size of the whole input.
+        output_bytes: size of the whole output.
+        mlp_chunks: number of slices.
     """
-    inner = peaks(piece, input_bytes=input_bytes / pieces)
-    forward, backward = (pieces * moved for moved in moved_bytes(piece, input_bytes=input_bytes / pieces))
-    joined = 2 * output_bytes  # pieces are put together
-    last_piece = output_bytes * (pieces - 1) / pieces + inner.inference_bytes
+    slice_bytes = input_bytes / mlp_chunks
+    inner = peaks(mlp, input_bytes=slice_bytes)
+    forward, backward = (mlp_chunks * moved for moved in moved_bytes(mlp, input_bytes=slice_bytes))
+    joined = 2 * output_bytes  # slices are read, the whole is written
+    last_slice = output_bytes * (mlp_chunks - 1) / mlp_chunks + inner.inference_bytes
     return Op(
         name=name,
         inputs=(source,),
         output_bytes=output_bytes,
         keeps=(source,),
-        forward_bytes=max(last_piece - output_bytes, output_bytes),
+        forward_bytes=max(last_slice - output_bytes, output_bytes),
         backward_bytes=max(_again(inner) - inner.output_bytes, input_bytes),
         moved=(forward + joined, forward + backward + 2 * input_bytes),
     )
-
-
-def decoder_layer(sizes: DecoderSizes, shape: AttentionShape, *, backend: str, costs: LayerCosts) -> list[Op]:
-    """A decoder layer."""
-    hidden = sizes.rows * sizes.hidden * costs.element_bytes
-    ops = attention_ops(sizes, context_attention(shape, costs, backend), costs)
-    ops += norm_ops("mlp norm", "middle", hidden, costs)
-    if sizes.mlp_chunks:
-        piece = gated_mlp_ops(INPUT, sizes, costs, tokens=sizes.tokens // sizes.mlp_chunks)
-        ops.append(
-            recomputed_op(
-                "mlp",
-                "mlp norm",
-                piece,
-                input_bytes=hidden,
-                output_bytes=hidden,
-                pieces=sizes.mlp_chunks,
-            )
-        )
-    else:
-        ops += gated_mlp_ops("mlp norm", sizes, costs, tokens=sizes.tokens)
-    return [
-        *ops,
-        Op(name="output", inputs=("middle", ops[-1].name), output_bytes=hidden, passes_gradient=True),
-    ]
-
-
-def tower_layer(sizes: TowerSizes, *, num_heads: int, costs: LayerCosts) -> list[Op]:
-    """A layer of the vision tower."""
-    hidden = sizes.rows * sizes.hidden * costs.element_bytes
-    attention = tower_attention(rows=sizes.rows, width=sizes.width, num_heads=num_heads, costs=costs)
-    ops = tower_attention_ops(sizes, attention, costs)
-    ops += norm_ops("mlp norm", "middle", hidden, costs, rms=sizes.rms_norm)
-    if sizes.mlp_chunks:
-        piece = tower_mlp_ops(INPUT, sizes, costs, rows=sizes.rows)
-        ops.append(recomputed_op("mlp", "mlp norm", piece, input_bytes=hidden, output_bytes=hidden, pieces=1))
-    else:
-        ops += tower_mlp_ops("mlp norm", sizes, costs, rows=sizes.rows)
-    ops += scaled_ops("mlp", ops[-1].name, hidden, sizes, costs)
-    return [
-        *ops,
-        Op(name="output", inputs=("middle", ops[-1].name), output_bytes=hidden, passes_gradient=True),
-    ]
