@@ -166,12 +166,6 @@ def _entries(path: Path) -> tuple[DatasetEntry, ...]:
         name=path.stem,
         annotation=str(path),
         root=str(path.parent),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     return (beside,)
 

@@ -11,8 +11,8 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import NORMALIZATION
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt

@@ -21,13 +21,13 @@ from megatron_v2pe.data.loader import plan_mixture
 from megatron_v2pe.data.report import (
     DatasetRow,
     PlanReport,
+    data_table,
     datasets_csv,
     describe_datasets,
     describe_plan,
     packs_csv,
-    table,
 )
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 from megatron_v2pe.inspection.data_pictures import draw_pictures
 from megatron_v2pe.inspection.figures import pyplot, save_figure
@@ -97,7 +97,7 @@ def overview(
     except DataError as error:
         problem = error
     rows = describe_datasets(indexes, plan)
-    text = table(rows, report)
+    text = data_table(rows, report)
     if report_dir is not None:
         files = _write_report(Path(report_dir), indexes, rows, report)
         text += "".join(f"{path}\n" for path in files)
@@ -110,7 +110,7 @@ def _write_report(
     """Write all tables and pictures; returns the files."""
     bad = [sample for index in indexes for sample in index.bad]
     texts = {
-        "report.txt": table(rows, plan),
+        "report.txt": data_table(rows, plan),
         "datasets.csv": datasets_csv(rows),
         "bad.txt": "".join(f"{sample.kind}\t{sample.sample_id}\t{sample.message}\n" for sample in bad),
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.medium import load_tile_range
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 from megatron_v2pe.inspection.sample_view import DocumentView, PackView, TokenRun
 
@@ -39,7 +39,7 @@ def write_picture(path: str | Path, view: PackView) -> None:
     pages = [_wrapped(document) for document in shown]
     heights = [0.75, 2.1]
     for document, page in zip(shown, pages, strict=True):
-        heights += [_LINE_INCHES * (len(page) + 1.5), _IMAGE_INCHES if document.image_refs else 0.05]
+        heights += [_LINE_INCHES * (len(page) + 1.5), _IMAGE_INCHES if document.media else 0.05]
     figure = plt.figure(figsize=(_WIDTH, sum(heights) + 1.3), layout="constrained")
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     strip = figure.add_subplot(grid[0])
@@ -47,7 +47,7 @@ def write_picture(path: str | Path, view: PackView) -> None:
     _draw_positions(figure.add_subplot(grid[1], sharex=strip), view)
     for place, (document, page) in enumerate(zip(shown, pages, strict=True)):
         _draw_text(figure.add_subplot(grid[2 + 2 * place]), document, page, place)
-        if document.image_refs:
+        if document.media:
             _draw_images(figure, grid[3 + 2 * place], document, view)
     figure.suptitle(_title(view), fontsize=11, x=0.01, ha="left")
     save_figure(figure, path)
@@ -165,7 +165,7 @@ def _draw_text(
         0,
         -0.6,
         f"document {number}: {document.sample_id}, tokens {runs[0].start}..{runs[-1].end - 1}, "
-        f"{len(document.image_refs)} images, {document.num_supervised} supervised",
+        f"{len(document.images)} images, {document.num_supervised} supervised",
         fontsize=9,
         weight="bold",
         va="center",
@@ -197,7 +197,7 @@ def _joined(fragments: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView) -> None:
     """The whole image where it was cut with a thumbnail, else its first tile."""
-    shown = document.image_refs[:_MOST_IMAGES]
+    shown = document.images[:_MOST_IMAGES]
     axes = cell.subgridspec(1, _MOST_IMAGES).subplots(squeeze=False)[0]
     firsts = np.cumsum([0, *document.num_tiles])
     for number, axis in enumerate(axes):
@@ -206,15 +206,13 @@ def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView)
             continue
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color="0.6", linewidth=0.5)  # a white image has an edge on white paper
-        ref = shown[number]
-        place = int(firsts[number + 1]) - 1 if ref.grid.has_thumbnail else int(firsts[number])
-        tile = load_tile_range(
-            document.image_refs, image_size=view.image_size, tile_range=(place, place + 1)
-        )[0]
+        grid = shown[number][1].grid
+        place = int(firsts[number + 1]) - 1 if grid.has_thumbnail else int(firsts[number])
+        tile = load_tile_range(document.media, image_size=view.image_size, tile_range=(place, place + 1))[0]
         axis.imshow(tile.transpose(1, 2, 0))  # [3, S, S] -> [S, S, 3]
-        grid = f"{ref.grid.columns}x{ref.grid.rows}{'+1' if ref.grid.has_thumbnail else ''}"
+        text = f"{grid.columns}x{grid.rows}{'+1' if grid.has_thumbnail else ''}"
         stride = f"{document.strides[number]}/{view.tokens_per_tile}"
-        axis.set_title(f"image {number}: {grid}, {stride}", fontsize=7)
-    hidden = len(document.image_refs) - len(shown)
+        axis.set_title(f"image {number}: {text}, {stride}", fontsize=7)
+    hidden = len(document.images) - len(shown)
     if hidden > 0:
         axes[-1].text(1.05, 0.5, f"+{hidden}", transform=axes[-1].transAxes, fontsize=9, va="center")

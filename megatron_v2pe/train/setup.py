@@ -35,7 +35,7 @@ from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import (
     ParallelContext,

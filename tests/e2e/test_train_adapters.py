@@ -16,9 +16,9 @@ from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.records import Turn
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
 from megatron_v2pe.parallel.topology import shutdown
@@ -227,7 +227,7 @@ def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
         assert main([str(argument) for argument in export]) == 0
         info = tmp_path / "base" / "checkpoint.json"
         info.write_text(info.read_text() + "\n")
-        assert "is another checkpoint" in refused(capsys, *export, "--force")
+        assert "another checkpoint is there now" in refused(capsys, *export, "--force")
     finally:
         (root / "elsewhere").rename(root / "base")
     (adapters / RECORD_FILE).write_text("{}")

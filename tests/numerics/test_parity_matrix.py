@@ -18,7 +18,7 @@ import pickle
 
 import pytest
 
-from megatron_v2pe.data.index.annotation_index import locked
+from megatron_v2pe.data.index.cache import locked
 from megatron_v2pe.parallel.feature_router import owned_rows
 from megatron_v2pe.parallel.topology import resolve
 from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks

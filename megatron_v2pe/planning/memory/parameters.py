@@ -78,9 +78,8 @@ def vision_parameters(
 ) -> Iterator[ParameterSize]:
     """The tower. Its position table is made for `vision_config.image_size`."""
     vision = arch.vision
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1
     yield "vision.class_embedding", vision.hidden_size
-    yield "vision.position_embedding", positions * vision.hidden_size
+    yield "vision.position_embedding", vision.num_positions * vision.hidden_size
     yield from linear(
         "vision.patch_embedding", rows=vision.hidden_size, columns=3 * vision.patch_size**2, bias=True
     )
@@ -92,8 +91,7 @@ def projector_parameters(
     arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
 ) -> Iterator[ParameterSize]:
     """LayerNorm over 1 / ratio^2 patches, two linears."""
-    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    hidden = arch.language.hidden_size
+    channels, hidden = arch.projector_width, arch.language.hidden_size
     yield from norm("projector.norm", width=channels, bias=True)
     share, fc1, fc2 = hidden // tower_tp, "projector.mlp.linear_fc1", "projector.mlp.linear_fc2"
     yield from linear(fc1, rows=share, columns=channels, bias=True, adapters=adapters)

@@ -155,17 +155,12 @@ def tower_layer_ops(sizes: TowerShape, *, num_heads: int, costs: LayerCosts) -> 
     ]
 
 
-def patch_rows(arch: InternVLArchitecture) -> int:
-    """Rows of a tile: its patches and the class token."""
-    return (arch.image_size // arch.vision.patch_size) ** 2 + 1
-
-
 def tower_shape(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int, tower_tp: int) -> TowerShape:
     """A layer of the tower for some tiles."""
     tower = arch.vision
     width = tower_heads(tower, tower_tp) * (tower.hidden_size // tower.num_heads) // tower_tp
     return TowerShape(
-        rows=tiles * patch_rows(arch),
+        rows=tiles * arch.patches_per_tile,
         hidden=tower.hidden_size,
         width=width,
         ffn=tower.ffn_size // tower_tp,

@@ -17,7 +17,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
 from megatron_v2pe.planning.memory.operations import LayerCosts, linear_op, norm_ops
 from megatron_v2pe.planning.memory.tape import INPUT, Op, Peaks, peaks
-from megatron_v2pe.planning.memory.tower import patch_rows, tower_stack
+from megatron_v2pe.planning.memory.tower import tower_stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def vision_peaks(
     if shape.tiles <= slice_tiles:
         return whole
     features = whole.features_bytes * shape.tiles / slice_tiles
-    hidden = shape.tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
+    hidden = shape.tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
     trains = shape.is_trained or shape.trains_projector
     kept = hidden if shape.trains_projector and not shape.is_trained else 0.0
     again = max(whole.forward_bytes + whole.features_bytes, whole.backward_bytes)
@@ -126,7 +126,7 @@ def _at_once(
     a trained tower keeps what gradients pass through.
     """
     layers = tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, costs=costs)
-    hidden = tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
+    hidden = tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
     last = peaks(
         projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
     )

@@ -6,20 +6,20 @@
 
 Adapters are left out: a pair of rank r has r (in + out) of in * out weights, 1 or 2 in 100.
 
-The convention for model FLOPs and MFU is in `models/flops.py` and knows none of this.
+The convention for model FLOPs and MFU is in `config/flops.py` and knows none of this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.config.schema import ModelConfig, VisionConfig
-from megatron_v2pe.models.flops import (
+from megatron_v2pe.config.flops import (
     attention_flops,
     projector_flops,
     tower_attention_flops,
     tower_linear_flops,
 )
+from megatron_v2pe.config.schema import ModelConfig, VisionConfig
 from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.request.stages import ModelChunk
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_v2pe.planning.memory.setting import Setting
-from megatron_v2pe.planning.memory.tower import patch_rows
 from megatron_v2pe.planning.request.stages import ModelChunk
 
 
@@ -75,7 +74,7 @@ def tp_traffic_bytes(setting: Setting, model_chunk: ModelChunk) -> float:
     total = unit * (model_chunk.num_layers * layer + 2 * (model_chunk.is_first + model_chunk.is_last))
     if model_chunk.is_first and plan.tower_tp > 1:
         vision = setting.arch.vision
-        rows = setting.tiles * patch_rows(setting.arch) * vision.hidden_size * setting.element_bytes
+        rows = setting.tiles * setting.arch.patches_per_tile * vision.hidden_size * setting.element_bytes
         total += ends * rows * vision.num_layers * 4 * (2 if setting.has_gradients("vision") else 1)
     return total
 

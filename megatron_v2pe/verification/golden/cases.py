@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, find_images
-from megatron_v2pe.v2pe.strides import RELEASE_MODE_NAMES, PositionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Case:
     @property
     def mode(self) -> PositionMode:
         """Position mode by our name."""
-        return RELEASE_MODE_NAMES[self.values["version"]]
+        return POSITION_MODES[self.values["version"]]
 
     def wanted(self, name: str) -> Tensor:
         """A stored number of this case."""
@@ -128,7 +128,7 @@ class Case:
                     tokens=tokens[start:stop],
                     labels=labels[start:stop],
                     layout=layout,
-                    image_refs=(),
+                    media=(),
                     sample_id=f"{self.name}#{index}",
                 )
             )

@@ -77,7 +77,7 @@ class Inputs:
             )
             samples.append(
                 EncodedSample(
-                    tokens=tokens, labels=tokens, layout=layout, image_refs=(), sample_id=f"document {number}"
+                    tokens=tokens, labels=tokens, layout=layout, media=(), sample_id=f"document {number}"
                 )
             )
         return collate_pack(

@@ -165,7 +165,7 @@ MISTAKES = {
         "to plan before the checkpoint is there",
     ),
     "unknown size": (("--gpus", "8", "--arch", "9B"), "--arch 9B"),
-    "world": (("--gpus", "6", "--arch", "2B"), "the world has 6 ranks"),
+    "world": (("--gpus", "6", "--arch", "2B"), "must divide the world size 6"),
     "no gpus": (("--gpus", "0", "--arch", "2B"), "--gpus is 0"),
     "heads": (("--gpus", "12", "--arch", "2B", "parallel.tp=3"), "parallel.tp is 3"),
     "rate": (("--gpus", "8", "--arch", "2B", "--rate", "speed=1"), "no rate is called 'speed'"),

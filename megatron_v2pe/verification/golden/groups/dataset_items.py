@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, normalize_tiles
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import NORMALIZATION, check_image
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.medium import MediaRules, MediumTiles, load_tile_range
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.media.tiling import TilingRule
+from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import EncodedSample, TextSettings, encode_record
+from megatron_v2pe.data.samples.measure import probe_record
 from megatron_v2pe.data.samples.records import Record, parse_record
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, image_refs
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.text.masking import LabelRule
 from megatron_v2pe.data.text.templates import ChatTemplate
@@ -122,7 +124,7 @@ def _position_row(name: str, ours: EncodedSample, case: dict[str, Any]) -> Row:
 def _pixel_row(name: str, ours: EncodedSample, case: dict[str, Any]) -> Row:
     """Bit for bit with the same Pillow; the mean otherwise."""
     tiles = load_tile_range(
-        ours.image_refs, image_size=case["image_size"], tile_range=(0, ours.layout.total_tiles)
+        ours.media, image_size=case["image_size"], tile_range=(0, ours.layout.total_tiles)
     )
     pixels: NDArray[np.float32] = normalize_tiles(torch.from_numpy(tiles), NORMALIZATION["imagenet"]).numpy()
     if hashlib.sha256(pixels.tobytes()).hexdigest() == case["pixel_sha256_float32"]:
@@ -141,29 +143,26 @@ def _sample(
         name="golden",
         annotation="golden",
         root=str(images),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     settings = _settings(case, text, rule)
     record = parse_record(case["item"], entry=entry, sample_id="golden", where="golden")
-    sizes = [check_image(path, max_pixels=_MAX_PIXELS) for path in record.images]
-    refs = image_refs(record, sizes, entry=entry, settings=settings)
+    media = record_tiles(record, probe_record(record, settings=settings), entry=entry, settings=settings)
     strides = _strides(case, record, settings.text.tokens_per_tile)
-    return _encode(record, refs=refs, settings=settings.text, strides=strides)
+    return _encode(record, media=media, settings=settings.text, strides=strides)
 
 
-def _encode(record: Record, *, refs: Any, settings: TextSettings, strides: Int64Array) -> EncodedSample:
+def _encode(
+    record: Record, *, media: Sequence[MediumTiles], settings: TextSettings, strides: Int64Array
+) -> EncodedSample:
     """With the release's labels a sample may have none, which `encode_record` refuses; then only they are its."""
     try:
-        return encode_record(record, refs=refs, settings=settings, strides=strides)
+        return encode_record(record, media=media, settings=settings, strides=strides)
     except DataError:
         if settings.label_rule != "release":
             raise
-    sample = encode_record(record, refs=refs, settings=replace(settings, label_rule="exact"), strides=strides)
+    sample = encode_record(
+        record, media=media, settings=replace(settings, label_rule="exact"), strides=strides
+    )
     return replace(sample, labels=np.full_like(sample.labels, IGNORE_INDEX))
 
 
@@ -186,7 +185,7 @@ def _settings(case: dict[str, Any], text: tuple[Tokenizer, ChatTemplate], rule: 
         ),
         pad2square=False,
         normalize_type="imagenet",
-        max_image_pixels=_MAX_PIXELS,
+        media=MediaRules(max_pixels=_MAX_PIXELS),
         position=PositionConfig(),
         seed=0,
     )
@@ -194,7 +193,7 @@ def _settings(case: dict[str, Any], text: tuple[Tokenizer, ChatTemplate], rule: 
 
 def _strides(case: dict[str, Any], record: Record, tokens_per_tile: int) -> Int64Array:
     """Recorded strides; the release draws them from Python's global generator."""
-    num_images = len(record.images)
+    num_images = len(record.media)
     if case["version"] == "v2pe_rnd":
         return np.array(case["rnd_strides"][:num_images], dtype=np.int64)
     stride = case["stride"] if case["version"] == "v2pe_fix" else tokens_per_tile

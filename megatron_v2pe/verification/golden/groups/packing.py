@@ -89,10 +89,10 @@ def _fake_sample(row: list[int]) -> GreedySample:
 
 def _facts(pack: GreedyPack, consumed: int) -> dict[str, Any]:
     return {
-        "parts": [[part.sample.sample_id, part.start, part.end] for part in pack.parts],
+        "parts": [[part.sample.sample_id, part.start, part.end] for part in pack.members],
         "tokens": pack.num_tokens,
         "tiles": pack.num_tiles,
-        "data_index_values": [part.document for part in pack.parts],
+        "data_index_values": [part.document for part in pack.members],
         "arrivals_consumed": consumed,
     }
 
@@ -140,7 +140,7 @@ def _documents(labels: Int64Array, data_index: Any, *, num_tokens: int = 0) -> l
             tokens=np.zeros(len(document), dtype=np.int64),
             labels=document,
             layout=text_layout(len(document), tokens_per_tile=1),
-            image_refs=(),
+            media=(),
             sample_id=str(number),
         )
         for number, document in enumerate(documents)

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from megatron_v2pe.batch.packed_batch import normalize_tiles
-from megatron_v2pe.data.media.images import NORMALIZATION, ImageRef, check_image, load_tiles, mean_color
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.medium import MediaRules, MediumTiles, load_tile_range
+from megatron_v2pe.data.media.normalization import NORMALIZATION, mean_color
 from megatron_v2pe.data.media.tiling import TilingRule, choose_grid, tile_boxes
 from megatron_v2pe.verification.golden.rows import Row, compared, equal
 
@@ -57,9 +60,10 @@ def _pixel_rows(path: Path) -> Iterator[Row]:
     with safe_open(path.with_suffix(".safetensors"), framework="np") as tensors:
         for case in table["cases"]:
             name = f"tiling/pixels_{case['index']}"
-            ref = _image_ref(path.parent / case["image"], case)
-            ours = normalized_tiles(ref, image_size=case["image_size"], normalize_type=case["normalize"])
-            boxes = tile_boxes(ref.grid, case["image_size"]) if case["dynamic"] else [(0, 0, *ref.size)]
+            file = _medium(path.parent / case["image"], case)
+            (image,) = file.images
+            ours = normalized_tiles(file, image_size=case["image_size"], normalize_type=case["normalize"])
+            boxes = tile_boxes(image.grid, case["image_size"]) if case["dynamic"] else [(0, 0, *image.size)]
             wanted_boxes = [tuple(box) for box in case["boxes"]]
             yield equal(
                 name, "boxes", is_equal=boxes == wanted_boxes, detail=f"{boxes}, expected {wanted_boxes}"
@@ -77,7 +81,7 @@ def _pixel_rows(path: Path) -> Iterator[Row]:
                 )
 
 
-def _image_ref(path: Path, case: dict[str, Any]) -> ImageRef:
+def _medium(path: Path, case: dict[str, Any]) -> MediumTiles:
     rule = TilingRule(
         image_size=case["image_size"],
         dynamic=case["dynamic"],
@@ -87,18 +91,20 @@ def _image_ref(path: Path, case: dict[str, Any]) -> ImageRef:
     )
     size = check_image(str(path), max_pixels=_MAX_PIXELS)
     is_padded = case["pad2square"] and not case["dynamic"]
-    return ImageRef(
-        path=str(path),
+    image = ImageTiles(
         size=size,
         grid=choose_grid(*size, rule=rule),
         pad_color=mean_color(case["normalize"]) if is_padded else None,
     )
+    return MediumTiles(
+        medium=ImageFile(path=str(path)), images=(image,), rules=MediaRules(max_pixels=_MAX_PIXELS)
+    )
 
 
-def normalized_tiles(ref: ImageRef, *, image_size: int, normalize_type: Any) -> NDArray[np.float32]:
+def normalized_tiles(file: MediumTiles, *, image_size: int, normalize_type: Any) -> NDArray[np.float32]:
     """All tiles of an image as the model gets them, float32 [n, 3, S, S]."""
-    tiles = torch.from_numpy(load_tiles(ref, image_size=image_size))
-    return normalize_tiles(tiles, NORMALIZATION[normalize_type]).numpy()
+    tiles = load_tile_range([file], image_size=image_size, tile_range=(0, file.num_tiles))
+    return normalize_tiles(torch.from_numpy(tiles), NORMALIZATION[normalize_type]).numpy()
 
 
 def _shape_row(name: str, ours: NDArray[np.float32], case: dict[str, Any]) -> Row:

@@ -1,6 +1,6 @@
-"""Figures drawn on images: a shape in a colour, made of polygons, so that nothing has to be licensed or fetched.
+"""Figures drawn on images: a shape in a color, made of polygons, so that nothing has to be licensed or fetched.
 
-Drawn at four times the size and scaled down, with a white rim and a black line around it, which keeps every colour
+Drawn at four times the size and scaled down, with a white rim and a black line around it, which keeps every color
 visible on every background.
 """
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from megatron_v2pe.synthesis.split import Split, names_of
 
-COLOURS = {
+GLYPH_COLORS = {
     "red": (220, 30, 40),
     "green": (30, 160, 60),
     "blue": (30, 80, 220),
@@ -35,19 +35,19 @@ Point = tuple[float, float]
 class Glyph:
     """A figure; its name is how a question speaks of it."""
 
-    colour: str
+    color: str
     shape: str
 
     @property
     def name(self) -> str:
         """`red star`."""
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 def glyphs_of(split: Split) -> list[Glyph]:
     """Combinations that a split may show; the other split never shows them."""
-    pairs = names_of(split, list(product(COLOURS, SHAPES)), held_out=0.4)
-    return [Glyph(colour=colour, shape=shape) for colour, shape in pairs]
+    pairs = names_of(split, list(product(GLYPH_COLORS, SHAPES)), held_out=0.4)
+    return [Glyph(color=color, shape=shape) for color, shape in pairs]
 
 
 def draw_glyph(glyph: Glyph, size: int) -> Image.Image:
@@ -55,9 +55,9 @@ def draw_glyph(glyph: Glyph, size: int) -> Image.Image:
     side = size * _OVERSAMPLING
     canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     brush = ImageDraw.Draw(canvas)
-    for scale, colour in ((0.48, (0, 0, 0)), (0.455, (255, 255, 255)), (0.41, COLOURS[glyph.colour])):
+    for scale, color in ((0.48, (0, 0, 0)), (0.455, (255, 255, 255)), (0.41, GLYPH_COLORS[glyph.color])):
         outline = [(side * (0.5 + scale * x), side * (0.5 + scale * y)) for x, y in _outline(glyph.shape)]
-        brush.polygon(outline, fill=(*colour, 255))
+        brush.polygon(outline, fill=(*color, 255))
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 

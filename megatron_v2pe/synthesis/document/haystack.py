@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.text.tokenizer import Tokenizer
-from megatron_v2pe.synthesis.corpus import Corpus
-from megatron_v2pe.synthesis.counter import TokenCounter
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.material.corpus import Corpus
 
 _CACHED_PASSAGES = 4096
 _NO_BLANK_AFTER = "\u3002\uff01\uff1f"

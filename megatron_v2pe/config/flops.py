@@ -47,29 +47,30 @@ def attention_flops(
 def tower_attention_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward pass of the tower's bidirectional attention."""
     vision = arch.vision
-    patches = (arch.image_size // vision.patch_size) ** 2 + 1
-    return 4.0 * num_tiles * vision.num_layers * patches**2 * vision.hidden_size
+    return 4.0 * num_tiles * vision.num_layers * arch.patches_per_tile**2 * vision.hidden_size
 
 
 def tower_linear_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward pass of the tower's linears; the patch convolution, 1 in 1000 of them, is left out."""
     vision = arch.vision
-    patches = (arch.image_size // vision.patch_size) ** 2 + 1
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
-    return 2.0 * num_tiles * vision.num_layers * layer * patches
+    return 2.0 * num_tiles * vision.num_layers * layer * arch.patches_per_tile
 
 
 def projector_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward pass of the projector's two linears."""
     hidden = arch.language.hidden_size
-    shuffled = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    return 2.0 * num_tiles * (shuffled * hidden + hidden * hidden) * arch.tokens_per_tile
+    return 2.0 * num_tiles * (arch.projector_width * hidden + hidden * hidden) * arch.tokens_per_tile
+
+
+def tower_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
+    """Forward pass of the vision tower."""
+    return tower_linear_flops(arch, num_tiles) + tower_attention_flops(arch, num_tiles)
 
 
 def vision_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward and backward of the tower and the projector for `num_tiles` tiles."""
-    tower = tower_linear_flops(arch, num_tiles) + tower_attention_flops(arch, num_tiles)
-    return TRAINING * (tower + projector_flops(arch, num_tiles))
+    return TRAINING * (tower_flops(arch, num_tiles) + projector_flops(arch, num_tiles))
 
 
 def step_flops(

@@ -1,6 +1,6 @@
 """One sample from its spec: needle, document, exact length, record.
 
-    spec --make_task--> needles, question --DocumentBuilder--> pieces --> record --read_back--> tokens --> resize
+    spec --make_task--> needles, question --DocumentBuilder--> units --> record --read_back--> tokens --> resize
 
 The length is what the loader itself finds in the record (`verify.read_back`), so a sample of N tokens is one of N
 tokens in training: chat template, question, choices, answer and its end included.
@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
-from megatron_v2pe.synthesis import longvqa
-from megatron_v2pe.synthesis.corpus import Corpus
-from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.document import DocumentBuilder, TooShort, Unit, realised_depths, resize
-from megatron_v2pe.synthesis.haystack import Haystack, TextStream
-from megatron_v2pe.synthesis.image_tasks import Studio
+from megatron_v2pe.data.samples.settings import SampleSettings
+from megatron_v2pe.synthesis.document import longvqa
+from megatron_v2pe.synthesis.document.builder import DocumentBuilder, TooShort, Unit, realised_depths, resize
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.document.haystack import Haystack, TextStream
+from megatron_v2pe.synthesis.document.records import Prompted, internvl_record
+from megatron_v2pe.synthesis.document.verify import check_record, entry_of, last_positions, read_back
 from megatron_v2pe.synthesis.kinds import SampleSpec, depth_in_band
-from megatron_v2pe.synthesis.make_task import make_task
-from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage
-from megatron_v2pe.synthesis.records import Prompted, internvl_record
+from megatron_v2pe.synthesis.material.corpus import Corpus
+from megatron_v2pe.synthesis.material.pictures import ImageStore, Picture, PoolImage
+from megatron_v2pe.synthesis.material.vqa import VqaItem
 from megatron_v2pe.synthesis.split import Split, generator_for
-from megatron_v2pe.synthesis.task import Task
-from megatron_v2pe.synthesis.verify import check_record, entry_of, last_positions, read_back
-from megatron_v2pe.synthesis.vqa import VqaItem
+from megatron_v2pe.synthesis.tasks.image_tasks import Studio
+from megatron_v2pe.synthesis.tasks.make_task import make_task
+from megatron_v2pe.synthesis.tasks.task import Task
 
 GENERATOR_VERSION = 1
 _CORRECTIONS = 12
@@ -64,11 +64,11 @@ class _Draft:
     """A document that has not its final length yet.
 
     Attributes:
-        units: pieces.
-        ask: question and answer that go with a list of pieces.
+        units: of the document.
+        ask: question and answer that go with a list of units.
         stream: text to make it longer.
         forbidden: words that only needles may have.
-        depth: what reports group by; None takes the needles' mean.
+        depth: what reports group by; None uses the needles' mean.
     """
 
     units: list[Unit]
@@ -110,7 +110,7 @@ class Composer:
     def compose(self, spec: SampleSpec) -> dict[str, Any]:
         """The checked record of a sample; its images are in the store, not flushed.
 
-        Text is added and taken away until the loader finds the wanted tokens; mostly it does at once.
+        Text is added and removed until the loader finds the wanted tokens; mostly it does at once.
 
         Raises:
             DataError: the length is too short for the kind, or a source cannot be read.

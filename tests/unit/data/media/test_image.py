@@ -7,14 +7,10 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import (
-    ImageRef,
-    check_image,
-    image_size,
-    load_tiles,
-    mean_color,
-)
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.image import ImageFile, check_image, open_image
+from megatron_v2pe.data.media.medium import MediaRules, MediumTiles, load_tile_range
+from megatron_v2pe.data.media.normalization import mean_color
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.sources.storage import resolve_path
 from tests.support.mixture import write_image
@@ -23,13 +19,24 @@ LIMIT = 10**6
 GRID = TileGrid(columns=2, rows=1, has_thumbnail=True)
 
 
-def ref(path, size, **changes):
-    return ImageRef(path=str(path), **{"size": size, "grid": GRID, "max_pixels": LIMIT, **changes})
+def picture(path, size, **changes):
+    image = ImageTiles(**{"size": size, "grid": GRID, **changes})
+    return MediumTiles(medium=ImageFile(path=str(path)), images=(image,), rules=MediaRules(max_pixels=LIMIT))
+
+
+def load_tiles(medium, *, first=0, last=None):
+    last = medium.num_tiles if last is None else last
+    return load_tile_range([medium], image_size=16, tile_range=(first, last))
+
+
+def header_size(path, *, max_pixels):
+    with open_image(str(path), max_pixels=max_pixels, header_only=True) as image:
+        return image.size
 
 
 def test_header_gives_the_size(tmp_path):
     write_image(tmp_path / "a.png", 30, 20)
-    assert image_size(str(tmp_path / "a.png"), max_pixels=LIMIT) == (30, 20)
+    assert header_size(tmp_path / "a.png", max_pixels=LIMIT) == (30, 20)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp"])
@@ -59,24 +66,24 @@ def test_files_that_are_no_images(tmp_path, content):
 
 def test_missing_file_names_the_way_out(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png: no such image; check the data set's root"):
-        image_size(str(tmp_path / "gone.png"), max_pixels=LIMIT)
+        header_size(tmp_path / "gone.png", max_pixels=LIMIT)
 
 
 def test_absurd_size_is_refused_from_the_header(tmp_path):
-    """A header of 60000 x 60000 with no data behind it: refused before anything is decoded."""
+    """A header of 60000 x 60000 with no data after it: refused before anything is decoded."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "BMP")
     header = bytearray(buffer.getvalue())
     header[18:26] = (60000).to_bytes(4, "little") * 2
     (tmp_path / "huge.bmp").write_bytes(bytes(header))
     with pytest.raises(DataError, match=r"3600000000 pixels exceed data\.max_image_pixels = 178956970"):
-        image_size(str(tmp_path / "huge.bmp"), max_pixels=178_956_970)
+        header_size(tmp_path / "huge.bmp", max_pixels=178_956_970)
 
 
 def test_our_limit_replaces_pillows(tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", 40, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert image_size(str(tmp_path / "a.png"), max_pixels=1600) == (40, 40)
+    assert header_size(tmp_path / "a.png", max_pixels=1600) == (40, 40)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
@@ -95,7 +102,7 @@ def test_paths_inside_the_root_and_without_a_root():
 def test_every_mode_becomes_three_channels(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     write_image(path, 50, 30, mode=mode)
-    tiles = load_tiles(ref(path, (50, 30)), image_size=16)
+    tiles = load_tiles(picture(path, (50, 30)))
     assert (tiles.shape, tiles.dtype) == ((3, 3, 16, 16), np.uint8)
 
 
@@ -110,7 +117,7 @@ ODD_MODES = [
     "LAB",
     "HSV",
     "CMYK",
-    "P with a colour left out",
+    "P with a transparent color",
     "1",
 ]
 
@@ -143,7 +150,7 @@ def test_odd_modes_are_converted_as_the_release_does(tmp_path, name):
     except OSError:  # Pillow has no format for it
         image.convert("RGB").save(path)
     wanted = np.asarray(Image.open(path).convert("RGB").resize((32, 16), Image.Resampling.BICUBIC))
-    tiles = load_tiles(ref(path, check_image(str(path), max_pixels=LIMIT)), image_size=16)
+    tiles = load_tiles(picture(path, check_image(str(path), max_pixels=LIMIT)))
     assert np.array_equal(np.concatenate([tiles[0], tiles[1]], axis=2), wanted.transpose(2, 0, 1))
 
 
@@ -154,7 +161,7 @@ def test_a_rotation_in_the_metadata_is_not_applied(tmp_path):
     write_image(tmp_path / "a.png", 50, 30)
     Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg", exif=exif, quality=95)
     assert check_image(str(tmp_path / "a.jpg"), max_pixels=LIMIT) == (50, 30)
-    tiles = load_tiles(ref(tmp_path / "a.jpg", (50, 30)), image_size=16)
+    tiles = load_tiles(picture(tmp_path / "a.jpg", (50, 30)))
     wanted = Image.open(tmp_path / "a.jpg").convert("RGB").resize((32, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(tiles[0], np.asarray(wanted)[:, :16].transpose(2, 0, 1))
 
@@ -166,7 +173,7 @@ def test_of_an_animated_file_the_first_frame_is_taken(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     assert check_image(str(path), max_pixels=LIMIT) == (50, 30)
-    tiles = load_tiles(ref(path, (50, 30)), image_size=16)
+    tiles = load_tiles(picture(path, (50, 30)))
     assert abs(int(tiles[0, 0].mean()) - 0) <= 2
     assert abs(int(tiles[0, 1].mean()) - 90) <= 2
 
@@ -174,33 +181,33 @@ def test_of_an_animated_file_the_first_frame_is_taken(tmp_path, suffix):
 @pytest.mark.parametrize("jpeg_qualities", [(), (80, 90, 75)])
 def test_any_share_equals_the_cut_of_all_tiles(tmp_path, jpeg_qualities):
     write_image(tmp_path / "a.png", 50, 30)
-    image = ref(tmp_path / "a.png", (50, 30), jpeg_qualities=jpeg_qualities)
-    whole = load_tiles(image, image_size=16)
+    image = picture(tmp_path / "a.png", (50, 30), jpeg_qualities=jpeg_qualities)
+    whole = load_tiles(image)
     for first in range(3):
         for last in range(first + 1, 4):
-            part = load_tiles(image, image_size=16, first=first, last=last)
+            part = load_tiles(image, first=first, last=last)
             assert np.array_equal(part, whole[first:last])
 
 
 def test_tiles_are_the_crops_of_the_resized_image(tmp_path):
     write_image(tmp_path / "a.png", 50, 30)
-    tiles = load_tiles(ref(tmp_path / "a.png", (50, 30)), image_size=16)
+    tiles = load_tiles(picture(tmp_path / "a.png", (50, 30)))
     resized = np.asarray(Image.open(tmp_path / "a.png").resize((32, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(tiles[1], resized[:, 16:].transpose(2, 0, 1))
 
 
 def test_jpeg_augmentation_changes_pixels(tmp_path):
     write_image(tmp_path / "a.png", 50, 30)
-    plain = load_tiles(ref(tmp_path / "a.png", (50, 30)), image_size=16)
-    augmented = load_tiles(ref(tmp_path / "a.png", (50, 30), jpeg_qualities=(75, 75, 75)), image_size=16)
+    plain = load_tiles(picture(tmp_path / "a.png", (50, 30)))
+    augmented = load_tiles(picture(tmp_path / "a.png", (50, 30), jpeg_qualities=(75, 75, 75)))
     assert not np.array_equal(plain, augmented)
 
 
-def test_padding_to_a_square_uses_the_mean_colour(tmp_path):
+def test_padding_to_a_square_uses_the_mean_color(tmp_path):
     write_image(tmp_path / "a.png", 16, 8)
     single = TileGrid(columns=1, rows=1, has_thumbnail=False)
     color = mean_color("imagenet")
-    tiles = load_tiles(ref(tmp_path / "a.png", (16, 8), grid=single, pad_color=color), image_size=16)
+    tiles = load_tiles(picture(tmp_path / "a.png", (16, 8), grid=single, pad_color=color))
     assert tuple(tiles[0, :, 0, 0]) == color == (123, 116, 103)
     assert np.array_equal(tiles[0, :, 4:12], np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1))
 
@@ -208,14 +215,14 @@ def test_padding_to_a_square_uses_the_mean_colour(tmp_path):
 def test_a_file_that_changed_since_it_was_measured(tmp_path):
     write_image(tmp_path / "a.png", 50, 30)
     with pytest.raises(DataError, match="is 50 x 30, but was 30 x 50 when lengths were measured"):
-        load_tiles(ref(tmp_path / "a.png", (30, 50)), image_size=16)
+        load_tiles(picture(tmp_path / "a.png", (30, 50)))
 
 
 def test_only_images_of_the_range_are_opened(tmp_path):
     write_image(tmp_path / "b.png", 50, 30)
-    refs = [ref(tmp_path / "missing.png", (50, 30)), ref(tmp_path / "b.png", (50, 30))]
-    whole = load_tiles(refs[1], image_size=16)
-    assert np.array_equal(load_tile_range(refs, image_size=16, tile_range=(4, 6)), whole[1:])
-    assert load_tile_range(refs, image_size=16, tile_range=(3, 3)).shape == (0, 3, 16, 16)
+    media = [picture(tmp_path / "missing.png", (50, 30)), picture(tmp_path / "b.png", (50, 30))]
+    whole = load_tiles(media[1])
+    assert np.array_equal(load_tile_range(media, image_size=16, tile_range=(4, 6)), whole[1:])
+    assert load_tile_range(media, image_size=16, tile_range=(3, 3)).shape == (0, 3, 16, 16)
     with pytest.raises(DataError, match=r"missing\.png: no such image"):
-        load_tile_range(refs, image_size=16, tile_range=(2, 4))
+        load_tile_range(media, image_size=16, tile_range=(2, 4))

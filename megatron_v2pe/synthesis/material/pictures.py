@@ -21,13 +21,13 @@ from PIL import Image
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import sync_folder
 from megatron_v2pe.core.processes import end_with_parent, worker_context
-from megatron_v2pe.data.media.images import check_image
+from megatron_v2pe.data.media.image import check_image
 from megatron_v2pe.synthesis.split import digest
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDER = "images"
 SERVER_IMPORTS = "megatron_v2pe.synthesis.run"  # what workers of a run need, imported once
-_CHUNK = 64
+_FILES_PER_TASK = 64
 _WORTH_PROCESSES = 2000
 """Fewer files are read sooner than processes are started."""
 
@@ -62,10 +62,14 @@ def image_files(folder: Path, *, option: str) -> list[Path]:
         DataError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{option}: {folder}: no such folder; give a folder of {', '.join(SUFFIXES)} files")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        raise DataError(
+            f"{option}: {folder}: no such folder; give a folder of {', '.join(IMAGE_SUFFIXES)} files"
+        )
+    found = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
     if not found:
-        raise DataError(f"{option}: {folder}: holds no file that ends with {', '.join(SUFFIXES)}")
+        raise DataError(f"{option}: {folder}: holds no file that ends with {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
@@ -87,7 +91,7 @@ def inspect_all(paths: Sequence[Path], *, max_pixels: int, workers: int) -> Iter
     with ProcessPoolExecutor(
         workers, mp_context=worker_context(SERVER_IMPORTS), initializer=end_with_parent
     ) as executor:
-        yield from executor.map(inspect, names, repeat(max_pixels), chunksize=_CHUNK)
+        yield from executor.map(inspect, names, repeat(max_pixels), chunksize=_FILES_PER_TASK)
 
 
 class ImageStore:

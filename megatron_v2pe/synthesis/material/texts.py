@@ -17,11 +17,11 @@ from pathlib import Path
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import read_jsonl
 
-SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
 MAX_UNIT_CHARS = 240
-"""Longest piece that is kept together; it bounds how far a needle can be from its depth."""
+"""Longest sentence; longer ones are cut; it bounds how far a needle can be from its depth."""
 
-# Behind an end of sentence with a blank, or directly behind one of the scripts that write no blanks.
+# After an end of sentence with a blank, or directly after one of the scripts that write no blanks.
 _SENTENCE_END = re.compile("(?<=[.!?])\\s+(?=[\\w\"'(])|(?<=[\u3002\uff01\uff1f])")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _HIDDEN = frozenset({"script", "style", "head", "template", "noscript"})
@@ -55,13 +55,13 @@ def paragraphs(document: str) -> list[list[str]]:
     found = []
     for block in _BLANK_LINE.split(document.replace("\r\n", "\n")):
         text = " ".join(block.split())
-        sentences = [piece for part in _SENTENCE_END.split(text) if part for piece in _short_pieces(part)]
+        sentences = [short for sentence in _SENTENCE_END.split(text) if sentence for short in _cut(sentence)]
         if sentences:
             found.append(sentences)
     return found
 
 
-def _short_pieces(sentence: str) -> Iterator[str]:
+def _cut(sentence: str) -> Iterator[str]:
     """A long sentence cut at blanks, or anywhere if it has none."""
     while len(sentence) > MAX_UNIT_CHARS:
         cut = sentence.rfind(" ", 1, MAX_UNIT_CHARS)

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.haystack import Sentence, TextStream
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.document.haystack import Sentence, TextStream
 
 _WHOLE_SENTENCE_TRIES = 40
 _WORD_TRIES = 4000
 
 
 def exact_text(tokens: int, *, stream: TextStream, counter: TokenCounter) -> list[Sentence]:
-    """Pieces of text that together have `tokens` tokens.
+    """Sentences and beginnings of sentences that together have `tokens` tokens.
 
     Raises:
-        DataError: the corpus has no words small enough, which takes a very odd tokenizer or corpus.
+        DataError: the corpus has no words small enough, which needs a very odd tokenizer or corpus.
     """
-    pieces: list[Sentence] = []
+    found: list[Sentence] = []
     while tokens > 0 and stream.peek().tokens <= tokens:
-        pieces.append(stream.take())
-        tokens -= pieces[-1].tokens
+        found.append(stream.take())
+        tokens -= found[-1].tokens
     for _ in range(_WHOLE_SENTENCE_TRIES):
         if tokens == 0:
-            return pieces
+            return found
         beginning = _longest_beginning(stream.random_sentence(), tokens, counter)
         if beginning is not None and beginning.tokens == tokens:
-            return [*pieces, beginning]
+            return [*found, beginning]
     for _ in range(_WORD_TRIES):
         if tokens == 0:
-            return pieces
+            return found
         beginning = _longest_beginning(stream.random_sentence(), tokens, counter)
         if beginning is not None:
-            pieces.append(beginning)
+            found.append(beginning)
             tokens -= beginning.tokens
     raise DataError(
         f"--texts: no words of {tokens} tokens found to make a sample's length exact; give more or plainer text"

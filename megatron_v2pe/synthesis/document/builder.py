@@ -2,9 +2,9 @@
 
     sentence sentence <image> sentence NEEDLE sentence <image> ... sentence filler
 
-Sizes are sums of counted pieces. An image is hundreds of tokens, so one that would push a needle away from its depth
+Sizes are sums of counted units. An image is hundreds of tokens, so one that would push a needle away from its depth
 waits until the needle is in; a needle is thus never further from its depth than half a sentence, unless another
-needle stands there.
+needle is there.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.filler import exact_text
-from megatron_v2pe.synthesis.haystack import Sentence, TextStream
-from megatron_v2pe.synthesis.pictures import Picture
-from megatron_v2pe.synthesis.task import Insertion
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.document.filler import exact_text
+from megatron_v2pe.synthesis.document.haystack import Sentence, TextStream
+from megatron_v2pe.synthesis.material.pictures import Picture
+from megatron_v2pe.synthesis.tasks.task import Insertion
 
 NextPicture = Callable[[], Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A piece of a document.
+    """Text or images that stay together in a document.
 
     Attributes:
         text: what is written, lead and placeholders included.
@@ -52,7 +52,7 @@ class TooShort(ValueError):  # noqa: N818 - it names what is
 
 
 def size_of(units: Sequence[Unit]) -> int:
-    """Tokens of all pieces."""
+    """Tokens of all units."""
     return sum(unit.tokens for unit in units)
 
 
@@ -98,8 +98,11 @@ class DocumentBuilder:
         text_per_image: int,
         counter: TokenCounter,
     ) -> None:
-        self._stream, self._next_picture = stream, next_picture
-        self._text_per_image, self._counter, self._size = text_per_image, counter, size
+        self._stream = stream
+        self._next_picture = next_picture
+        self._text_per_image = text_per_image
+        self._counter = counter
+        self._size = size
         by_depth = sorted(insertions, key=lambda insertion: insertion.depth)
         self._pending = [inserted_unit(insertion, counter) for insertion in by_depth]
         self._room = size - size_of(self._pending)
@@ -111,7 +114,7 @@ class DocumentBuilder:
             raise TooShort(size - self._room)
 
     def build(self) -> list[Unit]:
-        """All pieces; their sizes add up to the wanted one."""
+        """All units; their sizes add up to the wanted one."""
         while True:
             self._place_due(self._stream.peek().tokens)
             if not (self._add_image() or self._add_sentence()):
@@ -122,14 +125,14 @@ class DocumentBuilder:
         return self._units
 
     def _goal(self) -> float:
-        """Tokens before the next insertion when it stands at its depth; infinite when all are placed."""
+        """Tokens before the next insertion when it is at its depth; infinite when all are placed."""
         return self._goal_of(self._pending[0]) if self._pending else float("inf")
 
     def _goal_of(self, unit: Unit) -> float:
         return _insertion(unit).depth * (self._size - unit.tokens)
 
     def _place_due(self, next_tokens: int) -> None:
-        """Place insertions that are nearer to their depth now than behind the next sentence."""
+        """Place insertions that are nearer to their depth now than after the next sentence."""
         while self._pending and self._used + next_tokens / 2 >= self._goal():
             if self._lets_needle_pass():
                 continue
@@ -139,7 +142,7 @@ class DocumentBuilder:
             self._text_since_image = 0 if unit.pictures else self._text_since_image
 
     def _lets_needle_pass(self) -> bool:
-        """A decoy that would push the next needle away from its depth goes behind it."""
+        """A decoy that would push the next needle away from its depth goes after it."""
         first = self._pending[0]
         needle = next((unit for unit in self._pending if not _insertion(unit).is_decoy), first)
         if needle is first or self._used + first.tokens <= self._goal_of(needle):
@@ -158,7 +161,8 @@ class DocumentBuilder:
         if unit.tokens > self._room or self._used + unit.tokens > self._goal():
             return False
         self._append(unit)
-        self._waiting, self._text_since_image = None, 0
+        self._waiting = None
+        self._text_since_image = 0
         return True
 
     def _add_sentence(self) -> bool:
@@ -186,13 +190,13 @@ def resize(units: Sequence[Unit], change: int, *, stream: TextStream, counter: T
     """The document with `change` tokens more or less, at the end of its haystack.
 
     Args:
-        units: pieces.
-        change: tokens to add, negative to take away.
+        units: of the document.
+        change: tokens to add, negative to remove.
         stream: text to add.
         counter: counts tokens.
 
     Raises:
-        TooShort: there is not so much haystack to take away.
+        TooShort: there is not so much haystack to remove.
     """
     units = list(units)
     end = max((place for place, unit in enumerate(units, start=1) if unit.insertion is None), default=0)
@@ -208,7 +212,7 @@ def resize(units: Sequence[Unit], change: int, *, stream: TextStream, counter: T
 
 
 def realised_depths(units: Sequence[Unit]) -> list[float]:
-    """Depth at which each needle stands, decoys left out: tokens before it over the document's other tokens."""
+    """Depth of each needle, decoys not counted: tokens before it over the document's other tokens."""
     total, before = size_of(units), 0
     depths = []
     for unit in units:

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.synthesis.material.texts import TEXT_SUFFIXES, paragraphs, read_documents
 from megatron_v2pe.synthesis.split import Split, digest, split_of
-from megatron_v2pe.synthesis.texts import SUFFIXES, paragraphs, read_documents
 
 PASSAGE_CHARS = 4000
 TEXT_FILE, INDEX_FILE = "passages.txt", "passages.npz"
 _IDIOM_CHARS = 40
-"""Sentences below this length may stand in both splits: headings, idioms."""
+"""Sentences below this length may be in both splits: headings, idioms."""
 
 Paragraphs = list[list[str]]
 
@@ -57,10 +57,14 @@ def text_files(folder: Path) -> list[Path]:
         DataError: there is no such folder, or no file of text in it.
     """
     if not folder.is_dir():
-        raise DataError(f"--texts: {folder}: no such folder; give a folder of {', '.join(SUFFIXES)} files")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        raise DataError(
+            f"--texts: {folder}: no such folder; give a folder of {', '.join(TEXT_SUFFIXES)} files"
+        )
+    found = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+    )
     if not found:
-        raise DataError(f"--texts: {folder}: holds no file that ends with {', '.join(SUFFIXES)}")
+        raise DataError(f"--texts: {folder}: holds no file that ends with {', '.join(TEXT_SUFFIXES)}")
     return found
 
 
@@ -136,7 +140,8 @@ class _StoreWriter:
     """Appends passages to a file of its own, which gets its name when all is written."""
 
     def __init__(self, path: Path, held_out: float) -> None:
-        self._path, self._held_out = path, held_out
+        self._path = path
+        self._held_out = held_out
         self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         self.offsets = [0]
         self.is_held_out: list[bool] = []
@@ -144,7 +149,7 @@ class _StoreWriter:
         self.hash = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> _StoreWriter:
-        self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open(self._aside, "wb")
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_v2pe.synthesis import image_tasks, text_tasks
-from megatron_v2pe.synthesis.image_tasks import Studio
 from megatron_v2pe.synthesis.kinds import SampleSpec, depth_in_band, spread_depths
-from megatron_v2pe.synthesis.task import Task
+from megatron_v2pe.synthesis.tasks import image_tasks, text_tasks
+from megatron_v2pe.synthesis.tasks.image_tasks import Studio
+from megatron_v2pe.synthesis.tasks.task import Task
 
 MOST_COUNTED_TEXTS = 3
 MOST_COUNTED_IMAGES = 5

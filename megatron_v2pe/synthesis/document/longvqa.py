@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.tiling import TilingRule, candidate_grids
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.document import TooShort, Unit
-from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage, open_rgb
-from megatron_v2pe.synthesis.task import Insertion
-from megatron_v2pe.synthesis.vqa import VqaItem
+from megatron_v2pe.synthesis.document.builder import TooShort, Unit
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.material.pictures import ImageStore, Picture, PoolImage, open_rgb
+from megatron_v2pe.synthesis.material.vqa import VqaItem
+from megatron_v2pe.synthesis.tasks.task import Insertion
 
 _TRIES = 30
 _WIDEST = 1.5
@@ -94,7 +94,7 @@ def pages(
 
 
 def _place_at_depth(costs: Sequence[int], depth: float) -> int:
-    """How many of the other images stand before the asked one."""
+    """How many of the other images precede the asked one."""
     ends = np.concatenate([[0], np.cumsum(costs)])
     return int(np.abs(ends - depth * ends[-1]).argmin())
 

@@ -9,23 +9,8 @@ from __future__ import annotations
 from itertools import product
 
 _FIRST = (
-    "Bel",
-    "Cor",
-    "Dra",
-    "Fen",
-    "Gal",
-    "Hol",
-    "Jas",
-    "Kel",
-    "Lor",
-    "Mar",
-    "Nev",
-    "Or",
-    "Pel",
-    "Quin",
-    "Ral",
-    "Sol",
-)
+    "Bel", "Cor", "Dra", "Fen", "Gal", "Hol", "Jas", "Kel", "Lor", "Mar", "Nev", "Or", "Pel", "Quin", "Ral", "Sol",
+)  # fmt: skip
 _MIDDLE = ("a", "e", "i", "o", "andi", "era", "imo", "ova")
 _LAST = ("dan", "fell", "grim", "lund", "mora", "nath", "rick", "sted", "thal", "vern", "wick", "zar")
 
@@ -43,7 +28,7 @@ THINGS = (
     "xylophone", "zither",
 )  # fmt: skip
 
-COLOURS = (
+COLORS = (
     "amber", "crimson", "indigo", "ivory", "lavender", "magenta", "maroon", "mauve", "ochre", "scarlet", "teal",
     "turquoise", "vermilion", "violet",
 )  # fmt: skip

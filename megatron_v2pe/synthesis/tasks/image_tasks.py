@@ -4,7 +4,7 @@ retrieval   one figure on one image                       choose among 4 picture
 counting    a figure several times on several images      one number for each image
 decoys      as retrieval, with other figures elsewhere    choose among 4 names and "none of these"
 absent      only other figures                            "none of these"
-jigsaw      an image without its lower right corner       choose among 4 pieces
+jigsaw      an image without its lower right corner       choose among 4 corners
 multiview   two overlapping views of one image            choose left or right
 """
 
@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.synthesis.glyphs import Glyph, glyph_tile, glyphs_of, paste_glyphs
-from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage, is_lossy, open_rgb
+from megatron_v2pe.synthesis.material.pictures import ImageStore, Picture, PoolImage, is_lossy, open_rgb
 from megatron_v2pe.synthesis.split import Split
-from megatron_v2pe.synthesis.task import Insertion, Task
-from megatron_v2pe.synthesis.words import article
+from megatron_v2pe.synthesis.tasks.glyphs import Glyph, glyph_tile, glyphs_of, paste_glyphs
+from megatron_v2pe.synthesis.tasks.task import Insertion, Task
+from megatron_v2pe.synthesis.tasks.words import article
 
 NUM_CHOICES = 4
 _DRAWS = 50
@@ -118,13 +118,13 @@ def counting(random: np.random.Generator, *, studio: Studio, depths: list[float]
 
 
 def jigsaw(random: np.random.Generator, *, studio: Studio, depth: float) -> Task:
-    """An image without its lower right quarter; the piece is among pieces of other images."""
+    """An image without its lower right quarter, which is among the corners of other images."""
     source = studio.source(random)
     image = open_rgb(source)
-    piece = _corner(image)
-    others = _different(random, studio, piece)
+    corner = _corner(image)
+    others = _different(random, studio, corner)
     answer = int(random.integers(NUM_CHOICES))
-    pieces = [*others[:answer], piece, *others[answer:]]
+    corners = [*others[:answer], corner, *others[answer:]]
     left, top = image.width // 2, image.height // 2
     image.paste(_GREY, (left, top, image.width, image.height))
     lossy = is_lossy(source)
@@ -133,7 +133,7 @@ def jigsaw(random: np.random.Generator, *, studio: Studio, depth: float) -> Task
         question="One image above has no lower right corner, it is grey there. Which of these pieces completes it?",
         answer=answer,
         choice_pictures=tuple(
-            studio.store.draw(_on_tile(choice, studio.tile_size), lossy=lossy) for choice in pieces
+            studio.store.draw(_on_tile(choice, studio.tile_size), lossy=lossy) for choice in corners
         ),
     )
 
@@ -142,21 +142,21 @@ def _corner(image: Image.Image) -> Image.Image:
     return image.crop((image.width // 2, image.height // 2, image.width, image.height))
 
 
-def _on_tile(piece: Image.Image, size: int) -> Image.Image:
-    """A piece as large as a square tile allows, on white; tiling by aspect would make a dozen tiles of it."""
-    scale = size / max(piece.size)
-    fitted = piece.resize((max(1, round(piece.width * scale)), max(1, round(piece.height * scale))))
+def _on_tile(corner: Image.Image, size: int) -> Image.Image:
+    """A corner as large as a square tile allows, on white; tiling by aspect would make a dozen tiles of it."""
+    scale = size / max(corner.size)
+    fitted = corner.resize((max(1, round(corner.width * scale)), max(1, round(corner.height * scale))))
     tile = Image.new("RGB", (size, size), (255, 255, 255))
     tile.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
     return tile
 
 
-def _different(random: np.random.Generator, studio: Studio, piece: Image.Image) -> list[Image.Image]:
-    """Corners of other images, as large as the piece, no two of them alike."""
+def _different(random: np.random.Generator, studio: Studio, corner: Image.Image) -> list[Image.Image]:
+    """Corners of other images, as large as this one, no two of them alike."""
     found: list[Image.Image] = []
-    seen = {piece.tobytes()}
+    seen = {corner.tobytes()}
     for _ in range(_DRAWS):
-        other = _corner(open_rgb(studio.source(random))).resize(piece.size)
+        other = _corner(open_rgb(studio.source(random))).resize(corner.size)
         if other.tobytes() not in seen:
             seen.add(other.tobytes())
             found.append(other)

@@ -1,8 +1,8 @@
-"""Tokens of pieces and of whole conversations, by the functions that training uses.
+"""Tokens of texts, images and whole conversations, by the functions that training uses.
 
-A document is filled piece by piece, so pieces are counted one by one, each behind the end of a sentence. Most
-tokenizers never join characters over a blank, and then the sum is exact; where it is not, `conversation` tells and the
-document is corrected.
+A document is filled unit by unit, so units are counted one by one, each after the end of a sentence. Most tokenizers
+never join characters over a blank, and then the sum is exact; where it is not, `conversation` shows it and the document
+is corrected.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from megatron_v2pe.data.media.tiling import choose_grid
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
-from megatron_v2pe.synthesis.pictures import Picture
+from megatron_v2pe.synthesis.material.pictures import Picture
 
 _BEFORE = "word."
 
@@ -31,7 +31,7 @@ class TokenCounter:
         self._before = len(self._tokenizer.encode(_BEFORE, add_bos=False))
 
     def text(self, text: str) -> int:
-        """Tokens that a piece of running text adds, its leading blank or line break included."""
+        """Tokens that some running text adds, its leading blank or line break included."""
         return len(self._tokenizer.encode(_BEFORE + text, add_bos=False)) - self._before
 
     def tiles(self, picture: Picture) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.synthesis.pictures import Picture
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
+from megatron_v2pe.synthesis.material.pictures import Picture
 
-# Decoys and absent needles are no tasks of MM-NIAH; under names of their own they leave its six scores comparable.
+# Decoys and absent needles are no tasks of MM-NIAH; under names of their own they keep its six scores comparable.
 MM_NIAH_TASKS = {
     "text-retrieval": "retrieval-text",
     "text-decoys": "retrieval-text-decoys",
@@ -37,7 +37,7 @@ Answer = int | str | list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompted:
-    """What is asked behind the document.
+    """What is asked after the document.
 
     Attributes:
         question: without choices.

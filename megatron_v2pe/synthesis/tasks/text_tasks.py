@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_v2pe.synthesis import words
 from megatron_v2pe.synthesis.split import Split, names_of
-from megatron_v2pe.synthesis.task import Insertion, Task
+from megatron_v2pe.synthesis.tasks import words
+from megatron_v2pe.synthesis.tasks.task import Insertion, Task
 
 _OR_NONE = " If the text does not say, answer none."
 
@@ -51,8 +51,8 @@ def _code(key: str, random: np.random.Generator) -> Fact:
     )
 
 
-def _colour(key: str, random: np.random.Generator) -> Fact:
-    value = str(random.choice(words.COLOURS))
+def _color(key: str, random: np.random.Generator) -> Fact:
+    value = str(random.choice(words.COLORS))
     return Fact(
         key=key,
         statement=f"The signal flag of {key} is {value}.",
@@ -61,7 +61,7 @@ def _colour(key: str, random: np.random.Generator) -> Fact:
     )
 
 
-_FACTS: tuple[Callable[[str, np.random.Generator], Fact], ...] = (_thing, _code, _colour)
+_FACTS: tuple[Callable[[str, np.random.Generator], Fact], ...] = (_thing, _code, _color)
 
 
 def _keys(split: Split, random: np.random.Generator, count: int) -> list[str]:
@@ -176,7 +176,7 @@ _ORDERS = (
 
 
 def _order(random: np.random.Generator, split: Split) -> Statements:
-    """A chain of four places, told in three pairs."""
+    """A chain of four places, stated in three pairs."""
     places = _keys(split, random, 4)
     form, about_first, about_last = _ORDERS[random.integers(len(_ORDERS))]
     statements = [form.format(places[i], places[i + 1]) for i in range(3)]

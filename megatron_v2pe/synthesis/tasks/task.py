@@ -1,10 +1,10 @@
-"""What is hidden in a document and asked about it; made by the kinds, placed by `haystack`."""
+"""What is hidden in a document and asked about it; made by the kinds, placed by `document.builder`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.synthesis.pictures import Picture
+from megatron_v2pe.synthesis.material.pictures import Picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Insertion:
     """One thing to place in the document: a sentence, or images that follow one another.
 
     Attributes:
-        depth: 0 (first) .. 1 (last), wanted share of the other tokens of the document that stand before it.
+        depth: 0 (first) .. 1 (last), wanted share of the other tokens of the document that precede it.
         text: a sentence; empty for images.
         pictures: images; empty for a sentence.
         is_decoy: it only looks like the answer's source.

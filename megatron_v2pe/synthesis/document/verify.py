@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.data.media.images import check_image
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.tiling import TilingRule
+from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import encode_record
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, parse_line
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, image_refs
+from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.records import parse_line
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.synthesis.kinds import SampleSpec
-from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
+from megatron_v2pe.synthesis.material.texts import MAX_UNIT_CHARS
 from megatron_v2pe.v2pe.layout import SampleLayout
 
 _STRIDES = (1, 16, 64)
@@ -40,10 +42,6 @@ def entry_of(out: Path, tiling: TilingRule) -> DatasetEntry:
         name="synthetic",
         annotation=str(out / "records"),
         root=str(out),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
         max_dynamic_patch=tiling.max_tiles,
         dynamic_image_size=tiling.dynamic,
     )
@@ -58,10 +56,10 @@ def read_back(record: Mapping[str, Any], *, entry: DatasetEntry, settings: Sampl
         settings: of the run that will read it.
     """
     parsed = parse_line(json.dumps(record).encode(), entry=entry, line_number=1)
-    sizes = [check_image(path, max_pixels=settings.max_image_pixels) for path in parsed.images]
-    refs = image_refs(parsed, sizes, entry=entry, settings=settings)
-    strides = np.full(len(refs), settings.text.tokens_per_tile, dtype=np.int64)
-    return encode_record(parsed, refs=refs, settings=settings.text, strides=strides).layout
+    sizes = probe_record(parsed, settings=settings)
+    media = record_tiles(parsed, sizes, entry=entry, settings=settings)
+    strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)
+    return encode_record(parsed, media=media, settings=settings.text, strides=strides).layout
 
 
 def last_positions(layout: SampleLayout) -> dict[str, int]:
@@ -106,7 +104,7 @@ def _check_depth(record: Mapping[str, Any], spec: SampleSpec) -> None:
     if not isinstance(placed, float) or spec.kind.startswith("longvqa"):
         return
     low, high = spec.depth_band / spec.num_depths, (spec.depth_band + 1) / spec.num_depths
-    # Bytes bound tokens for every tokenizer, and a piece of text has at most MAX_UNIT_CHARS characters.
+    # Bytes bound tokens for every tokenizer, and a sentence has at most MAX_UNIT_CHARS characters.
     slack = 4 * MAX_UNIT_CHARS / record["meta"]["context_length"]
     _require(
         low - slack <= placed <= high + slack,
