@@ -1,6 +1,7 @@
 """A tiny training set and run configuration over the golden checkpoint, for end-to-end tests."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -104,3 +105,13 @@ def metrics(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return lines
+
+
+def back_to(run_dir: Path, name: str) -> None:
+    """Make the step folder `name` the newest one of a run that has ended; steps after it are trained again."""
+    checkpoints = run_dir / "checkpoints"
+    latest = checkpoints / "latest"
+    newest = latest.read_text().strip()
+    assert newest != name, newest
+    shutil.rmtree(checkpoints / newest)
+    latest.write_text(name + "\n")
