@@ -29,7 +29,10 @@ def test_routers_are_in_the_metrics(setup):
         assert line["drop_rate"] == 0
 
 
-SPREAD = ["parallel.ep=2", "parallel.cp=2"]  # two optimizers, one of them of the experts; one rank has a single one
+SPREAD = [
+    "parallel.ep=2",
+    "parallel.cp=2",
+]  # two optimizers, one of them of the experts; one rank has a single one
 
 
 @pytest.mark.distributed

@@ -31,7 +31,9 @@ def with_own_groups(loaded: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
         CheckpointError: the stored groups do not agree on the number of updates.
     """
     stored = [part for part in (loaded, *loaded.values()) if isinstance(part, dict) and "optimizer" in part]
-    steps = {group["step"] for part in stored for group in part["optimizer"]["param_groups"] if "step" in group}
+    steps = {
+        group["step"] for part in stored for group in part["optimizer"]["param_groups"] if "step" in group
+    }
     if len(steps) != 1:
         raise CheckpointError(
             f"the groups of the stored optimizer have {sorted(steps)} as their number of updates; expected one number"
