@@ -1,0 +1,98 @@
+"""Pixels of a prompt, opened when a prefill chunk needs them and not before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data import storage
+from megatron_v2pe.data.images import ImageRef
+from megatron_v2pe.data.pixels import load_tile_range
+
+_READ_BYTES = 2**20
+
+
+class TileSource(Protocol):
+    """Tiles of a prompt, numbered over its images.
+
+    Attributes:
+        tile_size: S, pixels of a tile's side.
+        opened: tiles that were decoded so far.
+    """
+
+    tile_size: int
+    opened: int
+
+    def load(self, first: int, last: int) -> np.ndarray:
+        """Tiles first..last-1: uint8 [n, 3, S, S], or float32 when they are normalised already.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+
+    def digests(self) -> tuple[str, ...]:
+        """What identifies the pixels of each image: two images of the same digest have the same tiles."""
+
+
+class ArrayTiles:
+    """Tiles that are in memory, `images` of them to an image.
+
+    Args:
+        tiles: [n, 3, S, S], uint8 or normalised float32.
+        num_tiles: tiles of each image.
+    """
+
+    def __init__(self, tiles: np.ndarray, num_tiles: Sequence[int]) -> None:
+        self._tiles, self._num_tiles = tiles, tuple(num_tiles)
+        self.tile_size, self.opened = int(tiles.shape[-1]), 0
+
+    def load(self, first: int, last: int) -> np.ndarray:
+        """See `TileSource`."""
+        self.opened += last - first
+        return self._tiles[first:last]
+
+    def digests(self) -> tuple[str, ...]:
+        """See `TileSource`."""
+        ends = np.cumsum(self._num_tiles).tolist()
+        images = [self._tiles[end - count : end] for end, count in zip(ends, self._num_tiles, strict=True)]
+        return tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
+
+
+class FileTiles:
+    """Tiles of image files and of frames of videos.
+
+    Args:
+        refs: images and frames, in the order of their placeholders.
+        tile_size: S.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef], tile_size: int) -> None:
+        self.refs, self.tile_size, self.opened = tuple(refs), tile_size, 0
+
+    def load(self, first: int, last: int) -> np.ndarray:
+        """See `TileSource`. Images without a tile in the range are not opened."""
+        self.opened += last - first
+        return load_tile_range(self.refs, image_size=self.tile_size, tile_range=(first, last))
+
+    def digests(self) -> tuple[str, ...]:
+        """See `TileSource`: hash of the file's bytes, with how the image is cut and which frame it is."""
+        return tuple(f"{_file_digest(ref.path)}/{ref.grid}/{ref.pad_color}/{ref.frame}" for ref in self.refs)
+
+
+@lru_cache(maxsize=4096)  # frames of a video share a file; a prompt asks once
+def _file_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        if storage.is_folder(path):
+            return f"folder {path}"
+        with storage.open_binary(path) as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return digest.hexdigest()
