@@ -18,7 +18,9 @@ import numpy as np
 
 from megatron_v2pe.v2pe.layout import SampleLayout
 
-DEFAULT_CHUNK_TOKENS = 8192  # attention of chunks of 1K and more costs what one pass costs; memory grows with them
+DEFAULT_CHUNK_TOKENS = (
+    8192  # attention of chunks of 1K and more costs what one pass costs; memory grows with them
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.encode import encode_conversation
 from megatron_v2pe.data.images import ImageRef, check_image
-from megatron_v2pe.data.pixels import load_tile_range
 from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.samples import SampleSettings
 from megatron_v2pe.data.templates import Turn
 from megatron_v2pe.data.tiling import choose_grid, rule_for_sample
+from megatron_v2pe.inference.tiles import FileTiles, TileSource
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
 
 
@@ -25,18 +25,23 @@ class Prompt:
     Attributes:
         tokens: int64 [t], prompt tokens, visual tokens in place.
         layout: where the images are, and the stride of each.
-        tiles: uint8 [n, 3, S, S] pixels, or float32 when they are normalised already.
+        tiles: their pixels, opened when they are needed.
     """
 
     tokens: Int64Array
     layout: SampleLayout
-    tiles: np.ndarray
+    tiles: TileSource
+
+    def with_tokens(self, more: Sequence[int]) -> Prompt:
+        """The prompt with text tokens behind it, an answer to be scored for example."""
+        tokens = np.concatenate([self.tokens, np.asarray(more, dtype=np.int64)])
+        return replace(self, tokens=tokens, layout=replace(self.layout, num_tokens=len(tokens)))
 
 
 def build_prompt(
     turns: Sequence[Turn], images: Sequence[str], *, settings: SampleSettings, stride: int
 ) -> Prompt:
-    """Encode a conversation that ends with a question, and read its images.
+    """Encode a conversation that ends with a question; of its images the headers are read.
 
     Args:
         turns: messages, human and gpt in turn, the last one human. Where no turn has a placeholder, one
@@ -62,7 +67,7 @@ def build_prompt(
 def prompt_with(
     turns: Sequence[Turn], refs: Sequence[ImageRef], *, settings: SampleSettings, stride: int
 ) -> Prompt:
-    """Encode a conversation that ends with a question, whose images are already cut; read them.
+    """Encode a conversation that ends with a question, whose images are measured already.
 
     Args:
         turns: messages, human and gpt in turn, the last one human, with a placeholder for each image.
@@ -72,7 +77,6 @@ def prompt_with(
 
     Raises:
         ConfigError: the prompt is too long.
-        DataError: an image cannot be read.
     """
     num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
     encoded = encode_conversation(
@@ -90,8 +94,7 @@ def prompt_with(
         strides=np.full(len(refs), stride, dtype=np.int64),
         tokens_per_tile=settings.text.tokens_per_tile,
     )
-    total = int(num_tiles.sum())
-    tiles = load_tile_range(refs, image_size=settings.tiling.image_size, tile_range=(0, total))
+    tiles = FileTiles(refs, settings.tiling.image_size)
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
 
 

@@ -84,15 +84,19 @@ class FileTiles:
         return tuple(f"{_file_digest(ref.path)}/{ref.grid}/{ref.pad_color}/{ref.frame}" for ref in self.refs)
 
 
-@lru_cache(maxsize=4096)  # frames of a video share a file; a prompt asks once
 def _file_digest(path: str) -> str:
-    digest = hashlib.sha256()
     try:
         if storage.is_folder(path):
-            return f"folder {path}"
-        with storage.open_binary(path) as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+            return str([(name, storage.file_facts(f"{path}/{name}")) for name in storage.list_files(path)])
+        return _content_digest(path, tuple(storage.file_facts(path)))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@lru_cache(maxsize=4096)  # frames of a video share a file; a file that was written anew has other facts
+def _content_digest(path: str, facts: tuple[str | int, ...]) -> str:
+    digest = hashlib.sha256()
+    with storage.open_binary(path) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
     return digest.hexdigest()

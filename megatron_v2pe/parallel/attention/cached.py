@@ -86,13 +86,17 @@ def _attend_chunk(
     query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer_number: int, scale: float
 ) -> Tensor:
     store = step.stores[0]
-    total = attend_own(query, key, value, scale=scale, carrier=Alone() if step.group is None else Ring(step.group))
+    total = attend_own(
+        query, key, value, scale=scale, carrier=Alone() if step.group is None else Ring(step.group)
+    )
     if any(step.past_rows):
         if step.group is None:
             past = attend_parts(fold(query, key.shape[1]), store.parts(layer_number), scale=scale)
             past = unfolded(past, len(query))
         elif passes_queries(query, key, past_rows=step.past_rows):
-            past = attend_past_by_queries(query, key.shape[1], store.parts(layer_number), step.group, scale=scale)
+            past = attend_past_by_queries(
+                query, key.shape[1], store.parts(layer_number), step.group, scale=scale
+            )
         else:
             parts = store.parts(layer_number)
             past = attend_past_by_keys(query, key, parts, step.past_rows, step.group, scale=scale)
