@@ -88,8 +88,8 @@ def answers(rank, world_size, checkpoints, layouts, strides, chunks, dtype):
                         prompt = make_prompt(arch, stride, is_first=is_first)
                         engine.chunk_tokens = chunk
                         which = (key, share, is_first)
-                        found[name, *which, chunk] = rows(engine, prompt)
-                        opened[name, *which, chunk] = prompt.tiles.opened
+                        found[(name, *which, chunk)] = rows(engine, prompt)
+                        opened[(name, *which, chunk)] = prompt.tiles.opened
         parallel_state.destroy_model_parallel()
     return found, opened
 
