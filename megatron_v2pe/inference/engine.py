@@ -24,9 +24,9 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.checkpoint.adapter_record import adapters_of
-from megatron_v2pe.checkpoint.adapters import load_weights
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.adapters.weights import load_weights
+from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data import storage
-from megatron_v2pe.data.images import ImageRef
-from megatron_v2pe.data.pixels import load_tile_range
+from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.sources import storage
 
 _READ_BYTES = 2**20
 

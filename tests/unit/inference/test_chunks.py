@@ -94,7 +94,7 @@ def test_rows_of_a_prefix_are_the_first_rows_of_each_rank(cp):
         held = []
         for span in spans:
             if span.padded:
-                index = shard_indices(np.array([0, span.padded]), cp_size=cp, cp_rank=rank) + span.start
+                index = shard_indices(np.array([0, span.padded]), cp=cp, cp_rank=rank) + span.start
                 held += [token for token in index.tolist() if token < span.stop]
             else:
                 held += [token for token in range(span.start, span.stop) if token % cp == rank]

@@ -35,7 +35,7 @@ def filled(num_tokens, *, cp=1, rank=0, chunk_tokens=4, new_tokens=0):
 def add_chunk(cache, chunk):
     step = cache.note_chunk(chunk)
     index = shard_indices(
-        torch.tensor([0, chunk.padded]).numpy(), cp_size=cache.place.cp, cp_rank=cache.place.cp_rank
+        torch.tensor([0, chunk.padded]).numpy(), cp=cache.place.cp, cp_rank=cache.place.cp_rank
     )
     tokens = (index + chunk.start).tolist()[: step.kept]
     cache.append(1, rows_of(tokens), rows_of(tokens))
