@@ -7,7 +7,7 @@
 Each context parallel rank keeps the keys and values of its share of every chunk, and all of them compute each new token
 (see `parallel.attention.cached`). A generated token is text: it advances the position by 1 from the prompt's last one,
 whatever the strides of the prompt's images. Dynamic NTK keeps the prompt's base for the whole answer, so that cached
-keys and new queries agree (the release changes the base in mid-generation, its defect D7).
+keys and new queries agree (the release changes the base in mid-generation).
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Engine:
             std: channel standard deviations.
             dtype: compute dtype.
             parallel: sizes of the parallel axes; one rank when None. Sequence parallelism is left out,
-                because a single new token cannot be split; so is a split tower, because tiles are dealt over tp.
+                because a single new token cannot be split; so is a split tower, because tiles are assigned over tp.
             chunk_tokens: see the class.
             kv: see the class.
             keep_tokens: see the class.

@@ -59,7 +59,7 @@ class KVBlock:
         self._squares: Tensor | None = None  # float64 [2] on the device: of quantisation errors, of values
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """Write [n, k, d] behind what the layer has.
+        """Write [n, k, d] after what the layer has.
 
         Raises:
             IndexError: the block is too small, which is a mistake of the caller's plan.
@@ -152,7 +152,7 @@ class KVCache:
         return rows_before(self.spans, end, cp=self.place.cp, rank=rank)
 
     def reserve(self, chunks: Sequence[PrefillChunk], new_tokens: int) -> None:
-        """Open a block for chunks that come, and new tokens behind them; what was open before is closed."""
+        """Open a block for chunks that come, and new tokens after them; what was open before is closed."""
         place = self.place
         spans = [Span(start=c.start, stop=c.stop, padded=c.padded) for c in chunks]
         end = spans[-1].stop if spans else self.num_tokens

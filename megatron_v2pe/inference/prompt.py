@@ -33,7 +33,7 @@ class Prompt:
     tiles: TileSource
 
     def with_tokens(self, more: Sequence[int]) -> Prompt:
-        """The prompt with text tokens behind it, an answer to be scored for example."""
+        """The prompt with text tokens after it, an answer to be scored for example."""
         tokens = np.concatenate([self.tokens, np.asarray(more, dtype=np.int64)])
         return replace(self, tokens=tokens, layout=replace(self.layout, num_tokens=len(tokens)))
 

@@ -56,7 +56,7 @@ class TileRanks:
 
 
 def chunk_ranges(chunk: PrefillChunk, *, cp: int, cp_rank: int) -> Int64Array:
-    """Token ranges of the prompt that a rank holds of a chunk, padding behind the prompt included; int64 [R, 2]."""
+    """Token ranges of the prompt that a rank holds of a chunk, padding after the prompt included; int64 [R, 2]."""
     cut = shard_ranges(np.array([0, chunk.padded], dtype=np.int64), cp=cp, cp_rank=cp_rank)
     return cut + chunk.start
 

@@ -18,7 +18,8 @@ FORBIDDEN = {
     r"leave it away": "omit",
     r"stands": "is",
     r"colou?rs?(?<!color)(?<!colors)": "color",
-    r"standing_place|Homeward|Carrier|first_word|num_words": "locate_stall, GradReturn, KVTransport, vocab_start_index, vocab_size",
+    r"standing_place|Homeward|Carrier": "locate_stall, GradReturn, KVTransport",
+    r"first_word|num_words": "vocab_start_index, vocab_size",
     r"(?:tp|cp|pp|dp)_size": "tp, cp, pp, dp",
     r"defect D\d+": "say the thing; docs/release_differences.md",
 }

@@ -3,6 +3,7 @@
 The expected scripts lie in golden/; after a wanted change write them anew: python -m tests.launch.test_submit
 """
 
+import json
 import os
 import re
 import shutil
@@ -61,7 +62,7 @@ CASES = {
 def rendered(arguments):
     """The script as --dry-run prints it, without this clone's place."""
     done = subprocess.run(
-        [sys.executable, "launch/submit.py", arguments[0], "--dry-run", *arguments[1:]],
+        [sys.executable, "launch/submit.py", arguments[0], "--dry-run", "--force", *arguments[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -225,6 +226,13 @@ def test_a_run_that_cannot_be_planned_is_refused_without_force(sbatch, capsys):
     assert "submitting although plan says" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_what_submitting_refuses(sbatch, capsys):
+    assert submit.main([H100, "--dry-run", "train", *big_run(sbatch)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/usr/bin/env bash")
+    assert "plan refuses the run on 8 GPUs" in shown.err
+
+
 def test_a_run_file_of_the_callers_folder_is_planned(sbatch, tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "launch" / "recipes" / "internvl2_2b_32k.yaml", tmp_path / "mine.yaml")
     monkeypatch.chdir(tmp_path)
@@ -240,6 +248,63 @@ def test_a_run_folder_that_cannot_be_written(sbatch, tmp_path, capsys):
     assert (
         "/file/run: cannot be written (Not a directory); choose another run folder" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "mount",
+    ["$(touch pwned)", "`touch pwned`", 'a"; touch pwned; "', "a,b", "a\nb", "a\\b", "${x:-$(id)}", "$"],
+)
+def test_a_mount_that_a_shell_would_run_is_refused(tmp_path, mount):
+    container = {"runtime": "pyxis", "image": "i.sqsh", "mounts": [mount]}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"partition": "p", "container": container}))
+    with pytest.raises(LaunchError, match=r"container\.mounts"):
+        read_cluster(path)
+
+
+def test_mounts_may_name_variables_and_two_places(tmp_path):
+    mounts = ["/data", "/scratch/$USER:/scratch", "${HOME}/models:/models", "/a b"]
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        json.dumps({"partition": "p", "container": {"runtime": "pyxis", "image": "i", "mounts": mounts}})
+    )
+    assert read_cluster(path).container.mounts == tuple(mounts)
+
+
+LEAVES_ITS_LINE = "a\ntouch pwned\n#"
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "qos"])
+def test_a_cluster_file_cannot_add_lines_to_the_script(tmp_path, key):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"partition": "p", key: LEAVES_ITS_LINE}))
+    with pytest.raises(LaunchError, match=f"{key} is .* one line"):
+        read_cluster(path)
+    path.write_text(json.dumps({"partition": "p", "sbatch": [LEAVES_ITS_LINE]}))
+    with pytest.raises(LaunchError, match=r"sbatch is .* one line"):
+        read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--name", LEAVES_ITS_LINE, *RUN_32K], "job's name"),
+        (["--array", LEAVES_ITS_LINE, *RUN_32K], "--array"),
+        ([*RUN_32K, f"runtime.run_dir={LEAVES_ITS_LINE}"], "job's name|run folder"),
+        (["--name", "n", *RUN_32K, f"runtime.run_dir={LEAVES_ITS_LINE}"], "the run folder"),
+        (["evaluate", "ckpt", "--out", LEAVES_ITS_LINE], "job's name|run folder"),
+    ],
+)
+def test_a_command_line_cannot_add_lines_to_the_script(arguments, named, capsys):
+    assert submit.main([CPU, "--dry-run", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(named, shown.err)
+
+
+def test_the_script_in_the_run_folder_is_for_its_owner_only(tmp_path, sbatch):
+    submit.submit("#!/bin/sh\n", str(tmp_path / "run"))
+    assert stat.S_IMODE((tmp_path / "run" / "job.sbatch").stat().st_mode) == 0o600
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attention of new tokens to themselves and to a cache of keys and values spread over context parallel ranks.
 
-    prefill chunk   own part: causal, zigzag over ranks, keys carried as in training
+    prefill chunk   own part: causal, zigzag over ranks, keys travel as in training
                     past:     pass-Q   gather queries -> partial over the own shard of keys -> partials back -> merge
                               pass-KV  shards of keys go round the ring -> partial over each -> merge
     new tokens      every rank has them all: partial over the own shard -> parts of all ranks -> merge
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.blockwise import Alone, Carrier
+from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV
 from megatron_v2pe.parallel.attention.kernels import block_forward
 from megatron_v2pe.parallel.attention.pieces import pieces
 from megatron_v2pe.parallel.attention.ring import Ring
@@ -87,7 +87,7 @@ def _attend_chunk(
 ) -> Tensor:
     store = step.stores[0]
     total = attend_own(
-        query, key, value, scale=scale, carrier=Alone() if step.group is None else Ring(step.group)
+        query, key, value, scale=scale, transport=LocalKV() if step.group is None else Ring(step.group)
     )
     if any(step.past_rows):
         if step.group is None:
@@ -133,11 +133,11 @@ def unfolded(part: Partial, tokens: int) -> Partial:
     return Partial(unfold(part.out, tokens), unfold(part.lse, tokens))
 
 
-def attend_own(query: Tensor, key: Tensor, value: Tensor, *, scale: float, carrier: Carrier) -> Partial:
+def attend_own(query: Tensor, key: Tensor, value: Tensor, *, scale: float, transport: KVTransport) -> Partial:
     """Causal attention of one document to itself, zigzag over ranks: [l, h, d] with its log-sum-exp [l, h]."""
     total = Partial.empty(query)
-    for source, keys, values in carrier.visits(key, value):
-        for piece in pieces((len(query),), rank=carrier.rank, source=source, device=query.device):
+    for source, keys, values in transport.iter_kv(key, value):
+        for piece in pieces((len(query),), rank=transport.rank, source=source, device=query.device):
             rows = query[piece.queries], keys[piece.keys], values[piece.keys]
             part = Partial(*block_forward(*rows, causal=piece.causal, scale=scale))
             if piece.causal:  # my own keys, first to come: they fill every row

@@ -11,7 +11,7 @@ from tests.support.packs import sample
 
 
 def rows_of(tokens, heads=2, dim=4):
-    """Keys whose every number is the token's, so that they can be told apart."""
+    """Keys whose every number is the token's, so that they can be recognised."""
     return torch.tensor(tokens, dtype=torch.float32).view(-1, 1, 1).expand(-1, heads, dim).contiguous()
 
 
@@ -21,7 +21,7 @@ def held(cache, layer=1):
 
 
 def filled(num_tokens, *, cp=1, rank=0, chunk_tokens=4, new_tokens=0):
-    """A cache with a prompt in chunks and new tokens behind it."""
+    """A cache with a prompt in chunks and new tokens after it."""
     cache = KVCache(KVPlace(cp=cp, cp_rank=rank))
     chunks = plan_chunks(sample([num_tokens]), chunk_tokens=chunk_tokens, cp=cp)
     cache.reserve(chunks, new_tokens)
