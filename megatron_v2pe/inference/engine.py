@@ -33,7 +33,7 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS, PrefillChunk, plan_chunks
 from megatron_v2pe.inference.kv_cache import KVCache, token_step
-from megatron_v2pe.inference.memory import check_memory
+from megatron_v2pe.inference.memory_check import check_memory
 from megatron_v2pe.inference.prefix import Content, PrefixStore
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.inference.quantize import KVKind
@@ -45,6 +45,7 @@ from megatron_v2pe.parallel.replica import (
     from_last_stage,
     highest,
     least,
+    top_of_vocabulary,
     whole_vocabulary,
 )
 from megatron_v2pe.parallel.topology import init_distributed, resolve
@@ -64,12 +65,14 @@ class Step:
         token: its id.
         position: whole position of the token that was fed to get it: the prompt's last, then one more each.
         logprob: its log-probability, before temperature and cuts.
+        top: the most probable tokens and their log-probabilities, as many as were asked for.
         logits: float32 [vocab_size], where they were asked for.
     """
 
     token: int
     position: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
     logits: Tensor | None = None
 
 
@@ -98,6 +101,7 @@ class Answer:
         rope_length: by which dynamic NTK chooses its base, the prompt's.
         sampling: how tokens are chosen.
         stop_ids: tokens that end the answer.
+        num_top: most probable tokens that are reported with each step.
         steps: tokens chosen so far.
         reused_tokens: of the prompt, found in the cache of an earlier document.
     """
@@ -107,6 +111,7 @@ class Answer:
     rope_length: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    num_top: int = 0
     reused_tokens: int = 0
     steps: list[Step] = field(default_factory=list)
 
@@ -283,10 +288,19 @@ class Engine:
         *,
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] = (),
+        num_top: int = 0,
         logits: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Answer:
         """Prefill a prompt and choose the first token of its answer.
+
+        Args:
+            prompt: what is asked.
+            sampling: how tokens are chosen.
+            stop_ids: tokens that end the answer.
+            num_top: most probable tokens to report with each step.
+            logits: give the whole vocabulary row of the step.
+            on_progress: given the tokens prefilled so far, and all.
 
         Raises:
             ConfigError: the prompt is empty, or longer than memory.
@@ -303,6 +317,7 @@ class Engine:
             rope_length=rope_length,
             sampling=sampling,
             stop_ids=frozenset(stop_ids),
+            num_top=num_top,
             reused_tokens=known,
         )
         hidden = self._prefill(
@@ -341,16 +356,18 @@ class Engine:
         chosen, rows = None, None
         if hidden is not None:
             chosen, rows = self._choices(hidden, answers, logits=logits)
-        found = from_last_stage(chosen, shape=(len(answers), 2), ranks=self.ranks).tolist()
+        most = max(answer.num_top for answer in answers)
+        found = from_last_stage(chosen, shape=(len(answers), 2 + 2 * most), ranks=self.ranks).tolist()
         if logits:
             shape = (len(answers), self.arch.language.vocab_size)
             rows = from_last_stage(rows, shape=shape, ranks=self.ranks)
-        for index, (answer, (token, logprob)) in enumerate(zip(answers, found, strict=True)):
+        for index, (answer, (token, logprob, *top)) in enumerate(zip(answers, found, strict=True)):
             before = answer.prompt.layout.next_position - 1
             step = Step(
                 token=int(token),
                 position=before + len(answer.steps),
                 logprob=logprob,
+                top=tuple((int(t), p) for t, p in zip(top[:most], top[most:], strict=True))[: answer.num_top],
                 logits=rows[index].float() if logits and rows is not None else None,
             )
             answer.steps.append(step)
@@ -358,7 +375,7 @@ class Engine:
     def _choices(
         self, hidden: Tensor, answers: Sequence[Answer], *, logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens and log-probabilities, float64 [b, 2], and whole rows where they are asked for."""
+        """Tokens, log-probabilities and the most probable ones, float64 [b, 2 + 2*top], and whole rows if wanted."""
         plain, group = self.runner.logits(hidden), self.ranks.groups.tp
         first = self.runner.first_index
         local = torch.stack(
@@ -385,7 +402,12 @@ class Engine:
         rows = None
         if logits:
             rows = whole_vocabulary(plain, vocab_size=self.arch.language.vocab_size, group=group)
-        return torch.stack([token.double(), logprob], dim=1), rows
+        chosen = torch.stack([token.double(), logprob], dim=1)
+        most = max(answer.num_top for answer in answers)
+        if most:
+            values, tokens = top_of_vocabulary(local, most, first_index=first, group=group)
+            chosen = torch.cat([chosen, tokens.double(), values - total.unsqueeze(1)], dim=1)
+        return chosen, rows
 
     def finish(self, answer: Answer) -> None:
         """Keep the document of an answer, so that a further question about it computes its own tokens only."""

@@ -186,6 +186,22 @@ class KVCache:
             wanted, held = wanted - taken, held - rows
         return other
 
+    def branch(self, shared: int, new_tokens: int) -> KVCache:
+        """A document that shares the first tokens and has copies of the rest, with room for new ones."""
+        place = self.place
+        other = self.fork(shared)
+        other.reserve([], self.num_tokens - shared + new_tokens)
+        first = self.rows_of(place.cp_rank, shared)
+        layers = {number for share in self._shares for number in share.block.rows}
+        for number in layers:
+            parts = [torch.stack(part) for part in self.parts(number)]
+            keys, values = torch.cat(parts, dim=2)[:, :, first:].transpose(
+                1, 2
+            )  # [2, k, n, d] -> [2, n, k, d]
+            other.append(number, keys, values)
+        other.spans = list(self.spans)
+        return other
+
     def note_chunk(self, chunk: PrefillChunk) -> CacheStep:
         """Enter a chunk and describe the forward pass that computes it."""
         place = self.place
@@ -216,6 +232,37 @@ class KVCache:
         """See `TokenStore`."""
         if len(key):
             self._shares[-1].block.append(layer_number, key, value)
+
+    def stored_rows(self) -> dict[str, Tensor]:
+        """All rows as they are stored: `keys.LAYER`, `values.LAYER` [k, n, d], with `_scales` in eight bits."""
+        found: dict[str, list[Tensor]] = {}
+        for block, rows in self.blocks:
+            for number, pair in block.layers.items():
+                for name, x in zip(("keys", "values"), pair, strict=True):
+                    found.setdefault(f"{name}.{number}", []).append(x[:, :rows])
+            for number, pair in block.scales.items():
+                for name, x in zip(("keys", "values"), pair, strict=True):
+                    found.setdefault(f"{name}_scales.{number}", []).append(x[:, :rows])
+        return {name: torch.cat(parts, dim=1).contiguous() for name, parts in found.items()}
+
+    def restore(self, spans: Sequence[Span], rows: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Fill an empty cache with what `stored_rows` gave.
+
+        Args:
+            spans: of the document.
+            rows: tensors by name.
+            dtype: of the model.
+        """
+        self.spans = list(spans)
+        count = self.rows_of(self.place.cp_rank)
+        block = KVBlock(max(count, 1), self.place.kind)
+        block.dtype = dtype
+        for number in sorted(int(name.split(".")[1]) for name in rows if name.startswith("keys.")):
+            block.layers[number] = (rows[f"keys.{number}"], rows[f"values.{number}"])
+            if self.place.kind != "model":
+                block.scales[number] = (rows[f"keys_scales.{number}"], rows[f"values_scales.{number}"])
+            block.rows[number] = count
+        self._shares = [_Share(block, count)]
 
     @property
     def blocks(self) -> list[tuple[KVBlock, int]]:

@@ -1,4 +1,4 @@
-"""From a question with images to a prompt, by the template, tokenizer and tiling that training uses."""
+"""What is asked: tokens, where the images are in them, and where their pixels come from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import ImageRef, check_image
-from megatron_v2pe.data.media.tiling import choose_grid, rule_for_sample
+from megatron_v2pe.data.media.images import ImageRef
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.samples.sample_maker import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.tiles import FileTiles, TileSource
@@ -36,32 +34,6 @@ class Prompt:
         """The prompt with text tokens after it, an answer to be scored for example."""
         tokens = np.concatenate([self.tokens, np.asarray(more, dtype=np.int64)])
         return replace(self, tokens=tokens, layout=replace(self.layout, num_tokens=len(tokens)))
-
-
-def build_prompt(
-    turns: Sequence[Turn], images: Sequence[str], *, settings: SampleSettings, stride: int
-) -> Prompt:
-    """Encode a conversation that ends with a question; of its images the headers are read.
-
-    Args:
-        turns: messages, human and gpt in turn, the last one human. Where no turn has a placeholder, one
-            `<image>` line for each image goes before the first, as the release's `chat` does for one image.
-        images: image files, in the order of their placeholders.
-        settings: template, tokenizer and tiling of the checkpoint.
-        stride: position units that a visual token advances.
-
-    Raises:
-        ConfigError: placeholders and images differ in number.
-        DataError: an image cannot be read.
-    """
-    turns = _with_placeholders(turns, len(images))
-    rule = rule_for_sample(settings.tiling, len(images))
-    refs = []
-    for path in images:
-        size = check_image(path, max_pixels=settings.max_image_pixels)
-        grid = choose_grid(*size, rule=rule)
-        refs.append(ImageRef(path=path, size=size, grid=grid, max_pixels=settings.max_image_pixels))
-    return prompt_with(turns, refs, settings=settings, stride=stride)
 
 
 def prompt_with(
@@ -96,17 +68,3 @@ def prompt_with(
     )
     tiles = FileTiles(refs, settings.tiling.image_size)
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
-
-
-def _with_placeholders(turns: Sequence[Turn], num_images: int) -> list[Turn]:
-    placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if placeholders == 0 and num_images:
-        first = turns[0]
-        value = f"{IMAGE_PLACEHOLDER}\n" * num_images + first.value
-        return [Turn(role=first.role, value=value), *turns[1:]]
-    if placeholders != num_images:
-        raise ConfigError(
-            f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} images; give one for each image, or "
-            "none to have them put before the question"
-        )
-    return list(turns)

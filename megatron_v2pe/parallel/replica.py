@@ -43,6 +43,29 @@ def best_of_vocabulary(logits: Tensor, *, first_index: int, group: Any) -> tuple
     return mine[1].long(), mine[0], mine[2]
 
 
+def top_of_vocabulary(
+    logits: Tensor, count: int, *, first_index: int, group: Any
+) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits of rows whose vocabulary is split over tp, falling, and their tokens, [n, count].
+
+    Args:
+        logits: [n, V / tp], this rank's part.
+        count: at most the whole vocabulary.
+        first_index: vocabulary index of the first column.
+        group: tensor parallel ranks.
+    """
+    width = min(count, logits.shape[1])
+    values, columns = logits.topk(width, dim=-1)
+    if group.size() > 1:
+        mine = torch.stack([values.double(), (columns + first_index).double()])
+        parts = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(parts, mine, group=group)
+        everyone = torch.cat(parts, dim=-1)  # [2, n, tp * width], lower indices first
+        order = everyone[0].argsort(dim=-1, descending=True, stable=True)[:, :count]
+        return everyone[0].gather(1, order), everyone[1].gather(1, order).long()
+    return values.double(), columns + first_index
+
+
 def whole_vocabulary(logits: Tensor, *, vocab_size: int, group: Any) -> Tensor:
     """Rows [n, V / tp] of tp ranks side by side, [n, vocab_size] on each of them."""
     if group.size() > 1:
