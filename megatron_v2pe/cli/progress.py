@@ -11,6 +11,7 @@ from megatron_v2pe.core.env import launcher
 
 if TYPE_CHECKING:
     from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress
+    from megatron_v2pe.inference.engine import OnProgress
 
 
 @contextmanager
@@ -42,3 +43,23 @@ def shared_progress(verb: str) -> Iterator[ByteProgress]:
             yield progress
         finally:
             progress.close()
+
+
+@contextmanager
+def prefill_progress(*, is_shown: bool) -> Iterator[OnProgress]:
+    """A bar of prefilled tokens on a terminal; gone when the answer begins.
+
+    Args:
+        is_shown: on one rank of several.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc="prefill", unit="token", leave=False, disable=None if is_shown else True) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        yield on_progress

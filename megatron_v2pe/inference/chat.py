@@ -203,6 +203,17 @@ class Reply:
         """Whole position of the last token that was fed."""
         return self.prompt.layout.next_position - 1 + max(0, self.num_tokens - 1)
 
+    @property
+    def summary(self) -> str:
+        """One line: tokens, visual tokens, what was known already, positions, and why the answer ended."""
+        layout, reused = self.prompt.layout, 0 if self.answer is None else self.answer.reused_tokens
+        text = (
+            f"prompt {layout.num_tokens} tokens ({layout.num_visual_tokens} visual, {reused} known already), positions "
+            f"0..{self.last_position}; answer {self.num_tokens} tokens, ended by {self.finish_reason}"
+        )
+        error = 0.0 if self.answer is None else self.answer.cache.relative_error
+        return f"{text}; 8-bit keys and values are off by {error:.2%}" if error else text
+
     def __iter__(self) -> Iterator[str]:
         """Yield pieces of text; closing the iterator early keeps what was computed for a further question."""
         chat, engine = self._chat, self._chat.engine

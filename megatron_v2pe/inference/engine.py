@@ -12,7 +12,7 @@ keys and new queries agree (the release changes the base in mid-generation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -230,16 +230,12 @@ class Engine:
         return found.fork(known), known
 
     def _prefill(
-        self,
-        prompt: Prompt,
-        cache: KVCache,
-        *,
-        rope_length: int,
-        wanted: Int64Array,
-        new_tokens: int,
-        on_progress: OnProgress | None,
-    ) -> Tensor | None:
-        """Compute what the cache does not hold yet; hidden rows [n, 1, H] of wanted tokens that are here.
+        self, prompt: Prompt, cache: KVCache, *, rope_length: int, wanted: Int64Array, new_tokens: int
+    ) -> Generator[tuple[int, int], None, Tensor | None]:
+        """Compute what the cache does not hold yet; yields (tokens done, all) after each call of the schedule.
+
+        Returns:
+            Hidden rows [n, 1, H] of the wanted tokens that are on this rank, None where there are none.
 
         Raises:
             ConfigError: the cache would not fit into memory.
@@ -256,10 +252,9 @@ class Engine:
             some = chunks[first : first + window]
             make = partial(self._chunk_work, prompt, cache, rope_length, wanted, start)
             outputs = self.runner.run([partial(make, chunk) for chunk in some])
-            hidden += [output for output in outputs if output is not None]
+            hidden += [output for output in outputs if output is not None and len(output)]
             self._raise_problem()
-            if on_progress is not None:
-                on_progress(some[-1].stop, prompt.layout.num_tokens)
+            yield some[-1].stop, prompt.layout.num_tokens
         return torch.cat(hidden) if hidden else None
 
     def _chunk_work(
@@ -292,7 +287,7 @@ class Engine:
         logits: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Answer:
-        """Prefill a prompt and choose the first token of its answer.
+        """Prefill a prompt and choose the first token of its answer; see `begin_stepwise`.
 
         Args:
             prompt: what is asked.
@@ -301,6 +296,37 @@ class Engine:
             num_top: most probable tokens to report with each step.
             logits: give the whole vocabulary row of the step.
             on_progress: given the tokens prefilled so far, and all.
+        """
+        steps = self.begin_stepwise(
+            prompt, sampling=sampling, stop_ids=stop_ids, num_top=num_top, logits=logits
+        )
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                return end.value
+            if on_progress is not None:
+                on_progress(done, total)
+
+    def begin_stepwise(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+        num_top: int = 0,
+        logits: bool = False,
+    ) -> Generator[tuple[int, int], None, Answer]:
+        """Prefill a prompt step by step, so that other answers may be continued in between.
+
+        One prompt at a time: the router of image features remembers one cut tile. A prompt that is not prefilled to
+        its end is simply left.
+
+        Yields:
+            Tokens prefilled so far, and all.
+
+        Returns:
+            The answer with its first token.
 
         Raises:
             ConfigError: the prompt is empty, or longer than memory.
@@ -320,11 +346,9 @@ class Engine:
             num_top=num_top,
             reused_tokens=known,
         )
-        hidden = self._prefill(
-            prompt, cache, rope_length=rope_length, wanted=last, new_tokens=room, on_progress=on_progress
+        hidden = yield from self._prefill(
+            prompt, cache, rope_length=rope_length, wanted=last, new_tokens=room
         )
-        if hidden is not None and len(hidden) == 0:
-            hidden = None  # another context parallel rank has the last token
         self._choose(hidden, [answer], logits=logits)
         return answer
 
@@ -491,9 +515,7 @@ class Engine:
         cache, _ = self._cache_for(prompt, rope_length, len(tokens))
         wanted = np.arange(asked - 1, asked + len(tokens) - 1, dtype=np.int64)
         whole = prompt.with_tokens(list(tokens)[:-1])
-        hidden = self._prefill(
-            whole, cache, rope_length=rope_length, wanted=wanted, new_tokens=0, on_progress=None
-        )
+        hidden = _result(self._prefill(whole, cache, rope_length=rope_length, wanted=wanted, new_tokens=0))
         values = None
         if hidden is not None:
             mine = self._held_rows(cache, wanted)
@@ -529,3 +551,12 @@ class Engine:
         own = logits.gather(1, column.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1).double()
         own = highest(own.masked_fill(~is_here, float("-inf")), group=group)
         return torch.stack([best.double(), own - total], dim=1)
+
+
+def _result(steps: Generator[tuple[int, int], None, Tensor | None]) -> Tensor | None:
+    """What a generator returns, its steps unseen."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

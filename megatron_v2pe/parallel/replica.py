@@ -43,9 +43,7 @@ def best_of_vocabulary(logits: Tensor, *, first_index: int, group: Any) -> tuple
     return mine[1].long(), mine[0], mine[2]
 
 
-def top_of_vocabulary(
-    logits: Tensor, count: int, *, first_index: int, group: Any
-) -> tuple[Tensor, Tensor]:
+def top_of_vocabulary(logits: Tensor, count: int, *, first_index: int, group: Any) -> tuple[Tensor, Tensor]:
     """The `count` largest logits of rows whose vocabulary is split over tp, falling, and their tokens, [n, count].
 
     Args:

@@ -122,7 +122,9 @@ def slow_beams(engine, prompt, *, width, length, stop):
         for tokens, total in beams:
             logits = engine.begin(prompt.with_tokens(tokens), logits=True).steps[0].logits.double()
             values, indices = logits.log_softmax(-1).topk(2 * width)
-            candidates += [((*tokens, int(t)), total + float(v)) for t, v in zip(indices, values, strict=True)]
+            candidates += [
+                ((*tokens, int(t)), total + float(v)) for t, v in zip(indices, values, strict=True)
+            ]
         candidates.sort(key=lambda candidate: -candidate[1])
         beams = []
         for place, (tokens, total) in enumerate(candidates[: 2 * width]):

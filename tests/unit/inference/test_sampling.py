@@ -10,7 +10,11 @@ from megatron_v2pe.inference.sampling import Sampling, adjusted, draw, warped
 
 
 def probabilities(logits, **how):
-    return warped(torch.tensor(logits), Sampling(temperature=how.pop("temperature", 1.0), **how)).softmax(-1).tolist()
+    return (
+        warped(torch.tensor(logits), Sampling(temperature=how.pop("temperature", 1.0), **how))
+        .softmax(-1)
+        .tolist()
+    )
 
 
 ROW = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
@@ -53,7 +57,9 @@ def test_draws_repeat_and_follow_the_probabilities():
     assert other != drawn
     for token, wanted in enumerate((0.5, 0.3, 0.15, 0.05)):
         # Four standard deviations of a share of 2000 draws.
-        assert drawn.count(token) / 2000 == pytest.approx(wanted, abs=4 * math.sqrt(wanted * (1 - wanted) / 2000))
+        assert drawn.count(token) / 2000 == pytest.approx(
+            wanted, abs=4 * math.sqrt(wanted * (1 - wanted) / 2000)
+        )
 
 
 @pytest.mark.parametrize(
