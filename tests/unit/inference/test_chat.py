@@ -76,6 +76,21 @@ def test_a_stop_text_over_several_pieces_is_held_back():
     assert [half.feed("a\ufffd"), half.feed("a\u00e9"), half.finish("a\u00e9")] == ["", "a\u00e9", ""]
 
 
+def test_long_answers_are_decoded_a_few_tokens_at_a_time(chat):
+    tokens = np.random.default_rng(3).integers(3, 500, size=700).tolist()
+    decoded = []
+
+    class Counting:
+        def decode(self, some, **how):
+            decoded.append(len(some))
+            return chat.tokenizer.decode(some, **how)
+
+    stream = TextStream(Counting())
+    text = "".join(stream.feed(tokens[:length]) for length in range(1, 701)) + stream.finish(tokens)
+    assert text == chat.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert max(decoded) <= 4 * 64
+
+
 def test_a_further_question_about_the_same_images(chat, image):
     chat.engine.documents.clear()
     first = chat.reply([asked("What is it?", image)], LONG)
