@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
@@ -199,7 +199,7 @@ class Engine:
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), adapters_of(checkpoint)  # type: ignore[arg-type]
+        runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)  # type: ignore[arg-type]
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
         plan = resolve(parallel, launcher().world_size)

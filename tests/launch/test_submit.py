@@ -27,6 +27,12 @@ RECIPES = {
     "internvl2_26b_256k": (H100, 8),
     "internvl2_76b_256k": (H100, 32),
 }
+# Without SLURM, on GPUs of one machine: recipe -> GPUs, GB of one.
+LOCAL_RECIPES = {
+    "internvl2_2b_lora_24gb": (1, 24),
+    "internvl2_2b_frozen_tower_80gb": (1, 80),
+    "internvl2_8b_full_8x80gb": (8, 80),
+}
 RUN_32K = ["train", "launch/recipes/internvl2_2b_32k.yaml"]
 CASES = {
     **{
@@ -86,7 +92,24 @@ def test_scripts_are_valid_shell(path):
 
 def test_every_recipe_is_tested():
     found = {path.stem for path in (ROOT / "launch" / "recipes").iterdir()}
-    assert found == set(RECIPES) | {"evaluate_2b_1m"}
+    assert found == set(RECIPES) | set(LOCAL_RECIPES) | {"evaluate_2b_1m"}
+
+
+@pytest.mark.parametrize("name", LOCAL_RECIPES)
+def test_recipes_for_one_machine_fit_their_gpus(name):
+    gpus, memory = LOCAL_RECIPES[name]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_v2pe",
+        "plan",
+        f"launch/recipes/{name}.yaml",
+        "--gpus",
+        str(gpus),
+    ]
+    command += ["--gpu-memory", str(memory), "--arch", name.split("_")[1].upper()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)
