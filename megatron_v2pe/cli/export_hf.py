@@ -10,6 +10,7 @@ from megatron_v2pe.cli.peft_folders import export_adapters
 from megatron_v2pe.cli.progress import shared_progress
 from megatron_v2pe.cli.sizes import parse_size
 from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
 HELP = """write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder
@@ -31,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="stride to recommend in config.json, for a checkpoint that was trained with random ones",
+    )
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="put code beside the weights, so that transformers (trust_remote_code=True) answers with V2PE positions",
+    )
     add_dtype(parser)
     add_verify_checkpoint(parser)
 
@@ -38,11 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; errors are raised as CheckpointError or ConfigError."""
     if args.adapter:
+        if args.remote_code or args.stride is not None:
+            raise ConfigError(
+                "--adapter writes adapters alone, without config.json; omit --remote-code and --stride"
+            )
         return export_adapters(args)
     from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
     options = {"force": args.force, "dtype": args.dtype, "max_shard_bytes": max_shard_bytes}
+    options |= {"stride": args.stride, "remote_code": args.remote_code}
     with shared_progress(NAME) as progress:
         check_files(args)
         export_hf(args.checkpoint, args.hf_folder, progress=progress, expect=progress.expect, **options)

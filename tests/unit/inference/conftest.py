@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from tests.support.prompts import FAMILY, GOLDEN, load_engine
 
 
