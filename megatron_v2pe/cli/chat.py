@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import check_files
+from megatron_v2pe.cli.arguments import check_files
 from megatron_v2pe.cli.inference_arguments import (
     add_model_arguments,
     add_sampling_arguments,

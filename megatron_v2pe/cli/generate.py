@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_v2pe.cli.conversion import check_files
+from megatron_v2pe.cli.arguments import check_files
 from megatron_v2pe.cli.inference_arguments import (
     add_model_arguments,
     add_sampling_arguments,
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer(chat: Chat, messages: list[Message], sampling: Sampling, *, save: str | None) -> None:
-    from megatron_v2pe.cli.progress import prefill_progress
+    from megatron_v2pe.cli.inference_arguments import prefill_progress
     from megatron_v2pe.inference.chat import with_reply
     from megatron_v2pe.inference.session import save_session
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint
-from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
+from megatron_v2pe.cli.arguments import add_parallel_sizes, add_verify_checkpoint, parallel_config
 
 if TYPE_CHECKING:
     from megatron_v2pe.inference.chat import ChatOptions
+    from megatron_v2pe.inference.engine import OnProgress
     from megatron_v2pe.inference.sampling import Sampling
 
 
@@ -44,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="how keys and values are stored; 8 bits halve their memory, and the error is reported",
     )
-    add_parallel_arguments(parser)
+    add_parallel_sizes(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute dtype")
     add_verify_checkpoint(parser)
 
@@ -114,3 +116,23 @@ def sampling_of(args: argparse.Namespace, **more: object) -> Sampling:
         stop=tuple(args.stop),
         **more,  # type: ignore[arg-type]
     )
+
+
+@contextmanager
+def prefill_progress(*, is_shown: bool) -> Iterator[OnProgress]:
+    """A bar of prefilled tokens on a terminal; gone when the answer begins.
+
+    Args:
+        is_shown: on one rank of several.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc="prefill", unit="token", leave=False, disable=None if is_shown else True) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        yield on_progress

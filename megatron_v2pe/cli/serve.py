@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_v2pe.cli.conversion import check_files
+from megatron_v2pe.cli.arguments import check_files
 from megatron_v2pe.cli.inference_arguments import add_model_arguments, chat_options
 from megatron_v2pe.core.env import api_key, launcher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,8 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import NORMALIZATION
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference import messages as messages_module
 from megatron_v2pe.inference.beams import Beam, search
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
@@ -89,17 +89,18 @@ class Chat:
             max_num_frame=options.max_frames,
             min_num_frame=min(DataConfig().min_num_frame, options.max_frames),
         )
-        self.settings = sample_settings(RunConfig(data=data), self.arch, hf_folder)
+        settings = sample_settings(RunConfig(data=data), self.arch, hf_folder)
+        # As many frames as there may be, the middle of each interval: a question has one prompt.
+        video = replace(settings.media.video, min_frames=settings.media.video.max_frames, sampling="middle")
+        self.settings = replace(settings, media=replace(settings.media, video=video))
         self.tokenizer = self.settings.text.tokenizer
         stop_token = self.settings.text.template.stop_token
         self.stop_ids = frozenset({self.tokenizer.eos_id, self.tokenizer.token_id(stop_token)})
-        mean, std = NORMALIZATION[data.normalize_type]
         self.checkpoint = Path(checkpoint)
         self.engine = Engine.load(
             checkpoint,
             mode=self.stride.mode,
-            mean=mean,
-            std=std,
+            norm=NORMALIZATION[data.normalize_type],
             dtype=options.dtype,
             parallel=parallel,
             chunk_tokens=options.chunk_tokens,

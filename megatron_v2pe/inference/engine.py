@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
 from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
@@ -159,7 +160,8 @@ class Engine:
         if chunk_tokens < 1:
             raise ConfigError(f"--chunk-tokens is {chunk_tokens}, but must be at least 1")
         self.runner, self.chunk_tokens, self.kv = runner, chunk_tokens, kv
-        self.plan, self.ranks, self.arch = runner.plan, runner.ranks, runner.arch
+        self.context, self.plan, self.ranks = runner.context, runner.plan, runner.ranks
+        self.arch = runner.arch
         self.documents = PrefixStore(keep_tokens)
 
     @classmethod
@@ -168,8 +170,7 @@ class Engine:
         checkpoint: str | Path,
         *,
         mode: Literal["default", "v2pe_fixed"],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        norm: PixelNorm | None = None,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         parallel: ParallelConfig | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
@@ -182,8 +183,7 @@ class Engine:
             checkpoint: folder written by `import-hf` or by a run.
             mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
                 rotates by plain frequencies and takes any stride.
-            mean: channel means of the pixel normalisation.
-            std: channel standard deviations.
+            norm: pixel normalisation; None where tiles of prompts are normalised already.
             dtype: compute dtype.
             parallel: sizes of the parallel axes; one rank when None. Sequence parallelism is left out,
                 because a single new token cannot be split; so is a split tower, because tiles are assigned over tp.
@@ -203,11 +203,10 @@ class Engine:
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
         plan = resolve(parallel, launcher().world_size)
-        ranks = init_distributed(plan, seed=config.runtime.seed)
-        models = build_model(config, arch, plan=plan, ranks=ranks)
-        load_weights(checkpoint, models, ranks=ranks)
-        sizes = dict(plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
-        runner = ModelRunner(models[0], arch, **sizes)
+        context = init_distributed(plan, seed=config.runtime.seed)
+        models = build_model(config, arch, context)
+        load_weights(checkpoint, models, ranks=context.ranks)
+        runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
         return cls(runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens)
 
     def content(self, prompt: Prompt, rope_length: int) -> Content:

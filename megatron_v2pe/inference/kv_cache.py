@@ -127,7 +127,7 @@ class _Share:
 
 
 class KVCache:
-    """Keys and values of one document on this rank; a `TokenStore` of the attention.
+    """Keys and values of one document on this rank; a `KeyValueStore` of the attention.
 
     Args:
         place: this rank and how rows are stored.
@@ -222,14 +222,14 @@ class KVCache:
         return token % self.place.cp
 
     def parts(self, layer_number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `TokenStore`."""
+        """See `KeyValueStore`."""
         for share in self._shares:
             rows = share.block.rows.get(layer_number, 0) if share.rows is None else share.rows
             if rows:
                 yield from share.block.read(layer_number, rows)
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """See `TokenStore`."""
+        """See `KeyValueStore`."""
         if len(key):
             self._shares[-1].block.append(layer_number, key, value)
 
@@ -290,7 +290,7 @@ class KVCache:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CacheStep:
-    """See `parallel.attention.cached.CacheStep`."""
+    """See `batch.kv_cache.CacheStep`."""
 
     stores: Sequence[KVCache]
     is_chunk: bool

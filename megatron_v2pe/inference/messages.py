@@ -6,17 +6,17 @@ messages --placeholders, frames of videos--> turns, images --headers--> grids --
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.frames import FrameDraw, FrameRef, VideoSource, draw_places, frame_lines
-from megatron_v2pe.data.media.images import ImageRef, check_image
-from megatron_v2pe.data.media.pixels import measure_video
-from megatron_v2pe.data.media.tiling import choose_grid, rule_for_sample
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.media.cut import CutRule
+from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, Medium, MediumTiles
+from megatron_v2pe.data.media.tiling import rule_for_sample
+from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from megatron_v2pe.inference.prompt import Prompt, prompt_with
@@ -61,22 +61,22 @@ def build_prompt(
     if not messages[-1].text.strip() and not (messages[-1].images or messages[-1].videos):
         raise ConfigError("the question is empty; ask something")
     num_images = sum(len(message.images) for message in messages)
-    turns, refs = [], []
+    turns, media = [], list[MediumTiles]()
     for message in messages:
-        text, found = _message_refs(message, num_images=num_images, settings=settings)
+        text, found = _message_media(message, num_images=num_images, settings=settings)
         turns.append(Turn(role=message.role, value=text))
-        refs += found
+        media += found
     if system is not None:
         template = settings.text.template
         opening = template.system[: template.system.index("\n") + 1]
         template = replace(template, system=opening + system)
         settings = replace(settings, text=replace(settings.text, template=template))
-    return prompt_with(turns, refs, settings=settings, stride=stride)
+    return prompt_with(turns, media, settings=settings, stride=stride)
 
 
-def _message_refs(
+def _message_media(
     message: Message, *, num_images: int, settings: SampleSettings
-) -> tuple[str, list[ImageRef]]:
+) -> tuple[str, list[MediumTiles]]:
     """The text of a message with one `<image>` for each image and frame, and how each is cut."""
     for token in _RESERVED:
         if token in message.text:
@@ -84,18 +84,21 @@ def _message_refs(
                 f"the text contains the reserved token {token}; images are marked by {IMAGE_PLACEHOLDER}"
             )
     text = _with_placeholders(message)
-    images, videos = iter(message.images), iter(message.videos)
-    refs: list[ImageRef] = []
+    files: dict[str, Iterator[Medium]] = {
+        IMAGE_PLACEHOLDER: iter([ImageFile(path=path) for path in message.images]),
+        VIDEO_PLACEHOLDER: iter([VideoFile(path=path) for path in message.videos]),
+    }
+    rule = CutRule(tiling=rule_for_sample(settings.tiling, num_images))
+    found: list[MediumTiles] = []
 
     def expand(match: re.Match[str]) -> str:
-        if match.group() == IMAGE_PLACEHOLDER:
-            refs.append(_image_ref(next(images), num_images=num_images, settings=settings))
-            return IMAGE_PLACEHOLDER
-        frames = _video_refs(next(videos), settings=settings)
-        refs.extend(frames)
-        return frame_lines(len(frames)).removesuffix("\n")
+        medium = next(files[match.group()])
+        sizes = medium.probe(settings.media, sample_id=medium.path, size_of=check_image)
+        images = medium.tiles(sizes, rule)
+        found.append(MediumTiles(medium=medium, images=images, rules=settings.media))
+        return medium.text(len(images)).removesuffix("\n")
 
-    return _PLACEHOLDER.sub(expand, text), refs
+    return _PLACEHOLDER.sub(expand, text), found
 
 
 def _with_placeholders(message: Message) -> str:
@@ -112,29 +115,3 @@ def _with_placeholders(message: Message) -> str:
                 "them put first"
             )
     return text
-
-
-def _image_ref(path: str, *, num_images: int, settings: SampleSettings) -> ImageRef:
-    size = check_image(path, max_pixels=settings.max_image_pixels)
-    grid = choose_grid(*size, rule=rule_for_sample(settings.tiling, num_images))
-    return ImageRef(path=path, size=size, grid=grid, max_pixels=settings.max_image_pixels)
-
-
-def _video_refs(path: str, *, settings: SampleSettings) -> list[ImageRef]:
-    """The middle frames of equal intervals, as many as training shows at most, one tile each."""
-    rule = replace(settings.video, min_frames=settings.video.max_frames, sampling="middle")
-    source = VideoSource(path=path)
-    sizes = measure_video(source, sample_id=path, rule=rule, max_pixels=settings.max_image_pixels)
-    places = draw_places(rule, len(sizes), seed=0, epoch=0, identity=path)
-    draw = FrameDraw(source=source, max_seconds=rule.max_seconds, places=places)
-    tiling = replace(settings.tiling, dynamic=False)
-    return [
-        ImageRef(
-            path=path,
-            size=size,
-            grid=choose_grid(*size, rule=tiling),
-            max_pixels=settings.max_image_pixels,
-            frame=FrameRef(draw=draw, number=number),
-        )
-        for number, size in enumerate(sizes)
-    ]

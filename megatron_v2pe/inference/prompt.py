@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.medium import MediumTiles
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.tiles import FileTiles, TileSource
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
@@ -37,20 +37,21 @@ class Prompt:
 
 
 def prompt_with(
-    turns: Sequence[Turn], refs: Sequence[ImageRef], *, settings: SampleSettings, stride: int
+    turns: Sequence[Turn], media: Sequence[MediumTiles], *, settings: SampleSettings, stride: int
 ) -> Prompt:
     """Encode a conversation that ends with a question, whose images are measured already.
 
     Args:
         turns: messages, human and gpt in turn, the last one human, with a placeholder for each image.
-        refs: images or frames, in the order of their placeholders.
+        media: images and videos, in the order of their placeholders.
         settings: template and tokenizer of the checkpoint.
         stride: position units that a visual token advances.
 
     Raises:
         ConfigError: the prompt is too long.
     """
-    num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
+    grids = [image.grid for each in media for image in each.images]
+    num_tiles = np.array([grid.num_tiles for grid in grids], dtype=np.int64)
     encoded = encode_conversation(
         turns, num_tiles=num_tiles.tolist(), settings=settings.text, add_generation_prompt=True
     )
@@ -63,8 +64,8 @@ def prompt_with(
         num_tokens=len(encoded.tokens),
         image_starts=encoded.image_starts,
         num_tiles=num_tiles,
-        strides=np.full(len(refs), stride, dtype=np.int64),
+        strides=np.full(len(grids), stride, dtype=np.int64),
         tokens_per_tile=settings.text.tokens_per_tile,
     )
-    tiles = FileTiles(refs, settings.tiling.image_size)
+    tiles = FileTiles(media, settings.tiling.image_size)
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)

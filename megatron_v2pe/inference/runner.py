@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, normalize_tiles
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.inference.chunks import PrefillChunk
@@ -27,8 +28,7 @@ from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.inference.quantize import KVKind
 from megatron_v2pe.inference.routing import ChunkRouter, TileRanks, chunk_pack, chunk_ranges, chunk_route
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.v2pe.positions import position_units
 
@@ -47,11 +47,9 @@ class ModelRunner:
     Args:
         model: this rank's stage of the model, weights loaded; gradients are switched off.
         arch: its architecture.
-        plan: layout of ranks, without sequence parallelism and virtual stages.
-        ranks: this rank's groups.
+        context: layout of ranks, without sequence parallelism and virtual stages, and this rank's groups.
         dtype: compute dtype.
-        mean: channel means of the pixel normalisation.
-        std: channel standard deviations.
+        norm: pixel normalisation; None where tiles of prompts are normalised already.
     """
 
     def __init__(
@@ -59,18 +57,15 @@ class ModelRunner:
         model: InternVL,
         arch: InternVLArchitecture,
         *,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        context: ParallelContext,
         dtype: torch.dtype,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        norm: PixelNorm | None,
     ) -> None:
         self.model, self.arch = model.eval().requires_grad_(False), arch
-        self.plan, self.ranks = plan, ranks
-        self.dtype, self.mean, self.std = dtype, mean, std
-        self.device = next(model.parameters()).device
-        group = ranks.groups.tp_cp
-        self.tile_ranks = TileRanks(size=group.size(), rank=group.rank(), cp=plan.cp)
+        self.context, self.plan, self.ranks = context, context.plan, context.ranks
+        self.dtype, self.norm, self.device = dtype, norm, context.ranks.device
+        group = context.ranks.groups.tp_cp
+        self.tile_ranks = TileRanks(size=group.size(), rank=group.rank(), cp=context.plan.cp)
         self.model.route_features = ChunkRouter(group)
         self.problem = ""  # the first image of a prefill that this rank could not read
 
@@ -144,16 +139,20 @@ class ModelRunner:
         """
         first, last = chunk.tiles_of(self.tile_ranks.rank, self.tile_ranks.size)
         size = self.arch.image_size
-        tiles: np.ndarray = np.zeros((0, 3, size, size), dtype=np.uint8)
+        tiles: np.ndarray = np.zeros((0, 3, size, size), dtype=np.float32)
         if last > first:
             try:
                 tiles = prompt.tiles.load(first, last)
             except DataError as error:
                 self.problem = self.problem or str(error)
-                tiles = np.zeros((last - first, 3, size, size), dtype=np.uint8)
+                tiles = np.zeros((last - first, 3, size, size), dtype=np.float32)
         pixels = torch.from_numpy(tiles).to(self.device).contiguous()  # channels lay together in memory
         if pixels.dtype == torch.uint8:
-            pixels = normalize_tiles(pixels, mean=self.mean, std=self.std)
+            if self.norm is None:
+                raise ValueError(
+                    "tiles are not normalised, and the engine was loaded without a normalisation"
+                )
+            pixels = normalize_tiles(pixels, self.norm)
         return pixels.to(self.dtype)
 
     @torch.no_grad()

@@ -10,8 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import ImageRef
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.medium import MediumTiles, load_tile_range
 from megatron_v2pe.data.sources import storage
 
 _READ_BYTES = 2**20
@@ -67,21 +66,26 @@ class FileTiles:
     """Tiles of image files and of frames of videos.
 
     Args:
-        refs: images and frames, in the order of their placeholders.
+        media: images and videos, in the order of their placeholders.
         tile_size: S.
     """
 
-    def __init__(self, refs: Sequence[ImageRef], tile_size: int) -> None:
-        self.refs, self.tile_size, self.opened = tuple(refs), tile_size, 0
+    def __init__(self, media: Sequence[MediumTiles], tile_size: int) -> None:
+        self.media, self.tile_size, self.opened = tuple(media), tile_size, 0
 
     def load(self, first: int, last: int) -> np.ndarray:
         """See `TileSource`. Images without a tile in the range are not opened."""
         self.opened += last - first
-        return load_tile_range(self.refs, image_size=self.tile_size, tile_range=(first, last))
+        return load_tile_range(self.media, image_size=self.tile_size, tile_range=(first, last))
 
     def digests(self) -> tuple[str, ...]:
         """See `TileSource`: hash of the file's bytes, with how the image is cut and which frame it is."""
-        return tuple(f"{_file_digest(ref.path)}/{ref.grid}/{ref.pad_color}/{ref.frame}" for ref in self.refs)
+        found = []
+        for each in self.media:
+            assert each.medium is not None
+            content = _file_digest(each.medium.path)
+            found += [f"{content}/{image}/{number}" for number, image in enumerate(each.images)]
+        return tuple(found)
 
 
 def _file_digest(path: str) -> str:

@@ -13,10 +13,9 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.files import sync_folder, writable_folder, write_atomic
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.memory.parameters import chunk_parameters
-from megatron_v2pe.planning.memory.rank_state import frozen_parts
-from megatron_v2pe.planning.memory.state import is_trained
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.state import frozen_parts, is_trained_name
+from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.preflight.findings import Finding, worst_over_ranks
 
 PROBE_BYTES = 32 * 2**20
@@ -54,16 +53,16 @@ def check_folder(run_dir: str) -> Finding:
 def check_shared(run_dir: str) -> Finding:
     """A file of rank 0 is seen by every rank. Collective."""
     token, content = Path(run_dir, _TOKEN), f"{os.getpid()} {time.time_ns()}"
-    told = [content]
-    dist.broadcast_object_list(told)
+    expected = [content]
+    dist.broadcast_object_list(expected)
     if dist.get_rank() == 0:
         try:
             write_atomic(token, content)
         except OSError as error:
-            told = [f"cannot be written: {error}"]  # `run folder` says the same; the others find nothing
+            expected = [f"cannot be written: {error}"]  # `run folder` says the same; the others find nothing
     dist.barrier()
     end = time.monotonic() + SEEN_SECONDS
-    while not (seen := token.exists() and token.read_text() == told[0]) and time.monotonic() < end:
+    while not (seen := token.exists() and token.read_text() == expected[0]) and time.monotonic() < end:
         time.sleep(0.2)
     problem = (
         f"{run_dir}: a file that rank 0 wrote is not seen here; runtime.run_dir must be on a shared disk"
@@ -81,16 +80,16 @@ def check_shared(run_dir: str) -> Finding:
 
 def checkpoint_bytes(config: RunConfig, arch: InternVLArchitecture) -> int:
     """Bytes of a checkpoint's tensors: stored weights, and of the trained ones the float32 copy and two moments."""
-    whole = Chunk(num_layers=arch.language.num_layers, is_first=True, is_last=True)
-    parameters = chunk_parameters(arch, ParallelPlan(), whole, config.lora)
-    trained = sum(size for name, size in parameters if is_trained(name, frozen_parts(config)))
+    whole = ModelChunk(num_layers=arch.language.num_layers, is_first=True, is_last=True)
+    parameters = model_chunk_parameters(arch, ParallelPlan(), whole, config.lora)
+    trained = sum(size for name, size in parameters if is_trained_name(name, frozen_parts(config)))
     stored = trained if config.lora.is_on else sum(size for _, size in parameters)
     element_bytes = 2 if config.runtime.dtype == "bfloat16" else 4
     return stored * element_bytes + trained * 12
 
 
 def check_space(config: RunConfig, arch: InternVLArchitecture, *, free_gb: float) -> Finding:
-    """Room for the kept checkpoints, the one that is being written, and `free_gb` beside; no collective."""
+    """Room for the kept checkpoints, the one that is being written, and `free_gb` besides; no collective."""
     one, keep = checkpoint_bytes(config, arch), config.checkpoint.keep
     needed = one * (keep + 1) + free_gb * 1e9
     folder = Path(config.runtime.run_dir)
@@ -98,7 +97,7 @@ def check_space(config: RunConfig, arch: InternVLArchitecture, *, free_gb: float
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/step_*/**/*") if path.is_file())
     missing = needed - free - held
     text = f"{free / 1e9:.1f} GB free; {keep} + 1 checkpoints of {one / 1e9:.3g} GB"
-    text += f" and {free_gb:g} GB beside" if free_gb else ""
+    text += f" and {free_gb:g} GB besides" if free_gb else ""
     if missing > 0:
         text += f": {missing / 1e9:.3g} GB too few; make room, lower checkpoint.keep, or move runtime.run_dir"
     return Finding(name="free space", verdict="no-go" if missing > 0 else "go", text=text)

@@ -13,20 +13,20 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve, shutdown
 from megatron_v2pe.preflight import disk, inputs, limit, links, machine, parity
-from megatron_v2pe.preflight.findings import Finding, guarded, table, worst, worst_over_ranks
+from megatron_v2pe.preflight.findings import Finding, findings_table, guarded, worst_over_ranks, worst_verdict
 
 logger = logging.getLogger(__name__)
 TIMEOUT_MINUTES = 2
 
 
 def preflight(config: RunConfig, *, free_gb: float = 0.0) -> tuple[str, bool]:
-    """Look at everything that a run needs.
+    """Check everything that a run needs.
 
     Args:
         config: the run. On one rank without a launcher its layout is replaced by that of one rank, with a note.
-        free_gb: space, in 10^9 bytes, that must stay free beside the checkpoints.
+        free_gb: space, in 10^9 bytes, that must stay free besides the checkpoints.
 
     Returns:
         The table and whether to go; the same on all ranks. Collective under a launcher.
@@ -42,34 +42,34 @@ def preflight(config: RunConfig, *, free_gb: float = 0.0) -> tuple[str, bool]:
     validate(config, arch, world_size)
     machine.check_gpu_count()
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=TIMEOUT_MINUTES)
-    findings = [layout, *_find(config, arch, plan=plan, ranks=ranks, free_gb=free_gb)]
+    context = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=TIMEOUT_MINUTES)
+    findings = [layout, *_find(config, arch, context, free_gb=free_gb)]
     shutdown()
     seconds = time.monotonic() - start
-    return table(findings, ranks=world_size, seconds=seconds), worst(findings) != "no-go"
+    table = findings_table(findings, ranks=world_size, seconds=seconds)
+    return table, worst_verdict(findings) != "no-go"
 
 
 def _layout(config: RunConfig) -> tuple[RunConfig, Finding]:
-    """The layout that can be looked at with the ranks there are."""
+    """The layout that can be checked with the ranks there are."""
     parallel = config.parallel
     text = f"tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp} on {launcher().world_size} ranks"
-    wanted = parallel.tp * parallel.pp * parallel.cp
-    if launcher().master is not None or wanted == 1:
+    if launcher().master is not None or parallel.replica_size == 1:
         return config, Finding(name="layout", verdict="go", text=text)
     alone = dataclasses.replace(
         parallel, tp=1, pp=1, cp=1, vpp=1, sequence_parallel=False, vision="replicated", pipeline_layout=""
     )
-    told = f"{text}: looked at as one rank; start under torchrun, or with launch/submit.py, to look at all"
+    text += ": checked as one rank; start under torchrun, or with launch/submit.py, to check all"
     runtime = dataclasses.replace(config.runtime, profile_ranks="0")  # others of the run's are not here
     config = dataclasses.replace(config, parallel=alone, runtime=runtime)
-    return config, Finding(name="layout", verdict="note", text=told)
+    return config, Finding(name="layout", verdict="note", text=text)
 
 
 def _find(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks, free_gb: float
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, *, free_gb: float
 ) -> list[Finding]:
-    run_dir, device = config.runtime.run_dir, ranks.device
-    estimate = limit.planned(config, arch, device, plan.world_size)
+    run_dir, device, world_size = config.runtime.run_dir, context.ranks.device, context.plan.world_size
+    estimate = limit.planned(config, arch, device, world_size)
     step_seconds = None if estimate is None else estimate.time.seconds
     local = [
         guarded("device", lambda: machine.check_device(device)),
@@ -81,7 +81,7 @@ def _find(
     ]
     findings = [worst_over_ranks(each) for each in local]
     findings += [machine.check_versions(), machine.check_clocks(device), *links.check_links(device)]
-    if plan.world_size > 1:
+    if world_size > 1:
         findings.append(disk.check_shared(run_dir))
-    findings.append(worst_over_ranks(parity.check_attention(config, arch, plan=plan, ranks=ranks)))
+    findings.append(worst_over_ranks(parity.check_attention(config, arch, context)))
     return findings

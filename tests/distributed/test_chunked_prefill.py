@@ -76,8 +76,6 @@ def answers(rank, world_size, checkpoints, layouts, strides, chunks, dtype):
             engine = Engine.load(
                 checkpoint,
                 mode="v2pe_fixed",
-                mean=(0.0, 0.0, 0.0),
-                std=(1.0, 1.0, 1.0),
                 dtype=dtype,
                 parallel=ParallelConfig(**layout, pipeline_layout=stages),
             )

@@ -1,6 +1,6 @@
 """Communication wait on gloo: a rank that is slow waits least, through every kind of call, and torch is left as it was.
 
-Sleeping stands for computing: what counts is when a rank comes to a call. Half of what was slept is tolerance, for
+Sleeping represents computing: what counts is when a rank reaches a call. Half of what was slept is tolerance, for
 machines that do other work beside.
 """
 

@@ -47,7 +47,7 @@ def test_a_full_disk_does_not_go(config):
     done = looked_at(config, "--free-gb", "1e9", "parallel.cp=8")
     assert done.returncode == 1, done.stderr
     assert re.search(r"^no-go +free space .* GB too few", done.stdout, re.M)
-    assert re.search(r"^note +layout .*cp 8 on 1 ranks: looked at as one rank", done.stdout, re.M)
+    assert re.search(r"^note +layout .*cp 8 on 1 ranks: checked as one rank", done.stdout, re.M)
     assert done.stdout.splitlines()[-1].startswith("NO-GO: 1 rank,")
 
 
@@ -70,10 +70,10 @@ def attention_finding(rank, world_size, checkpoint, swaps):
     overrides = [f"model.checkpoint={checkpoint}", "parallel.cp=2", "runtime.dtype=float32"]
     config = load_run_config(None, overrides)
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(plan, seed=0)
     if swaps:
-        ranks = replace(ranks, cp_rank=1 - ranks.cp_rank)
-    return parity.check_attention(config, inputs.read_model(config), plan=plan, ranks=ranks).verdict
+        context = replace(context, ranks=replace(context.ranks, cp_rank=1 - context.ranks.cp_rank))
+    return parity.check_attention(config, inputs.read_model(config), context).verdict
 
 
 def test_attention_over_wrong_shards_is_found(config):

@@ -39,4 +39,4 @@ def random_prompt(arch, pieces, *, seed=0, stride=1, image_seed=None):
 
 def load_engine(checkpoint, *, mode="v2pe_fixed", **options):
     """An engine on pixels that are normalised already."""
-    return Engine.load(checkpoint, mode=mode, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **options)
+    return Engine.load(checkpoint, mode=mode, **options)

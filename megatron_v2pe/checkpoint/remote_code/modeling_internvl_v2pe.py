@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# Modules that only name the checkpoint's tensors are plain nn.Module, of whose attributes mypy knows nothing.
 """InternVL with fractional visual positions (V2PE) for transformers 4.44 and later; no other package is needed.
 
     tiles --vision tower, pixel shuffle, mlp1--> features --in place of <IMG_CONTEXT>--> decoder --> tokens

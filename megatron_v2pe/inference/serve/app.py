@@ -63,7 +63,7 @@ class Server:
         return await self._whole(request, waiting, reply)
 
     async def _whole(self, request: Request, waiting: _Waiting, reply: Reply) -> Response:
-        pieces = []
+        pieces: list[Piece] = []
         try:
             while not pieces or pieces[-1].finish_reason is None:
                 event = await waiting.next_event()

@@ -1,14 +1,12 @@
 """Attention of new tokens to themselves and to a cache of keys and values spread over context parallel ranks.
 
-    prefill chunk   own part: causal, zigzag over ranks, keys travel as in training
+    prefill chunk   own part: causal, zigzag over ranks, keys exchanged as in training
                     past:     pass-Q   gather queries -> partial over the own shard of keys -> partials back -> merge
                               pass-KV  shards of keys go round the ring -> partial over each -> merge
     new tokens      every rank has them all: partial over the own shard -> parts of all ranks -> merge
 
-Parts are merged by their log-sum-exp, so which rank holds which key does not matter. Pass-Q moves as much for a past
+Parts are merged by their log-sum-exp, so which rank holds which key does not matter. Pass-Q sends as much for a past
 of a million tokens as for none; pass-KV moves the past, and wins while it is shorter than the chunk or so.
-
-A cache here is anything with the members of `TokenStore`; `inference.kv_cache` has the one in use.
 
 Shape legend: l local tokens of a chunk, b sequences, h query heads, k key heads, d head dimension, r rows [k, r, d].
 """
@@ -16,49 +14,19 @@ Shape legend: l local tokens of a chunk, b sequences, h query heads, k key heads
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.kv_cache import CacheStep
+from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV
 from megatron_v2pe.parallel.attention.kernels import block_forward
-from megatron_v2pe.parallel.attention.pieces import pieces
 from megatron_v2pe.parallel.attention.ring import Ring
 from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold
 
 PAST_TAG = 3  # beside those of `ring`
-
-
-class TokenStore(Protocol):
-    """Keys and values of one document on this rank."""
-
-    def parts(self, layer_number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values held here, piece by piece: [k, n, d] each, rotated, in the compute dtype."""
-
-    def append(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """Keep [n, k, d] of new tokens."""
-
-
-class CacheStep(Protocol):
-    """What one forward pass does with caches.
-
-    Attributes:
-        stores: the documents of the batch; exactly one for a prefill chunk.
-        is_chunk: a prefill chunk; else one new token of each document.
-        kept: of a chunk, local tokens that are not padding; they come first.
-        past_rows: of a chunk, keys that each context parallel rank holds before it.
-        owners: of new tokens, the context parallel rank that keeps each.
-        group: context parallel ranks; None on one rank.
-    """
-
-    stores: Sequence[TokenStore]
-    is_chunk: bool
-    kept: int
-    past_rows: Sequence[int]
-    owners: Sequence[int]
-    group: Any
 
 
 def cached_attention(
@@ -137,15 +105,15 @@ def attend_own(query: Tensor, key: Tensor, value: Tensor, *, scale: float, trans
     """Causal attention of one document to itself, zigzag over ranks: [l, h, d] with its log-sum-exp [l, h]."""
     total = Partial.empty(query)
     for source, keys, values in transport.iter_kv(key, value):
-        for piece in pieces((len(query),), rank=transport.rank, source=source, device=query.device):
-            rows = query[piece.queries], keys[piece.keys], values[piece.keys]
-            part = Partial(*block_forward(*rows, causal=piece.causal, scale=scale))
-            if piece.causal:  # my own keys, first to come: they fill every row
+        for batch in block_batches((len(query),), rank=transport.rank, source=source, device=query.device):
+            rows = query[batch.queries], keys[batch.keys], values[batch.keys]
+            part = Partial(*block_forward(*rows, causal=batch.causal, scale=scale))
+            if batch.causal:  # my own keys, first to come: they fill every row
                 total = Partial(part.out.to(total.out.dtype), part.lse.to(total.lse.dtype))
                 continue
-            some = Partial(total.out[piece.queries], total.lse[piece.queries])
+            some = Partial(total.out[batch.queries], total.lse[batch.queries])
             some.add(part)
-            total.out[piece.queries], total.lse[piece.queries] = some.out, some.lse
+            total.out[batch.queries], total.lse[batch.queries] = some.out, some.lse
     return total
 
 
@@ -165,7 +133,12 @@ def passes_queries(query: Tensor, key: Tensor, *, past_rows: Sequence[int]) -> b
 
 
 def attend_past_by_queries(
-    query: Tensor, key_heads: int, parts: Iterator[tuple[Tensor, Tensor]], group: Any, *, scale: float
+    query: Tensor,
+    key_heads: int,
+    parts: Iterator[tuple[Tensor, Tensor]],
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
 ) -> Partial:
     """Pass-Q: every rank attends for all; returns [l, h, d], merged over all ranks' keys."""
     size, (tokens, heads, dim) = group.size(), query.shape
@@ -178,9 +151,9 @@ def attend_past_by_queries(
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     del sent
-    pieces_of_mine = received.unflatten(0, (size, tokens))
+    parts_of_mine = received.unflatten(0, (size, tokens))
     total = Partial.empty(query)
-    for some in pieces_of_mine:
+    for some in parts_of_mine:
         total.add(Partial(some[..., :dim], some[..., dim]))
     return total
 
@@ -190,7 +163,7 @@ def attend_past_by_keys(
     key: Tensor,
     parts: Iterator[tuple[Tensor, Tensor]],
     past_rows: Sequence[int],
-    group: Any,
+    group: dist.ProcessGroup,
     *,
     scale: float,
 ) -> Partial:
@@ -213,7 +186,7 @@ def attend_past_by_keys(
     return unfolded(total, len(query))
 
 
-def merge_over_ranks(part: Partial, group: Any) -> Tensor:
+def merge_over_ranks(part: Partial, group: dist.ProcessGroup) -> Tensor:
     """Parts [b, h, d] of all ranks merged, the same bits on every rank."""
     dim = part.out.shape[-1]
     mine = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=-1).contiguous()
