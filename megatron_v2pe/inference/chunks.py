@@ -18,9 +18,8 @@ import numpy as np
 
 from megatron_v2pe.v2pe.layout import SampleLayout
 
-DEFAULT_CHUNK_TOKENS = (
-    8192  # attention of chunks of 1K and more costs what one pass costs; memory grows with them
-)
+MICRO_BATCH_TILES = 16  # encoded at a time: bounds the tower's memory whatever the chunk is
+DEFAULT_CHUNK_TOKENS = 8192  # chunks of 1K and more cost what one pass costs; their memory grows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,12 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS, PrefillChunk, plan_chunks
+from megatron_v2pe.inference.chunks import (
+    DEFAULT_CHUNK_TOKENS,
+    MICRO_BATCH_TILES,
+    PrefillChunk,
+    plan_chunks,
+)
 from megatron_v2pe.inference.kv_cache import KVCache, token_step
 from megatron_v2pe.inference.memory_check import check_memory
 from megatron_v2pe.inference.prefix import Content, PrefixStore
@@ -53,7 +58,6 @@ from megatron_v2pe.parallel.topology import init_distributed, resolve
 from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.v2pe.rope import inverse_frequencies
 
-MICRO_BATCH_TILES = 16  # encoded at a time: bounds the tower's memory whatever the chunk is
 CHUNKS_PER_STAGE = 8  # of one call of the schedule; with more stages there are more, so that few of them wait
 SCORE_ROWS = 256  # whose logits are worked out at a time
 
