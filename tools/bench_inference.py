@@ -24,7 +24,7 @@ from functools import partial
 import numpy as np
 import torch
 from bench_support.answering import last_chunk, make_engine, make_prompt, run_chunk
-from bench_support.step import Sizes, best_seconds, machine, on_ranks, peak_bytes
+from bench_support.step import best_seconds, machine, on_ranks
 
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
@@ -35,6 +35,8 @@ from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.parallel.attention.rows import attend_rows
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.feature_router import FeatureRouter
+from megatron_v2pe.planning.measured_step import StepSizes as Sizes
+from megatron_v2pe.planning.measured_step import peak_bytes
 from megatron_v2pe.v2pe.layout import pack_layout
 
 MIB = 2**20
@@ -118,8 +120,10 @@ def attention(options: argparse.Namespace) -> bool:
         keys, values = (torch.randn(8, 16384, 128).to(dtype) for _ in range(2))
         for heads in (16, 32):
             rows = torch.randn(8, heads // 8, 128).to(dtype)
-            read = best_wall(lambda: (keys.view(torch.float32).sum(), values.view(torch.float32).sum()))  # noqa: B023
-            seconds = best_wall(lambda: attend_rows(rows, keys, values, scale=0.1))  # noqa: B023
+            read, seconds = alternating(
+                lambda: (keys.view(torch.float32).sum(), values.view(torch.float32).sum()),  # noqa: B023
+                lambda: attend_rows(rows, keys, values, scale=0.1),  # noqa: B023
+            )
             ratio = seconds / read
             name = str(dtype).removeprefix("torch.")
             text = f"{name}, {heads} heads: {1e3 * seconds:.1f} ms, a read {1e3 * read:.1f} ms, {ratio:.2f}x"
@@ -127,15 +131,15 @@ def attention(options: argparse.Namespace) -> bool:
     return met
 
 
-def best_wall(action: Callable[[], object]) -> float:
-    """Least wall time of 15 calls: a read of memory takes milliseconds, too short for processor time."""
-    action()
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def alternating(*actions: Callable[[], object]) -> list[float]:
+    """Least wall time of 25 calls of each, in turn: they take milliseconds, too short for processor time."""
+    times = np.full((26, len(actions)), np.inf)
+    for number in range(len(times)):
+        for place, action in enumerate(actions):
+            start = time.perf_counter()
+            action()
+            times[number, place] = time.perf_counter() - start
+    return times[1:].min(axis=0).tolist()
 
 
 def tokens(options: argparse.Namespace) -> bool:
@@ -147,7 +151,7 @@ def tokens(options: argparse.Namespace) -> bool:
         prompt = make_prompt(sizes, length)
         cache, chunk = last_chunk(engine, prompt)
         run_chunk(engine, prompt, cache, chunk)
-        times.append(best_wall(partial(_one_token, engine, prompt, cache)))
+        times += alternating(partial(_one_token, engine, prompt, cache))
         print(f"{length} tokens: {1e3 * times[-1]:.2f} ms for a new token", flush=True)
     fit = np.polyfit(lengths, times, 1)
     residual = np.square(np.polyval(fit, lengths) - times).sum() / np.square(times - np.mean(times)).sum()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_support.step import TILE_PIXELS, Sizes
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.batch.pixel_norm import PixelNorm
@@ -20,6 +19,8 @@ from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.inference.runner import ModelRunner
 from megatron_v2pe.inference.tiles import ArrayTiles
 from megatron_v2pe.parallel.topology import init_distributed, resolve
+from megatron_v2pe.planning.measured_step import TILE_PIXELS
+from megatron_v2pe.planning.measured_step import StepSizes as Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

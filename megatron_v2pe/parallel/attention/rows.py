@@ -22,7 +22,7 @@ from megatron_v2pe.parallel.attention.kernels import _efficient_forward, _op
 
 FEW_ROWS = 32  # of one key head; above, the flash kernel of the CPU is the faster one
 KEYS_AT_ONCE = 65536  # bounds the scores of few rows: 8 MiB for 32 rows in float32
-MIN_ROWS = 4  # the float32 product of a CPU reads keys at half the speed for 2 or 3 rows
+MIN_ROWS = 4  # products of a CPU with 2 or 3 rows read values, and bfloat16 keys, at half the speed
 
 
 @dataclass
@@ -92,14 +92,20 @@ def _few_rows(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Parti
     count = rows.shape[1]
     if rows.dtype in (torch.float32, torch.float64):
         scores = torch.bmm(keys, (rows * scale).transpose(1, 2)).transpose(1, 2)  # [k, T, r] -> [k, r, T]
+        scores = _padded(scores.contiguous())
     else:
-        scores = torch.bmm(rows * scale, keys.transpose(1, 2)).float()
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_().to(values.dtype)
-    if count < MIN_ROWS and rows.dtype == torch.float32:
-        weights = torch.nn.functional.pad(weights, (0, 0, 0, MIN_ROWS - count))
-    out = torch.bmm(weights.contiguous(), values)[:, :count]
-    return Partial(out.to(lse.dtype), lse)
+        scores = torch.bmm(_padded(rows * scale), keys.transpose(1, 2)).float()
+    weights = scores.softmax(-1)
+    # The largest weight is exp(largest score - lse); one pass less than torch's logsumexp and exp.
+    lse = scores.amax(-1) - weights.amax(-1).log()
+    out = torch.bmm(weights.to(values.dtype), values)
+    return Partial(out[:, :count].to(lse.dtype), lse[:, :count])
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[k, r, n] with rows of zeros up to `MIN_ROWS`."""
+    missing = MIN_ROWS - x.shape[1]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
 def _on_cuda(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
