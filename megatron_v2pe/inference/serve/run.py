@@ -7,6 +7,7 @@ drain: no more requests, those that are here are answered; a second one ends at 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import signal
 import socket
 import threading
@@ -17,7 +18,6 @@ from types import FrameType
 import uvicorn
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.serve.app import Server
 from megatron_v2pe.inference.serve.jobs import Inbox
@@ -25,7 +25,7 @@ from megatron_v2pe.inference.serve.metrics import Metrics
 from megatron_v2pe.inference.serve.wire import Limits
 from megatron_v2pe.inference.serve.worker import Worker
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int, *, api_key: str) -> socket.socket:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Generator
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import ConfigError, V2PEError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.engine import Answer, Step
 from megatron_v2pe.inference.prompt import Prompt
@@ -32,7 +32,7 @@ from megatron_v2pe.inference.text_stream import TextStream
 from megatron_v2pe.parallel.replica import agree_on_problem, from_leader
 
 _IDLE_SECONDS = 1.0  # between rounds without work; the other ranks wait in a collective meanwhile
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
