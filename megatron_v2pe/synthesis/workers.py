@@ -118,7 +118,7 @@ _stop: Event | None = None
 
 
 def _start_worker(materials: Materials, out: Path, stop: Event) -> None:
-    global _maker, _stop  # noqa: PLW0603
+    global _maker, _stop
     end_with_parent()
     _maker, _stop = PartMaker(materials, out), stop
 

@@ -164,7 +164,7 @@ def thd_grad_correction(*, grad, grad_per_step, cu_seqlens, first_half, second_h
         grad[rows] = step if mode == "copy" else grad[rows] + step
 
 
-def generic_gemm(*, A, transA, B, transB, D, bias, grad, accumulate, gelu, extra_output, **_):  # noqa: N803
+def generic_gemm(*, A, transA, B, transB, D, bias, grad, accumulate, gelu, extra_output, **_):
     """op(B) op(A), which is what cuBLAS's column-major A B is for row-major tensors."""
     assert not gelu
     a, b = A.flatten(0, -2), B.flatten(0, -2)

@@ -59,21 +59,24 @@ def _jpeg_size(head: bytes) -> tuple[int, int] | None:
         start, place = place + 4, place + 2 + length
         if fill != 0xFF or length < 2 or place > end:
             return None
-        if marker in _SEGMENTS:
-            if length < _SEGMENTS[marker]:
-                return None
-        elif marker == _DQT:
-            if not _is_plain_quantization(head[start:place]):
-                return None
-        elif marker in _FRAMES and size is None:
+        if marker == _SOS:
+            return size
+        if marker in _FRAMES and size is None:
             size = _frame_size(head, start, length)
             if size is None:
                 return None
-        elif marker == _SOS:
-            return size
-        elif marker != _APP2 or length < 16 or not head.startswith(_PROFILE, start):
+        elif not _is_plain_segment(marker, length, head[start:place]):
             return None
     return None
+
+
+def _is_plain_segment(marker: int, length: int, content: bytes) -> bool:
+    """Whether Pillow would read over a segment without an error, whatever else it does with it."""
+    if marker in _SEGMENTS:
+        return length >= _SEGMENTS[marker]
+    if marker == _DQT:
+        return _is_plain_quantization(content)
+    return marker == _APP2 and length >= 16 and content.startswith(_PROFILE)
 
 
 def _is_plain_quantization(tables: bytes) -> bool:

@@ -149,7 +149,7 @@ class _StoreWriter:
         self.hash = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> _StoreWriter:
-        self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open(self._aside, "wb")
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
