@@ -7,6 +7,7 @@ drain: no more requests, those that are here are answered; a second one ends at 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import signal
 import socket
 import threading
@@ -17,7 +18,6 @@ from types import FrameType
 import uvicorn
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.serve.app import Server
 from megatron_v2pe.inference.serve.jobs import Inbox
@@ -25,7 +25,7 @@ from megatron_v2pe.inference.serve.metrics import Metrics
 from megatron_v2pe.inference.serve.wire import Limits
 from megatron_v2pe.inference.serve.worker import Worker
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int, *, api_key: str) -> socket.socket:
@@ -74,13 +74,13 @@ def serve(
     host, port = listener.getsockname()[:2]
     with _drain_on_signals(inbox.drain):
         thread.start()
-        _log.info("serving %s at http://%s:%d/v1 (%s)", limits.model, host, port, chat.stride.reason)
+        logger.info("serving %s at http://%s:%d/v1 (%s)", limits.model, host, port, chat.stride.reason)
         try:
             Worker(chat, inbox=inbox, metrics=metrics, max_running=max_running).run()
         finally:
             http.should_exit = True
             thread.join(timeout=15)
-    _log.info("all requests are answered; the server ends")
+    logger.info("all requests are answered; the server ends")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import ConfigError, V2PEError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.engine import Answer, Step
 from megatron_v2pe.inference.prompt import Prompt
@@ -32,7 +31,6 @@ from megatron_v2pe.inference.text_stream import TextStream
 from megatron_v2pe.parallel.replica import agree_on_problem, from_leader
 
 _IDLE_SECONDS = 1.0  # between rounds without work; the other ranks wait in a collective meanwhile
-_log = get_logger(__name__)
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from megatron_v2pe.planning.request.workload import Pack
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
-from bench_support.answering import last_chunk, make_engine, make_prompt, run_chunk  # noqa: E402
+from bench_support.answering import last_chunk, make_engine, make_prompt, run_chunk
 
 
 @pytest.mark.parametrize(
