@@ -8,10 +8,16 @@ Several ranks (`launched_ranks`) share the tensors and write the same bytes as o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.exported_tensors import ConvertedTensors, ExportedTensors
+from megatron_v2pe.checkpoint.convert.remote_code import (
+    add_remote_code,
+    check_family,
+    check_stride,
+    record_stride,
+)
 from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
 from megatron_v2pe.checkpoint.convert.side_files import files_of_other_format
 from megatron_v2pe.checkpoint.files.block_stream import BlockStream
@@ -43,6 +49,8 @@ def export_hf(
     dtype: Dtype = "keep",
     max_shard_bytes: int = 0,
     to: FolderFormat | None = None,
+    stride: int | None = None,
+    remote_code: bool = False,
     progress: Progress = silent,
     expect: Progress = silent,
 ) -> None:
@@ -56,16 +64,22 @@ def export_hf(
         max_shard_bytes: largest weight file; 0 keeps the files of the imported folder, or in another format than its
             own makes files of `SHARD_BYTES`.
         to: format of the folder; None is that of the imported one.
+        stride: stride to recommend for a checkpoint that was trained with random ones; None records nothing.
+        remote_code: put code beside the weights, with which transformers loads them without this package.
         progress: called with the bytes of each block.
         expect: called once, before, with all bytes of this rank.
 
     Raises:
+        ConfigError: the stride is none that was trained.
         CheckpointError: not a complete checkpoint, a tensor is missing, the format cannot hold the model, or the target
             cannot be written.
     """
     read_info(checkpoint_folder)
     hf = hf_path(checkpoint_folder)
+    check_stride(hf / "config.json", stride)
     is_other = to not in (None, read_architecture(hf).folder_format)
+    if remote_code:
+        check_family(hf / "config.json", to=to)
     exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress, in_other_format=is_other)
     if is_other:
         _, copied = files_of_other_format(hf)
@@ -76,7 +90,13 @@ def export_hf(
         files = [exported.as_stored(file) for file in read_layout(hf)]
         if max_shard_bytes:
             files = plan_weight_files(_tensors_of(files), max_shard_bytes=max_shard_bytes)
-    write_folder(target, exported, files, copied, force=force, dtype=dtype, expect=expect)
+
+    def finish(folder: Path) -> None:
+        record_stride(folder / "config.json", stride)
+        if remote_code:
+            add_remote_code(folder)
+
+    write_folder(target, exported, files, copied, force=force, dtype=dtype, expect=expect, finish=finish)
 
 
 def _tensors_of(files: Sequence[WeightFile]) -> dict[str, TensorInfo]:
@@ -92,6 +112,7 @@ def write_folder(
     force: bool,
     dtype: Dtype,
     expect: Progress,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a Hugging Face folder: side files, index, tensors. Collective where there are several ranks.
 
@@ -103,10 +124,12 @@ def write_folder(
         force: replace `target` if it exists.
         dtype: of a cast, for config.json.
         expect: called once, before, with all bytes of this rank.
+        finish: called on rank 0 with the folder, before its tensors are written.
     """
     needed_bytes = sum(file.num_bytes for file in files)
     with ensure_process_group(), staged_by_ranks(target, force=force, needed_bytes=needed_bytes) as folder:
         on_first_rank(lambda: _write_all_but_tensors(folder, side_contents, files, dtype))
+        on_first_rank(lambda: finish(folder))
         mine = _share(files, *rank_and_world_size())
         expect(sum(file.tensors[name].num_bytes for file, names in mine for name in names))
         on_all_ranks(lambda: _write_tensors(folder, mine, tensors))
