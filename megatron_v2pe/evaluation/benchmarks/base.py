@@ -31,6 +31,7 @@ class Part:
         kind: what it is.
         text: of a text.
         path: file of an image, or file or folder of frames of a video.
+        data: file content of an image that lies inside an annotation file; `path` is empty then.
         clip: (start, end) of a video in seconds; None is the whole video.
         frames: how many frames of a video are shown, the middle one of each of as many equal intervals.
         fps: frames per second of a folder of frames.
@@ -41,6 +42,7 @@ class Part:
     kind: Literal["text", "image", "video"]
     text: str = ""
     path: str = ""
+    data: bytes = field(default=b"", repr=False)
     clip: tuple[float, float] | None = None
     frames: int = 0
     fps: float | None = None
@@ -149,6 +151,8 @@ class Score:
         metrics: name -> value in 0..1; the first is the one that the paper's table shows.
         cells: finer than the metrics, for tables and pictures.
         rows: score of each row by its id.
+        lengths: lower ends of the ranges of length, for `by_length`.
+        by_length: scores of each task at each of `lengths`, as the mode averages them; NaN where it has none.
         notes: what a reader must know beside a number.
     """
 
@@ -156,6 +160,8 @@ class Score:
     metrics: dict[str, float]
     cells: tuple[ScoreCell, ...]
     rows: dict[str, float]
+    lengths: tuple[int, ...] = ()
+    by_length: dict[str, list[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -314,6 +320,11 @@ def group_cells(scored: Sequence[tuple[str, float]]) -> tuple[ScoreCell, ...]:
         total[0] += value
         total[1] += 1
     return tuple(ScoreCell(group=g, total=t, count=int(n)) for g, (t, n) in sums.items())
+
+
+def row_scores(rows: Sequence[Row], values: Sequence[float]) -> dict[str, float]:
+    """Score of each row by its id."""
+    return {row.id: value for row, value in zip(rows, values, strict=True)}
 
 
 def mean(values: Sequence[float]) -> float:

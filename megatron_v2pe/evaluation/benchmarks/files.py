@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import read_jsonl
 
 Kinds = type | tuple[type, ...]
@@ -118,3 +118,28 @@ def inside(root: Path, name: str, where: str) -> str:
 def first_existing(*paths: Path) -> Path:
     """The first of several published names that is there, else the first."""
     return next((path for path in paths if path.exists()), paths[0])
+
+
+def parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file: row n, record) of a parquet file, as Hugging Face publishes data sets.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: it cannot be read.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"{path}: reading parquet needs pyarrow, which is not installed; run  pip install 'megatron_v2pe[parquet]'"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=16):
+            for record in batch.to_pylist():
+                yield f"{path}: row {number}", record
+                number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as parquet ({error})") from None

@@ -24,6 +24,7 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     group_cells,
     interleave,
     mean,
+    row_scores,
 )
 from megatron_v2pe.evaluation.benchmarks.files import inside, json_file, json_list, jsonl_records, need
 from megatron_v2pe.evaluation.metrics.letters import (
@@ -35,11 +36,36 @@ from megatron_v2pe.evaluation.metrics.letters import (
 )
 from megatron_v2pe.evaluation.metrics.overlap import rouge_l
 
-TEMPORAL = """ActionLocalization ActionPrediction ActionSequence CharacterOrder CounterfactualInference
-EgocentricNavigation MovingAttribute MovingDirection ObjectExistence ObjectInteraction ObjectShuffle SceneTransition
-StateChange""".split()
-SEMANTIC = """ALFRED CLEVR-Change DocVQA IEdit MMCoQA MultiModalQA nuscenes OCR-VQA SlideVQA Spot-the-Diff TQA WebQA
-WikiVQA""".split()
+TEMPORAL = [
+    "ActionLocalization",
+    "ActionPrediction",
+    "ActionSequence",
+    "CharacterOrder",
+    "CounterfactualInference",
+    "EgocentricNavigation",
+    "MovingAttribute",
+    "MovingDirection",
+    "ObjectExistence",
+    "ObjectInteraction",
+    "ObjectShuffle",
+    "SceneTransition",
+    "StateChange",
+]
+SEMANTIC = [
+    "ALFRED",
+    "CLEVR-Change",
+    "DocVQA",
+    "IEdit",
+    "MMCoQA",
+    "MultiModalQA",
+    "nuscenes",
+    "OCR-VQA",
+    "SlideVQA",
+    "Spot-the-Diff",
+    "TQA",
+    "WebQA",
+    "WikiVQA",
+]
 NEEDLES = ["TextNeedleInAHaystack", "ImageNeedleInAHaystack", "GPR1200"]
 GROUPS = {"T": TEMPORAL, "S": SEMANTIC, "NI": NEEDLES}
 _COUNTS = {"GPR1200": 600, "TextNeedleInAHaystack": 320, "ImageNeedleInAHaystack": 320}
@@ -104,7 +130,7 @@ class MileBench(Benchmark):
             mode=mode,
             metrics=metrics | sets,
             cells=cells,
-            rows={row.id: value for row, (_, value) in zip(rows, scored, strict=True)},
+            rows=row_scores(rows, [value for _, value in scored]),
             notes=tuple(notes),
         )
 
@@ -133,7 +159,11 @@ class MileBench(Benchmark):
         for name in (*TEMPORAL, *SEMANTIC, *NEEDLES):
             flat = path if path.name == f"{name}.jsonl" else path / f"{name}.jsonl"
             nested = next(
-                (p for stem in ("pred_with_extracted", "pred") if (p := path / name / f"{stem}.json").exists()),
+                (
+                    p
+                    for stem in ("pred_with_extracted", "pred")
+                    if (p := path / name / f"{stem}.json").exists()
+                ),
                 None,
             )
             if flat.is_file():
@@ -143,15 +173,15 @@ class MileBench(Benchmark):
         return rows or None
 
 
-def _request(
-    record: Mapping[str, Any], file: DataFile, kind: str, instructions: Any, where: str
-) -> Request:
+def _request(record: Mapping[str, Any], file: DataFile, kind: str, instructions: Any, where: str) -> Request:
     instance = need(record, "task_instance", dict, where)
     number = need(record, "task_instruction_id", (int, str), where)
     try:
         instruction = instructions[number if isinstance(instructions, list) else str(number)]
     except (IndexError, KeyError, TypeError):
-        raise DataError(f"{where}: task_instruction_id is {number!r}, which meta_data does not have") from None
+        raise DataError(
+            f"{where}: task_instruction_id is {number!r}, which meta_data does not have"
+        ) from None
     context = need(instance, "context", str, where)
     choices = None
     if kind == "multi-choice":

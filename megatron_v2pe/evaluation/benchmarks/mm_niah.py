@@ -26,6 +26,7 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     Score,
     interleave,
     mean,
+    row_scores,
 )
 from megatron_v2pe.evaluation.benchmarks.files import first_existing, inside, jsonl_records, need
 from megatron_v2pe.evaluation.benchmarks.niah_bins import (
@@ -65,7 +66,9 @@ class MMNIAH(Benchmark):
     title = "MM-NIAH"
     metric = "accuracy; counting: share of right list items (Wang et al. 2024)"
     modes: tuple[Mode, ...] = ("release", "original", "clean")
-    download = "OpenGVLab/MM-NIAH of Hugging Face: mm_niah_test (annotations/, images/) into DATA/mm_niah_test/"
+    download = (
+        "OpenGVLab/MM-NIAH of Hugging Face: mm_niah_test (annotations/, images/) into DATA/mm_niah_test/"
+    )
     has_forced = True
     lengths: tuple[int, ...] = LENGTHS
     max_tiles = 5
@@ -135,8 +138,10 @@ class MMNIAH(Benchmark):
         ]
         cells = cells_of(placed, self.lengths)
         tasks = [task for task in TASKS if any(item.group == task for item in placed)]
-        clean = {task: mean(_present(clean_bins(cells, task, self.lengths))) for task in tasks}
-        official = {task: mean(official_bins(cells, task, self.lengths)) for task in tasks}
+        clean_by_length = {task: clean_bins(cells, task, self.lengths) for task in tasks}
+        official_by_length = {task: official_bins(cells, task, self.lengths) for task in tasks}
+        clean = {task: mean(_present(bins)) for task, bins in clean_by_length.items()}
+        official = {task: mean(bins) for task, bins in official_by_length.items()}
         main, other = (clean, official) if mode == "clean" else (official, clean)
         metrics = _headline(main)
         for task in tasks:
@@ -151,7 +156,9 @@ class MMNIAH(Benchmark):
             mode=mode,
             metrics=metrics,
             cells=cells,
-            rows={row.id: item.value for row, item in zip(rows, placed, strict=True)},
+            rows=row_scores(rows, [item.value for item in placed]),
+            lengths=self.lengths,
+            by_length=clean_by_length if mode == "clean" else official_by_length,
             notes=tuple(notes),
         )
 

@@ -76,6 +76,4 @@ def official_bins(cells: Sequence[ScoreCell], group: str, lengths: Sequence[int]
 
 def clean_bins(cells: Sequence[ScoreCell], group: str, lengths: Sequence[int]) -> list[float]:
     """Score of each length over the bands that have a sample; NaN where none has."""
-    return [
-        mean([c.mean for c in cells if c.group == group and c.length == length]) for length in lengths
-    ]
+    return [mean([c.mean for c in cells if c.group == group and c.length == length]) for length in lengths]

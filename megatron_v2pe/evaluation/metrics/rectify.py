@@ -15,12 +15,45 @@ from dataclasses import dataclass
 _NUMBERS = {
     name: str(value)
     for value, name in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 _FREE_TASKS = frozenset(
-    "chartqa clevr deepform okvqa dvqa gqa infovqa ocrvqa visualmrc vizwiz wikitablequestions".split()
+    [
+        "chartqa",
+        "clevr",
+        "deepform",
+        "okvqa",
+        "dvqa",
+        "gqa",
+        "infovqa",
+        "ocrvqa",
+        "visualmrc",
+        "vizwiz",
+        "wikitablequestions",
+    ]
 )
 
 
