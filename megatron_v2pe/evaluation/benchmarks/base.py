@@ -79,7 +79,8 @@ class Response:
 
     Attributes:
         id: of the request.
-        text: the answer; with a forced answer what the model would have said at each of its tokens. Empty with an error.
+        text: the answer; with a forced answer what the model would have said at each of its tokens. Empty where
+            there is an error.
         n_prompt: tokens of the prompt.
         n_visual: visual tokens among them.
         last_position: position of the prompt's last token, in text tokens.

@@ -61,7 +61,10 @@ class ScienceQA(Benchmark):
     name = "scienceqa"
     title = "ScienceQA-IMG (test)"
     metric = "accuracy (Lu et al. 2022)"
-    download = "derek-thomas/ScienceQA of Hugging Face (test images) and InternVL's scienceqa_test_img.jsonl into DATA/scienceqa/"
+    download = (
+        "derek-thomas/ScienceQA of Hugging Face (test images) and InternVL's scienceqa_test_img.jsonl into "
+        "DATA/scienceqa/"
+    )
 
     def files(self, data_dir: Path) -> list[DataFile]:
         """One file."""
@@ -175,7 +178,10 @@ class SeedImage(Benchmark):
     name = "seed-i"
     title = "SEED-Bench (image)"
     metric = "accuracy, first letter (Li et al. 2023)"
-    download = "AILab-CVC/SEED-Bench of Hugging Face (SEED-Bench-image, SEED-Bench.json) and InternVL's seed.jsonl into DATA/SEED/"
+    download = (
+        "AILab-CVC/SEED-Bench of Hugging Face (SEED-Bench-image, SEED-Bench.json) and InternVL's seed.jsonl into "
+        "DATA/SEED/"
+    )
 
     def files(self, data_dir: Path) -> list[DataFile]:
         """One file of questions; the annotation beside it says their types."""

@@ -35,37 +35,15 @@ from megatron_v2pe.evaluation.metrics.letters import (
     milebench_text,
 )
 from megatron_v2pe.evaluation.metrics.overlap import rouge_l
+from megatron_v2pe.evaluation.metrics.vqa_text import listed
 
-TEMPORAL = [
-    "ActionLocalization",
-    "ActionPrediction",
-    "ActionSequence",
-    "CharacterOrder",
-    "CounterfactualInference",
-    "EgocentricNavigation",
-    "MovingAttribute",
-    "MovingDirection",
-    "ObjectExistence",
-    "ObjectInteraction",
-    "ObjectShuffle",
-    "SceneTransition",
-    "StateChange",
-]
-SEMANTIC = [
-    "ALFRED",
-    "CLEVR-Change",
-    "DocVQA",
-    "IEdit",
-    "MMCoQA",
-    "MultiModalQA",
-    "nuscenes",
-    "OCR-VQA",
-    "SlideVQA",
-    "Spot-the-Diff",
-    "TQA",
-    "WebQA",
-    "WikiVQA",
-]
+TEMPORAL = listed(
+    """ActionLocalization ActionPrediction ActionSequence CharacterOrder CounterfactualInference EgocentricNavigation
+MovingAttribute MovingDirection ObjectExistence ObjectInteraction ObjectShuffle SceneTransition StateChange"""
+)
+SEMANTIC = listed(
+    """ALFRED CLEVR-Change DocVQA IEdit MMCoQA MultiModalQA nuscenes OCR-VQA SlideVQA Spot-the-Diff TQA WebQA WikiVQA"""
+)
 NEEDLES = ["TextNeedleInAHaystack", "ImageNeedleInAHaystack", "GPR1200"]
 GROUPS = {"T": TEMPORAL, "S": SEMANTIC, "NI": NEEDLES}
 _COUNTS = {"GPR1200": 600, "TextNeedleInAHaystack": 320, "ImageNeedleInAHaystack": 320}
@@ -83,7 +61,7 @@ class MileBench(Benchmark):
     name = "milebench"
     title = "MileBench"
     metric = "accuracy; ROUGE-L F of open answers (Song et al. 2024)"
-    download = "FreedomIntelligence/MileBench of Hugging Face: every set's folder (SET/SET.json, SET/images/) into DATA/"
+    download = "FreedomIntelligence/MileBench of Hugging Face: each set's folder (SET/SET.json, SET/images) into DATA/"
 
     def __init__(self, letters: LetterRule = "release") -> None:
         self.letters = letters

@@ -1,6 +1,6 @@
 """MM-NIAH (Wang et al., Needle In A Multimodal Haystack, 2024), and the V2PE release's extension to 1M tokens.
 
-    DATA/mm_niah_test/annotations/retrieval-text.jsonl     DATA/mm_niah_test/images/...   (as the release's mm_niah.json)
+    DATA/mm_niah_test/annotations/retrieval-text.jsonl     DATA/mm_niah_test/images/...   (as in the release)
     DATA/annotations/retrieval-text.jsonl                  DATA/images/...                (the test archive alone)
     DATA/long_mr_128k/test_long_mr_image_retrieval_64_128.jsonl                           (V2PE-Data/val)
 

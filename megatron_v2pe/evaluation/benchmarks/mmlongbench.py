@@ -3,9 +3,9 @@
     DATA/mmlb_data/NIAH/retrieval-text_test_K8_dep6.jsonl, DATA/mmlb_data/vrag/infoseek_K8_dep3.jsonl, ...
     DATA/mmlb_image/...
 
-Its authors ran V2PE-256K at strides 16, 64 and 256. Here are its categories NIAH and visual RAG. Many-shot ICL draws its
-examples from Python's random state, summaries are judged by a paid model, and documents are a matter of its own scorer:
-run those with its repository (EdinburghNLP/MMLongBench), against `serve`.
+Its authors ran V2PE-256K at strides 16, 64 and 256. Here are its categories NIAH and visual RAG. Many-shot ICL draws
+its examples from Python's random state, summaries are judged by a paid model, and documents are a matter of its own
+scorer: run those with its repository (EdinburghNLP/MMLongBench), against `serve`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ SETS = {
 }
 _NEEDLE = "You are given interleaved text and images. Please answer the question{} based on the given text and images. "
 _FORMAT = "Write your answer in the following format:\nAnswer: [answer]\n\n"
-_RAG = "Use the given documents to write a concise and short answer to the question about the entity shown in the image. "
+_RAG = (
+    "Use the given documents to write a concise and short answer to the question about the entity shown in the "
+    "image. "
+)
 
 
 class MMLongBench(Benchmark):
@@ -56,7 +59,9 @@ class MMLongBench(Benchmark):
     title = "MMLongBench (NIAH, visual RAG)"
     metric = "substring match, accuracy of the letter, sum of the counted list (Wang et al. 2025)"
     modes: tuple[Mode, ...] = ("original", "clean")
-    download = "ZhaoweiWang/MMLongBench of Hugging Face: 0_mmlb_data.tar.gz, mm-niah and vrag images, unpacked into DATA/"
+    download = (
+        "ZhaoweiWang/MMLongBench of Hugging Face: 0_mmlb_data.tar.gz, mm-niah and vrag images, into DATA/"
+    )
 
     def files(self, data_dir: Path) -> list[DataFile]:
         """One file a set and length."""

@@ -2,9 +2,9 @@
 
     DATA/Accounting/validation-00000-of-00001.parquet ...     (MMMU/MMMU of Hugging Face; images are in the files)
 
-Release: `V2PE:eval/mmmu`, as it asks with V2PE positions: `The <image 1> is <image>, ...` before the question, one span an
-image. The first image is enlarged twice before it is tiled, further ones are one tile each. (With default positions the
-release puts all tiles into one span instead; here the prompt does not depend on the stride, so that strides compare.)
+Release: `V2PE:eval/mmmu`, as it asks with V2PE positions: `The <image 1> is <image>, ...` before the question, one span
+an image. The first image is enlarged twice before it is tiled, further ones are one tile each. (With default positions
+the release puts all tiles into one span; here the prompt does not depend on the stride, so that strides compare.)
 """
 
 from __future__ import annotations

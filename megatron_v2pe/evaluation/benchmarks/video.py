@@ -3,8 +3,8 @@
     DATA/json/action_sequence.json ..., DATA/video/star/Charades_v1_480/...      (OpenGVLab/MVBench)
     DATA/videomme/test-00000-of-00001.parquet, DATA/data/VIDEOID.mp4             (lmms-lab/Video-MME)
 
-Sixteen frames, one tile each, from the middle of as many equal intervals. The V2PE release has code for MVBench only; its
-frames are at `int(start + seg / 2 + round(seg * i))`, which is within one frame of the middle.
+Sixteen frames, one tile each, from the middle of as many equal intervals. The V2PE release has code for MVBench only;
+its frames are at `int(start + seg / 2 + round(seg * i))`, which is within one frame of the middle.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     DATA/infographicsvqa/val.jsonl, DATA/infographicsvqa/infographicsVQA_val_v1.0_withQT.json
     DATA/ai2diagram/test_vlmevalkit.jsonl
 
-DATA is InternVL's folder `data`; paths of images in the files begin with `data/`. Release: `V2PE:eval/vqa/evaluate_vqa.py`.
+DATA is InternVL's folder `data`; paths of images in the files begin with `data/`.
+Release: `V2PE:eval/vqa/evaluate_vqa.py`.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def chartqa() -> VqaBenchmark:
         max_tiles=12,
         max_new_tokens=100,
         prompt=PHRASE,
-        download="ChartQA of its authors (test/png) and InternVL's test_human.jsonl, test_augmented.jsonl into DATA/chartqa/",
+        download="ChartQA of its authors (test/png) and InternVL's test_human.jsonl, test_augmented.jsonl into "
+        "DATA/chartqa/",
     )
 
 
@@ -168,7 +170,8 @@ def docvqa() -> VqaBenchmark:
         max_tiles=18,
         max_new_tokens=100,
         prompt=PHRASE,
-        download="Task 1 of rrc.cvc.uab.es (val/documents, val/val_v1.0.json) and InternVL's val.jsonl into DATA/docvqa/",
+        download="Task 1 of rrc.cvc.uab.es (val/documents, val/val_v1.0.json) and InternVL's val.jsonl into "
+        "DATA/docvqa/",
     )
 
 
@@ -190,8 +193,8 @@ def infovqa() -> VqaBenchmark:
         max_tiles=24,
         max_new_tokens=100,
         prompt=PHRASE,
-        download="Task 3 of rrc.cvc.uab.es (images, infographicsVQA_val_v1.0_withQT.json) and InternVL's val.jsonl into "
-        "DATA/infographicsvqa/",
+        download="Task 3 of rrc.cvc.uab.es (images, infographicsVQA_val_v1.0_withQT.json) and InternVL's val.jsonl "
+        "into DATA/infographicsvqa/",
     )
 
 
@@ -206,6 +209,6 @@ def ai2d() -> VqaBenchmark:
         max_tiles=6,
         max_new_tokens=10,
         prompt="",
-        download="OpenGVLab/InternVL of Hugging Face: ai2d_test_vlmevalkit.zip (AI2D_TEST/, test_vlmevalkit.jsonl) into "
-        "DATA/ai2diagram/",
+        download="OpenGVLab/InternVL of Hugging Face: ai2d_test_vlmevalkit.zip (AI2D_TEST/, test_vlmevalkit.jsonl) "
+        "into DATA/ai2diagram/",
     )

@@ -3,7 +3,7 @@
     "Two dogs are Running."  -> "2 dog are run"       "45 %" -> "45"       "3/4" -> "0.75"       "[12 km]" -> "12 km"
 
 The release reads two word lists of nltk (English words, WordNet's noun forms), which this package does not download:
-`Lexicon` holds them where a user has them, and without one the two steps that need it are left out and the mode says so.
+`Lexicon` holds them where a user has them, and without one the two steps that need it are left out and a note says so.
 """
 
 from __future__ import annotations
@@ -12,48 +12,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_v2pe.evaluation.metrics.vqa_text import listed
+
 _NUMBERS = {
     name: str(value)
     for value, name in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
+        listed(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen twenty"
+        )
     )
 }
 _FREE_TASKS = frozenset(
-    [
-        "chartqa",
-        "clevr",
-        "deepform",
-        "okvqa",
-        "dvqa",
-        "gqa",
-        "infovqa",
-        "ocrvqa",
-        "visualmrc",
-        "vizwiz",
-        "wikitablequestions",
-    ]
+    listed("chartqa clevr deepform okvqa dvqa gqa infovqa ocrvqa visualmrc vizwiz wikitablequestions")
 )
 
 

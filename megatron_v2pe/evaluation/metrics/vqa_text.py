@@ -2,16 +2,22 @@ r"""The answer normaliser of the VQA challenge, which MM-NIAH, MileBench, TextVQ
 
     "The  two-Dogs."  --lower case, separators-->  "the  two dogs"  --number words, articles-->  "2 dogs"
 
-Antol et al., VQA (2015); the EvalAI server's version of it. Quirks of the published code change recorded scores, so they
-are kept and named: the number table (`NUMBERS_TO_TEN`, `NUMBERS_TO_NINETY`), a period is only taken out when no digit
-follows and at most 32 times (the flag `re.UNICODE`, 32, is passed where the count belongs), and the look-behind
-`(?!<=\d)` that is none.
+Antol et al., VQA (2015); the EvalAI server's version of it. Quirks of the published code change recorded scores, so
+they are kept and named: the number table (`NUMBERS_TO_TEN`, `NUMBERS_TO_NINETY`); a period is only taken out where no
+digit follows and at most 32 times (the flag `re.UNICODE`, 32, is passed where the count belongs); and the look-behind
+`(?!<=\d)`, which is none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+
+
+def listed(text: str) -> list[str]:
+    """Words of a text, for tables that are easier to read without quotes."""
+    return text.split()
+
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")
@@ -47,104 +53,20 @@ NUMBERS_TO_NINETY: Mapping[str, str] = (
     }
     | {
         name: str(value * 10)
-        for value, name in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)
+        for value, name in enumerate(listed("thirty forty fifty sixty seventy eighty ninety"), 3)
     }
 )
 
 # Written without (all of) their apostrophes, contractions get them back.
-_CONTRACTED = [
-    "ain't",
-    "aren't",
-    "can't",
-    "could've",
-    "couldn't",
-    "couldn't've",
-    "didn't",
-    "doesn't",
-    "don't",
-    "hadn't",
-    "hadn't've",
-    "hasn't",
-    "haven't",
-    "he'd",
-    "he'd've",
-    "he's",
-    "how'd",
-    "how'll",
-    "how's",
-    "isn't",
-    "it'd",
-    "it'd've",
-    "it'll",
-    "ma'am",
-    "mightn't",
-    "mightn't've",
-    "might've",
-    "mustn't",
-    "must've",
-    "needn't",
-    "not've",
-    "o'clock",
-    "oughtn't",
-    "shan't",
-    "she'd've",
-    "should've",
-    "shouldn't",
-    "shouldn't've",
-    "somebody'd've",
-    "somebody'll",
-    "somebody's",
-    "someone'd",
-    "someone'd've",
-    "someone'll",
-    "someone's",
-    "something'd",
-    "something'd've",
-    "something'll",
-    "that's",
-    "there'd",
-    "there'd've",
-    "there're",
-    "there's",
-    "they'd",
-    "they'd've",
-    "they'll",
-    "they're",
-    "they've",
-    "'twas",
-    "wasn't",
-    "we'd've",
-    "we've",
-    "weren't",
-    "what'll",
-    "what're",
-    "what's",
-    "what've",
-    "when's",
-    "where'd",
-    "where's",
-    "where've",
-    "who'd",
-    "who'd've",
-    "who'll",
-    "who's",
-    "who've",
-    "why'll",
-    "why're",
-    "why's",
-    "won't",
-    "would've",
-    "wouldn't",
-    "wouldn't've",
-    "y'all",
-    "y'all'll",
-    "y'all'd've",
-    "you'd",
-    "you'd've",
-    "you'll",
-    "you're",
-    "you've",
-]
+_CONTRACTED = listed(
+    """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+)
 
 
 def _spellings(word: str) -> list[str]:
