@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 RUNTIMES = ("none", "pyxis", "apptainer")
+# Between double quotes in the batch script, where a shell expands $NAME, and would run $(...) and `...`.
+_MOUNT = re.compile(r"""(?:[^,"'\\`$\x00-\x1f\x7f]|\$\{?[A-Za-z_][A-Za-z0-9_]*\}?)+""")
 
 
 class LaunchError(Exception):
@@ -100,7 +102,31 @@ def read_cluster(path: str | Path) -> Cluster:
     bad = [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
     if bad:
         raise LaunchError(f"{path}: env.{bad[0]}: not a name of a variable")
+    for mount in cluster.container.mounts:
+        if not _MOUNT.fullmatch(mount):
+            raise LaunchError(
+                f"{path}: container.mounts: {mount!r} must be a path or outside:inside, with $NAME for variables of "
+                "the job, and without commas, quotes, backslashes, backquotes and other uses of $"
+            )
+    for name in ("partition", "account", "qos", "time", "sbatch"):
+        value = getattr(cluster, name)
+        for text in (value,) if isinstance(value, str) else value:
+            check_one_line(text, where=f"{path}: {name}")
     return cluster
+
+
+def check_one_line(text: str, *, where: str) -> None:
+    """Refuse what would leave its #SBATCH line.
+
+    Args:
+        text: a value of the batch script's head.
+        where: what gave it, for the message.
+
+    Raises:
+        LaunchError: it has a line break or another control character.
+    """
+    if not text.isprintable():
+        raise LaunchError(f"{where} is {text!r}, but must be one line without control characters")
 
 
 def limit_seconds(text: str, *, where: str) -> int:

@@ -28,7 +28,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from launch.cluster import Cluster, LaunchError, limit_seconds, read_cluster  # noqa: E402
+from launch.cluster import Cluster, LaunchError, check_one_line, limit_seconds, read_cluster  # noqa: E402
 
 VERBS = ("train", "evaluate", "preflight")
 # Set where they are known to help, with the reason; a cluster file's env comes behind and wins.
@@ -81,7 +81,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-requeues", type=int, default=100, help="times that the job queues itself again"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script, check the run, submit nothing"
+    )
     parser.add_argument(
         "--force", action="store_true", help="submit although plan says that the run does not fit"
     )
@@ -157,6 +159,10 @@ def render(cluster: Cluster, options: argparse.Namespace, *, run_dir: str) -> st
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text)
 
 
+# Where a line of the script's head comes from, for messages.
+_ORIGIN = {"job-name": "the job's name (--name, else the run folder's)", "output": "the run folder"}
+
+
 def _directives(cluster: Cluster, options: argparse.Namespace, run_dir: str) -> list[str]:
     asked = {
         "job-name": options.name or Path(run_dir).name,
@@ -173,6 +179,8 @@ def _directives(cluster: Cluster, options: argparse.Namespace, run_dir: str) -> 
         "open-mode": "append",
         "output": f"{run_dir}/slurm-%j.log",
     }
+    for name, value in asked.items():
+        check_one_line(value, where=_ORIGIN.get(name, f"--{name}"))
     lines = [f"--{name}={shlex.quote(value)}" for name, value in asked.items() if value]
     return [*lines, "--requeue", *cluster.sbatch]
 
@@ -255,6 +263,8 @@ def submit(script: str, run_dir: str) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"job.sbatch.{os.getpid()}"
+        aside.touch(mode=0o600)  # it holds the values of `env`, such as keys of trackers and stores
+        aside.chmod(0o600)
         aside.write_text(script, encoding="utf-8")
         aside.replace(folder / "job.sbatch")
     except OSError as error:
@@ -294,8 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
         script = render(cluster, options, run_dir=run_dir)
         if options.dry_run:
             sys.stdout.write(script)
-            return 0
         check_fit(cluster, options)
+        if options.dry_run:
+            return 0
         sys.stdout.write(submit(script, run_dir) + "\n")
         tell_holder(run_dir)
         return 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks:   bash tests/run.sh [pytest args]
 #
-# Without arguments: ruff, shellcheck, mypy, import contracts, then the whole test suite on two workers.
+# Without arguments: ruff, shellcheck, mypy, import contracts, the documentation site, then the whole test suite on two workers.
 # With arguments: pytest with just those, for instance  bash tests/run.sh tests/unit -k stride
 set -u
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -41,6 +41,7 @@ check "format" "$VENV_PYTHON" -m ruff format --check .
 check "shell" shell_check
 check "types" "$VENV_PYTHON" -m mypy
 check "imports" "$root/.venv/bin/lint-imports"
+check "docs" env NO_MKDOCS_2_WARNING=1 "$root/.venv/bin/mkdocs" build --quiet --strict
 check "tests" "$VENV_PYTHON" -m pytest -n 2 --dist worksteal
 if [ ${#failed[@]} -gt 0 ]; then
     echo "[run] failed: ${failed[*]}" >&2

@@ -52,7 +52,7 @@ class Problem:
     def tensors(self, rank: int, cp: int) -> list[Tensor]:
         """Queries, keys, values and output gradient of a rank's shard."""
         cu_seqlens = np.concatenate([[0], np.cumsum(self.documents)]).astype(np.int64)
-        index = torch.from_numpy(shard_indices(cu_seqlens, cp_size=cp, cp_rank=rank))
+        index = torch.from_numpy(shard_indices(cu_seqlens, cp=cp, cp_rank=rank))
         generator = torch.Generator().manual_seed(0)
         counts = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         whole = (torch.randn(sum(self.documents), n, self.head_dim, generator=generator) for n in counts)

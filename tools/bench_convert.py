@@ -39,12 +39,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.block_stream import BLOCK_BYTES, NUM_BUFFERS, Block, BlockStream
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hashing import sha256_files
-from megatron_v2pe.checkpoint.hf_io import TensorInfo, WeightFile, index_text, plan_shards
-from megatron_v2pe.checkpoint.hf_map import name_map
-from megatron_v2pe.checkpoint.import_plan import plan_import
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.import_plan import plan_import
+from megatron_v2pe.checkpoint.files.block_stream import BLOCK_BYTES, NUM_BUFFERS, Block, BlockStream
+from megatron_v2pe.checkpoint.files.hashing import sha256_files
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.hf.io import index_text, plan_shards
+from megatron_v2pe.checkpoint.hf.map import name_map
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.core.files import sync_folder

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.hashing import find_damage, record_files, sha256_file
+from megatron_v2pe.checkpoint.files.hashing import find_damage, record_files, sha256_file
 
 BLOCK = 8 * 2**20
 

@@ -238,7 +238,7 @@ def moving_rows(sizes: Sizes, cp: int) -> np.ndarray:
     slots, _ = visual_rows(layout, np.array([[0, layout.num_tokens]], dtype=np.int64))
     owner_of_token = np.empty(layout.num_tokens, dtype=np.int64)
     for rank in range(cp):
-        owner_of_token[shard_indices(layout.cu_seqlens, cp_size=cp, cp_rank=rank)] = rank
+        owner_of_token[shard_indices(layout.cu_seqlens, cp=cp, cp_rank=rank)] = rank
     encoder_of_tile = np.concatenate(
         [np.full(np.diff(deal_tiles(layout.num_tiles, cp, rank)), rank) for rank in range(cp)]
     )

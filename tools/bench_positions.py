@@ -72,7 +72,7 @@ def main() -> None:
     print(f"{options.tokens} tokens, {options.tiles} tiles, shard of 1/{options.shards}")
     worst_ms, worst_ratio = 0.0, 0.0
     for rank in range(options.shards):
-        ranges = shard_ranges(layout.cu_seqlens, cp_size=options.shards, cp_rank=rank)
+        ranges = shard_ranges(layout.cu_seqlens, cp=options.shards, cp_rank=rank)
         before = process.memory_info().rss
         median, best, ratio = measure(layout, ranges, options.repeats)
         moved = (process.memory_info().rss - before) / 2**20

@@ -85,7 +85,7 @@ def run_verb(folder: Path, kind: str, tokens: str) -> tuple[float, float, float,
 
 def floor_seconds(folder: Path, kind: str) -> float:
     """Tokenise the sample's text once and read its images once; nothing else."""
-    from megatron_v2pe.data.tokenizer import load_tokenizer
+    from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
     out = folder / f"out-{kind}"
     tokenizer = load_tokenizer(folder / "hf")

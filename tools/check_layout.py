@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; see parallel/fake_world.py
 
-from megatron_v2pe.checkpoint.hf_map import family_name, name_map
+from megatron_v2pe.checkpoint.hf.map import family_name, name_map
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -94,7 +94,7 @@ def parallel_config(options: argparse.Namespace) -> ParallelConfig:
 def check(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> int:
     """Build every rank, then say what was found."""
     from megatron_v2pe.assembly.rank_shapes import rank_model
-    from megatron_v2pe.checkpoint.tiling import Tiling, rank_pieces
+    from megatron_v2pe.checkpoint.layout_check import Tiling, rank_pieces
 
     names = name_map(arch)
     print(

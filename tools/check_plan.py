@@ -30,10 +30,10 @@ from megatron_v2pe.config.schema import (
     VisionConfig,
 )
 from megatron_v2pe.parallel.plan import resolve
-from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.reality import compare_rank
-from megatron_v2pe.planning.workload import Pack
+from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.planner_check import compare_rank
+from megatron_v2pe.planning.request.workload import Pack
 
 MIB = 2**20
 TOLERANCE = 0.10

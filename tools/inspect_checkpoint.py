@@ -78,7 +78,7 @@ def _names(args: argparse.Namespace, *folders: Any) -> list[str]:
 
 def _list(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.listing import stats_of
-    from megatron_v2pe.checkpoint.verify import weights_sha256
+    from megatron_v2pe.verification.bits import weights_sha256
 
     source = _open(args, args.folder, hf_names=args.hf_names)
     rows = []

@@ -21,7 +21,7 @@ HEADER = """# Configuration
 
 Written by `python tools/make_config_reference.py` from `megatron_v2pe/config/schema.py`; do not edit.
 
-A run is a YAML file with the sections below, and `section.key=value` overrides behind it on the command line:
+A run is a YAML file with the sections below, and `section.key=value` overrides after it on the command line:
 
     megatron-v2pe train run.yaml optim.lr=1e-5 parallel.cp=2
 

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the checkpoint, convert, compare if asked to."""
-    from megatron_v2pe.checkpoint.convert import export_hf
-    from megatron_v2pe.checkpoint.folder import read_info
+    from megatron_v2pe.checkpoint.convert.convert import export_hf
+    from megatron_v2pe.checkpoint.files.folder import read_info
     from megatron_v2pe.checkpoint.listing import find_checkpoint
     from megatron_v2pe.checkpoint.retention import step_path
     from megatron_v2pe.cli.conversion import refuse_ranks
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(folder: Path, hf_folder: str) -> int:
-    from megatron_v2pe.checkpoint.hf_io import INDEX_FILE
-    from megatron_v2pe.checkpoint.verify import verify
+    from megatron_v2pe.checkpoint.hf.io import INDEX_FILE
+    from megatron_v2pe.verification.bits import verify
 
     report = verify(hf_folder, folder)
     report.side_files.pop(INDEX_FILE, None)  # of other shards, when --max-shard-size was given

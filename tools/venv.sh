@@ -5,7 +5,8 @@
 #
 # A stamp with the hash of what was installed from makes the second call free; it is written last, so an
 # interrupted set-up is repeated. Environment: PYTHON (interpreter to start from, default python3),
-# V2PE_TORCH_CONSTRAINTS (a constraints file instead of constraints/cpu.txt or constraints/gpu.txt).
+# V2PE_TORCH_CONSTRAINTS (a constraints file instead of constraints/cpu.txt or constraints/gpu.txt), V2PE_EXTRAS (extras of
+# pyproject.toml beside test and dev; default: gpu where there is an NVIDIA GPU, none elsewhere).
 
 _venv_say() { echo "[venv] $*" >&2; }
 
@@ -19,6 +20,12 @@ _venv_constraints() { # ROOT -> path of the constraints file on stdout
     fi
 }
 
+_venv_extras() { # CONSTRAINTS -> list of extras on stdout
+    local more="${V2PE_EXTRAS-}"
+    if [ -z "${V2PE_EXTRAS+set}" ] && [ "${1##*/}" = gpu.txt ]; then more=gpu; fi
+    echo "test,dev${more:+,$more}"
+}
+
 _venv_check_python() { # INTERPRETER
     if ! command -v "$1" >/dev/null 2>&1; then
         _venv_say "no '$1' on the PATH; install Python 3.10 or newer, or set PYTHON=/path/to/python3"
@@ -30,11 +37,11 @@ _venv_check_python() { # INTERPRETER
     fi
 }
 
-_venv_stamp() { # ROOT CONSTRAINTS -> hash on stdout; the path counts, because the install is editable
-    "$VENV_PYTHON" - "$1" "$1/pyproject.toml" "$2" <<'PY'
+_venv_stamp() { # ROOT CONSTRAINTS EXTRAS -> hash on stdout; the path counts, because the install is editable
+    "$VENV_PYTHON" - "$1" "$3" "$1/pyproject.toml" "$1/setup.py" "$2" <<'PY'
 import hashlib, pathlib, sys
-digest = hashlib.sha256(f"{sys.version}|{sys.argv[1]}".encode())
-for name in sys.argv[2:]:
+digest = hashlib.sha256("|".join([sys.version, *sys.argv[1:3]]).encode())
+for name in sys.argv[3:]:
     digest.update(pathlib.Path(name).read_bytes())
 print(digest.hexdigest())
 PY
@@ -64,7 +71,7 @@ _venv_create() { # ROOT: make .venv unless a working one is there
 }
 
 ensure_venv() { # ROOT
-    local root="$1" constraints stamp_file="$1/.venv/megatron_v2pe.stamp" stamp
+    local root="$1" constraints extras stamp_file="$1/.venv/megatron_v2pe.stamp" stamp
     VENV_PYTHON="$root/.venv/bin/python"
     constraints="$(_venv_constraints "$root")"
     if [ ! -r "$constraints" ]; then
@@ -72,13 +79,14 @@ ensure_venv() { # ROOT
         return 1
     fi
     _venv_create "$root" || return 1
-    stamp="$(_venv_stamp "$root" "$constraints")" || return 1
+    extras="$(_venv_extras "$constraints")"
+    stamp="$(_venv_stamp "$root" "$constraints" "$extras")" || return 1
     if [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
         _venv_say "$root/.venv is up to date"
         return 0
     fi
-    _venv_say "installing megatron_v2pe[test,dev] into $root/.venv, torch from $constraints"
-    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -c "$constraints" -e "${root}[test,dev]"; then
+    _venv_say "installing megatron_v2pe[$extras] into $root/.venv, torch from $constraints"
+    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -c "$constraints" -e "${root}[$extras]"; then
         _venv_explain_pip "$constraints"
         return 1
     fi

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_v2pe.core.files import commit_folder
-from megatron_v2pe.data.templates import get_template
+from megatron_v2pe.data.text.templates import get_template
 
 TEMPLATE = "internlm2-chat"
 NUM_PIECES = 1024

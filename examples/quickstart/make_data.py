@@ -5,7 +5,7 @@
 
 Text is Python's own language reference (`prose.py`), images are the handwritten digits bundled with
 scikit-learn, 8x8 grey levels enlarged to one 56-pixel tile. Every image but one is a distractor; the fixed
-word MARK stands before the one that is asked for. Training and evaluation share neither a digit image nor a
+word MARK precedes the one that is asked for. Training and evaluation share neither a digit image nor a
 topic of prose. A sample's length is exact in tokens, chat template, answer and end token included, and each
 record is encoded once more after it was built to prove it.
 """
@@ -28,8 +28,8 @@ from sklearn.datasets import load_digits
 
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.data.templates import Turn, get_template, render
-from megatron_v2pe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_v2pe.data.text.templates import Turn, get_template, render
+from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
 TRAIN_LENGTHS = (48, 64, 128, 256, 512)

@@ -56,5 +56,5 @@ def _sentences(paragraph: str) -> list[str]:
 
 
 def _is_prose(words: list[str]) -> bool:
-    """Tell sentences from grammar rules, tables and code: nearly every word must look like a word."""
+    """Distinguish sentences from grammar rules, tables and code: nearly every word must look like a word."""
     return len(words) >= 8 and sum(bool(_WORD.fullmatch(word)) for word in words) >= 0.85 * len(words)

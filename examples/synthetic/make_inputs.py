@@ -4,7 +4,7 @@
     sklearn digits     -> images/*.png         handwritten digits, 56 x 56
                        -> vqa.jsonl            "Which digit is this?"
 
-Stands in for your own folders: `megatron-v2pe synthesize` reads any.
+In place of your own folders: `megatron-v2pe synthesize` reads any.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where adapters meet the parallel plan: for each part and role of a layer, what is fused and what ranks exchange.
 
-config.lora + names of the architecture -> LinearAdapters of each role -> Kernels whose linears have adapters
+config.lora + names of the architecture -> LinearAdapters of each role -> BackendModules whose linears have adapters
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
-from megatron_v2pe.models.layer_specs import Kernels
+from megatron_v2pe.models.layer_specs import BackendModules
 from megatron_v2pe.models.lora import FusedPart, LinearAdapters, with_adapters
 
 ROW_ROLES = ("linear_proj", "linear_fc2")
@@ -38,9 +38,9 @@ class PartSplit:
     inputs_differ: bool
 
 
-def adapted_kernels(
-    kernels: Kernels, part: Part, *, lora: LoRAConfig, arch: InternVLArchitecture, split: PartSplit
-) -> Kernels:
+def adapted_modules(
+    modules: BackendModules, part: Part, *, lora: LoRAConfig, arch: InternVLArchitecture, split: PartSplit
+) -> BackendModules:
     """The kernels for a part of the model, with adapters on the linears that `lora` names."""
     chosen = adapted_names(lora, part, arch)
     linears = {}
@@ -59,8 +59,8 @@ def adapted_kernels(
                 exchange=_exchange(split, is_row=role in ROW_ROLES),
                 dropout_generator=_dropout_generator(split, is_row=role in ROW_ROLES),
             )
-            linears[role] = with_adapters(getattr(kernels, role), spec)
-    return replace(kernels, **linears)
+            linears[role] = with_adapters(getattr(modules, role), spec)
+    return replace(modules, **linears)
 
 
 def fused_parts(

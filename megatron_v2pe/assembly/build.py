@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
-from megatron_v2pe.assembly.adapters import PartSplit, adapted_kernels
-from megatron_v2pe.assembly.kernels import choose_kernels
+from megatron_v2pe.assembly.adapters import PartSplit, adapted_modules
+from megatron_v2pe.assembly.kernels import choose_modules
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
     projector_config,
@@ -31,7 +31,7 @@ from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
-from megatron_v2pe.models.layer_specs import Kernels
+from megatron_v2pe.models.layer_specs import BackendModules
 from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
@@ -51,19 +51,19 @@ def build_model(
     Returns:
         One chunk for each virtual pipeline stage of this rank, one without virtual stages; on `ranks.device`.
     """
-    plain = choose_kernels(config.parallel, dtype=config.runtime.dtype)
-    kernels = {part: part_kernels(plain, part, config, arch, plan=plan, ranks=ranks) for part in PARTS}
+    plain = choose_modules(config.parallel, dtype=config.runtime.dtype)
+    modules = {part: part_kernels(plain, part, config, arch, plan=plan, ranks=ranks) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     chunks = []
     for stage in stages_of_rank(plan, ranks):
         language = _build_language(
-            config, arch, decoder_config, kernels=kernels["language"], plan=plan, ranks=ranks, stage=stage
+            config, arch, decoder_config, modules=modules["language"], plan=plan, ranks=ranks, stage=stage
         )
         _mark_split_over_tp(language)
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, kernels=kernels["vision"], plan=plan, ranks=ranks)
-            projector = _build_projector(config, arch, kernels=kernels["projector"], plan=plan, ranks=ranks)
+            vision = _build_vision(config, arch, modules=modules["vision"], plan=plan, ranks=ranks)
+            projector = _build_projector(config, arch, modules=modules["projector"], plan=plan, ranks=ranks)
             for part in (vision, projector):
                 if plan.vision == "tensor":
                     _mark_split_over_tp(part)
@@ -117,7 +117,7 @@ def _build_language(
     arch: InternVLArchitecture,
     decoder_config: Any,
     *,
-    kernels: Kernels,
+    modules: BackendModules,
     plan: ParallelPlan,
     ranks: Ranks,
     stage: Stage,
@@ -125,7 +125,7 @@ def _build_language(
     padded = padded_vocab_size(arch.language.vocab_size, plan.tp)
     return LanguageModel(
         decoder_config,
-        kernels=kernels,
+        modules=modules,
         rope=rope_spec(config, arch),
         vocab_size=arch.language.vocab_size,
         padded_vocab_size=padded,
@@ -169,14 +169,14 @@ def tower_groups(plan: ParallelPlan, ranks: Ranks) -> ProcessGroupCollection:
 
 
 def part_kernels(
-    kernels: Kernels,
+    modules: BackendModules,
     part: Part,
     config: RunConfig,
     arch: InternVLArchitecture,
     *,
     plan: ParallelPlan,
     ranks: Ranks,
-) -> Kernels:
+) -> BackendModules:
     """The kernels for a part, its linears with the adapters that the run asks for."""
     is_language = part == "language"
     split = PartSplit(
@@ -184,15 +184,15 @@ def part_kernels(
         sequence_parallel=is_language and plan.sequence_parallel,
         inputs_differ=not is_language and plan.deals_tiles_over_tp,
     )
-    return adapted_kernels(kernels, part, lora=config.lora, arch=arch, split=split)
+    return adapted_modules(modules, part, lora=config.lora, arch=arch, split=split)
 
 
-def _qk_norm(arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks) -> Any:
+def _qk_norm(arch: InternVLArchitecture, *, modules: BackendModules, plan: ParallelPlan, ranks: Ranks) -> Any:
     """Norm of the tower's queries and keys over all heads, which may lie on several ranks."""
     if not arch.vision.qk_normalization:
         return None
     if plan.vision == "replicated":
-        return kernels.norm
+        return modules.norm
     group = ranks.groups.tp
     return partial(
         SplitRMSNorm,
@@ -209,26 +209,36 @@ def _sum_over_tp(x: Tensor, *, group: Any) -> Tensor:
 
 
 def _build_vision(
-    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    modules: BackendModules,
+    plan: ParallelPlan,
+    ranks: Ranks,
 ) -> InternViT:
     return InternViT(
         vision_config(config, arch, plan),
-        kernels=kernels,
+        modules=modules,
         image_size=arch.vision.image_size,
         patch_size=arch.vision.patch_size,
         drop_path_rate=config.vision.drop_path_rate,
-        qk_norm=_qk_norm(arch, kernels=kernels, plan=plan, ranks=ranks),
+        qk_norm=_qk_norm(arch, modules=modules, plan=plan, ranks=ranks),
         mlp_chunks=1 if config.vision.recompute == "selective" else 0,
         groups=tower_groups(plan, ranks),
     )
 
 
 def _build_projector(
-    config: RunConfig, arch: InternVLArchitecture, *, kernels: Kernels, plan: ParallelPlan, ranks: Ranks
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    modules: BackendModules,
+    plan: ParallelPlan,
+    ranks: Ranks,
 ) -> Projector:
     return Projector(
         projector_config(config, arch, plan),
-        kernels=kernels,
+        modules=modules,
         vision_channels=arch.vision.hidden_size,
         ratio=arch.downsample_ratio,
         version=arch.pixel_shuffle_version,
@@ -273,7 +283,7 @@ def head_ports(plan: ParallelPlan, ranks: Ranks, *, rows_per_rank: int) -> HeadP
             mappings.gather_from_sequence_parallel_region, tensor_parallel_output_grad=True, group=group
         )
     return HeadPorts(
-        first_word=ranks.tp_rank * rows_per_rank,
+        vocab_start_index=ranks.tp_rank * rows_per_rank,
         gather_hidden=gather,
         reduce_max=partial(_all_reduce, op=dist.ReduceOp.MAX, group=group),
         reduce_sum=partial(_all_reduce, op=dist.ReduceOp.SUM, group=group),

@@ -1,6 +1,6 @@
 """What this machine has, and what will therefore be used; `megatron-v2pe doctor` prints it.
 
-The choices are made where they are needed (`kernels.py`, `optimizer.py`, `parallel/cpu_runtime.py`); this
+The choices are made where they are needed (`modules.py`, `optimizer.py`, `parallel/cpu_runtime.py`); this
 file asks the same questions and reports the answers.
 """
 
@@ -89,8 +89,8 @@ def _apex() -> str:
         return "not installed (optional, from NVIDIA's source)"
     if not _apex_folder_has_optimizers():
         return "an unrelated package named apex is installed; NVIDIA's comes from its source only. Not used"
-    kernels = "with" if has_module("amp_C") else "without"
-    return f"NVIDIA's, {_version('apex') or 'unknown version'}, {kernels} CUDA kernels"
+    modules = "with" if has_module("amp_C") else "without"
+    return f"NVIDIA's, {_version('apex') or 'unknown version'}, {modules} CUDA kernels"
 
 
 def _cuda() -> str:

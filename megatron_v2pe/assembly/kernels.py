@@ -10,7 +10,7 @@ import torch
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.config.validate import check_comm_type
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.layer_specs import Kernels, local_kernels, transformer_engine_kernels
+from megatron_v2pe.models.layer_specs import BackendModules, local_modules, transformer_engine_modules
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_kernels(parallel: ParallelConfig, *, dtype: str) -> Kernels:
+def choose_modules(parallel: ParallelConfig, *, dtype: str) -> BackendModules:
     """Modules for `parallel.attention_backend`.
 
     `auto` is Transformer Engine in bfloat16 only. Its products of float32 matrices round to tf32 (10 bits), and its
@@ -47,7 +47,7 @@ def choose_kernels(parallel: ParallelConfig, *, dtype: str) -> Kernels:
         if backend == "auto" and torch.cuda.is_available() and not available:
             logger.warning("Transformer Engine is not installed: running the slower native attention")
         check_comm_type(parallel.cp_comm_type, "native")
-        return local_kernels(
+        return local_modules(
             language_attention=NativeContextAttention, vision_attention=NativeContextAttention
         )
     check_comm_type(parallel.cp_comm_type, "transformer_engine")
@@ -55,6 +55,6 @@ def choose_kernels(parallel: ParallelConfig, *, dtype: str) -> Kernels:
 
     from megatron_v2pe.parallel.attention.te import RotaryTEAttention
 
-    return transformer_engine_kernels(
+    return transformer_engine_modules(
         language_attention=RotaryTEAttention, vision_attention=TEDotProductAttention
     )

@@ -3,7 +3,7 @@
     data.loader --PackedBatch--> parallel.shard_batch --LocalBatch--> models.internvl
 
 Shape legend: t tokens of the pack (padding included), N documents, n tiles, S tile size in pixels,
-l local tokens (t / cp_size), r local rows of the embedding (l, or l / tp_size with sequence parallelism).
+l local tokens (t / cp), r local rows of the embedding (l, or l / tp with sequence parallelism).
 """
 
 from __future__ import annotations

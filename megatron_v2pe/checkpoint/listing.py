@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert import ExportedTensors
-from megatron_v2pe.checkpoint.folder import INFO_FILE, CheckpointInfo, read_info, state_path
-from megatron_v2pe.checkpoint.hashing import Verify
-from megatron_v2pe.checkpoint.hf_io import HFWeights, TensorInfo, tensor_bytes
+from megatron_v2pe.checkpoint.convert.convert import ExportedTensors
+from megatron_v2pe.checkpoint.files.folder import INFO_FILE, CheckpointInfo, read_info, state_path
+from megatron_v2pe.checkpoint.files.hashing import Verify
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, tensor_bytes
+from megatron_v2pe.checkpoint.hf.io import HFWeights
 from megatron_v2pe.checkpoint.retention import LATEST_FILE, checkpoints_path
-from megatron_v2pe.checkpoint.state_reader import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.core.errors import CheckpointError
 
 _BLOCK = 2**22  # numbers that are widened to float64 at a time

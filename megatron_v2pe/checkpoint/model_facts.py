@@ -14,8 +14,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.checkpoint.adapter_record import identity
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.files.adapter_record import identity
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError

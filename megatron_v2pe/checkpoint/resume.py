@@ -14,8 +14,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.dist_io import gather_from_ranks, on_first_rank
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.retention import (
     LATEST_FILE,
     checkpoints_path,
@@ -23,6 +22,7 @@ from megatron_v2pe.checkpoint.retention import (
     read_latest,
     step_path,
 )
+from megatron_v2pe.checkpoint.state.dist_io import gather_from_ranks, on_first_rank
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.parallel.topology import Ranks
 

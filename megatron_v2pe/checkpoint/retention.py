@@ -18,7 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.folder import INCOMPLETE_SUFFIX, is_complete, read_info
+from megatron_v2pe.checkpoint.files.folder import INCOMPLETE_SUFFIX, is_complete, read_info
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 

@@ -23,17 +23,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_v2pe.checkpoint.adapter_record import AdapterRecord, read_record, write_record
-from megatron_v2pe.checkpoint.dist_io import (
-    every_parameter,
-    load_into_chunks,
-    load_state,
-    model_sharded_state_dict,
-    on_first_rank,
-    sharded_state_metadata,
-    stored_bytes,
-)
-from megatron_v2pe.checkpoint.folder import (
+from megatron_v2pe.checkpoint.convert.hf_load import copy_hf_folder
+from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, read_record, write_record
+from megatron_v2pe.checkpoint.files.folder import (
     CheckpointInfo,
     begin,
     commit,
@@ -42,15 +34,23 @@ from megatron_v2pe.checkpoint.folder import (
     state_path,
     write_info,
 )
-from megatron_v2pe.checkpoint.hf_config import update_positions
-from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
-from megatron_v2pe.checkpoint.hf_map import family_name, name_map
-from megatron_v2pe.checkpoint.host_memory import HostCopy
-from megatron_v2pe.checkpoint.optimizer_groups import with_own_groups
-from megatron_v2pe.checkpoint.own_ranges import owned_states
+from megatron_v2pe.checkpoint.hf.config_json import update_positions
+from megatron_v2pe.checkpoint.hf.map import family_name, name_map
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state_save import KnownPlan, StateSave
+from megatron_v2pe.checkpoint.state.dist_io import (
+    every_parameter,
+    load_into_chunks,
+    load_state,
+    model_sharded_state_dict,
+    on_first_rank,
+    sharded_state_metadata,
+    stored_bytes,
+)
+from megatron_v2pe.checkpoint.state.host_memory import HostCopy
+from megatron_v2pe.checkpoint.state.optimizer_groups import with_own_groups
+from megatron_v2pe.checkpoint.state.own_ranges import owned_states
+from megatron_v2pe.checkpoint.state.save import KnownPlan, StateSave
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.parallel.topology import Ranks, seed_generators
 

@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the cases; see HELP for the exit code."""
     from megatron_v2pe.config.schema import ParallelConfig
     from megatron_v2pe.core.env import launcher
-    from megatron_v2pe.evaluation.golden.ranks import run_on_local_ranks
-    from megatron_v2pe.evaluation.golden.rows import exit_code, format_counts, format_row
-    from megatron_v2pe.evaluation.golden.runner import check_family, run_groups, select_groups
+    from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
+    from megatron_v2pe.verification.golden.rows import exit_code, format_counts, format_row
+    from megatron_v2pe.verification.golden.runner import check_family, run_groups, select_groups
 
     parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp, sequence_parallel=args.sp)
     here, is_parallel = launcher(), parallel != ParallelConfig()

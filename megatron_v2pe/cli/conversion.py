@@ -46,7 +46,7 @@ def check_files(args: argparse.Namespace) -> Launcher:
     Raises:
         CheckpointError: names the damaged files that this process found.
     """
-    from megatron_v2pe.checkpoint.folder import read_info
+    from megatron_v2pe.checkpoint.files.folder import read_info
 
     here = launcher()
     read_info(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)

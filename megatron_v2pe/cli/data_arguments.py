@@ -51,7 +51,7 @@ def data_config(args: argparse.Namespace) -> RunConfig:
 
 def tokenizer_folder(config: RunConfig) -> Path:
     """Hugging Face folder of the checkpoint that the configuration names."""
-    from megatron_v2pe.checkpoint.folder import hf_path, is_complete
+    from megatron_v2pe.checkpoint.files.folder import hf_path, is_complete
 
     folder = config.model.hf_path or config.model.checkpoint
     return hf_path(folder) if is_complete(folder) else Path(folder)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure; the table goes to stdout, bad lines to stderr."""
     config = data_config(args)
 
-    from megatron_v2pe.evaluation.data_overview import overview
+    from megatron_v2pe.inspection.data_report import overview
 
     result = overview(
         config, tokenizer_folder(config), workers=args.workers, report_dir=args.report, show_progress=True

@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": "retrieval benchmark over lengths and strides, with a report",
     "synthesize": "long-context training and evaluation data from texts and images",
     "plan": "memory, time and best layouts of a run, worked out without a cluster",
+    "recipes": "run files and cluster files that come with the package, and where submit.py is",
     "preflight": "go or no-go: what would stop a run on these machines, found in a minute",
     "doctor": "what this machine has and what will therefore be used",
     "check-golden": "run recorded cases of the V2PE release",

@@ -14,8 +14,8 @@ from megatron_v2pe.cli.parallel_arguments import parallel_config
 
 def run_numerics(args: argparse.Namespace) -> int:
     """Print the table; 0 when every stage is within its limit, 1 when not."""
-    from megatron_v2pe.evaluation.numerics.compare import compare_numerics, format_rows, to_json
     from megatron_v2pe.parallel.topology import shutdown
+    from megatron_v2pe.verification.numerics.compare import compare_numerics, format_rows, to_json
 
     vision: Literal["tensor", "replicated"] = "tensor" if args.split_tower else "replicated"
     parallel = dataclasses.replace(parallel_config(args), sequence_parallel=args.sp, vision=vision)

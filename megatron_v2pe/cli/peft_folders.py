@@ -11,7 +11,7 @@ from megatron_v2pe.core.errors import ConfigError
 
 def import_adapters(args: argparse.Namespace) -> int:
     """Make a checkpoint of a PEFT folder; errors are raised as CheckpointError or ConfigError."""
-    from megatron_v2pe.checkpoint.peft_import import import_peft
+    from megatron_v2pe.checkpoint.adapters.peft_import import import_peft
 
     refuse_ranks("import-hf --base")
     if args.dtype != "keep" or args.allow_pickle:
@@ -25,7 +25,7 @@ def import_adapters(args: argparse.Namespace) -> int:
 
 def export_adapters(args: argparse.Namespace) -> int:
     """Write a PEFT folder; errors are raised as CheckpointError or ConfigError."""
-    from megatron_v2pe.checkpoint.peft_io import export_peft
+    from megatron_v2pe.checkpoint.adapters.peft_io import export_peft
 
     refuse_ranks("export-hf --adapter")
     if args.dtype != "keep":

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from megatron_v2pe.planning.arguments import question
-    from megatron_v2pe.planning.command import answer
+    from megatron_v2pe.planning.arguments import request
+    from megatron_v2pe.planning.command import run_plan
 
-    text, fits = answer(question(args))
+    text, fits = run_plan(request(args))
     sys.stdout.write(text)
     return 0 if fits else 1

@@ -10,7 +10,7 @@ from megatron_v2pe.cli.conversion import refuse_ranks
 from megatron_v2pe.core.env import launcher
 
 if TYPE_CHECKING:
-    from megatron_v2pe.checkpoint.byte_progress import ByteProgress
+    from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def byte_progress(verb: str) -> Iterator[ByteProgress]:
     Raises:
         ConfigError: torchrun started several.
     """
-    from megatron_v2pe.checkpoint.byte_progress import ByteProgress
+    from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress
 
     refuse_ranks(verb)
     progress = ByteProgress(verb)
@@ -33,8 +33,8 @@ def byte_progress(verb: str) -> Iterator[ByteProgress]:
 @contextmanager
 def shared_progress(verb: str) -> Iterator[ByteProgress]:
     """Join the other ranks where torchrun started several, and count this one's bytes."""
-    from megatron_v2pe.checkpoint.byte_progress import ByteProgress
-    from megatron_v2pe.checkpoint.dist_io import launched_ranks
+    from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress
+    from megatron_v2pe.checkpoint.state.dist_io import launched_ranks
 
     with launched_ranks():
         progress = ByteProgress(verb, rank=launcher().rank)

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, draw when asked."""
-    from megatron_v2pe.evaluation.run_curves import draw_curves
-    from megatron_v2pe.evaluation.run_rows import table
-    from megatron_v2pe.evaluation.runs import summarize
+    from megatron_v2pe.inspection.run_curves import draw_curves
+    from megatron_v2pe.inspection.run_table import table
+    from megatron_v2pe.inspection.runs import summarize
 
     runs = [summarize(path) for path in (args.run_dir, args.other) if path]
     if args.out:

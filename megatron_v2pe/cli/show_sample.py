@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.core.errors import ConfigError
     from megatron_v2pe.core.files import writable_folder
-    from megatron_v2pe.evaluation.sample_picture import write_picture
-    from megatron_v2pe.evaluation.sample_view import listing, view_pack
+    from megatron_v2pe.inspection.sample_picture import write_picture
+    from megatron_v2pe.inspection.sample_view import listing, view_pack
 
-    cp_size = config.parallel.cp if args.cp is None else args.cp
-    if cp_size < 1:
-        raise ConfigError(f"--cp is {cp_size}, but must be at least 1")
+    cp = config.parallel.cp if args.cp is None else args.cp
+    if cp < 1:
+        raise ConfigError(f"--cp is {cp}, but must be at least 1")
     out = None if args.out is None else writable_folder(args.out, field="--out")
     folder = tokenizer_folder(config)
     view = view_pack(
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         folder,
         step=args.step,
         micro_batch=args.micro_batch,
-        cp_size=cp_size,
+        cp=cp,
     )
     sys.stdout.write(listing(view))
     if out is not None:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Synthesize; the meta json's path goes to stdout."""
-    from megatron_v2pe.checkpoint.folder import hf_path, is_complete
+    from megatron_v2pe.checkpoint.files.folder import hf_path, is_complete
     from megatron_v2pe.config.schema import DataConfig
     from megatron_v2pe.synthesis.options import config_from
     from megatron_v2pe.synthesis.run import synthesize

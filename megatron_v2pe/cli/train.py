@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from megatron_v2pe.planning.hardware import known_peak_tflops
+    from megatron_v2pe.planning.request.hardware import known_peak_tflops
     from megatron_v2pe.train.loop import train
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

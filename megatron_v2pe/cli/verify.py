@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.numerics:
         return run_numerics(args)
     refuse_without_numerics(args)
-    from megatron_v2pe.checkpoint.verify import verify
+    from megatron_v2pe.verification.bits import verify
 
     with byte_progress(NAME) as progress:
         report = verify(args.hf_folder, args.checkpoint, files=args.verify_checkpoint, progress=progress)

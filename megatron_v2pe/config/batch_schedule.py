@@ -127,7 +127,7 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
     return ramped_batches(start=start, increment=increment, packs=packs, size=size)
 
 
-def check_batches(config: RunConfig, *, dp_size: int) -> None:
+def check_batches(config: RunConfig, *, dp: int) -> None:
     """Every step deals equally many packs to each data parallel rank, as the interleaved schedule needs them.
 
     Raises:
@@ -137,15 +137,15 @@ def check_batches(config: RunConfig, *, dp_size: int) -> None:
     batches = batch_schedule(config)
     multiple = parallel.pp if parallel.vpp > 1 else 1
     for level in batches.levels:
-        if level.size % dp_size:
-            reason = f"but the {dp_size} data parallel ranks must divide it"
-            raise ConfigError(_refusal(config, batches, level, reason, dp_size))
-        if level.size // dp_size % multiple:
+        if level.size % dp:
+            reason = f"but the {dp} data parallel ranks must divide it"
+            raise ConfigError(_refusal(config, batches, level, reason, dp))
+        if level.size // dp % multiple:
             reason = (
-                f"which gives each data parallel rank {level.size // dp_size} micro batches, but the interleaved "
+                f"which gives each data parallel rank {level.size // dp} micro batches, but the interleaved "
                 f"schedule (parallel.vpp {parallel.vpp}) needs a multiple of parallel.pp = {multiple}"
             )
-            raise ConfigError(_refusal(config, batches, level, reason, dp_size * multiple))
+            raise ConfigError(_refusal(config, batches, level, reason, dp * multiple))
 
 
 def _refusal(config: RunConfig, batches: BatchSchedule, level: Level, reason: str, divisor: int) -> str:

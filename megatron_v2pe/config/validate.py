@@ -150,7 +150,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"{parallel.tp} x {parallel.pp} x {parallel.cp} = {replica} must divide it; start a multiple of "
             f"{replica} ranks or make an axis smaller"
         )
-    check_batches(config, dp_size=world_size // replica)
+    check_batches(config, dp=world_size // replica)
 
 
 def check_profiled_ranks(runtime: RuntimeConfig, world_size: int) -> None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.encode import EncodedSample
-from megatron_v2pe.data.pixels import load_tile_range
+from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, pack_layout
 
 _EXPONENTS = {"token": 0.0, "square": -0.5, "sample": -1.0}

@@ -24,11 +24,11 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.core.processes import end_with_parent, worker_context
-from megatron_v2pe.data.index import DatasetIndex, index_dataset
-from megatron_v2pe.data.meta import read_meta
+from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
-from megatron_v2pe.data.plan import MixturePlan
-from megatron_v2pe.data.samples import SampleSettings, sample_settings
+from megatron_v2pe.data.plan.epoch_plan import MixturePlan
+from megatron_v2pe.data.samples.sample_maker import SampleSettings, sample_settings
+from megatron_v2pe.data.sources.meta import read_meta
 
 _log = get_logger(__name__)
 _TOKEN_BYTES = 20  # id, label and weight
@@ -45,14 +45,14 @@ class _RequestSampler(Sampler[PackRequest]):
         *,
         steps: range,
         dp_rank: int,
-        dp_size: int,
+        dp: int,
     ) -> None:
         self._plan, self._indexes, self._steps = plan, indexes, steps
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._dp_rank, self._dp = dp_rank, dp
 
     def __iter__(self) -> Iterator[PackRequest]:
         for step in self._steps:
-            for pack in self._plan.packs_of_rank(step, dp_rank=self._dp_rank, dp_size=self._dp_size):
+            for pack in self._plan.packs_of_rank(step, dp_rank=self._dp_rank, dp=self._dp):
                 yield pack_request(pack, self._indexes)
 
 
@@ -126,7 +126,7 @@ class TrainLoader:
         hf_folder: str | Path,
         *,
         dp_rank: int,
-        dp_size: int,
+        dp: int,
         tile_rank: int,
         tile_ranks: int,
         holds_vision: bool,
@@ -140,7 +140,7 @@ class TrainLoader:
             arch: of the checkpoint that is trained.
             hf_folder: Hugging Face folder with the tokenizer files.
             dp_rank: data-parallel rank.
-            dp_size: data-parallel size; must divide the packs of every step.
+            dp: data-parallel size; must divide the packs of every step.
             tile_rank: rank among those that share the tiles of a pack.
             tile_ranks: how many share them.
             holds_vision: this rank encodes tiles; false opens no image.
@@ -151,8 +151,8 @@ class TrainLoader:
             ConfigError: the batch does not divide, or a path is missing.
             DataError: data that cannot be used; more bad samples than allowed.
         """
-        check_batches(config, dp_size=dp_size)
-        self.batches, self._dp_size = batch_schedule(config), dp_size
+        check_batches(config, dp=dp)
+        self.batches, self._dp = batch_schedule(config), dp
         settings = sample_settings(config, arch, hf_folder)
         indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
@@ -169,14 +169,14 @@ class TrainLoader:
             tile_share=TileShare(rank=tile_rank, num_ranks=tile_ranks, holds_vision=holds_vision),
         )
         self._steps = range(start_step, config.optim.steps)
-        sampler = _RequestSampler(plan, indexes, steps=self._steps, dp_rank=dp_rank, dp_size=dp_size)
+        sampler = _RequestSampler(plan, indexes, steps=self._steps, dp_rank=dp_rank, dp=dp)
         pack_bytes = largest_pack_bytes(config, settings, reader.tile_share)
         self._loader = _torch_loader(config, reader, sampler, pack_bytes=pack_bytes)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         packs = self._received()
         for step in self._steps:
-            own = islice(packs, self.batches.size(step) // self._dp_size)
+            own = islice(packs, self.batches.size(step) // self._dp)
             yield [_opened(pack) for pack in own]
 
     def _received(self) -> Iterator[SentPack | V2PEError]:

@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 from megatron_v2pe.batch.packed_batch import PackedBatch, deal_tiles
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.collate import collate_pack
-from megatron_v2pe.data.encode import EncodedSample, blank_sample
-from megatron_v2pe.data.index import DatasetIndex
-from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.plan import PlannedPack
-from megatron_v2pe.data.samples import Draw, SampleSettings, Size, read_sample
-from megatron_v2pe.data.split import Units
-from megatron_v2pe.data.storage import read_line
+from megatron_v2pe.data.index.annotation_index import DatasetIndex
+from megatron_v2pe.data.plan.epoch_plan import PlannedPack
+from megatron_v2pe.data.samples.encode import EncodedSample, blank_sample
+from megatron_v2pe.data.samples.sample_maker import Draw, SampleSettings, Size, read_sample
+from megatron_v2pe.data.samples.split import Units
+from megatron_v2pe.data.sources.meta import DatasetEntry
+from megatron_v2pe.data.sources.storage import read_line
 
 
 @dataclass(frozen=True, kw_only=True)

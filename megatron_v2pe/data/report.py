@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_v2pe.config.batch_schedule import BatchSchedule
-from megatron_v2pe.data.balance import deal_packs, imbalance, whole_steps
-from megatron_v2pe.data.index import DatasetIndex
-from megatron_v2pe.data.plan import MixturePlan
+from megatron_v2pe.data.index.annotation_index import DatasetIndex
+from megatron_v2pe.data.plan.balance import deal_packs, imbalance, whole_steps
+from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.v2pe.layout import Int64Array
 
 _MAX_STEPS = 400  # that are simulated, evenly spread over the epoch
@@ -147,13 +147,13 @@ def describe_plan(
     )
 
 
-def step_imbalances(costs: Any, sizes: Int64Array, dp_size: int, *, dealt: bool) -> NDArray[np.float64]:
+def step_imbalances(costs: Any, sizes: Int64Array, dp: int, *, dealt: bool) -> NDArray[np.float64]:
     """Cost of the slowest rank over the mean, for steps of consecutive packs.
 
     Args:
         costs: float [P], in order of the steps.
         sizes: int64 [k], packs of each step.
-        dp_size: data parallel ranks.
+        dp: data parallel ranks.
         dealt: packs are dealt by cost; false deals them in turn.
     """
     num_steps, ends = len(sizes), np.cumsum(sizes)
@@ -161,8 +161,8 @@ def step_imbalances(costs: Any, sizes: Int64Array, dp_size: int, *, dealt: bool)
     found = []
     for step in steps.tolist() if num_steps else []:
         own = costs[ends[step] - sizes[step] : ends[step]].tolist()
-        in_turn = [list(range(rank, len(own), dp_size)) for rank in range(dp_size)]
-        found.append(imbalance(own, deal_packs(own, dp_size) if dealt else in_turn))
+        in_turn = [list(range(rank, len(own), dp)) for rank in range(dp)]
+        found.append(imbalance(own, deal_packs(own, dp) if dealt else in_turn))
     return np.array(found)
 
 

@@ -9,12 +9,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
-from megatron_v2pe.data.images import NORMALIZATION
-from megatron_v2pe.data.records import with_frames
-from megatron_v2pe.data.samples import image_refs, record_sizes, sample_settings
+from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.samples.records import with_frames
+from megatron_v2pe.data.samples.sample_maker import image_refs, record_sizes, sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt, prompt_with

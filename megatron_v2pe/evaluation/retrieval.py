@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
-from megatron_v2pe.data.meta import DatasetEntry, read_meta
-from megatron_v2pe.data.records import Record, parse_record
+from megatron_v2pe.data.samples.records import Record, parse_record
+from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from megatron_v2pe.evaluation.retrieval import (
     read_predictions,
     score,
 )
+from megatron_v2pe.inspection import figures
 
 _log = get_logger(__name__)
 MANIFEST = "evaluation.json"
@@ -202,5 +203,5 @@ def write_report(
         trained_length=trained_length,
     )
     if metrics_path:
-        report.write_loss_curve(folder / "loss.png", metrics_path)
+        figures.write_loss_curve(folder / "loss.png", metrics_path)
     return text

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.images import NORMALIZATION
-from megatron_v2pe.data.samples import sample_settings
-from megatron_v2pe.data.templates import Turn
+from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
 from megatron_v2pe.parallel.plan import resolve

@@ -27,9 +27,9 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.adapter_record import adapters_of
-from megatron_v2pe.checkpoint.adapters import load_weights
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.adapters.weights import load_weights
+from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
@@ -150,7 +150,7 @@ class Engine:
             mean=self.mean,
             std=self.std,
         )
-        index = shard_indices(layout.cu_seqlens, cp_size=self.plan.cp, cp_rank=self.ranks.cp_rank)
+        index = shard_indices(layout.cu_seqlens, cp=self.plan.cp, cp_rank=self.ranks.cp_rank)
         return replace(local, labels=None, loss_weights=None), index
 
     def _cache(self, prompt_rows: int, max_new_tokens: int) -> KVCache:

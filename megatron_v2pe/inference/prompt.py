@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.encode import encode_conversation
-from megatron_v2pe.data.images import ImageRef, check_image
-from megatron_v2pe.data.pixels import load_tile_range
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.data.samples import SampleSettings
-from megatron_v2pe.data.templates import Turn
-from megatron_v2pe.data.tiling import choose_grid, rule_for_sample
+from megatron_v2pe.data.media.images import ImageRef, check_image
+from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.tiling import choose_grid, rule_for_sample
+from megatron_v2pe.data.samples.encode import encode_conversation
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
 
 

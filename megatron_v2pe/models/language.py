@@ -7,7 +7,7 @@
 Rotary angles are computed from the local tokens' positions on each stage and travel to the attention core
 inside the packed parameters; mcore itself is told that there are no position embeddings.
 
-Shape legend: l local tokens (after the context parallel cut), r rows (l, or l / tp_size between layers with
+Shape legend: l local tokens (after the context parallel cut), r rows (l, or l / tp between layers with
 sequence parallelism), H hidden.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
-from megatron_v2pe.models.layer_specs import Kernels, language_layer_spec
+from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
 from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles
@@ -35,7 +35,7 @@ class LanguageModel(GPTModel):
 
     Args:
         config: mcore's configuration of the decoder.
-        kernels: modules of the back end.
+        modules: modules of the back end.
         rope: rotary embedding of the checkpoint.
         vocab_size: words of the vocabulary.
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
@@ -49,7 +49,7 @@ class LanguageModel(GPTModel):
         self,
         config: TransformerConfig,
         *,
-        kernels: Kernels,
+        modules: BackendModules,
         rope: RopeSpec,
         vocab_size: int,
         padded_vocab_size: int,
@@ -60,10 +60,10 @@ class LanguageModel(GPTModel):
         **stage: Any,
     ) -> None:
         num_layers = get_num_layers_to_build(config, vp_stage=stage.get("vp_stage"))
-        spec = language_layer_spec(kernels, layer=RecomputingLayer, mlp_chunks=memory.mlp_chunks)
+        spec = language_layer_spec(modules, layer=RecomputingLayer, mlp_chunks=memory.mlp_chunks)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=kernels.norm),
+            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=modules.norm),
             vocab_size=padded_vocab_size,
             max_sequence_length=0,  # only read by learned positions, which this model does not have
             position_embedding_type="none",
@@ -72,7 +72,7 @@ class LanguageModel(GPTModel):
             **stage,
         )
         self.rope, self.head_ports = rope, head_ports
-        self.num_words, self.memory = vocab_size, memory
+        self.vocab_size, self.memory = vocab_size, memory
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -134,7 +134,7 @@ class LanguageModel(GPTModel):
             self.head_weight(),
             labels[supervised],
             row_weights=weights.squeeze(0)[supervised],
-            vocab_size=self.num_words,
+            vocab_size=self.vocab_size,
             chunk=self.memory.loss_chunk_tokens,
             ports=self.head_ports,
         )
@@ -149,4 +149,4 @@ class LanguageModel(GPTModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, 1, H] to logits [n, vocab_size], gathered over tp."""
         output, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
-        return output.squeeze(1)[:, : self.num_words]
+        return output.squeeze(1)[:, : self.vocab_size]

@@ -21,7 +21,7 @@ from megatron_v2pe.models.norms import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernels:
+class BackendModules:
     """Modules of one back end.
 
     Attributes:
@@ -43,9 +43,9 @@ class Kernels:
     vision_attention: Any
 
 
-def local_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
+def local_modules(*, language_attention: Any, vision_attention: Any) -> BackendModules:
     """mcore's torch linears and our norms; CPU, and GPUs without Transformer Engine."""
-    return Kernels(
+    return BackendModules(
         norm=Norm,
         linear_qkv=ColumnParallelLinear,
         linear_proj=RowParallelLinear,
@@ -56,7 +56,7 @@ def local_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
     )
 
 
-def transformer_engine_kernels(*, language_attention: Any, vision_attention: Any) -> Kernels:
+def transformer_engine_modules(*, language_attention: Any, vision_attention: Any) -> BackendModules:
     """Transformer Engine's linears and norms through mcore; needs CUDA and the extra `gpu`."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -64,7 +64,7 @@ def transformer_engine_kernels(*, language_attention: Any, vision_attention: Any
         TERowParallelLinear,
     )
 
-    return Kernels(
+    return BackendModules(
         norm=TENorm,
         linear_qkv=TEColumnParallelLinear,
         linear_proj=TERowParallelLinear,
@@ -89,55 +89,63 @@ def _without_bias(linear: Any) -> Any:
 
 
 def _attention(
-    kernels: Kernels, *, core: Any, mask: AttnMaskType, module: type, linear_qkv: Any = None, **params: Any
+    modules: BackendModules,
+    *,
+    core: Any,
+    mask: AttnMaskType,
+    module: type,
+    linear_qkv: Any = None,
+    **params: Any,
 ) -> ModuleSpec:
     return ModuleSpec(
         module=module,
         params={"attn_mask_type": mask, **params},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear_qkv or kernels.linear_qkv,
+            linear_qkv=linear_qkv or modules.linear_qkv,
             core_attention=core,
-            linear_proj=kernels.linear_proj,
+            linear_proj=modules.linear_proj,
         ),
     )
 
 
-def mlp_submodules(kernels: Kernels) -> MLPSubmodules:
+def mlp_submodules(modules: BackendModules) -> MLPSubmodules:
     """Linears of an MLP."""
-    return MLPSubmodules(linear_fc1=kernels.linear_fc1, linear_fc2=kernels.linear_fc2)
+    return MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.linear_fc2)
 
 
-def _layer(kernels: Kernels, *, module: type, attention: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
+def _layer(
+    modules: BackendModules, *, module: type, attention: ModuleSpec, params: dict[str, Any]
+) -> ModuleSpec:
     return ModuleSpec(
         module=module,
         params=params,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=kernels.norm,
+            input_layernorm=modules.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=kernels.norm,
+            pre_mlp_layernorm=modules.norm,
             # The exact class MLP: mcore hands its tp group to no other (transformer_layer.py, "Module 8").
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(kernels)),
+            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(modules)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def language_layer_spec(kernels: Kernels, *, layer: type, **params: Any) -> ModuleSpec:
+def language_layer_spec(modules: BackendModules, *, layer: type, **params: Any) -> ModuleSpec:
     """Pre-norm decoder layer of class `layer`, built with `params`."""
     attention = _attention(
-        kernels, core=kernels.language_attention, mask=AttnMaskType.causal, module=SelfAttention
+        modules, core=modules.language_attention, mask=AttnMaskType.causal, module=SelfAttention
     )
-    return _layer(kernels, module=layer, attention=attention, params=params)
+    return _layer(modules, module=layer, attention=attention, params=params)
 
 
 def vision_layer_spec(
-    kernels: Kernels, *, layer: type, attention: type, qkv_bias: bool, qk_norm: Any, **params: Any
+    modules: BackendModules, *, layer: type, attention: type, qkv_bias: bool, qk_norm: Any, **params: Any
 ) -> ModuleSpec:
     """Pre-norm bidirectional layer.
 
     Args:
-        kernels: modules of the back end.
+        modules: modules of the back end.
         layer: class of the layer, built with `params` (InternViT adds LayerScale and drop path).
         attention: class of the attention; takes `qk_norm`, a norm or None.
         qkv_bias: queries, keys and values have a bias.
@@ -145,11 +153,11 @@ def vision_layer_spec(
         **params: keyword arguments of `layer`.
     """
     spec = _attention(
-        kernels,
-        core=kernels.vision_attention,
+        modules,
+        core=modules.vision_attention,
         mask=AttnMaskType.no_mask,
         module=attention,
-        linear_qkv=kernels.linear_qkv if qkv_bias else _without_bias(kernels.linear_qkv),
+        linear_qkv=modules.linear_qkv if qkv_bias else _without_bias(modules.linear_qkv),
         qk_norm=qk_norm,
     )
-    return _layer(kernels, module=layer, attention=spec, params=params)
+    return _layer(modules, module=layer, attention=spec, params=params)

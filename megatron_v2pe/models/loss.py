@@ -28,14 +28,14 @@ class HeadPorts:
     """What the head needs from other ranks when the vocabulary is split over tp; the defaults are serial.
 
     Attributes:
-        first_word: id of the first vocabulary row of this rank.
+        vocab_start_index: id of the first vocabulary row of this rank.
         gather_hidden: differentiable; local hidden states to those of all tokens whose vocabulary rows
             this rank multiplies, its backward summing the partial gradients of the tp ranks.
         reduce_max: maximum over tp.
         reduce_sum: sum over tp.
     """
 
-    first_word: int = 0
+    vocab_start_index: int = 0
     gather_hidden: Callable[[Tensor], Tensor] = _identity
     reduce_max: Callable[[Tensor], Tensor] = _identity
     reduce_sum: Callable[[Tensor], Tensor] = _identity
@@ -57,78 +57,82 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        words: Tensor,
+        vocab_weight: Tensor,
         labels: Tensor,
         weights: Tensor,
         chunk: int,
         ports: HeadPorts,
         is_differentiated: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total [] and losses [r] of hidden [r, H] against words [V, H], a chunk of rows at a time."""
+        """Total [] and losses [r] of hidden [r, H] against vocab_weight [V, H], a chunk of rows at a time."""
         working = _working_dtype(hidden)
         weights = weights.to(working)
         losses = torch.empty(len(hidden), dtype=working, device=hidden.device)
         wanted = [is_differentiated and needed for needed in ctx.needs_input_grad[:2]]
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         # float32 sums over chunks: a bf16 running sum would lose the small rows.
-        grad_words = torch.zeros_like(words, dtype=working) if wanted[1] else None
+        grad_vocab_weight = torch.zeros_like(vocab_weight, dtype=working) if wanted[1] else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ words.t()).to(working)  # [c, V]
+            logits = (hidden[part] @ vocab_weight.t()).to(working)  # [c, V]
             losses[part], normalizers = _losses(logits, labels[part], ports)
             if any(wanted):
-                grad_logits = _grad_logits(logits, labels[part], weights[part], normalizers, ports.first_word)
+                grad_logits = _grad_logits(
+                    logits, labels[part], weights[part], normalizers, ports.vocab_start_index
+                )
                 grad_logits = grad_logits.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = grad_logits @ words
-                if grad_words is not None:
-                    grad_words += grad_logits.t() @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_words)
-        ctx.dtype = words.dtype
+                    grad_hidden[part] = grad_logits @ vocab_weight
+                if grad_vocab_weight is not None:
+                    grad_vocab_weight += grad_logits.t() @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_vocab_weight)
+        ctx.dtype = vocab_weight.dtype
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden and words: those of the forward pass times the total's."""
-        grad_hidden, grad_words = ctx.saved_tensors
+        """Gradients of hidden and vocab_weight: those of the forward pass times the total's."""
+        grad_hidden, grad_vocab_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grads[0]
-        if grad_words is not None:
-            grad_words = grad_words.mul_(grads[0]).to(ctx.dtype)  # in place: it is as large as the head
-        return grad_hidden, grad_words, None, None, None, None, None
+        if grad_vocab_weight is not None:
+            grad_vocab_weight = grad_vocab_weight.mul_(grads[0]).to(
+                ctx.dtype
+            )  # in place: it is as large as the head
+        return grad_hidden, grad_vocab_weight, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, ports: HeadPorts) -> tuple[Tensor, Tensor]:
     """Cross entropy of each row, and its sum of exponentials; the logits [c, V] become those exponentials."""
     shift = ports.reduce_max(_row_max(logits))
-    target_logit, _ = _pick(logits, targets, ports.first_word)
+    target_logit, _ = _pick(logits, targets, ports.vocab_start_index)
     exp_sum = logits.sub_(shift[:, None]).exp_().sum(-1)
     target_logit, exp_sum = ports.reduce_sum(torch.stack([target_logit, exp_sum])).unbind()
     return exp_sum.log() + shift - target_logit, exp_sum
 
 
 def _grad_logits(
-    exponentials: Tensor, targets: Tensor, weights: Tensor, normalizers: Tensor, first_word: int
+    exponentials: Tensor, targets: Tensor, weights: Tensor, normalizers: Tensor, vocab_start_index: int
 ) -> Tensor:
     """(softmax - one_hot) * weight, in the place of the exponentials [c, V]."""
     gradient = exponentials.mul_((weights / normalizers)[:, None])
-    _, (index, owned) = _pick(gradient, targets, first_word)
+    _, (index, owned) = _pick(gradient, targets, vocab_start_index)
     if gradient.shape[1]:
         gradient.scatter_add_(1, index[:, None], -(owned * weights)[:, None])
     return gradient
 
 
 def _row_max(logits: Tensor) -> Tensor:
-    """Maximum of each row; -inf for a rank without words."""
+    """Maximum of each row; -inf for a rank without vocab_weight."""
     if logits.shape[1] == 0:
         return logits.new_full((len(logits),), -torch.inf)
     return logits.amax(-1)
 
 
-def _pick(values: Tensor, targets: Tensor, first_word: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _pick(values: Tensor, targets: Tensor, vocab_start_index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Value of each row's target where this rank owns it, else 0; with (local index, owned)."""
-    index = targets - first_word
+    index = targets - vocab_start_index
     owned = (index >= 0) & (index < values.shape[1])
     index = index.clamp(0, max(values.shape[1] - 1, 0))
     if values.shape[1] == 0:  # a rank whose vocabulary rows are all padding
@@ -154,7 +158,7 @@ def weighted_cross_entropy(
         weight: [V_padded, H], output projection of this rank.
         labels: int64 [r], global word ids.
         row_weights: [r], weight of each row's loss.
-        vocab_size: words of the whole vocabulary; rows beyond it are padding and get no probability.
+        vocab_size: vocab_weight of the whole vocabulary; rows beyond it are padding and get no probability.
         chunk: rows whose logits exist at a time.
         ports: collectives over tp.
 
@@ -162,7 +166,7 @@ def weighted_cross_entropy(
         total: [], sum of weight * loss, differentiable once in `hidden` and `weight`.
         losses: [r], for reports, without gradients. Both float32 (float64 for float64 input).
     """
-    num_words = min(max(vocab_size - ports.first_word, 0), len(weight))
+    vocab_size = min(max(vocab_size - ports.vocab_start_index, 0), len(weight))
     return _ChunkedCrossEntropy.apply(
-        hidden, weight[:num_words], labels, row_weights, chunk, ports, torch.is_grad_enabled()
+        hidden, weight[:vocab_size], labels, row_weights, chunk, ports, torch.is_grad_enabled()
     )

@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_v2pe.models.layer_specs import Kernels, mlp_submodules
+from megatron_v2pe.models.layer_specs import BackendModules, mlp_submodules
 
 
 def pixel_shuffle(x_ngc: Tensor, *, ratio: float, version: Literal["v1", "v2"]) -> Tensor:
@@ -38,7 +38,7 @@ class Projector(MegatronModule):
 
     Args:
         config: mcore's configuration; `hidden_size` is the language model's H.
-        kernels: modules of the back end.
+        modules: modules of the back end.
         vision_channels: C.
         ratio: downsample ratio of the pixel shuffle.
         version: order of the pixel shuffle.
@@ -49,7 +49,7 @@ class Projector(MegatronModule):
         self,
         config: TransformerConfig,
         *,
-        kernels: Kernels,
+        modules: BackendModules,
         vision_channels: int,
         ratio: float,
         version: Literal["v1", "v2"],
@@ -59,10 +59,10 @@ class Projector(MegatronModule):
         self.tp_group = groups.tp
         self.ratio, self.version = ratio, version
         input_size = vision_channels * round(1 / ratio) ** 2
-        self.norm = kernels.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
+        self.norm = modules.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(
             config,
-            mlp_submodules(kernels),
+            mlp_submodules(modules),
             input_size=input_size,
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=groups.tp,

@@ -23,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_v2pe.models.layer_specs import Kernels, vision_layer_spec
+from megatron_v2pe.models.layer_specs import BackendModules, vision_layer_spec
 from megatron_v2pe.models.memory import RecomputingLayer, is_trained
 
 # Parameters of a linear, its adapters among them, that grow with the number of heads.
@@ -126,7 +126,7 @@ class InternViT(MegatronModule):
 
     Args:
         config: mcore's configuration of the tower.
-        kernels: modules of the back end.
+        modules: modules of the back end.
         image_size: size in pixels that the position table was made for.
         patch_size: pixels of a patch's side.
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
@@ -139,7 +139,7 @@ class InternViT(MegatronModule):
         self,
         config: TransformerConfig,
         *,
-        kernels: Kernels,
+        modules: BackendModules,
         image_size: int,
         patch_size: int,
         drop_path_rate: float,
@@ -156,7 +156,7 @@ class InternViT(MegatronModule):
         self.position_embedding = torch.nn.Parameter(torch.zeros(1, self.grid**2 + 1, channels, dtype=dtype))
         rates = tuple(torch.linspace(0, drop_path_rate, config.num_layers, device="cpu").tolist())
         spec = vision_layer_spec(
-            kernels,
+            modules,
             layer=InternViTLayer,
             attention=InternViTAttention,
             qkv_bias=config.add_qkv_bias,

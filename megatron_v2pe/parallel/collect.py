@@ -13,7 +13,7 @@ from megatron_v2pe.v2pe.layout import Int64Array
 
 
 def gather_tokens(
-    local: Tensor | None, *, cu_seqlens: Int64Array, width: tuple[int, ...], cp_size: int, ranks: Ranks
+    local: Tensor | None, *, cu_seqlens: Int64Array, width: tuple[int, ...], cp: int, ranks: Ranks
 ) -> Tensor:
     """Rows of one stage's context parallel shards in token order, on every rank of the replica.
 
@@ -21,7 +21,7 @@ def gather_tokens(
         local: [l, *width] on the stage that has them (the same on its tp ranks), None elsewhere.
         cu_seqlens: int64 [N+1], padded documents of the pack.
         width: trailing shape of a row.
-        cp_size: context parallel size.
+        cp: context parallel size.
         ranks: this rank's place.
 
     Returns:
@@ -30,7 +30,7 @@ def gather_tokens(
     whole = torch.zeros(int(cu_seqlens[-1]), *width, device=ranks.device)
     if local is not None:
         whole = whole.to(local.dtype)
-        index = torch.from_numpy(shard_indices(cu_seqlens, cp_size=cp_size, cp_rank=ranks.cp_rank))
+        index = torch.from_numpy(shard_indices(cu_seqlens, cp=cp, cp_rank=ranks.cp_rank))
         whole[index.to(ranks.device)] = local
     dist.all_reduce(whole, group=ranks.groups.cp)
     dist.all_reduce(whole, group=ranks.groups.pp)  # other stages hold zeros

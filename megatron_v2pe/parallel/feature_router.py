@@ -41,7 +41,7 @@ def owned_rows(layout: PackLayout, plan: ParallelPlan, tile_rank: int) -> tuple[
     """
     slices = plan.tp if plan.deals_tiles_over_tp else 1
     cp_rank, tp_slice = divmod(tile_rank, slices)
-    ranges = shard_ranges(layout.cu_seqlens, cp_size=plan.cp, cp_rank=cp_rank)
+    ranges = shard_ranges(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
     slots, rows = visual_rows(layout, ranges)
     length = layout.num_tokens // plan.cp // slices
     keep = slice(*np.searchsorted(slots, [tp_slice * length, (tp_slice + 1) * length]))

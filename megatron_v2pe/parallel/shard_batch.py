@@ -48,7 +48,7 @@ def shard_batch(
         ValueError: the pack holds pixels of other tiles than the ones dealt to this rank.
     """
     layout = batch.layout
-    cut = dict(cp_size=plan.cp, cp_rank=ranks.cp_rank)
+    cut = dict(cp=plan.cp, cp_rank=ranks.cp_rank)
     index = shard_indices(layout.cu_seqlens, **cut)
     units = position_units(layout, shard_ranges(layout.cu_seqlens, **cut))
     lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]

@@ -1,6 +1,6 @@
 """Which rank does what: sizes of the parallel axes, this rank's place on each, and the process groups.
 
-Ranks are one grid, tp innermost: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp. megatron-core
+Ranks are one grid, tp innermost: rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank. megatron-core
 makes the groups as slices of that grid; this file asks for them once, so that nothing else has to.
 
     ParallelConfig + world size --resolve--> ParallelPlan --init_distributed--> Ranks

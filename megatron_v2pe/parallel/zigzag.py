@@ -19,59 +19,59 @@ import numpy as np
 from megatron_v2pe.v2pe.layout import Int64Array
 
 
-def shard_ranges(cu_seqlens: Int64Array, *, cp_size: int, cp_rank: int) -> Int64Array:
+def shard_ranges(cu_seqlens: Int64Array, *, cp: int, cp_rank: int) -> Int64Array:
     """Token ranges of the pack that a rank holds, in the order in which it holds them.
 
     Args:
         cu_seqlens: int64 [N+1], boundaries of the padded documents.
-        cp_size: ranks that share the pack.
-        cp_rank: 0..cp_size-1.
+        cp: ranks that share the pack.
+        cp_rank: 0..cp-1.
 
     Returns:
-        int64 [2N, 2], half-open ranges, two chunks for each document; [N, 2] whole documents for cp_size 1.
+        int64 [2N, 2], half-open ranges, two chunks for each document; [N, 2] whole documents for cp 1.
 
     Raises:
-        ValueError: a document's padded length is not a multiple of 2 * cp_size.
+        ValueError: a document's padded length is not a multiple of 2 * cp.
 
     Example:
-        cu_seqlens [0, 8, 12], cp_size 2, cp_rank 1: [[2, 4], [4, 6], [9, 10], [10, 11]].
+        cu_seqlens [0, 8, 12], cp 2, cp_rank 1: [[2, 4], [4, 6], [9, 10], [10, 11]].
     """
     starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
-    if cp_size == 1:
+    if cp == 1:
         return np.stack([starts, cu_seqlens[1:]], axis=1)
-    chunks, rest = np.divmod(lengths, 2 * cp_size)
+    chunks, rest = np.divmod(lengths, 2 * cp)
     if rest.any():
         document = int(np.flatnonzero(rest)[0])
         raise ValueError(
-            f"document {document} has {lengths[document]} tokens, but context parallel size {cp_size} needs a "
-            f"multiple of {2 * cp_size}; pad documents to ParallelPlan.pad_to_multiple"
+            f"document {document} has {lengths[document]} tokens, but context parallel size {cp} needs a "
+            f"multiple of {2 * cp}; pad documents to ParallelPlan.pad_to_multiple"
         )
     early = starts + cp_rank * chunks
-    late = starts + (2 * cp_size - 1 - cp_rank) * chunks
+    late = starts + (2 * cp - 1 - cp_rank) * chunks
     firsts = np.stack([early, late], axis=1)  # [N, 2 chunks]
     return np.stack([firsts, firsts + chunks[:, None]], axis=2).reshape(-1, 2)  # [N, 2, 2] -> [2N, 2]
 
 
-def shard_indices(cu_seqlens: Int64Array, *, cp_size: int, cp_rank: int) -> Int64Array:
-    """Index into the pack of each token that a rank holds, int64 [t / cp_size]. See `shard_ranges`.
+def shard_indices(cu_seqlens: Int64Array, *, cp: int, cp_rank: int) -> Int64Array:
+    """Index into the pack of each token that a rank holds, int64 [t / cp]. See `shard_ranges`.
 
     Example:
-        cu_seqlens [0, 8, 12], cp_size 2, cp_rank 0: [0, 1, 6, 7, 8, 11].
+        cu_seqlens [0, 8, 12], cp 2, cp_rank 0: [0, 1, 6, 7, 8, 11].
     """
-    ranges = shard_ranges(cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
+    ranges = shard_ranges(cu_seqlens, cp=cp, cp_rank=cp_rank)
     lengths = ranges[:, 1] - ranges[:, 0]
     # Each range counts up from its start: a running index, shifted at the first token of each range.
     shifts = ranges[:, 0] - (np.cumsum(lengths) - lengths)
     return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shifts, lengths)
 
 
-def contiguous_indices(num_tokens: int, *, cp_size: int, cp_rank: int) -> Int64Array:
-    """The cp_rank-th of cp_size equal pieces of a row, the layout of head-parallel (Ulysses) attention.
+def contiguous_indices(num_tokens: int, *, cp: int, cp_rank: int) -> Int64Array:
+    """The cp_rank-th of cp equal pieces of a row, the layout of head-parallel (Ulysses) attention.
 
     Raises:
         ValueError: the row does not split evenly.
     """
-    share, rest = divmod(num_tokens, cp_size)
+    share, rest = divmod(num_tokens, cp)
     if rest:
-        raise ValueError(f"{num_tokens} tokens do not split into {cp_size} equal pieces")
+        raise ValueError(f"{num_tokens} tokens do not split into {cp} equal pieces")
     return np.arange(cp_rank * share, (cp_rank + 1) * share, dtype=np.int64)

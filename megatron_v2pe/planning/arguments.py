@@ -1,13 +1,13 @@
-"""Arguments of `megatron-v2pe plan`, and the question they ask."""
+"""Arguments of `megatron-v2pe plan`, and the request they ask."""
 
 from __future__ import annotations
 
 import argparse
 
 from megatron_v2pe.config.load import load_run_config
-from megatron_v2pe.planning.command import Question
-from megatron_v2pe.planning.hardware import GPUS
-from megatron_v2pe.planning.workload import Assumptions
+from megatron_v2pe.planning.command import PlanRequest
+from megatron_v2pe.planning.request.hardware import GPUS
+from megatron_v2pe.planning.request.workload import Assumptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack("--tiles", type=int, default=-1, help="number of tiles (from --visual-share)")
 
 
-def question(args: argparse.Namespace) -> Question:
-    """Parsed arguments as a question.
+def request(args: argparse.Namespace) -> PlanRequest:
+    """Parsed arguments as a request.
 
     Raises:
         ConfigError: the configuration cannot be read, or a share is not one.
     """
-    return Question(
+    return PlanRequest(
         config=load_run_config(args.config, args.overrides),
         gpus=args.gpus,
         arch=args.arch,

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.planning.changes import Advice, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
-from megatron_v2pe.planning.hardware import GIB
-from megatron_v2pe.planning.inference_memory import InferenceMemory
+from megatron_v2pe.planning.memory.inference import InferenceMemory
+from megatron_v2pe.planning.request.hardware import GIB
 from megatron_v2pe.planning.search import shown_overrides
 
 

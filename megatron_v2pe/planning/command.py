@@ -15,21 +15,21 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
-from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.as_json import advice_data, estimate_data, inference_data, search_data
 from megatron_v2pe.planning.changes import advise, relax
 from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
-from megatron_v2pe.planning.hardware import GPUS, Hardware, with_rates
-from megatron_v2pe.planning.inference_memory import inference_memory
-from megatron_v2pe.planning.inputs import check_run, find_architecture, hf_folder
+from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.memory.inference import inference_memory
 from megatron_v2pe.planning.report import estimate_text, heading_lines, inference_lines, search_lines
+from megatron_v2pe.planning.request.hardware import GPUS, Hardware, with_rates
+from megatron_v2pe.planning.request.inputs import check_run, find_architecture, hf_folder
+from megatron_v2pe.planning.request.stages import chunks_of_rank
+from megatron_v2pe.planning.request.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 from megatron_v2pe.planning.search import search
-from megatron_v2pe.planning.stages import chunks_of_rank
-from megatron_v2pe.planning.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PlanRequest:
     """What is asked.
 
     Attributes:
@@ -59,31 +59,31 @@ class Question:
     as_json: bool = False
 
 
-def chosen_hardware(question: Question) -> Hardware:
-    """The GPU with the question's memory and rates. An "80 GB" GPU shows a little less in GiB than 80.
+def chosen_hardware(request: PlanRequest) -> Hardware:
+    """The GPU with the request's memory and rates. An "80 GB" GPU shows a little less in GiB than 80.
 
     Raises:
         ConfigError: unknown rate, or a memory that is not positive.
     """
-    hardware = GPUS[question.gpu]
-    if question.gpu_memory < 0:
-        raise ConfigError(f"--gpu-memory is {question.gpu_memory}, but must be positive (GB)")
-    if question.gpu_memory:
+    hardware = GPUS[request.gpu]
+    if request.gpu_memory < 0:
+        raise ConfigError(f"--gpu-memory is {request.gpu_memory}, but must be positive (GB)")
+    if request.gpu_memory:
         nominal = float(hardware.name.split()[-2])
         share = hardware.memory_gib / nominal
-        name = hardware.name.replace(f"{nominal:g} GB", f"{question.gpu_memory:g} GB")
-        hardware = replace(hardware, name=name, memory_gib=question.gpu_memory * share)
-    return with_rates(hardware, question.rates)
+        name = hardware.name.replace(f"{nominal:g} GB", f"{request.gpu_memory:g} GB")
+        hardware = replace(hardware, name=name, memory_gib=request.gpu_memory * share)
+    return with_rates(hardware, request.rates)
 
 
-def packs_of(question: Question, arch: InternVLArchitecture) -> tuple[Pack, Pack]:
+def packs_of(request: PlanRequest, arch: InternVLArchitecture) -> tuple[Pack, Pack]:
     """The pack that memory has to hold, and the one that time is worked out for."""
-    if not question.measure_data:
-        pack = assumed_pack(question.config, arch, question.assumptions)
+    if not request.measure_data:
+        pack = assumed_pack(request.config, arch, request.assumptions)
         return pack, pack
-    from megatron_v2pe.planning.measured_packs import measured_packs  # torch, tokenizer, images
+    from megatron_v2pe.planning.request.measured_packs import measured_packs  # torch, tokenizer, images
 
-    packs = measured_packs(question.config, arch, hf_folder(question.config))
+    packs = measured_packs(request.config, arch, hf_folder(request.config))
     return fullest_pack(packs), mean_pack(packs)
 
 
@@ -99,53 +99,53 @@ def evaluate(
     return replace(mean, ranks=full.ranks)
 
 
-def answer(question: Question) -> tuple[str, bool]:
+def run_plan(request: PlanRequest) -> tuple[str, bool]:
     """The report, and whether the run (or any layout of a search) fits.
 
     Raises:
-        ConfigError, CheckpointError, DataError: mistakes in the question, the configuration or the data.
+        ConfigError, CheckpointError, DataError: mistakes in the request, the configuration or the data.
     """
-    name, arch = find_architecture(question.arch, question.config)
-    hardware = chosen_hardware(question)
-    if question.inference:
-        return _inference(question, name, arch, hardware)
-    ask = partial(evaluate, arch=arch, packs=packs_of(question, arch), gpus=question.gpus, hardware=hardware)
-    if question.search:
-        found = search(question.config, arch, ask, gpus=question.gpus, hardware=hardware)
+    name, arch = find_architecture(request.arch, request.config)
+    hardware = chosen_hardware(request)
+    if request.inference:
+        return _inference(request, name, arch, hardware)
+    ask = partial(evaluate, arch=arch, packs=packs_of(request, arch), gpus=request.gpus, hardware=hardware)
+    if request.search:
+        found = search(request.config, arch, ask, gpus=request.gpus, hardware=hardware)
         fits = any(advice.estimate.fits for advice in found)
-        if question.as_json:
+        if request.as_json:
             return _json(
-                {"model": name, "search": search_data(found, question.config, count=question.search)}
+                {"model": name, "search": search_data(found, request.config, count=request.search)}
             ), fits
         heading = heading_lines(found[0].estimate, name)
-        batch = f"  step     {batch_schedule(question.config).text}"
-        rows = search_lines(found, question.config, count=question.search)
+        batch = f"  step     {batch_schedule(request.config).text}"
+        rows = search_lines(found, request.config, count=request.search)
         lines = [heading[0], heading[3], batch, "", *rows]
         return "\n".join(lines) + "\n", fits
-    result = ask(question.config)
-    change = (relax if result.fits else advise)(question.config, ask)
-    if question.as_json:
+    result = ask(request.config)
+    change = (relax if result.fits else advise)(request.config, ask)
+    if request.as_json:
         return _json({**estimate_data(result, name), "advice": advice_data(change)}), result.fits
     return estimate_text(result, name, change), result.fits
 
 
 def _inference(
-    question: Question, name: str, arch: InternVLArchitecture, hardware: Hardware
+    request: PlanRequest, name: str, arch: InternVLArchitecture, hardware: Hardware
 ) -> tuple[str, bool]:
     """Memory of answering one prompt with the run's layout."""
     data = replace(
-        question.config.data,
-        max_pack_tokens=question.inference,
-        max_sample_tokens=question.inference,
-        max_pack_tiles=max(question.config.data.max_pack_tiles, question.inference // arch.tokens_per_tile),
+        request.config.data,
+        max_pack_tokens=request.inference,
+        max_sample_tokens=request.inference,
+        max_pack_tiles=max(request.config.data.max_pack_tiles, request.inference // arch.tokens_per_tile),
     )
-    config = replace(question.config, data=data)
-    check_run(config, arch, question.gpus)
-    pack = replace(assumed_pack(config, arch, question.assumptions), source="a prompt")
+    config = replace(request.config, data=data)
+    check_run(config, arch, request.gpus)
+    pack = replace(assumed_pack(config, arch, request.assumptions), source="a prompt")
     setting = Setting(
         config=config,
         arch=arch,
-        plan=resolve(config.parallel, question.gpus),
+        plan=resolve(config.parallel, request.gpus),
         pack=pack,
         backend=backend_of(config),
     )
@@ -153,7 +153,7 @@ def _inference(
     stages = [chunks_of_rank(config.parallel, layers, setting.plan, rank) for rank in range(setting.plan.pp)]
     memories = [inference_memory(setting, chunks, hardware) for chunks in stages]
     fits = max(memory.total_bytes for memory in memories) <= hardware.memory_gib * 2**30
-    if question.as_json:
+    if request.as_json:
         return _json({"model": name, "fits": fits, "stages": inference_data(memories)}), fits
     plan = setting.plan
     title = f"{name} on {plan.world_size} x {hardware.name}: tp {plan.tp}, pp {plan.pp}, cp {plan.cp}, dp {plan.dp}"

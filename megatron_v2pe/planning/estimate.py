@@ -12,20 +12,20 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.flops import step_flops
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
-from megatron_v2pe.planning.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
-from megatron_v2pe.planning.compute import chunk_flops
-from megatron_v2pe.planning.hardware import GIB, H100, Hardware
-from megatron_v2pe.planning.rank_state import TrainedNumbers, frozen_parts, rank_state, trained_numbers
-from megatron_v2pe.planning.stages import Chunk, chunks_in_flight, chunks_of_rank
-from megatron_v2pe.planning.state_memory import GRADIENT_BYTES, StateBytes
-from megatron_v2pe.planning.step_time import (
+from megatron_v2pe.planning.memory.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
+from megatron_v2pe.planning.memory.rank_state import TrainedNumbers, frozen_parts, rank_state, trained_numbers
+from megatron_v2pe.planning.memory.state import GRADIENT_BYTES, StateBytes
+from megatron_v2pe.planning.request.hardware import GIB, H100, Hardware
+from megatron_v2pe.planning.request.stages import Chunk, chunks_in_flight, chunks_of_rank
+from megatron_v2pe.planning.request.workload import Pack
+from megatron_v2pe.planning.time.compute import chunk_flops
+from megatron_v2pe.planning.time.step_time import (
     StepTime,
     micro_batch_seconds,
     once_a_step_seconds,
     step_time,
 )
-from megatron_v2pe.planning.traffic import StepTraffic, chunk_traffic, step_traffic
-from megatron_v2pe.planning.workload import Pack
+from megatron_v2pe.planning.time.traffic import StepTraffic, chunk_traffic, step_traffic
 
 
 @dataclass(frozen=True, kw_only=True)

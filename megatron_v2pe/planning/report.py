@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.planning.activations import Setting
 from megatron_v2pe.planning.changes import Advice, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
-from megatron_v2pe.planning.hardware import GIB, Hardware
-from megatron_v2pe.planning.inference_memory import InferenceMemory
+from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.memory.inference import InferenceMemory
+from megatron_v2pe.planning.request.hardware import GIB, Hardware
 from megatron_v2pe.planning.search import shown_overrides
 
 MEANING = {

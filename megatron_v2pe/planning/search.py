@@ -17,7 +17,7 @@ from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.planning.changes import Advice, Evaluate, Override, changed
-from megatron_v2pe.planning.hardware import Hardware
+from megatron_v2pe.planning.request.hardware import Hardware
 
 DECODER_SAVINGS: tuple[tuple[Override, ...], ...] = tuple(
     (

@@ -13,10 +13,10 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.files import sync_folder, writable_folder, write_atomic
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.parameters import chunk_parameters
-from megatron_v2pe.planning.rank_state import frozen_parts
-from megatron_v2pe.planning.stages import Chunk
-from megatron_v2pe.planning.state_memory import is_trained
+from megatron_v2pe.planning.memory.parameters import chunk_parameters
+from megatron_v2pe.planning.memory.rank_state import frozen_parts
+from megatron_v2pe.planning.memory.state import is_trained
+from megatron_v2pe.planning.request.stages import Chunk
 from megatron_v2pe.preflight.findings import Finding, worst_over_ranks
 
 PROBE_BYTES = 32 * 2**20

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert import open_hf
-from megatron_v2pe.checkpoint.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.convert.convert import open_hf
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data import storage
-from megatron_v2pe.data.images import open_image
-from megatron_v2pe.data.meta import DatasetEntry, read_meta
-from megatron_v2pe.data.records import Record, parse_line
+from megatron_v2pe.data.media.images import open_image
+from megatron_v2pe.data.samples.records import Record, parse_line
+from megatron_v2pe.data.sources import storage
+from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
 from megatron_v2pe.preflight.findings import Finding
 
 LOOKED_AT = 4  # samples with images of each data set

@@ -16,7 +16,7 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.env import slurm_job
 from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.planning.estimate import Estimate, estimate
-from megatron_v2pe.planning.workload import Assumptions, assumed_pack
+from megatron_v2pe.planning.request.workload import Assumptions, assumed_pack
 from megatron_v2pe.preflight.findings import Finding
 from megatron_v2pe.preflight.links import known_hardware
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_v2pe.planning.hardware import GPUS, Hardware, group_gb_s, hop_gb_s
+from megatron_v2pe.planning.request.hardware import GPUS, Hardware, group_gb_s, hop_gb_s
 from megatron_v2pe.preflight.findings import Finding
 
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 8 * 2**20

@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_v2pe.assembly.kernels import choose_kernels
+from megatron_v2pe.assembly.kernels import choose_modules
 from megatron_v2pe.assembly.mcore_config import DTYPES, language_config, rope_spec
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.config.architecture import InternVLArchitecture
@@ -45,7 +45,7 @@ def check_attention(
     spec = rope_spec(config, arch)
     units = position_units(lengths, spec, longest=config.data.max_sample_tokens)
     length = int(units.max()) // spec.tokens_per_tile + 1
-    index = torch.from_numpy(shard_indices(boundaries, cp_size=plan.cp, cp_rank=ranks.cp_rank))
+    index = torch.from_numpy(shard_indices(boundaries, cp=plan.cp, cp_rank=ranks.cp_rank))
     ours = _ours(
         [x[index].to(ranks.device) for x in whole],
         _packed(boundaries, units[index], spec, rope_length=length, device=ranks.device),
@@ -126,7 +126,7 @@ def _ours(
 ) -> list[Tensor]:
     """Output [l, h, d], dq, dk, dv of the module that training would use."""
     query, key, value = (x.requires_grad_() for x in local[:3])
-    attention = choose_kernels(config.parallel, dtype=config.runtime.dtype).language_attention(
+    attention = choose_modules(config.parallel, dtype=config.runtime.dtype).language_attention(
         config=language_config(config, arch, plan),
         layer_number=1,
         attn_mask_type=AttnMaskType.padding_causal,

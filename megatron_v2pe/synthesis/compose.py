@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples import SampleSettings
+from megatron_v2pe.data.samples.sample_maker import SampleSettings
 from megatron_v2pe.synthesis import longvqa
 from megatron_v2pe.synthesis.corpus import Corpus
 from megatron_v2pe.synthesis.counter import TokenCounter

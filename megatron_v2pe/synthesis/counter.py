@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_v2pe.data.encode import encode_conversation
-from megatron_v2pe.data.samples import SampleSettings
-from megatron_v2pe.data.templates import Turn
-from megatron_v2pe.data.tiling import choose_grid
+from megatron_v2pe.data.media.tiling import choose_grid
+from megatron_v2pe.data.samples.encode import encode_conversation
+from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.synthesis.pictures import Picture
 
 _BEFORE = "word."

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.synthesis.counter import TokenCounter
 from megatron_v2pe.synthesis.filler import exact_text
 from megatron_v2pe.synthesis.haystack import Sentence, TextStream

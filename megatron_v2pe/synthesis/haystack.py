@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.data.tokenizer import Tokenizer
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.text.tokenizer import Tokenizer
 from megatron_v2pe.synthesis.corpus import Corpus
 from megatron_v2pe.synthesis.counter import TokenCounter
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.data.tiling import TilingRule, candidate_grids
+from megatron_v2pe.data.media.tiling import TilingRule, candidate_grids
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.synthesis.counter import TokenCounter
 from megatron_v2pe.synthesis.document import TooShort, Unit
 from megatron_v2pe.synthesis.pictures import ImageStore, Picture, PoolImage, open_rgb

@@ -21,7 +21,7 @@ from PIL import Image
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import sync_folder
 from megatron_v2pe.core.processes import end_with_parent, worker_context
-from megatron_v2pe.data.images import check_image
+from megatron_v2pe.data.media.images import check_image
 from megatron_v2pe.synthesis.split import digest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

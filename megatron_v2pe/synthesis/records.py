@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
 from megatron_v2pe.synthesis.pictures import Picture
 
 # Decoys and absent needles are no tasks of MM-NIAH; under names of their own they leave its six scores comparable.

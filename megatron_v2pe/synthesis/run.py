@@ -22,7 +22,7 @@ from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.data.samples import SampleSettings, sample_settings
+from megatron_v2pe.data.samples.sample_maker import SampleSettings, sample_settings
 from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Materials
 from megatron_v2pe.synthesis.kinds import plan
 from megatron_v2pe.synthesis.parts import join_parts, parts_of

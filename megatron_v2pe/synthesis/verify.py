@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.data.encode import encode_record
-from megatron_v2pe.data.images import check_image
-from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER, parse_line
-from megatron_v2pe.data.samples import SampleSettings, image_refs
-from megatron_v2pe.data.tiling import TilingRule
+from megatron_v2pe.data.media.images import check_image
+from megatron_v2pe.data.media.tiling import TilingRule
+from megatron_v2pe.data.samples.encode import encode_record
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, parse_line
+from megatron_v2pe.data.samples.sample_maker import SampleSettings, image_refs
+from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.synthesis.kinds import SampleSpec
 from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS
 from megatron_v2pe.v2pe.layout import SampleLayout

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import read_jsonl
-from megatron_v2pe.data.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.data.storage import resolve_path
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.synthesis.pictures import PoolImage
 
 

@@ -14,14 +14,14 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.checkpoint.adapter_record import describe_adapters
-from megatron_v2pe.checkpoint.adapters import draw_adapters
-from megatron_v2pe.checkpoint.dist_io import load_model_weights, on_first_rank
-from megatron_v2pe.checkpoint.folder import hf_path
-from megatron_v2pe.checkpoint.hf_load import load_hf_weights
+from megatron_v2pe.checkpoint.adapters.weights import draw_adapters
+from megatron_v2pe.checkpoint.convert.hf_load import load_hf_weights
+from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
+from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.state.dist_io import load_model_weights, on_first_rank
 from megatron_v2pe.checkpoint.train_state import load_checkpoint
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
@@ -30,29 +30,29 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
-from megatron_v2pe.data.images import NORMALIZATION
 from megatron_v2pe.data.loader import TrainLoader, explained_worker_deaths
+from megatron_v2pe.data.media.images import NORMALIZATION
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
-from megatron_v2pe.train.bad_steps import BadSteps
-from megatron_v2pe.train.before import initial_state, model_folder, run_to_continue
-from megatron_v2pe.train.damaged import DamagedSamples
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
-from megatron_v2pe.train.interruption import Interruption
-from megatron_v2pe.train.kept_config import keep_config
-from megatron_v2pe.train.loss_guard import LossGuard
-from megatron_v2pe.train.metrics import MetricsLog
-from megatron_v2pe.train.profiling import StepProfiler
-from megatron_v2pe.train.rank_monitor import RankMonitor
-from megatron_v2pe.train.run_lock import locked
+from megatron_v2pe.train.guards.bad_steps import BadSteps
+from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
+from megatron_v2pe.train.guards.damaged import DamagedSamples
+from megatron_v2pe.train.guards.interruption import Interruption
+from megatron_v2pe.train.guards.loss_guard import LossGuard
+from megatron_v2pe.train.guards.run_lock import locked
+from megatron_v2pe.train.guards.startup_checks import initial_state, model_folder, run_to_continue
+from megatron_v2pe.train.metrics.metrics_log import MetricsLog
+from megatron_v2pe.train.metrics.sinks import check_sinks, open_sinks
+from megatron_v2pe.train.metrics.startup_timer import StartupTimer
+from megatron_v2pe.train.metrics.step_metrics import StepMeter
+from megatron_v2pe.train.monitoring.monitors import Monitors
+from megatron_v2pe.train.monitoring.profiling import StepProfiler
+from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
+from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
 from megatron_v2pe.train.saving import Saver
-from megatron_v2pe.train.sinks import check_sinks, open_sinks
-from megatron_v2pe.train.start_up import StartUp
 from megatron_v2pe.train.step import train_step
-from megatron_v2pe.train.step_metrics import StepMeter
-from megatron_v2pe.train.watchdog import Watchdog, collective_timeout_minutes
-from megatron_v2pe.train.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
-    start_up = StartUp()
-    start_up.done("imports")
+    startup = StartupTimer()
+    startup.done("imports")
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(model_folder(config))
@@ -81,22 +81,22 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
     with locked(run_dir, by_this_rank=launcher().rank == 0), explained_full_disk(run_dir):
         found = run_to_continue(config, run_dir)
-        start_up.done("checks")
+        startup.done("checks")
         timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
         ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
-        start_up.done("process groups")
-        run = Run(config, arch, plan=plan, ranks=ranks, start_up=start_up, peak_tflops=peak_tflops)
+        startup.done("process groups")
+        run = Run(config, arch, plan=plan, ranks=ranks, startup=startup, peak_tflops=peak_tflops)
         with Interruption(run.run_dir, ranks=ranks) as interruption, RankMonitor() as monitor:
             run.start(resume_from)
             with (
                 final_without_progress(run),
                 explained_worker_deaths(),
-                run.watchers(interruption, monitor) as watchers,
+                run.monitors(interruption, monitor) as monitors,
                 run.saver() as saver,
             ):
-                reason = run.steps(interruption, watchers, saver)
+                reason = run.steps(interruption, monitors, saver)
         shutdown()  # not after an error: the others may be anywhere, and the launcher ends them
     return reason
 
@@ -120,7 +120,7 @@ class Run:
         arch: architecture of the checkpoint.
         plan: sizes of the parallel axes.
         ranks: this rank's place in them.
-        start_up: tells how long the way to the first step took; None begins here.
+        startup: tells how long the way to the first step took; None begins here.
         peak_tflops: see `train`.
     """
 
@@ -131,11 +131,11 @@ class Run:
         *,
         plan: ParallelPlan,
         ranks: Ranks,
-        start_up: StartUp | None = None,
+        startup: StartupTimer | None = None,
         peak_tflops: float | None = None,
     ) -> None:
         self.config, self.arch = config, arch
-        self.start_up, self.peak_tflops = start_up or StartUp(), peak_tflops
+        self.startup, self.peak_tflops = startup or StartupTimer(), peak_tflops
         self.plan, self.ranks = plan, ranks
         self.run_dir = Path(config.runtime.run_dir)
         self.hf_folder = (
@@ -148,16 +148,16 @@ class Run:
     def start(self, resume_from: Path | None) -> None:
         """Build the model and bring it, the optimizer and the data to where the run stands."""
         resume_from = self._verified(resume_from)
-        self.start_up.done("checks")
+        self.startup.done("checks")
         chunks = build_model(self.config, self.arch, plan=self.plan, ranks=self.ranks)
-        self.start_up.done("model")
+        self.startup.done("model")
         if resume_from is None or self.adapters is not None:  # whose checkpoints do not hold their base
             self._load_weights(chunks)
-        self.start_up.done("weights")
+        self.startup.done("weights")
         self.trainer = wrap_for_training(chunks, self.config)
-        self.start_up.done("optimizer")
+        self.startup.done("optimizer")
         saved = self._restore(resume_from) if resume_from is not None else None
-        self.start_up.done("checkpoint")
+        self.startup.done("checkpoint")
         self.loader = self._loader(start_step=saved.step if saved else 0)
         self.runner = self._micro_batch_runner()
         attach(self.runner, self.trainer.wrapped)
@@ -179,10 +179,10 @@ class Run:
         if self.ranks.rank == 0:
             for left in remove_incomplete(self.run_dir):
                 logger.info("deleted %s, left by an interrupted save", left)
-            keep_config(self.run_dir, self.config, is_resumed=saved is not None)
+            write_config_snapshot(self.run_dir, self.config, is_resumed=saved is not None)
             line = {"step": self.state.step, "world_size": self.ranks.world_size, "time": time.time()}
             append_json(self.run_dir / "starts.jsonl", line)
-        self.start_up.done("data")
+        self.startup.done("data")
 
     def _verified(self, resume_from: Path | None) -> Path | None:
         """Look at every byte that will be loaded where `checkpoint.verify` asks for it; the place to resume from."""
@@ -210,7 +210,7 @@ class Run:
             self.arch,
             self.hf_folder,
             dp_rank=self.ranks.dp_rank,
-            dp_size=self.plan.dp,
+            dp=self.plan.dp,
             tile_rank=self.ranks.tile_rank,
             tile_ranks=self.plan.tile_ranks,
             holds_vision=self.ranks.is_first_stage,
@@ -248,7 +248,7 @@ class Run:
         runtime, losses = self.config.runtime, self.state.recent_losses
         return LossGuard(max_ratio=runtime.max_loss_ratio, window=runtime.loss_window, losses=losses)
 
-    def watchers(self, interruption: Interruption, monitor: RankMonitor) -> Watchers:
+    def monitors(self, interruption: Interruption, monitor: RankMonitor) -> Monitors:
         """What looks at the steps that follow from outside."""
         watchdog = Watchdog(
             self.run_dir,
@@ -265,7 +265,7 @@ class Run:
             last_step=self.config.optim.steps,
             is_asked=lambda: interruption.is_profile_agreed,
         )
-        return Watchers(profiler, watchdog, told=monitor)  # the watchdog watches the writing of traces, too
+        return Monitors(profiler, watchdog, told=monitor)  # the watchdog watches the writing of traces, too
 
     def saver(self) -> Saver:
         """Saves the steps that follow."""
@@ -277,7 +277,7 @@ class Run:
             adapters=self.adapters,
         )
 
-    def steps(self, interruption: Interruption, watchers: Watchers, saver: Saver) -> str:
+    def steps(self, interruption: Interruption, monitors: Monitors, saver: Saver) -> str:
         """Train from the current step to the last, or to an interruption, whose reason is returned."""
         runtime = self.config.runtime
         sinks = open_sinks(runtime, self.run_dir, rank=self.ranks.rank, first_step=self.state.step + 1)
@@ -291,7 +291,7 @@ class Run:
                 batches = self.damaged.settle(loaded, step=self.state.step + 1)
                 limit = guard.limit
                 report = train_step(self.trainer, self.runner, batches, ranks=self.ranks, loss_limit=limit)
-            self.start_up.after_step(self.run_dir, rank=self.ranks.rank, step_seconds=report.seconds)
+            self.startup.after_step(self.run_dir, rank=self.ranks.rank, step_seconds=report.seconds)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
@@ -306,7 +306,7 @@ class Run:
             bad_steps.settle(report, batches, step=self.state.step)
             reason = interruption.agreed() if self.state.step < self.config.optim.steps else ""
             saver.after_step(self.state, is_interrupted=bool(reason), is_applied=report.is_applied)
-            watchers.beat(self.state.step + 1)
+            monitors.beat(self.state.step + 1)
             if reason:
                 interruption.record(reason, step=self.state.step)
                 break

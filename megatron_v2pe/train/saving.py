@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_v2pe.assembly.optimizer import Trainer, make_moments
-from megatron_v2pe.checkpoint.adapter_record import AdapterRecord
-from megatron_v2pe.checkpoint.host_memory import HostCopy, shortage
+from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state_save import KnownPlan
+from megatron_v2pe.checkpoint.state.host_memory import HostCopy, shortage
+from megatron_v2pe.checkpoint.state.save import KnownPlan
 from megatron_v2pe.checkpoint.train_state import CheckpointSave
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError

@@ -144,6 +144,6 @@ def test_the_architecture_pages_example_is_right():
     assert pack.cu_seqlens.tolist() == [0, 32, 44]
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for rank in range(2):
-        ranges = shard_ranges(pack.cu_seqlens, cp_size=2, cp_rank=rank).tolist()
+        ranges = shard_ranges(pack.cu_seqlens, cp=2, cp_rank=rank).tolist()
         written = re.search(rf"rank {rank}: (.*)", page).group(1)
         assert [[int(n) for n in pair] for pair in re.findall(r"\[(\d+), (\d+)\)", written)] == ranges

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.retention import complete_steps, step_path
 from tests.support import tiny
 from tests.support.spawn import run_ranks

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.parallel.comm_clock import CommClock
-from megatron_v2pe.train.stragglers import find_straggler
+from megatron_v2pe.train.metrics.stragglers import find_straggler
 from tests.support import tiny
 from tests.support.injected import NAP_SECONDS
 from tests.support.spawn import run_ranks

@@ -60,7 +60,7 @@ def shard_errors(rank, world_size, comm, lengths, heads, key_heads, dtype, whole
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     cut = boundaries((sum(lengths),) if whole_row else lengths)
-    index = torch.from_numpy(shard_indices(cut, cp_size=world_size, cp_rank=rank))
+    index = torch.from_numpy(shard_indices(cut, cp=world_size, cp_rank=rank))
     local = [x[index] for x in inputs(lengths, heads, key_heads, dtype)]
     query, key, value = (x.requires_grad_() for x in local[:3])
     out = context_attention(comm)(

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint import import_plan, range_reader
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hf_io import HFWeights
+from megatron_v2pe.checkpoint.convert import import_plan
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files import range_reader
+from megatron_v2pe.checkpoint.hf.io import HFWeights
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, folder_bytes, golden_copy, random_folder
 from tests.support.spawn import run_ranks
@@ -74,14 +75,14 @@ def test_an_error_on_one_rank_ends_all_and_leaves_nothing(tmp_path):
 def resave(rank, world_size, checkpoint, target, sizes):
     """Load a checkpoint into a model of this layout and save the model's own state as a checkpoint."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.dist_io import (
+    from megatron_v2pe.checkpoint.convert.hf_load import copy_hf_folder
+    from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, state_path, write_info
+    from megatron_v2pe.checkpoint.state.dist_io import (
         load_model_weights,
         model_sharded_state_dict,
         on_first_rank,
     )
-    from megatron_v2pe.checkpoint.folder import CheckpointInfo, hf_path, state_path, write_info
-    from megatron_v2pe.checkpoint.hf_load import copy_hf_folder
-    from megatron_v2pe.checkpoint.state_save import save_state
+    from megatron_v2pe.checkpoint.state.save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown

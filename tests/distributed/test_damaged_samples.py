@@ -23,7 +23,7 @@ def settled(rank, world_size, folder, sizes, share):
     from megatron_v2pe.core.errors import DataError
     from megatron_v2pe.data import pack_reader
     from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed, shutdown
-    from megatron_v2pe.train.damaged import DamagedSamples
+    from megatron_v2pe.train.guards.damaged import DamagedSamples
 
     plan = ParallelPlan(**sizes)
     ranks = init_distributed(plan, seed=0, timeout_minutes=1)

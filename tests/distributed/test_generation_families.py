@@ -11,15 +11,15 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.hf_io import HFWeights
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.hf.io import HFWeights
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.evaluation.numerics.reference_model import ReferenceModel, positions_of
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.v2pe.layout import SampleLayout
+from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
 from tests.support.spawn import run_ranks
 
 CKPT = Path(__file__).parents[1] / "golden" / "ckpt"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.evaluation.golden.ranks import run_on_local_ranks
-from megatron_v2pe.evaluation.golden.runner import select_groups
+from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
+from megatron_v2pe.verification.golden.runner import select_groups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.folder import hf_path
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.checkpoint.retention import step_path
 from megatron_v2pe.cli.main import main
 from tests.support import tiny
@@ -24,8 +24,8 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
         every rank.
     """
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.dist_io import load_model_weights
-    from megatron_v2pe.checkpoint.hf_load import load_hf_weights
+    from megatron_v2pe.checkpoint.convert.hf_load import load_hf_weights
+    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown

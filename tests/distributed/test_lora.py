@@ -164,7 +164,7 @@ FIRST_VALUES = {
 def draw(rank, world_size, sizes):
     """Adapters that a rank starts from, as pieces; the tower has five heads, which two ranks pad to six."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.adapters import draw_adapters
+    from megatron_v2pe.checkpoint.adapters.weights import draw_adapters
 
     arch = INTERNLM2.arch
     arch = dataclasses.replace(arch, vision=dataclasses.replace(arch.vision, hidden_size=40, num_heads=5))

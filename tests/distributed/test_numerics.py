@@ -7,10 +7,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.checkpoint.convert.convert import import_hf
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.evaluation.numerics.compare import compare_numerics
 from megatron_v2pe.parallel.topology import shutdown
+from megatron_v2pe.verification.numerics.compare import compare_numerics
 from tests.support.hf_folders import random_folder
 from tests.support.spawn import run_ranks
 

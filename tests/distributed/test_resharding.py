@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.dist_io import StateReader
-from megatron_v2pe.checkpoint.folder import read_info, state_path
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.files.folder import read_info, state_path
 from megatron_v2pe.checkpoint.retention import step_path
+from megatron_v2pe.checkpoint.state.dist_io import StateReader
 from tests.support import tiny
 from tests.support.hf_folders import edit_config, edit_weights, golden_copy
 from tests.support.spawn import run_ranks
@@ -33,7 +33,7 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
     """Resume at a layout, save what was loaded to `run_dir/again`, train a step. World of one: rank 0 alone."""
     import torch.distributed as dist
 
-    from megatron_v2pe.checkpoint.folder import hf_path
+    from megatron_v2pe.checkpoint.files.folder import hf_path
     from megatron_v2pe.checkpoint.resume import resume_point
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.load import load_run_config

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import CheckpointInfo, write_info
+from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, write_info
 from megatron_v2pe.checkpoint.retention import step_path
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.spawn import run_ranks

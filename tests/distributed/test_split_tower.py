@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.evaluation.golden.ranks import run_on_local_ranks
-from megatron_v2pe.evaluation.golden.runner import select_groups
+from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
+from megatron_v2pe.verification.golden.runner import select_groups
 from tests.support import tiny
 from tests.support.hf_folders import random_folder
 

@@ -10,12 +10,12 @@ import json
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.dist_io import StateReader
-from megatron_v2pe.checkpoint.folder import read_info, state_path
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files.folder import read_info, state_path
 from megatron_v2pe.checkpoint.retention import complete_steps, newest_checkpoint, step_path
-from megatron_v2pe.checkpoint.verify import verify
+from megatron_v2pe.checkpoint.state.dist_io import StateReader
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import folder_bytes, random_folder
 from tests.support.spawn import run_ranks
 
@@ -28,9 +28,9 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
     """Resume from `run_dir`, or start from `checkpoint`; update up to step `steps[-1]`, save at each of `steps`."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.assembly.optimizer import wrap_for_training
-    from megatron_v2pe.checkpoint.dist_io import load_model_weights
-    from megatron_v2pe.checkpoint.folder import hf_path
+    from megatron_v2pe.checkpoint.files.folder import hf_path
     from megatron_v2pe.checkpoint.run_state import RunState
+    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
     from megatron_v2pe.checkpoint.train_state import load_checkpoint, save_checkpoint
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import OptimConfig, ParallelConfig, RunConfig, RuntimeConfig
@@ -212,13 +212,13 @@ def test_a_training_checkpoint_carries_its_positions_and_exports(source, referen
 def load_weights_only(rank, world_size, checkpoint, sizes):
     """Load at this layout, save again without an update; returns the rows of the local embedding."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.dist_io import (
+    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.checkpoint.state.dist_io import (
         load_model_weights,
         model_sharded_state_dict,
         on_first_rank,
     )
-    from megatron_v2pe.checkpoint.folder import hf_path
-    from megatron_v2pe.checkpoint.state_save import save_state
+    from megatron_v2pe.checkpoint.state.save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
@@ -257,8 +257,8 @@ def test_imported_weights_come_back_from_a_layout_with_padded_vocabulary(source,
 def load_expecting_refusal(rank, world_size, mine, other):
     """Load `other` into a model built for `mine`; returns the message."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.dist_io import load_model_weights
-    from megatron_v2pe.checkpoint.folder import hf_path
+    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
@@ -287,7 +287,7 @@ def test_another_model_is_refused_on_all_stages_though_one_alone_sees_it(importe
 
 
 def save_with_full_disk(rank, world_size, checkpoint, run_dir):
-    from megatron_v2pe.checkpoint import folder
+    from megatron_v2pe.checkpoint.files import folder
 
     usage = folder.shutil.disk_usage(run_dir)
     folder.shutil.disk_usage = lambda path: usage._replace(free=10)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.retention import complete_steps, step_path
 from tests.support import tiny
 
@@ -20,7 +20,8 @@ SAVES = [f"optim.steps={STEPS}", "checkpoint.save_every=3", "checkpoint.keep=9"]
 
 ALTERED = """
 import errno, os, signal, sys, threading, time
-from megatron_v2pe.checkpoint import block_stream, host_memory
+from megatron_v2pe.checkpoint.files import block_stream
+from megatron_v2pe.checkpoint.state import host_memory
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.train import loop
 

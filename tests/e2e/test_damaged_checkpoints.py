@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.retention import complete_steps, step_path
 from tests.support import tiny
 from tests.support.warm import run_verb
@@ -82,7 +82,8 @@ def test_a_damaged_newest_stops_the_run_which_goes_on_from_the_one_before_when_t
 
 KILLED = """
 import os, signal, sys
-from megatron_v2pe.checkpoint import folder, train_state
+from megatron_v2pe.checkpoint import train_state
+from megatron_v2pe.checkpoint.files import folder
 from megatron_v2pe.cli.main import main
 
 def die(*args, **kwargs):

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hf_io import HFWeights
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.hf.io import HFWeights
 from tests.support import tiny
 from tests.support.hf_folders import edit_config, edit_weights, golden_copy
 

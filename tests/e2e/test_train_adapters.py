@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.adapter_record import RECORD_FILE
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.folder import hf_path, state_path
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.files.adapter_record import RECORD_FILE
+from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.retention import step_path
-from megatron_v2pe.checkpoint.state_reader import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.data.images import NORMALIZATION
-from megatron_v2pe.data.records import Turn
-from megatron_v2pe.data.samples import sample_settings
+from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.samples.records import Turn
+from megatron_v2pe.data.samples.sample_maker import sample_settings
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
 from megatron_v2pe.parallel.topology import shutdown

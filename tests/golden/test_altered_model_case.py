@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_v2pe.evaluation.golden.runner import run_groups, select_groups
+from megatron_v2pe.verification.golden.runner import run_groups, select_groups
 
 FOLDER = Path(__file__).parent
 KEY = "a_internlm2_vit300m"

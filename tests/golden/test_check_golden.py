@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.golden.rows import exit_code
-from megatron_v2pe.evaluation.golden.runner import GROUPS, run_groups, select_groups
+from megatron_v2pe.verification.golden.rows import exit_code
+from megatron_v2pe.verification.golden.runner import GROUPS, run_groups, select_groups
 
 FOLDER = Path(__file__).parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_v2pe.evaluation.golden.runner import run_groups, select_groups
+from megatron_v2pe.verification.golden.runner import run_groups, select_groups
 
 FOLDER = Path(__file__).parent
 

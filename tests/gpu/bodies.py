@@ -58,7 +58,7 @@ def native_errors(rank, world_size, ranks, comm, lengths, heads, key_heads, dtyp
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    index = torch.from_numpy(shard_indices(boundaries, cp_size=world_size, cp_rank=rank))
+    index = torch.from_numpy(shard_indices(boundaries, cp=world_size, cp_rank=rank))
     local = [x[index].to(ranks.device) for x in inputs(lengths, heads, key_heads, dtype)]
     leaves = [x.requires_grad_() for x in local[:3]]
     out = context_attention(comm)(

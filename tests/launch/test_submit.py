@@ -3,6 +3,7 @@
 The expected scripts lie in golden/; after a wanted change write them anew: python -m tests.launch.test_submit
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,12 @@ RECIPES = {
     "internvl2_8b_256k": (H100, 4),
     "internvl2_26b_256k": (H100, 8),
     "internvl2_76b_256k": (H100, 32),
+}
+# Without SLURM, on GPUs of one machine: recipe -> GPUs, GB of one.
+LOCAL_RECIPES = {
+    "internvl2_2b_lora_24gb": (1, 24),
+    "internvl2_2b_frozen_tower_80gb": (1, 80),
+    "internvl2_8b_full_8x80gb": (8, 80),
 }
 RUN_32K = ["train", "launch/recipes/internvl2_2b_32k.yaml"]
 CASES = {
@@ -61,7 +68,7 @@ CASES = {
 def rendered(arguments):
     """The script as --dry-run prints it, without this clone's place."""
     done = subprocess.run(
-        [sys.executable, "launch/submit.py", arguments[0], "--dry-run", *arguments[1:]],
+        [sys.executable, "launch/submit.py", arguments[0], "--dry-run", "--force", *arguments[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -85,7 +92,24 @@ def test_scripts_are_valid_shell(path):
 
 def test_every_recipe_is_tested():
     found = {path.stem for path in (ROOT / "launch" / "recipes").iterdir()}
-    assert found == set(RECIPES) | {"evaluate_2b_1m"}
+    assert found == set(RECIPES) | set(LOCAL_RECIPES) | {"evaluate_2b_1m"}
+
+
+@pytest.mark.parametrize("name", LOCAL_RECIPES)
+def test_recipes_for_one_machine_fit_their_gpus(name):
+    gpus, memory = LOCAL_RECIPES[name]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_v2pe",
+        "plan",
+        f"launch/recipes/{name}.yaml",
+        "--gpus",
+        str(gpus),
+    ]
+    command += ["--gpu-memory", str(memory), "--arch", name.split("_")[1].upper()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -225,6 +249,13 @@ def test_a_run_that_cannot_be_planned_is_refused_without_force(sbatch, capsys):
     assert "submitting although plan says" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_what_submitting_refuses(sbatch, capsys):
+    assert submit.main([H100, "--dry-run", "train", *big_run(sbatch)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/usr/bin/env bash")
+    assert "plan refuses the run on 8 GPUs" in shown.err
+
+
 def test_a_run_file_of_the_callers_folder_is_planned(sbatch, tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "launch" / "recipes" / "internvl2_2b_32k.yaml", tmp_path / "mine.yaml")
     monkeypatch.chdir(tmp_path)
@@ -240,6 +271,63 @@ def test_a_run_folder_that_cannot_be_written(sbatch, tmp_path, capsys):
     assert (
         "/file/run: cannot be written (Not a directory); choose another run folder" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "mount",
+    ["$(touch pwned)", "`touch pwned`", 'a"; touch pwned; "', "a,b", "a\nb", "a\\b", "${x:-$(id)}", "$"],
+)
+def test_a_mount_that_a_shell_would_run_is_refused(tmp_path, mount):
+    container = {"runtime": "pyxis", "image": "i.sqsh", "mounts": [mount]}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"partition": "p", "container": container}))
+    with pytest.raises(LaunchError, match=r"container\.mounts"):
+        read_cluster(path)
+
+
+def test_mounts_may_name_variables_and_two_places(tmp_path):
+    mounts = ["/data", "/scratch/$USER:/scratch", "${HOME}/models:/models", "/a b"]
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        json.dumps({"partition": "p", "container": {"runtime": "pyxis", "image": "i", "mounts": mounts}})
+    )
+    assert read_cluster(path).container.mounts == tuple(mounts)
+
+
+LEAVES_ITS_LINE = "a\ntouch pwned\n#"
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "qos"])
+def test_a_cluster_file_cannot_add_lines_to_the_script(tmp_path, key):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"partition": "p", key: LEAVES_ITS_LINE}))
+    with pytest.raises(LaunchError, match=f"{key} is .* one line"):
+        read_cluster(path)
+    path.write_text(json.dumps({"partition": "p", "sbatch": [LEAVES_ITS_LINE]}))
+    with pytest.raises(LaunchError, match=r"sbatch is .* one line"):
+        read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--name", LEAVES_ITS_LINE, *RUN_32K], "job's name"),
+        (["--array", LEAVES_ITS_LINE, *RUN_32K], "--array"),
+        ([*RUN_32K, f"runtime.run_dir={LEAVES_ITS_LINE}"], "job's name|run folder"),
+        (["--name", "n", *RUN_32K, f"runtime.run_dir={LEAVES_ITS_LINE}"], "the run folder"),
+        (["evaluate", "ckpt", "--out", LEAVES_ITS_LINE], "job's name|run folder"),
+    ],
+)
+def test_a_command_line_cannot_add_lines_to_the_script(arguments, named, capsys):
+    assert submit.main([CPU, "--dry-run", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(named, shown.err)
+
+
+def test_the_script_in_the_run_folder_is_for_its_owner_only(tmp_path, sbatch):
+    submit.submit("#!/bin/sh\n", str(tmp_path / "run"))
+    assert stat.S_IMODE((tmp_path / "run" / "job.sbatch").stat().st_mode) == 0o600
 
 
 if __name__ == "__main__":

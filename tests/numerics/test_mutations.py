@@ -88,8 +88,8 @@ def positions_of_another_rank():
 
     right = shard_batch.shard_ranges
 
-    def ranges(cu_seqlens, *, cp_size, cp_rank):
-        return right(cu_seqlens, cp_size=cp_size, cp_rank=(cp_rank + 1) % cp_size)
+    def ranges(cu_seqlens, *, cp, cp_rank):
+        return right(cu_seqlens, cp=cp, cp_rank=(cp_rank + 1) % cp)
 
     with mock.patch.object(shard_batch, "shard_ranges", ranges):
         yield

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_v2pe.data.index import locked
+from megatron_v2pe.data.index.annotation_index import locked
 from megatron_v2pe.parallel.feature_router import owned_rows
 from megatron_v2pe.parallel.topology import resolve
 from tests.numerics.layouts import EIGHT_RANKS, GROUPS

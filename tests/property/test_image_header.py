@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data import images
-from megatron_v2pe.data.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
-from megatron_v2pe.data.images import check_image
+from megatron_v2pe.data.media import images
+from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
+from megatron_v2pe.data.media.images import check_image
 
 LIMIT = 10**6
 

@@ -7,8 +7,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.data import byte_level
-from megatron_v2pe.data.byte_level import ByteLevelVocabulary, read_qwen2
+from megatron_v2pe.data.text import byte_level
+from megatron_v2pe.data.text.byte_level import ByteLevelVocabulary, read_qwen2
 from tests.support.tokenizers import FOLDERS
 
 QWEN2 = read_qwen2(FOLDERS["qwen2"])

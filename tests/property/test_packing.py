@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.data.packing import best_fit_packs, pack_fill
-from megatron_v2pe.data.release_packing import GreedySample, ReleaseGreedyPacker
+from megatron_v2pe.data.plan.packing import best_fit_packs, pack_fill
+from megatron_v2pe.data.plan.release_packing import GreedySample, ReleaseGreedyPacker
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 12)), max_size=60)
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_v2pe.config.batch_schedule import constant_batches, ramped_batches
 from megatron_v2pe.config.schema import DataConfig
-from megatron_v2pe.data.balance import deal_packs, imbalance, order_for_steps, whole_steps
-from megatron_v2pe.data.cost import PackCost
-from megatron_v2pe.data.plan import MixturePlan
-from tests.unit.data.test_plan import index
+from megatron_v2pe.data.plan.balance import deal_packs, imbalance, order_for_steps, whole_steps
+from megatron_v2pe.data.plan.epoch_plan import MixturePlan
+from megatron_v2pe.data.samples.cost import PackCost
+from tests.unit.data.plan.test_epoch_plan import index
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 10)), min_size=1, max_size=50)
 REPEATS = st.sampled_from([0.333, 0.5, 1.0, 1.25, 2.0, 3.7])
@@ -111,10 +111,10 @@ def test_a_resumed_run_goes_on_at_any_number_of_ranks(mixture, start, data):
     assert first.fingerprint == second.fingerprint
     for step in range(start):
         for rank in range(before):
-            first.packs_of_rank(step, dp_rank=rank, dp_size=before)
+            first.packs_of_rank(step, dp_rank=rank, dp=before)
     for step in range(start, start + 3):
         continued = first.packs_of_step(step)
-        dealt = [second.packs_of_rank(step, dp_rank=rank, dp_size=after) for rank in range(after)]
+        dealt = [second.packs_of_rank(step, dp_rank=rank, dp=after) for rank in range(after)]
         assert {len(packs) for packs in dealt} == {batches.size(step) // after}
         assert sorted(map(repr, continued)) == sorted(repr(pack) for packs in dealt for pack in packs)
 

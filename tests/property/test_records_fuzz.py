@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.frames import FrameDraw, VideoSource
-from megatron_v2pe.data.images import check_image
-from megatron_v2pe.data.records import Record, parse_line, with_frames
-from megatron_v2pe.data.storage import resolve_path
-from megatron_v2pe.data.video import probe_video, read_frames
+from megatron_v2pe.data.media.frames import FrameDraw, VideoSource
+from megatron_v2pe.data.media.images import check_image
+from megatron_v2pe.data.media.video import probe_video, read_frames
+from megatron_v2pe.data.samples.records import Record, parse_line, with_frames
+from megatron_v2pe.data.sources.storage import resolve_path
 from tests.support.mixture import entry, write_image
 from tests.support.videos import write_video
 

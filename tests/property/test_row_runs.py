@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.checkpoint.hf_map import Entry
-from megatron_v2pe.checkpoint.row_runs import Run, in_blocks, rows_of_hf, rows_of_ours
-from megatron_v2pe.checkpoint.transforms import GroupHeads, Same, StackRows
+from megatron_v2pe.checkpoint.hf.map import Entry
+from megatron_v2pe.checkpoint.hf.row_runs import Run, in_blocks, rows_of_hf, rows_of_ours
+from megatron_v2pe.checkpoint.hf.transforms import GroupHeads, Same, StackRows
 
 SIZES = st.integers(1, 5)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
-from megatron_v2pe.data.encode import TextSettings, encode_conversation
-from megatron_v2pe.data.templates import Turn, render
+from megatron_v2pe.data.samples.encode import TextSettings, encode_conversation
+from megatron_v2pe.data.text.templates import Turn, render
 from tests.support.tokenizers import TEMPLATES, TOKENIZERS
 
 FAMILIES = pytest.mark.parametrize("family", TOKENIZERS)

@@ -3,7 +3,7 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.data.tiling import TilingRule, candidate_grids, choose_grid
+from megatron_v2pe.data.media.tiling import TilingRule, candidate_grids, choose_grid
 
 SIDES = st.integers(1, 3000) | st.integers(1, 10).map(lambda times: 448 * times) | st.integers(1, 10**7)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.checkpoint.transforms import GroupHeads, Same, StackRows, VocabularyRows
+from megatron_v2pe.checkpoint.hf.transforms import GroupHeads, Same, StackRows, VocabularyRows
 
 SIZES = st.integers(1, 6)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

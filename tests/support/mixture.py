@@ -10,8 +10,8 @@ from PIL import Image
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.samples import sample_settings
+from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.sources.meta import DatasetEntry
 
 HF_FOLDER = Path(__file__).parents[1] / "golden" / "ckpt" / "a_internlm2_vit300m"
 IMAGE_SIZE = 112  # of that checkpoint; 16 visual tokens per tile
@@ -87,7 +87,7 @@ class Mixture:
             read_architecture(HF_FOLDER),
             HF_FOLDER,
             dp_rank=dp[0],
-            dp_size=dp[1],
+            dp=dp[1],
             tile_rank=tile[0],
             tile_ranks=tile[1],
             holds_vision=holds_vision,

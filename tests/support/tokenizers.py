@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_v2pe.data.templates import get_template
-from megatron_v2pe.data.tokenizer import load_tokenizer
+from megatron_v2pe.data.text.templates import get_template
+from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden" / "ckpt"
 FOLDERS = {

@@ -4,7 +4,7 @@ The mixture has a third each of samples with 0 to 1, 2 to 6 and 8 to 24 images, 
 the tokenizer is the golden checkpoint's. It is measured twice: with 400 JPEG files that many records show, and with
 every image met for the first time, where each record costs 7 openings of files. Processor time of the measuring loop
 depends less than wall time on who else uses the machine, but busy cores share their caches: on two cores with a load of
-10 it has been seen 1.5 times as long. The kernel's part is told, because no program can do without it.
+10 it has been seen 1.5 times as long. The kernel's part is printed, because no program can do without it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MEASURE = """
 import os, sys, time
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.load import load_run_config
-from megatron_v2pe.data.index import index_dataset
-from megatron_v2pe.data.meta import read_meta
-from megatron_v2pe.data.samples import sample_settings
+from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.sources.meta import read_meta
+from megatron_v2pe.data.samples.sample_maker import sample_settings
 folder, hf = sys.argv[1:]
 config = load_run_config(None, ["data.max_sample_tokens=32768", "data.max_pack_tokens=32768"])
 settings = sample_settings(config, read_architecture(hf), hf)

@@ -26,9 +26,9 @@ from PIL import Image
 
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
-from megatron_v2pe.data import pixels
-from megatron_v2pe.data.images import ImageRef
 from megatron_v2pe.data.loader import TrainLoader
+from megatron_v2pe.data.media import pixels
+from megatron_v2pe.data.media.images import ImageRef
 
 HF_FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
 TARGET_RATIO, TARGET_SPEED = 1.10, 1.80
@@ -105,7 +105,7 @@ def open_loader(
         arch,
         HF_FOLDER,
         dp_rank=0,
-        dp_size=1,
+        dp=1,
         tile_rank=tile[0],
         tile_ranks=tile[1],
         holds_vision=True,

@@ -10,11 +10,11 @@ from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.batch_schedule import constant_batches
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import DataConfig
-from megatron_v2pe.data.cost import pack_cost
-from megatron_v2pe.data.index import DatasetIndex
-from megatron_v2pe.data.meta import DatasetEntry
-from megatron_v2pe.data.plan import MixturePlan
-from megatron_v2pe.data.plan_store import EpochPlan
+from megatron_v2pe.data.index.annotation_index import DatasetIndex
+from megatron_v2pe.data.plan.epoch_plan import MixturePlan
+from megatron_v2pe.data.plan.store import EpochPlan
+from megatron_v2pe.data.samples.cost import pack_cost
+from megatron_v2pe.data.sources.meta import DatasetEntry
 
 TOKENS_PER_TILE = 256
 SHORT, LONG, NEEDLE = (1024, 16384), (1024, 32768), (16384, 32768)

@@ -3,8 +3,8 @@
 Lengths are drawn for the 45 data sets of the release's mixture, whose names, sizes and repeats are published but whose
 lengths are not: sets of Long-MR are named 16_32 and uniform in 16K..32K tokens, Long-VQA sets log-uniform in 1K..32K,
 MileBench sets log-uniform in 1K..16K; 40 to 90 % of a sample's tokens are visual. Ranks are compared by the cost that
-`data.balance` uses (`megatron_v2pe/data/cost.py`, for InternVL2-2B). The release's packer gets the same draws in random
-order; its packs are dealt in turn.
+`data.balance` uses (`megatron_v2pe/data/samples/cost.py`, for InternVL2-2B). The release's packer gets the same
+draws in random order; its packs are dealt in turn.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from bench_support.data_mixture import plan_of, random_draws, release_mixture
 from bench_support.verdict import show_load, verdict
 
-from megatron_v2pe.data.packing import pack_fill, release_packs
-from megatron_v2pe.data.plan_store import EpochPlan
+from megatron_v2pe.data.plan.packing import pack_fill, release_packs
+from megatron_v2pe.data.plan.store import EpochPlan
 from megatron_v2pe.data.report import step_imbalances
 
 HELP = (

@@ -1,4 +1,4 @@
-"""How long training stands still for checkpoints, and what a write beside it costs; for bench_run.py.
+"""How long training waits for checkpoints, and what a write beside it costs; for bench_run.py.
 
     rounds of:  10 steps without a save | 10 and a save that training waits for | 10 and a save in the background
 
@@ -20,7 +20,7 @@ from typing import Any
 from bench_support.step import Sizes, Step
 
 from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
-from megatron_v2pe.checkpoint.folder import write_layout
+from megatron_v2pe.checkpoint.files.folder import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.train.saving import Saver
@@ -106,7 +106,7 @@ def _saver(training: _Training, work: Path, mode: str) -> Saver:
 
 
 def _block(training: _Training, saver: Saver | None, *, number: int) -> Block:
-    """Ten steps; a save falls due behind the first."""
+    """Ten steps; a save falls due after the first."""
     steps_s, steps_cpu_s, stall_s, stall_cpu_s = 0.0, 0.0, 0.0, 0.0
     for step in range(number * EVERY, (number + 1) * EVERY):
         started, started_cpu = time.perf_counter(), time.thread_time()
@@ -141,7 +141,7 @@ def report(ranks: list[dict[str, Any]]) -> bool:
     cpu = _median(ranks, "none", lambda block: block.steps_cpu_s)
     print(f"{EVERY} steps without a save: {wall:.2f} s, {cpu:.2f} s of processor time (medians of blocks)")
     print(
-        "save         stands still   of 10 steps   processor time   of 10 steps   of one   steps beside it (cpu)"
+        "save            waited      of 10 steps   processor time   of 10 steps   of one   steps beside it (cpu)"
     )
     shares = {}
     for mode in MODES[1:]:

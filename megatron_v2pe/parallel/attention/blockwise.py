@@ -1,9 +1,9 @@
 """Causal attention of documents, block by block as keys of other ranks arrive, forward and backward.
 
     forward     for each arrival: attend to its blocks, merge them by their log-sum-exp
-    backward    for each arrival: the blocks' share of the gradients; dK, dV go home through the same carrier
+    backward    for each arrival: the blocks' share of the gradients; dK, dV go home through the same transport
 
-How keys arrive is a `Carrier`: not at all (one rank), in a ring, or gathered at once. A block's dK, dV are
+How keys arrive is a `KVTransport`: not at all (one rank), in a ring, or gathered at once. A block's dK, dV are
 rounded once to the keys' dtype for the journey and summed in float32 at home, so nothing accumulates error.
 
 Shape legend: l local tokens, h query heads, k key heads, d head dimension.
@@ -23,7 +23,7 @@ from megatron_v2pe.parallel.attention.pieces import Piece, pieces
 Lengths = tuple[int, ...]
 
 
-class Homeward(Protocol):
+class GradReturn(Protocol):
     """Gradients of visitors' keys on their way to the owners, and mine on their way to me."""
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
@@ -33,7 +33,7 @@ class Homeward(Protocol):
         """Wait until what the others computed is added to my gradients [2, l, k, d]."""
 
 
-class Carrier(Protocol):
+class KVTransport(Protocol):
     """How keys come to this rank, and gradients go home.
 
     Attributes:
@@ -44,24 +44,24 @@ class Carrier(Protocol):
     size: int
     rank: int
 
-    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values) of every rank once, my own first."""
 
-    def homeward(self, lengths: Lengths, like: Tensor) -> Homeward:
+    def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """The way back of one backward pass; `like` gives shape, dtype and device of keys."""
 
 
-class Alone:
-    """The carrier of a rank that holds whole documents: nobody visits."""
+class LocalKV:
+    """The transport of a rank that holds whole documents: nobody iter_kv."""
 
     size = 1
     rank = 0
 
-    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My own keys."""
         yield 0, key, value
 
-    def homeward(self, lengths: Lengths, like: Tensor) -> Homeward:
+    def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """Nothing travels."""
         return self
 
@@ -74,7 +74,7 @@ class Alone:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, carrier: Carrier
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, transport: KVTransport
 ) -> Tensor:
     """Causal attention within documents, differentiable.
 
@@ -84,14 +84,14 @@ def attend(
         value: [l, k, d].
         lengths: local tokens of each document; on several ranks each must be even (two chunks).
         scale: factor of the scores.
-        carrier: brings the other ranks' keys.
+        transport: brings the other ranks' keys.
 
     Returns:
         [l, h, d] in the dtype of `query`.
     """
     if sum(lengths) != len(query):
         raise ValueError(f"documents of {sum(lengths)} local tokens, but {len(query)} queries")
-    return _Blockwise.apply(query, key, value, tuple(lengths), scale, carrier)
+    return _Blockwise.apply(query, key, value, tuple(lengths), scale, transport)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -105,30 +105,30 @@ class _Blockwise(torch.autograd.Function):
         value: Tensor,
         lengths: Lengths,
         scale: float,
-        carrier: Carrier,
+        transport: KVTransport,
     ) -> Tensor:
-        merged = _Merged(query, exact=carrier.size > 1)
-        for source, keys, values in carrier.visits(key, value):
-            for piece in pieces(lengths, rank=carrier.rank, source=source, device=query.device):
+        merged = _Merged(query, exact=transport.size > 1)
+        for source, keys, values in transport.iter_kv(key, value):
+            for piece in pieces(lengths, rank=transport.rank, source=source, device=query.device):
                 rows = query[piece.queries], keys[piece.keys], values[piece.keys]
                 kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
                 merged.add(piece, *block_forward(*rows, **kind, scale=scale))
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.lse)
-        ctx.lengths, ctx.scale, ctx.carrier = lengths, scale, carrier
+        ctx.lengths, ctx.scale, ctx.transport = lengths, scale, transport
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        grad, carrier = grads[0].contiguous(), ctx.carrier
+        grad, transport = grads[0].contiguous(), ctx.transport
         working = torch.promote_types(query.dtype, torch.float32)
         dq = torch.empty_like(query, dtype=working)
         d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
-        homeward = carrier.homeward(ctx.lengths, key)
-        for source, keys, values in carrier.visits(key, value):
+        grad_return = transport.grad_return(ctx.lengths, key)
+        for source, keys, values in transport.iter_kv(key, value):
             blocks = []
-            for piece in pieces(ctx.lengths, rank=carrier.rank, source=source, device=query.device):
+            for piece in pieces(ctx.lengths, rank=transport.rank, source=source, device=query.device):
                 rows = piece.queries
                 parts = query[rows], keys[piece.keys], values[piece.keys], out[rows], lse[rows]
                 kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
@@ -139,9 +139,9 @@ class _Blockwise(torch.autograd.Function):
                 else:
                     dq[rows] += dq_block
                     blocks.append(torch.stack(dkv).to(key.dtype))
-            if source != carrier.rank:
-                homeward.send(source, blocks, d_own)
-        homeward.finish(d_own)
+            if source != transport.rank:
+                grad_return.send(source, blocks, d_own)
+        grad_return.finish(d_own)
         return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), None, None, None
 
 

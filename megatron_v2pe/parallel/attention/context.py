@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.parallel.attention.blockwise import Alone, Carrier, attend
+from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, attend
 from megatron_v2pe.parallel.attention.gather import Gather
 from megatron_v2pe.parallel.attention.heads import attend_by_heads
 from megatron_v2pe.parallel.attention.ring import Ring
@@ -49,18 +49,18 @@ class ContextAttention(Protocol):
         """
 
 
-def _carried_by(carrier: Callable[[Any], Carrier]) -> ContextAttention:
+def _transported_by(transport: Callable[[Any], KVTransport]) -> ContextAttention:
     def attention(
         query: Tensor, key: Tensor, value: Tensor, *, lengths: Sequence[int], scale: float, group: Any = None
     ) -> Tensor:
-        chosen = carrier(group) if group is not None and group.size() > 1 else Alone()
-        return attend(query, key, value, lengths=tuple(lengths), scale=scale, carrier=chosen)
+        chosen = transport(group) if group is not None and group.size() > 1 else LocalKV()
+        return attend(query, key, value, lengths=tuple(lengths), scale=scale, transport=chosen)
 
     return attention
 
 
-ring_attention = _carried_by(Ring)
-gather_attention = _carried_by(Gather)
+ring_attention = _transported_by(Ring)
+gather_attention = _transported_by(Gather)
 
 
 def head_attention(
@@ -68,7 +68,7 @@ def head_attention(
 ) -> Tensor:
     """See `ContextAttention`; heads and KV heads must divide by the ranks."""
     if group is None or group.size() == 1:
-        return attend(query, key, value, lengths=tuple(lengths), scale=scale, carrier=Alone())
+        return attend(query, key, value, lengths=tuple(lengths), scale=scale, transport=LocalKV())
     return attend_by_heads(query, key, value, lengths=tuple(lengths), scale=scale, group=group)
 
 

@@ -9,18 +9,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 _PLAIN_FIELDS = tuple(field.name for field in dataclasses.fields(PackedSeqParams))
 
 
-def local_lengths(params: PackedSeqParams, cp_size: int) -> tuple[int, ...]:
+def local_lengths(params: PackedSeqParams, cp: int) -> tuple[int, ...]:
     """Tokens of each document on this rank, on the host.
 
     Read from the device once per micro batch: every layer is given the same object, which keeps the answer.
     """
     known: tuple[int, tuple[int, ...]] | None = params.__dict__.get("_local_lengths")
-    if known is None or known[0] != cp_size:
+    if known is None or known[0] != cp:
         boundaries = params.cu_seqlens_q_padded
         if boundaries is None:
             boundaries = params.cu_seqlens_q
-        lengths = tuple((boundaries.diff() // cp_size).tolist())
-        known = (cp_size, lengths)
+        lengths = tuple((boundaries.diff() // cp).tolist())
+        known = (cp, lengths)
         params.__dict__["_local_lengths"] = known
     return known[1]
 

@@ -27,7 +27,7 @@ from megatron_v2pe.parallel.attention.pieces import num_key_rows, pieces
 
 
 class Gather:
-    """A `Carrier` that brings all keys in one collective.
+    """A `KVTransport` that brings all keys in one collective.
 
     Args:
         group: context parallel ranks, at least two.
@@ -38,7 +38,7 @@ class Gather:
         self.size: int = group.size()
         self.rank: int = group.rank()
 
-    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, while the others' are under way."""
         mine = torch.stack([key, value])
         everyone = mine.new_empty(self.size * 2, *key.shape)
@@ -49,8 +49,8 @@ class Gather:
             source = (self.rank - step) % self.size
             yield source, everyone[2 * source], everyone[2 * source + 1]
 
-    def homeward(self, lengths: Lengths, like: Tensor) -> _GradientsOfGather:
-        """See `Carrier`."""
+    def grad_return(self, lengths: Lengths, like: Tensor) -> _GradientsOfGather:
+        """See `KVTransport`."""
         return _GradientsOfGather(self, lengths, like)
 
 
@@ -67,11 +67,11 @@ class _GradientsOfGather:
         self._blocks: dict[int, list[Tensor]] = {}
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
-        """See `Homeward`."""
+        """See `GradReturn`."""
         self._blocks[source] = blocks
 
     def finish(self, d_own: Tensor) -> None:
-        """See `Homeward`."""
+        """See `GradReturn`."""
         size, me, like = self._gather.size, self._gather.rank, self._like
         # Rows first, so that what one owner gets is contiguous: [rows, 2, k, d].
         blocks = [block.transpose(0, 1) for source in range(size) for block in self._blocks.get(source, [])]

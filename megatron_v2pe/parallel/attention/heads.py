@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.parallel.attention.blockwise import Alone, Lengths, attend
+from megatron_v2pe.parallel.attention.blockwise import Lengths, LocalKV, attend
 from megatron_v2pe.parallel.zigzag import shard_indices
 
 
@@ -58,7 +58,7 @@ def attend_by_heads(
     split = torch.cat([x.unflatten(1, (size, -1)) for x in (query, key, value)], dim=2)
     whole = _ToHeads.apply(split, lengths, group)
     whole_lengths = tuple(length * size for length in lengths)
-    out = attend(*whole.split(heads, dim=1), lengths=whole_lengths, scale=scale, carrier=Alone())
+    out = attend(*whole.split(heads, dim=1), lengths=whole_lengths, scale=scale, transport=LocalKV())
     return _ToTokens.apply(out, lengths, group).flatten(1, 2)
 
 
@@ -108,8 +108,8 @@ def heads_to_tokens(x: Tensor, lengths: Lengths, group: Any) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # the same for all layers of a micro batch; 8 bytes a token
-def shard_order(lengths: Lengths, cp_size: int, device: torch.device) -> Tensor:
+def shard_order(lengths: Lengths, cp: int, device: torch.device) -> Tensor:
     """Place in the pack of each token, when the ranks' shards stand one after the other, int64 [t]."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * cp_size])
-    shards = [shard_indices(cu_seqlens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * cp])
+    shards = [shard_indices(cu_seqlens, cp=cp, cp_rank=rank) for rank in range(cp)]
     return torch.from_numpy(np.concatenate(shards)).to(device)

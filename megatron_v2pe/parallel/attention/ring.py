@@ -26,7 +26,7 @@ KEYS_TAG, GRADIENTS_TAG = 1, 2  # gloo matches messages of a pair by tag; NCCL b
 
 
 class Ring:
-    """A `Carrier` that passes keys from rank to rank.
+    """A `KVTransport` that passes keys from rank to rank.
 
     Args:
         group: context parallel ranks, at least two.
@@ -37,7 +37,7 @@ class Ring:
         self.size: int = group.size()
         self.rank: int = group.rank()
 
-    def visits(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, then each lower rank's, wrapping around.
 
         The next visitor is under way while the caller computes with the current one.
@@ -51,8 +51,8 @@ class Ring:
             if coming is not None:
                 here = coming.wait()
 
-    def homeward(self, lengths: Lengths, like: Tensor) -> _GradientsOfRing:
-        """See `Carrier`."""
+    def grad_return(self, lengths: Lengths, like: Tensor) -> _GradientsOfRing:
+        """See `KVTransport`."""
         return _GradientsOfRing(self, lengths, like)
 
     def exchange(self, send: Tensor, *, to: int, receive: Tensor, tag: int) -> _Exchange:
@@ -91,7 +91,7 @@ class _GradientsOfRing:
         self._user = ring.rank
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
-        """See `Homeward`."""
+        """See `GradReturn`."""
         self.finish(d_own)
         ring, like = self._ring, self._like
         step = (ring.rank - source) % ring.size
@@ -102,7 +102,7 @@ class _GradientsOfRing:
         self._exchange = ring.exchange(send, to=-step, receive=receive, tag=GRADIENTS_TAG)
 
     def finish(self, d_own: Tensor) -> None:
-        """See `Homeward`."""
+        """See `GradReturn`."""
         if self._exchange is None:
             return
         received, start = self._exchange.wait(), 0

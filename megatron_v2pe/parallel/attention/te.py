@@ -6,7 +6,7 @@ packed sequences whose padded boundaries are also the real ones: padding counts 
 attention never shows to earlier ones. (Left to detect padding itself, Transformer Engine 2.11 is wrong by up to
 30 % when only the last document is padded.)
 
-A faster rotation exists: Transformer Engine's sbhd kernel with cp_size 1 reads row i of a [l, 1, 1, d] table
+A faster rotation exists: Transformer Engine's sbhd kernel with cp 1 reads row i of a [l, 1, 1, d] table
 for local token i, whatever documents there are. The kernel's results would have to be compared on a GPU first.
 """
 

@@ -28,7 +28,7 @@ def host(monkeypatch):
 
 
 def choose(*, dtype="bfloat16", **parallel):
-    return kernels.choose_kernels(ParallelConfig(**parallel), dtype=dtype)
+    return kernels.choose_modules(ParallelConfig(**parallel), dtype=dtype)
 
 
 @pytest.mark.parametrize(("gpu", "engine"), [(False, False), (False, True), (True, False)])

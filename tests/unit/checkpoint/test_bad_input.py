@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint import convert, folder
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf, open_hf
-from megatron_v2pe.checkpoint.dist_io import StateReader
-from megatron_v2pe.checkpoint.folder import is_complete, read_info, state_path
+from megatron_v2pe.checkpoint.convert import convert
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf, open_hf
+from megatron_v2pe.checkpoint.files import folder
+from megatron_v2pe.checkpoint.files.folder import is_complete, read_info, state_path
+from megatron_v2pe.checkpoint.state.dist_io import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, edit_config, edit_weights, golden_copy, random_folder

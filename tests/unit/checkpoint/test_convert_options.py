@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.byte_progress import ByteProgress, progress_line
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.dist_io import StateReader
-from megatron_v2pe.checkpoint.folder import read_info, state_path
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress, progress_line
+from megatron_v2pe.checkpoint.files.folder import read_info, state_path
+from megatron_v2pe.checkpoint.state.dist_io import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, edit_weights, folder_bytes, golden_copy, random_folder
@@ -164,7 +164,7 @@ def test_progress_is_told_every_byte(tmp_path):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("megatron_v2pe.checkpoint.byte_progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_v2pe.checkpoint.files.byte_progress.time.monotonic", lambda: now[0])
     with caplog.at_level(logging.INFO, logger="megatron_v2pe"):
         progress, silent = ByteProgress("import-hf"), ByteProgress("import-hf", rank=1)
         for each in (progress, silent):

@@ -11,16 +11,16 @@ import time
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.folder import is_complete, read_info
-from megatron_v2pe.checkpoint.verify import verify
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files.folder import is_complete, read_info
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import random_folder
 
 # The verb, with every block taking its time, so that there is a middle to stop it in.
 SLOW_VERB = """
 import sys, time
-from megatron_v2pe.checkpoint import block_stream
+from megatron_v2pe.checkpoint.files import block_stream
 from megatron_v2pe.cli.main import main
 
 write = block_stream.os.pwrite
@@ -135,7 +135,7 @@ def tiny_disk(tmp_path):
 def test_a_full_disk(source, imported, tiny_disk, monkeypatch, has_forecast):
     if not has_forecast:  # somebody else filled it in the meantime
         usage = shutil.disk_usage(source)
-        monkeypatch.setattr("megatron_v2pe.checkpoint.folder.shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("megatron_v2pe.checkpoint.files.folder.shutil.disk_usage", lambda path: usage)
     message = "GiB free" if has_forecast else "No space left on device"
     with pytest.raises(CheckpointError, match=message):
         import_hf(source, tiny_disk / "target")

@@ -5,9 +5,15 @@ import json
 
 import pytest
 
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.folder import read_info
-from megatron_v2pe.checkpoint.hashing import FileRecord, find_damage, record_files, sha256_file, sha256_files
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.files.folder import read_info
+from megatron_v2pe.checkpoint.files.hashing import (
+    FileRecord,
+    find_damage,
+    record_files,
+    sha256_file,
+    sha256_files,
+)
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import CheckpointInfo, write_info
+from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, write_info
 from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.load import load_run_config

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from megatron_v2pe.assembly.mcore_config import rope_spec
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hf_map import family_name, name_map
-from megatron_v2pe.checkpoint.verify import verify
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.hf.map import family_name, name_map
 from megatron_v2pe.config.architecture import parse_architecture, read_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError
-from megatron_v2pe.data.templates import get_template
+from megatron_v2pe.data.text.templates import get_template
 from megatron_v2pe.v2pe.rope import inverse_frequencies
+from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import edit_config, folder_bytes, random_folder
 
 SMALL_LLM = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_v2pe.checkpoint.folder import CheckpointInfo, write_info
+from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, write_info
 from megatron_v2pe.checkpoint.resume import resume_point
 from megatron_v2pe.checkpoint.retention import (
     checkpoints_path,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.dist_io import StateReader
-from megatron_v2pe.checkpoint.folder import read_info, state_path
-from megatron_v2pe.checkpoint.hf_config import update_positions
+from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.files.folder import read_info, state_path
+from megatron_v2pe.checkpoint.hf.config_json import update_positions
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.verify import verify
+from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import (
     GOLDEN,
     edit_config,

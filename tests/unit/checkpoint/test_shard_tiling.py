@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_v2pe.assembly.rank_shapes import rank_model
-from megatron_v2pe.checkpoint.hf_map import name_map
-from megatron_v2pe.checkpoint.tiling import Tiling, rank_pieces
+from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.layout_check import Tiling, rank_pieces
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig

@@ -10,14 +10,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.dist_io import process_group
-from megatron_v2pe.checkpoint.folder import state_path
-from megatron_v2pe.checkpoint.hashing import sha256_file
-from megatron_v2pe.checkpoint.hf_io import TensorInfo
-from megatron_v2pe.checkpoint.records import data_offset, load_record, record_frame
-from megatron_v2pe.checkpoint.state_reader import StateReader
-from megatron_v2pe.checkpoint.state_save import save_state
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.files.folder import state_path
+from megatron_v2pe.checkpoint.files.hashing import sha256_file
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
+from megatron_v2pe.checkpoint.state.dist_io import process_group
+from megatron_v2pe.checkpoint.state.reader import StateReader
+from megatron_v2pe.checkpoint.state.records import data_offset, load_record, record_frame
+from megatron_v2pe.checkpoint.state.save import save_state
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN
 

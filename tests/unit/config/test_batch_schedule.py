@@ -112,24 +112,24 @@ def test_a_ramp_up_is_three_positive_numbers(text):
 
 
 def test_ranks_share_every_step():
-    check_batches(run(global_batch_size=8, batch_rampup=(4, 2, 10)), dp_size=2)
+    check_batches(run(global_batch_size=8, batch_rampup=(4, 2, 10)), dp=2)
     with pytest.raises(ConfigError, match=r"from step 4 on a step has 6 packs, but the 4 .* multiples of 4$"):
-        check_batches(run(global_batch_size=8, batch_rampup=(4, 2, 22)), dp_size=4)
+        check_batches(run(global_batch_size=8, batch_rampup=(4, 2, 22)), dp=4)
     with pytest.raises(
         ConfigError, match=r"global_batch_tokens is 6000, 6 packs of .* nearest: 4000 or 8000$"
     ):
-        check_batches(run(global_batch_tokens=6000), dp_size=4)
+        check_batches(run(global_batch_tokens=6000), dp=4)
 
 
 def test_the_interleaved_schedule_needs_multiples_of_pp_in_every_step():
     parallel = ParallelConfig(pp=2, vpp=2)
     check_batches(
-        dataclasses.replace(run(global_batch_size=8, batch_rampup=(4, 4, 9)), parallel=parallel), dp_size=2
+        dataclasses.replace(run(global_batch_size=8, batch_rampup=(4, 4, 9)), parallel=parallel), dp=2
     )
     with pytest.raises(
         ConfigError, match=r"rank 1 micro batches.*multiple of parallel.pp = 2.*multiples of 4$"
     ):
         check_batches(
             dataclasses.replace(run(global_batch_size=8, batch_rampup=(2, 2, 9)), parallel=parallel),
-            dp_size=2,
+            dp=2,
         )

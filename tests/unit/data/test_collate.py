@@ -8,9 +8,9 @@ import pytest
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.collate import collate_pack, token_weights
-from megatron_v2pe.data.encode import EncodedSample
-from megatron_v2pe.data.images import ImageRef
-from megatron_v2pe.data.tiling import TileGrid
+from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.tiling import TileGrid
+from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import SampleLayout, text_layout
 from tests.support.mixture import write_image
 

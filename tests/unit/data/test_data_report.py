@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_v2pe.config.batch_schedule import constant_batches, ramped_batches
 from megatron_v2pe.data.report import describe_plan, step_imbalances, table
-from tests.unit.data.test_plan import LENGTHS, index, plan
+from tests.unit.data.plan.test_epoch_plan import LENGTHS, index, plan
 
 
 def described(batches):

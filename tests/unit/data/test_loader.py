@@ -14,8 +14,8 @@ import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.data import pixels
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
+from megatron_v2pe.data.media import pixels
 from tests.support.mixture import record, write_image
 
 RANDOM = PositionConfig(mode="v2pe_random")

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.meta import read_meta
-from megatron_v2pe.data.samples import Draw, measure_line, read_sample
+from megatron_v2pe.data.samples.sample_maker import Draw, measure_line, read_sample
+from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import record, write_image
 from tests.support.videos import frame_number, write_frames, write_video
 

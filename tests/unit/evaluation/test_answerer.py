@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_v2pe.checkpoint.convert import import_hf
+from megatron_v2pe.checkpoint.convert.convert import import_hf
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, DataError
@@ -55,10 +55,10 @@ def make(checkpoint, **data):
 
 
 def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
-    from megatron_v2pe.checkpoint.folder import hf_path
-    from megatron_v2pe.data.meta import DatasetEntry
-    from megatron_v2pe.data.pixels import load_tile_range
-    from megatron_v2pe.data.samples import Draw, measure_line, read_sample, sample_settings
+    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.data.media.pixels import load_tile_range
+    from megatron_v2pe.data.samples.sample_maker import Draw, measure_line, read_sample, sample_settings
+    from megatron_v2pe.data.sources.meta import DatasetEntry
 
     answerer = make(checkpoint)
     (setting,) = parse_strides("2", tokens_per_tile=answerer.arch.tokens_per_tile)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_v2pe.checkpoint.hf_io import HFWeights
+from megatron_v2pe.checkpoint.hf.io import HFWeights
 from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.evaluation.numerics import compare, reference_model
-from megatron_v2pe.evaluation.numerics.captured import stage_names
-from megatron_v2pe.evaluation.numerics.compare import (
+from megatron_v2pe.verification.numerics import compare, reference_model
+from megatron_v2pe.verification.numerics.captured import stage_names
+from megatron_v2pe.verification.numerics.compare import (
     TOLERANCES,
     StageRow,
     compare_stages,
@@ -21,8 +21,8 @@ from megatron_v2pe.evaluation.numerics.compare import (
     reference_stages,
     to_json,
 )
-from megatron_v2pe.evaluation.numerics.inputs import make_inputs
-from megatron_v2pe.evaluation.numerics.reference_model import ReferenceModel
+from megatron_v2pe.verification.numerics.inputs import make_inputs
+from megatron_v2pe.verification.numerics.reference_model import ReferenceModel
 
 CKPT = Path(__file__).parents[2] / "golden" / "ckpt"
 LIMIT = TOLERANCES["float32"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.hf_io import HFWeights
-from megatron_v2pe.evaluation.golden.cases import ForwardFile
-from megatron_v2pe.evaluation.numerics.reference_model import ReferenceModel, positions_of
-from megatron_v2pe.evaluation.numerics.transformers_model import TransformersReference
+from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.verification.golden.cases import ForwardFile
+from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
+from megatron_v2pe.verification.numerics.transformers_model import TransformersReference
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = [

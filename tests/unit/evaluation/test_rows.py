@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_v2pe.evaluation.golden.rows import (
+from megatron_v2pe.verification.golden.rows import (
     Row,
     compared,
     equal,

@@ -66,7 +66,7 @@ def test_split_vocabulary_equals_whole(size):
         part = w.detach()[rank * rows : (rank + 1) * rows].requires_grad_()
         local = h.detach().clone().requires_grad_()
         ports = HeadPorts(
-            first_word=rank * rows,
+            vocab_start_index=rank * rows,
             reduce_max=group.port(rank, lambda x: x.amax(0)),
             reduce_sum=group.port(rank, lambda x: x.sum(0)),
         )

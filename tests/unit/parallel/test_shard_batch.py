@@ -71,7 +71,7 @@ def test_one_index_cuts_every_field(documents, plan):
     whole, units = batch_of(layout), units_of(layout)
     slices = plan.tile_ranks // plan.cp
     for cp_rank in range(plan.cp):
-        index = shard_indices(layout.cu_seqlens, cp_size=plan.cp, cp_rank=cp_rank)
+        index = shard_indices(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
         local = cut(layout, plan, cp_rank * slices)
         assert local.tokens.tolist() == [whole.tokens[index].tolist()]
         assert local.labels.tolist() == [whole.labels[index].tolist()]
@@ -99,7 +99,7 @@ def test_every_feature_arrives_at_its_token(documents, plan):
         received = torch.cat([sent[sender][receiver] for sender in range(num_ranks)])
         assert route.receive_splits == tuple(len(sent[sender][receiver]) for sender in range(num_ranks))
         cp_rank, tp_slice = divmod(receiver, slices)
-        index = shard_indices(layout.cu_seqlens, cp_size=plan.cp, cp_rank=cp_rank)
+        index = shard_indices(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
         length = len(index) // slices
         local = wanted[index[tp_slice * length : (tp_slice + 1) * length]]
         assert route.slots.tolist() == np.flatnonzero(local >= 0).tolist()

@@ -21,11 +21,11 @@ from megatron_v2pe.config.schema import (
     VisionConfig,
 )
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.activations import Setting
-from megatron_v2pe.planning.compute import chunk_flops
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.stages import Chunk
-from megatron_v2pe.planning.workload import Pack
+from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.request.workload import Pack
+from megatron_v2pe.planning.time.compute import chunk_flops
 
 TOOLS = Path(__file__).parents[3] / "tools"
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

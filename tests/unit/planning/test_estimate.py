@@ -19,9 +19,9 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.planning.changes import advise, changed, relax
 from megatron_v2pe.planning.command import evaluate
 from megatron_v2pe.planning.estimate import estimate
-from megatron_v2pe.planning.hardware import GIB, H100, group_gb_s, hop_gb_s, with_rates
+from megatron_v2pe.planning.request.hardware import GIB, H100, group_gb_s, hop_gb_s, with_rates
+from megatron_v2pe.planning.request.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 from megatron_v2pe.planning.search import search
-from megatron_v2pe.planning.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 
 ARCH = {size: parse_architecture(PUBLISHED[size]) for size in ("2B", "26B")}
 FULL = {

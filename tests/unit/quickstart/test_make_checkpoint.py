@@ -5,8 +5,8 @@ import json
 from safetensors.numpy import load_file
 
 from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.data.templates import get_template
-from megatron_v2pe.data.tokenizer import load_tokenizer
+from megatron_v2pe.data.text.templates import get_template
+from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 
 def test_the_architecture_is_read(checkpoint):
@@ -18,7 +18,7 @@ def test_the_architecture_is_read(checkpoint):
 
 
 def test_weights_fit_the_configuration(checkpoint):
-    from megatron_v2pe.checkpoint.convert import open_hf
+    from megatron_v2pe.checkpoint.convert.convert import open_hf
 
     open_hf(checkpoint)  # raises on a missing, surplus or misshapen tensor
     weights = load_file(checkpoint / "model.safetensors")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_v2pe.core.jsonl import read_jsonl
-from megatron_v2pe.data.tokenizer import load_tokenizer
+from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 SMALL = {"seed": 3, "tokens_per_length": 4096, "eval_share": 0.05}
 
@@ -27,8 +27,8 @@ def records(folder, name):
 def test_the_training_loader_counts_the_stated_lengths(data, checkpoint):
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import DataConfig, RunConfig
-    from megatron_v2pe.data.meta import read_meta
-    from megatron_v2pe.data.samples import measure_line, sample_settings
+    from megatron_v2pe.data.samples.sample_maker import measure_line, sample_settings
+    from megatron_v2pe.data.sources.meta import read_meta
 
     arch = read_architecture(checkpoint)
     settings = sample_settings(RunConfig(data=DataConfig(max_sample_tokens=8192)), arch, checkpoint)

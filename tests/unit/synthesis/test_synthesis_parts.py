@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.data.tiling import TilingRule, choose_grid
+from megatron_v2pe.data.media.tiling import TilingRule, choose_grid
 from megatron_v2pe.synthesis.corpus import Corpus, build_corpus, text_files
 from megatron_v2pe.synthesis.glyphs import Glyph, glyphs_of, paste_glyphs
 from megatron_v2pe.synthesis.kinds import KINDS, SampleSpec, parse_kinds, parse_lengths, plan

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert import import_hf
-from megatron_v2pe.checkpoint.folder import read_info
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.listing import (
     differences,
     find_checkpoint,
@@ -18,9 +18,9 @@ from megatron_v2pe.checkpoint.listing import (
     open_folder,
     stats_of,
 )
-from megatron_v2pe.checkpoint.verify import verify, weights_sha256
 from megatron_v2pe.cli.main import main as cli
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.verification.bits import verify, weights_sha256
 from tests.support.hf_folders import GOLDEN, edit_config, edit_weights, folder_bytes, golden_copy
 
 TOOLS = Path(__file__).parents[3] / "tools"

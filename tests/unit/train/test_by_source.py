@@ -27,15 +27,15 @@ def source_by_token(pack):
     return np.array([SOURCES[np.searchsorted(bounds, i, side="right") - 1] for i in range(bounds[-1])])
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_shards_together_hold_the_sums_of_the_pack(pack, cp_size):
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_shards_together_hold_the_sums_of_the_pack(pack, cp):
     losses = np.random.default_rng(0).random(len(pack.tokens)).astype(np.float32)
     wanted = np.zeros(4)
     for token, source in enumerate(source_by_token(pack)):
         wanted[source] += float(np.float32(losses[token]) * pack.loss_weights[token])
     found = torch.zeros(4, dtype=torch.float64)
-    for cp_rank in range(cp_size):
-        index = shard_indices(pack.layout.cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
+    for cp_rank in range(cp):
+        index = shard_indices(pack.layout.cu_seqlens, cp=cp, cp_rank=cp_rank)
         np.testing.assert_array_equal(source_of_tokens(pack, len(index)), source_by_token(pack)[index])
         shard = [torch.from_numpy(values[index]).unsqueeze(0) for values in (losses, pack.loss_weights)]
         found += local_loss_sums(pack, *shard, num_sources=4)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from megatron_v2pe.train.metrics import StepMetrics
+from megatron_v2pe.train.metrics.metrics_log import StepMetrics
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.dist_io import process_group
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.state.dist_io import process_group
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
 from megatron_v2pe.train import saving

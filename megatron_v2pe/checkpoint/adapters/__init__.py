@@ -1,0 +1,1 @@
+"""LoRA adapters in checkpoints: drawn, loaded, merged, PEFT folders in and out."""

@@ -1,0 +1,132 @@
+"""A checkpoint of adapters <-> a PEFT adapter folder.
+
+    adapter_config.json          ranks, alphas, target modules, parts that are stored whole (modules_to_save)
+    adapter_model.safetensors    base_model.model.<module of the Hugging Face model>.lora_A.weight, .lora_B.weight
+
+PEFT adds alpha / r * B A to a linear, as training here does, and every adapter here belongs to one linear of the
+Hugging Face model; so the folder loads onto the base with `PeftModel.from_pretrained` and computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_v2pe.checkpoint.adapters.merge import hf_factors
+from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
+from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, read_record
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info, staged, state_path
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
+from megatron_v2pe.checkpoint.hf.map import Entry, NameMap, name_map
+from megatron_v2pe.checkpoint.state.reader import StateReader
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.lora import PARTS, Part
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.files import write_atomic
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HF_MODULES: dict[Part, str] = {"language": "language_model", "vision": "vision_model", "projector": "mlp1"}
+
+
+def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = False) -> int:
+    """Write the adapters of a checkpoint as a PEFT folder.
+
+    Args:
+        checkpoint: a checkpoint of adapters.
+        target: folder to create.
+        force: replace `target` if it is there, once the new one is complete.
+
+    Returns:
+        Tensors that were written.
+
+    Raises:
+        CheckpointError: the checkpoint has no adapters, is damaged, or the target cannot be written.
+    """
+    read_info(checkpoint)
+    record = read_record(checkpoint)
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds a whole model and no adapters; export it without --adapter"
+        )
+    names = name_map(read_architecture(hf_path(checkpoint)))
+    linears = list(adapted_linears(record.lora, read_architecture(hf_path(checkpoint)), names))
+    stored = StateReader(state_path(checkpoint))
+    infos, readers = _tensors(linears, names, record, stored)
+    file = WeightFile(WEIGHTS_FILE, infos, {"format": "pt"})
+    with staged(target, force=force, needed_bytes=file.num_bytes) as folder:
+        write_weight_file(folder, file=file, read=lambda name: readers[name]())
+        text = json.dumps(peft_config(record, linears, hf_path(checkpoint)), indent=2)
+        write_atomic(folder / CONFIG_FILE, text + "\n")
+    return len(infos)
+
+
+def _tensors(
+    linears: list[AdaptedLinear], names: NameMap, record: AdapterRecord, stored: StateReader
+) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], Tensor]]]:
+    """What the weights file holds, in order: name -> dtype and shape, name -> how to read it."""
+    infos: dict[str, TensorInfo] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for linear in linears:
+        rank = record.lora.rank_of(linear.part)
+        rows, columns = linear.hf_shape
+        for index, (factor, shape) in enumerate((("lora_A", (rank, columns)), ("lora_B", (rows, rank)))):
+            name = f"{PREFIX}{linear.hf_name}.{factor}.weight"
+            infos[name] = TensorInfo(stored.tensors[linear.prefix + factor].dtype, shape)
+            readers[name] = partial(_factor, linear, stored, index)
+    for entry in names.by_ours.values():
+        if entry.ours.partition(".")[0] in record.trained_parts:
+            for index, hf_name in enumerate(entry.hf):
+                name = PREFIX + hf_name
+                infos[name] = TensorInfo(stored.tensors[entry.ours].dtype, entry.hf_shapes[index])
+                readers[name] = partial(_part, entry, stored, index)
+    return infos, readers
+
+
+def _factor(linear: AdaptedLinear, stored: StateReader, index: int) -> Tensor:
+    return hf_factors(linear, stored.read)[index].contiguous()
+
+
+def _part(entry: Entry, stored: StateReader, index: int) -> Tensor:
+    return entry.to_hf(stored.read(entry.ours))[index]
+
+
+def peft_config(record: AdapterRecord, linears: list[AdaptedLinear], hf_folder: Path) -> dict[str, Any]:
+    """Contents of `adapter_config.json`.
+
+    Parts may differ in rank: the first one's is PEFT's `r`, the others' linears are listed in `rank_pattern`.
+    """
+    lora = record.lora
+    parts = [part for part in PARTS if lora.rank_of(part)]
+    main = parts[0]
+    targets = {linear.target: linear.part for linear in linears}
+    other = {name: part for name, part in targets.items() if lora.rank_of(part) != lora.rank_of(main)}
+    hf_config = json.loads((hf_folder / "config.json").read_text(encoding="utf-8"))
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": hf_config.get("_name_or_path") or None,
+        "inference_mode": True,
+        "r": lora.rank_of(main),
+        "lora_alpha": _number(lora.alpha_of(main)),
+        "lora_dropout": lora.dropout,
+        "target_modules": list(targets),
+        "rank_pattern": {name: lora.rank_of(part) for name, part in other.items()},
+        "alpha_pattern": {name: _number(lora.alpha_of(part)) for name, part in other.items()},
+        "modules_to_save": [HF_MODULES[part] for part in record.trained_parts] or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,134 @@
+"""Adapters of a model: which linears have them, their first values, and loading them on top of their base.
+
+a checkpoint of adapters = checkpoint.json, hf/           as in every checkpoint
+                           adapter.json                   which base, see `adapter_record`
+                           state/                         adapters and parts that were trained whole, with their
+                                                          optimizer state; nothing of the base
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_v2pe.checkpoint.files.adapter_record import find_base, read_record
+from megatron_v2pe.checkpoint.files.folder import state_path
+from megatron_v2pe.checkpoint.hf.map import Entry, NameMap, name_map
+from megatron_v2pe.checkpoint.state.dist_io import (
+    load_into_chunks,
+    load_model_weights,
+    load_state,
+    model_sharded_state_dict,
+)
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import PARTS, Part, adapted_names, linear_names
+from megatron_v2pe.config.schema import LoRAConfig
+from megatron_v2pe.models.lora import adapter_prefix, is_adapter
+from megatron_v2pe.parallel.topology import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedLinear:
+    """A linear of the Hugging Face model that has an adapter.
+
+    Attributes:
+        part: part of the model.
+        target: its name in `lora.targets`.
+        hf_name: name of its module in the Hugging Face model.
+        entry: the table's entry of its weight; other linears may share it.
+        index: its place among the entry's tensors.
+        prefix: of its state keys, which end in lora_A and lora_B.
+    """
+
+    part: Part
+    target: str
+    hf_name: str
+    entry: Entry
+    index: int
+    prefix: str
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Rows and columns of the Hugging Face weight."""
+        return self.entry.hf_shapes[self.index]
+
+
+def adapted_linears(
+    lora: LoRAConfig, arch: InternVLArchitecture, names: NameMap | None = None
+) -> Iterator[AdaptedLinear]:
+    """All linears with adapters, layer by layer, from the names table."""
+    entries = (names or name_map(arch)).by_ours.values()
+    roles = {part: linear_names(part, arch) for part in PARTS}
+    chosen = {part: adapted_names(lora, part, arch) for part in PARTS}
+    for entry in entries:
+        linear, _, kind = entry.ours.rpartition(".")
+        part, role = linear.partition(".")[0], linear.rpartition(".")[2]
+        if kind != "weight" or role not in roles[part]:  # type: ignore[index]
+            continue
+        for index, target in enumerate(roles[part][role]):  # type: ignore[index]
+            if target in chosen[part]:  # type: ignore[index]
+                yield AdaptedLinear(
+                    part=part,  # type: ignore[arg-type]
+                    target=target,
+                    hf_name=entry.hf[index].removesuffix(".weight"),
+                    entry=entry,
+                    index=index,
+                    prefix=adapter_prefix(linear, target),
+                )
+
+
+def load_weights(checkpoint: str | Path, chunks: Sequence[torch.nn.Module], *, ranks: Ranks) -> None:
+    """Load the weights of any checkpoint, of a whole model or of adapters with their base. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint or its base cannot be loaded into this model.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        load_model_weights(checkpoint, chunks, ranks=ranks)
+        return
+    load_model_weights(find_base(checkpoint), chunks, ranks=ranks)
+    states = model_sharded_state_dict(chunks, ranks, wanted=record.holds)
+    load_into_chunks(chunks, load_state(state_path(checkpoint), states), wanted=record.holds)
+
+
+def draw_adapters(
+    chunks: Sequence[torch.nn.Module],
+    *,
+    lora: LoRAConfig,
+    arch: InternVLArchitecture,
+    seed: int,
+    ranks: Ranks,
+) -> None:
+    """First values: A uniform in +-1/sqrt(in) (PEFT: kaiming_uniform_ with a = sqrt(5)), B zero.
+
+    Each A is drawn whole from a generator of its own name and cut, so every parallel layout starts alike. What pads
+    the heads of a split tower is zero.
+    """
+    shapes = {f"{linear.prefix}lora_A": linear.hf_shape for linear in adapted_linears(lora, arch)}
+    for shard in nested_values(model_sharded_state_dict(chunks, ranks, wanted=is_adapter)):
+        assert isinstance(shard, ShardedTensor)
+        with torch.no_grad():
+            shard.data.zero_()
+            if shard.key in shapes:
+                whole = _draw(shard.key, (shard.global_shape[0], shapes[shard.key][1]), seed)
+                rows, columns = (
+                    slice(start, start + size)
+                    for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
+                )
+                part = whole[rows, columns]
+                shard.data[:, : part.shape[1]].copy_(part)
+
+
+def _draw(key: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

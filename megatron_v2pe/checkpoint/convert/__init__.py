@@ -1,0 +1,1 @@
+"""Import and export: Hugging Face folder <-> checkpoint folder."""

@@ -1,0 +1,93 @@
+"""A checkpoint seen as the Hugging Face folder that it exports to: names, dtypes, shapes, and the bytes of each tensor.
+
+weights_layout.json --as_stored--> files        state --blocks--> bytes, row by row
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_v2pe.checkpoint.adapters.merge import open_state
+from megatron_v2pe.checkpoint.files.block_stream import Block
+from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, hf_path
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.hf.converted_blocks import (
+    Dtype,
+    Progress,
+    converted_blocks,
+    converted_info,
+    silent,
+)
+from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.row_runs import rows_of_hf
+from megatron_v2pe.checkpoint.state.dist_io import raise_together
+from megatron_v2pe.config.architecture import read_architecture
+
+
+class ExportedTensors:
+    """A checkpoint's tensors under their Hugging Face names.
+
+    Args:
+        checkpoint_folder: a complete checkpoint; one of adapters appears merged into its base.
+        dtype: cast floating point tensors.
+        progress: told the bytes of each block that is read.
+
+    Attributes:
+        names: the table of its architecture.
+        state: the stored tensors.
+        not_finite: NaN and Inf that were seen, by our names.
+
+    Raises:
+        CheckpointError: the checkpoint lacks parameters of its own architecture.
+    """
+
+    def __init__(
+        self, checkpoint_folder: str | Path, *, dtype: Dtype = "keep", progress: Progress = silent
+    ) -> None:
+        self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
+        self.state = open_state(checkpoint_folder)
+        self.not_finite: Counter[str] = Counter()
+        self._dtype, self._progress = dtype, progress
+        missing = sorted(set(self.names.by_ours) - set(self.state.tensors))
+        raise_together(f"{checkpoint_folder}: lacks parameters", missing)
+
+    def as_stored(self, file: WeightFile) -> WeightFile:
+        """The same file with the dtypes that the checkpoint holds (a bfloat16 run of a float32 import)."""
+        unknown = sorted(set(file.tensors) - set(self.names.by_hf))
+        raise_together(f"{self.state.folder.parent}: {LAYOUT_FILE} names unknown tensors", unknown)
+        infos = self.infos()
+        return WeightFile(file.name, {name: infos[name] for name in file.tensors}, file.metadata)
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every Hugging Face name with its dtype, after the cast, and its shape, without padding."""
+        return {name: self._info(name) for name in self.names.by_hf}
+
+    def _info(self, hf_name: str) -> TensorInfo:
+        stored = self.state.tensors[self.names.by_hf[hf_name].ours]
+        return converted_info(TensorInfo(stored.dtype, self.names.hf_shape(hf_name)), self._dtype)
+
+    def blocks(self, hf_name: str) -> Iterator[Block]:
+        """The bytes of one tensor, read when each block is filled."""
+        return converted_blocks(
+            self.state,
+            rows_of_hf(self.names.by_hf[hf_name], hf_name),
+            target=self._info(hf_name),
+            not_finite=self.not_finite,
+            progress=self._progress,
+        )
+
+    def read(self, hf_name: str) -> Tensor:
+        """One tensor, whole."""
+        info = self._info(hf_name)
+        whole = torch.empty(info.num_bytes, dtype=torch.uint8)
+        first = 0
+        for block in self.blocks(hf_name):
+            data = block.fill(torch.empty(block.num_bytes, dtype=torch.uint8))
+            whole[first : first + data.numel()] = data
+            first += data.numel()
+        return whole.view(info.dtype).view(info.shape)

@@ -1,0 +1,1 @@
+"""Checkpoint folders as files: manifest, hashes, blocks and byte ranges."""

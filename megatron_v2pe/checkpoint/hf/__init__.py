@@ -1,0 +1,1 @@
+"""Hugging Face weight folders: files, tables of names, transforms."""

@@ -1,0 +1,143 @@
+"""The tables of `hf_tables`, filled in for one architecture and inverted by code: names, shapes, transforms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import Tensor
+
+from megatron_v2pe.checkpoint.hf.tables import (
+    PROJECTOR,
+    VISION,
+    VISION_LAYER_NORM,
+    VISION_QK_NORM,
+    VISION_QKV_BIAS,
+    Rule,
+    language_table,
+)
+from megatron_v2pe.checkpoint.hf.transforms import Transform
+from megatron_v2pe.config.architecture import InternVLArchitecture
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule with its layer number filled in: the tensors of one parameter of ours.
+
+    Attributes:
+        hf: Hugging Face names, in the order in which the transform takes them.
+        ours: our name.
+        hf_shapes: shape of each Hugging Face tensor.
+        transform: between the two.
+    """
+
+    hf: tuple[str, ...]
+    ours: str
+    hf_shapes: tuple[tuple[int, ...], ...]
+    transform: Transform
+
+    def to_hf(self, stored: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors of a stored one, without padding.
+
+        Rows and columns that a run added (vocabulary, heads of a split vision tower) lie behind the real ones.
+        """
+        if len(self.hf) == 1:
+            stored = stored[tuple(slice(size) for size in self.hf_shapes[0])]
+        return self.transform.to_hf(stored)
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The table of one architecture.
+
+    Attributes:
+        by_ours: our parameter name -> its entry.
+        by_hf: Hugging Face tensor name -> the entry it is a part of.
+        dropped: pattern of Hugging Face names that are left out -> why.
+    """
+
+    by_ours: dict[str, Entry]
+    by_hf: dict[str, Entry]
+    dropped: dict[re.Pattern[str], str] = field(default_factory=dict)
+
+    def hf_shape(self, hf_name: str) -> tuple[int, ...]:
+        """Shape that the architecture gives to a Hugging Face tensor."""
+        entry = self.by_hf[hf_name]
+        return entry.hf_shapes[entry.hf.index(hf_name)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all Hugging Face tensors that are kept."""
+        return sum(prod(shape) for entry in self.by_ours.values() for shape in entry.hf_shapes)
+
+    def drop_reason(self, hf_name: str) -> str:
+        """Why a tensor is left out; empty when it is not."""
+        return next((why for pattern, why in self.dropped.items() if pattern.fullmatch(hf_name)), "")
+
+
+def family_name(arch: InternVLArchitecture) -> str:
+    """Language and vision family in one word, for reports and `checkpoint.json`."""
+    vision = "vit300m" if arch.vision.norm_type == "layer_norm" else "vit6b"
+    return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
+
+
+def name_map(arch: InternVLArchitecture) -> NameMap:
+    """Fill in the tables for an architecture."""
+    sizes = _sizes(arch)
+    entries: list[Entry] = []
+    dropped: dict[re.Pattern[str], str] = {}
+    for rules, num_layers in _tables(arch):
+        for rule in rules:
+            if rule.reason:
+                patterns = (re.escape(name).replace(r"\{i\}", r"\d+") for name in rule.hf)
+                dropped.update({re.compile(pattern): rule.reason for pattern in patterns})
+            else:
+                entries.extend(_expand(rule, num_layers, sizes, rule.transform(arch)))
+    by_hf = {name: entry for entry in entries for name in entry.hf}
+    return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
+
+
+def _tables(arch: InternVLArchitecture) -> Iterable[tuple[tuple[Rule, ...], int]]:
+    yield VISION, arch.vision.num_layers
+    if arch.vision.norm_type == "layer_norm":
+        yield VISION_LAYER_NORM, arch.vision.num_layers
+    if arch.vision.qkv_bias:
+        yield VISION_QKV_BIAS, arch.vision.num_layers
+    if arch.vision.qk_normalization:
+        yield VISION_QK_NORM, arch.vision.num_layers
+    yield PROJECTOR, 0
+    yield language_table(arch), arch.language.num_layers
+
+
+def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
+    vision, language = arch.vision, arch.language
+    return {
+        "C": vision.hidden_size,
+        "3C": 3 * vision.hidden_size,
+        "M": vision.ffn_size,
+        "P": (vision.image_size // vision.patch_size) ** 2 + 1,
+        "S": vision.patch_size,
+        "K": vision.hidden_size * round(1 / arch.downsample_ratio) ** 2,
+        "H": language.hidden_size,
+        "F": language.ffn_size,
+        "2F": 2 * language.ffn_size,
+        "A": language.num_heads * language.head_dim,
+        "B": language.num_kv_heads * language.head_dim,
+        "QKV": (language.num_heads + 2 * language.num_kv_heads) * language.head_dim,
+        "V": language.vocab_size,
+    }
+
+
+def _expand(rule: Rule, num_layers: int, sizes: dict[str, int], transform: Transform) -> Iterable[Entry]:
+    shapes = [
+        tuple(sizes[size] if size in sizes else int(size) for size in part.split())
+        for part in rule.shape.split("|")
+    ]
+    if len(shapes) == 1:
+        shapes *= len(rule.hf)
+    for i in range(num_layers) if "{i}" in rule.ours else (0,):
+        names = tuple(name.replace("{i}", str(i)) for name in rule.hf)
+        ours = rule.ours.replace("{i}", str(i))
+        yield Entry(hf=names, ours=ours, hf_shapes=tuple(shapes), transform=transform)

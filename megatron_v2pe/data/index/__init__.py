@@ -1,0 +1,1 @@
+"""Lengths before pixels: each annotation file is measured once."""

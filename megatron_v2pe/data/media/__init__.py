@@ -1,0 +1,1 @@
+"""Images and videos: size, tiles, pixels."""

@@ -1,0 +1,1 @@
+"""From one annotation line to an encoded sample."""

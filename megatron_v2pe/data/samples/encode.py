@@ -1,0 +1,298 @@
+"""From a checked record to tokens, labels and image spans; images are known by their size only.
+
+    turns --images as <img></img>--> rendered text --tokenizer--> ids --visual tokens inserted--> tokens, labels
+
+Visual tokens never exist as text: a sample of a thousand tiles has a quarter million of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.tiling import TileGrid
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, Record
+from megatron_v2pe.data.text.masking import LabelRule, Span, make_labels, release_spans
+from megatron_v2pe.data.text.templates import ChatTemplate, Turn, render
+from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
+from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, blank_layout
+
+_IMAGE_PAIR = IMAGE_START + IMAGE_END
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedText:
+    """A tokenised conversation.
+
+    Attributes:
+        tokens: int64 [t], visual tokens included, cut to the longest sample.
+        labels: int64 [t], unshifted; IGNORE_INDEX where not supervised.
+        image_starts: int64 [I], index of the first visual token of each image; may lie behind the cut.
+        num_uncut_tokens: length before the cut.
+        lengths_disagree: the release's rule found its lengths in disagreement and dropped all labels.
+    """
+
+    tokens: Int64Array
+    labels: Int64Array
+    image_starts: Int64Array
+    num_uncut_tokens: int
+    lengths_disagree: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedSample:
+    """One document of a pack, without pixels.
+
+    Attributes:
+        tokens: int64 [t].
+        labels: int64 [t], UNSHIFTED; IGNORE_INDEX where not supervised.
+        layout: image spans and strides.
+        image_refs: how each image is cut, in order.
+        sample_id: identity for messages.
+        damage: why the sample is blank, if its record could not be read.
+    """
+
+    tokens: Int64Array
+    labels: Int64Array
+    layout: SampleLayout
+    image_refs: tuple[ImageRef, ...]
+    sample_id: str
+    damage: str = ""
+
+
+def blank_sample(
+    sample_id: str, *, num_tokens: int, num_tiles: int, tokens_per_tile: int, damage: str
+) -> EncodedSample:
+    """What stands for a planned sample whose record cannot be read: its lengths, black tiles, nothing to learn."""
+    nothing = ImageRef(path="", size=(1, 1), grid=TileGrid(columns=num_tiles, rows=1, has_thumbnail=False))
+    return EncodedSample(
+        tokens=np.zeros(num_tokens, dtype=np.int64),
+        labels=np.full(num_tokens, IGNORE_INDEX, dtype=np.int64),
+        layout=blank_layout(num_tokens, num_tiles=num_tiles, tokens_per_tile=tokens_per_tile),
+        image_refs=(nothing,) if num_tiles else (),
+        sample_id=sample_id,
+        damage=damage,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """What turns text into tokens.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        template: see `templates.get_template`.
+        tokens_per_tile: visual tokens of one tile.
+        max_tokens: longest sample; what is behind is cut.
+        label_rule: `release` repeats the release's bookkeeping, for comparisons.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    tokens_per_tile: int
+    max_tokens: int
+    label_rule: LabelRule = "exact"
+
+
+def encode_conversation(
+    turns: Sequence[Turn],
+    *,
+    num_tiles: Sequence[int],
+    settings: TextSettings,
+    add_generation_prompt: bool = False,
+) -> EncodedText:
+    """Tokenise a conversation.
+
+    The first placeholders take the images in order; further placeholders stay as text, as in the release
+    (`parse_record` refuses such records).
+
+    Args:
+        turns: messages, human and gpt in turn.
+        num_tiles: tiles of each image, thumbnail included.
+        settings: tokenizer, template and limits.
+        add_generation_prompt: end with the assistant's role; the model answers next.
+
+    Raises:
+        ValueError: fewer placeholders than images.
+    """
+    text = _encode_text(
+        turns, num_images=len(num_tiles), settings=settings, add_generation_prompt=add_generation_prompt
+    )
+    gaps = np.array(text.gaps, dtype=np.int64)
+    lengths = np.asarray(num_tiles, dtype=np.int64) * settings.tokens_per_tile
+    whole = np.insert(
+        np.array(text.ids, dtype=np.int64), np.repeat(gaps, lengths), settings.tokenizer.image_token_id
+    )
+    tokens = whole[: settings.max_tokens]
+
+    def shifted(place: int) -> int:
+        """Index of a text token once the visual tokens before it are there."""
+        return place + int(lengths[gaps < place].sum())
+
+    spans: list[Span] = [(shifted(start), shifted(end)) for start, end in text.answers]
+    lengths_disagree = False
+    if settings.label_rule == "release":
+        spans, lengths_disagree = release_spans(
+            _expanded(text.rendered, text.image_marks, lengths),
+            tokens,
+            tokenizer=settings.tokenizer,
+            template=settings.template,
+            max_tokens=settings.max_tokens,
+        )
+    return EncodedText(
+        tokens=tokens,
+        labels=make_labels(tokens, spans),
+        image_starts=gaps + np.cumsum(lengths) - lengths,
+        num_uncut_tokens=len(whole),
+        lengths_disagree=lengths_disagree,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EncodedWords:
+    """The text of a conversation as ids, before visual tokens are put in.
+
+    Attributes:
+        ids: text tokens.
+        gaps: for each image, how many text tokens stand before its visual tokens.
+        answers: half-open ranges of `ids` that are supervised.
+        rendered: the text.
+        image_marks: character offset of each image's inside in `rendered`.
+    """
+
+    ids: list[int]
+    gaps: list[int]
+    answers: list[Span]
+    rendered: str
+    image_marks: list[int]
+
+
+def _encode_text(
+    turns: Sequence[Turn], *, num_images: int, settings: TextSettings, add_generation_prompt: bool = False
+) -> _EncodedWords:
+    turns, offsets = _mark_images(turns, num_images, settings.template)
+    rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
+    image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
+    marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
+    ids, places = settings.tokenizer.encode_marked(rendered.text, marks)
+    place_of = dict(zip(marks, places, strict=True))
+    return _EncodedWords(
+        ids=ids,
+        gaps=[place_of[mark] for mark in image_marks],
+        answers=[(place_of[start], place_of[end]) for start, end in rendered.answers],
+        rendered=rendered.text,
+        image_marks=image_marks,
+    )
+
+
+def conversation_length(
+    turns: Sequence[Turn], *, num_tiles: Sequence[int], settings: TextSettings
+) -> tuple[int, int]:
+    """Length and supervised tokens of a whole conversation; `settings.max_tokens` does not cut it.
+
+    The same numbers as `encode_conversation` gives, without making a quarter million visual tokens for them.
+
+    Returns:
+        tokens and supervised tokens.
+
+    Raises:
+        ValueError: fewer placeholders than images.
+    """
+    text = _encode_text(turns, num_images=len(num_tiles), settings=settings)
+    supervised = sum(end - start for start, end in text.answers)
+    for gap, tiles in zip(text.gaps, num_tiles, strict=True):
+        if any(start <= gap < end for start, end in text.answers):
+            supervised += tiles * settings.tokens_per_tile
+    return len(text.ids) + sum(num_tiles) * settings.tokens_per_tile, supervised
+
+
+def _mark_images(
+    turns: Sequence[Turn], num_images: int, template: ChatTemplate
+) -> tuple[list[Turn], list[tuple[int, int]]]:
+    """Turns with `<img></img>` for the first `num_images` placeholders, and where their insides are.
+
+    Returns:
+        turns, and (turn, character offset in its value) between `<img>` and `</img>` of each image.
+    """
+    marked: list[Turn] = []
+    offsets: list[tuple[int, int]] = []
+    for index, turn in enumerate(turns):
+        value = turn.value.strip() if template.strip_values else turn.value
+        pieces = value.split(IMAGE_PLACEHOLDER)
+        text = pieces[0]
+        for piece in pieces[1:]:
+            if len(offsets) < num_images:
+                offsets.append((index, len(text) + len(IMAGE_START)))
+                text += _IMAGE_PAIR + piece
+            else:
+                text += IMAGE_PLACEHOLDER + piece
+        marked.append(Turn(role=turn.role, value=text))
+    if len(offsets) < num_images:
+        raise ValueError(f"{len(offsets)} times {IMAGE_PLACEHOLDER} for {num_images} images")
+    return marked, offsets
+
+
+def _expanded(text: str, image_marks: Sequence[int], lengths: Int64Array) -> str:
+    """The text with its visual tokens spelled out, which only the release's label rule needs."""
+    pieces, last = [], 0
+    for mark, length in zip(image_marks, lengths.tolist(), strict=True):
+        pieces += [text[last:mark], IMAGE_CONTEXT * length]
+        last = mark
+    return "".join([*pieces, text[last:]])
+
+
+def encode_record(
+    record: Record,
+    *,
+    refs: Sequence[ImageRef],
+    settings: TextSettings,
+    strides: Int64Array,
+) -> EncodedSample:
+    """Encode a record whose images have been measured.
+
+    Args:
+        record: see `records.parse_record`.
+        refs: its images with their grids, in order.
+        settings: tokenizer, template and limits.
+        strides: int64 [I], position units that a visual token of each image advances.
+
+    Raises:
+        DataError: the cut at `settings.max_tokens` goes through an image, or leaves nothing supervised.
+    """
+    num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
+    encoded = encode_conversation(record.turns, num_tiles=num_tiles.tolist(), settings=settings)
+    ends = encoded.image_starts + num_tiles * settings.tokens_per_tile
+    was_cut = encoded.num_uncut_tokens > settings.max_tokens
+    # `</img>` follows the visual tokens; without it the image is incomplete.
+    if len(ends) and int(ends[-1]) + 1 > len(encoded.tokens):
+        raise DataError(
+            f"{record.where}: {encoded.num_uncut_tokens} tokens exceed data.max_sample_tokens = "
+            f"{settings.max_tokens}, and the cut goes through image {int((ends >= len(encoded.tokens)).argmax()) + 1} "
+            f"of {len(ends)}; raise the limit, lower data.max_dynamic_patch, or shorten the sample"
+        )
+    if bool((encoded.labels < 0).all()):
+        cause = (
+            f"is left after the cut at data.max_sample_tokens = {settings.max_tokens}"
+            if was_cut
+            else "exists"
+        )
+        raise DataError(f"{record.where}: no supervised token {cause}; the sample cannot train anything")
+    layout = SampleLayout(
+        num_tokens=len(encoded.tokens),
+        image_starts=encoded.image_starts,
+        num_tiles=num_tiles,
+        strides=strides,
+        tokens_per_tile=settings.tokens_per_tile,
+    )
+    return EncodedSample(
+        tokens=encoded.tokens,
+        labels=encoded.labels,
+        layout=layout,
+        image_refs=tuple(refs),
+        sample_id=record.sample_id,
+    )

@@ -1,0 +1,139 @@
+"""Long samples in parts: cut between rounds and before images, never inside a text or an image.
+
+    round     a question and its answer; stays whole unless it has several images
+    question  frame <image> page <image> page <image> frame  ->  parts with some of the images; the words before the
+              first and behind the last image frame the question and are repeated, and so is the answer
+    answer    text <image> text <image> text                 ->  runs of it, each behind the whole question
+
+A part is told by its first and last unit, which depend on the words of the record alone; so what was measured is found
+again without measuring. A question about all images of a long round is asked of each part: where that would train
+wrong answers, `data.long_samples: refuse` or `bad` is the right policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, Record
+from megatron_v2pe.data.text.templates import Turn
+
+Units = tuple[int, int]
+WHOLE: Units = (0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """A question with its answer, and where its units and images stand in the record."""
+
+    turns: tuple[Turn, ...]
+    first_unit: int
+    first_image: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each turn."""
+        return [turn.value.count(IMAGE_PLACEHOLDER) for turn in self.turns]
+
+    @property
+    def cut_turn(self) -> int | None:
+        """The turn that may be cut: the answer if it shows images, else a question with several; None for neither."""
+        counts = self.counts
+        if len(counts) > 1 and counts[1] > 1:
+            return 1
+        return 0 if counts[0] > 1 and sum(counts[1:]) == 0 else None
+
+    @property
+    def num_units(self) -> int:
+        """Pieces that it can be cut into."""
+        return 1 if self.cut_turn is None else self.counts[self.cut_turn]
+
+
+def _rounds(record: Record) -> Iterator[_Round]:
+    unit = image = 0
+    for start in range(0, len(record.turns), 2):
+        each = _Round(turns=record.turns[start : start + 2], first_unit=unit, first_image=image)
+        yield each
+        unit += each.num_units
+        image += sum(each.counts)
+
+
+def num_units(record: Record) -> int:
+    """Smallest pieces of a record, numbered over its rounds."""
+    return sum(each.num_units for each in _rounds(record))
+
+
+def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
+    """Some consecutive units of a record as a record of its own.
+
+    Args:
+        record: see `records.parse_line`.
+        units: half-open range; `WHOLE` is the record itself.
+
+    Returns:
+        the part, whose `sample_id` names the units, and the numbers of its images.
+    """
+    if units == WHOLE:
+        return record, list(range(len(record.images)))
+    turns: list[Turn] = []
+    images: list[int] = []
+    for each in _rounds(record):
+        low = max(units[0] - each.first_unit, 0)
+        high = min(units[1] - each.first_unit, each.num_units)
+        if low < high:
+            part_turns, part_images = _cut_round(each, low, high)
+            turns += part_turns
+            images += part_images
+    part = replace(
+        record,
+        sample_id=f"{record.sample_id}[{units[0]}:{units[1]}]",
+        turns=tuple(turns),
+        images=tuple(record.images[image] for image in images),
+    )
+    return part, images
+
+
+def _cut_round(each: _Round, low: int, high: int) -> tuple[list[Turn], list[int]]:
+    """Units low..high-1 of a round, and its images."""
+    counts, place = each.counts, each.cut_turn
+    if place is None or (low, high) == (0, each.num_units):
+        return list(each.turns), list(range(each.first_image, each.first_image + sum(counts)))
+    turn = each.turns[place]
+    before, *behind = turn.value.split(IMAGE_PLACEHOLDER)
+    middle = "".join(IMAGE_PLACEHOLDER + text for text in behind[low:high])
+    first = each.first_image + sum(counts[:place])
+    images = list(range(first + low, first + high))
+    if place == 0:
+        frame = "" if high == len(behind) else behind[-1]
+        return [replace(turn, value=before + middle + frame), *each.turns[1:]], images
+    question = list(range(each.first_image, first))
+    opening = before if low == 0 else ""
+    return [each.turns[0], replace(turn, value=opening + middle)], question + images
+
+
+def split_units(record: Record, *, fits: Callable[[Units], bool]) -> Sequence[Units]:
+    """Cut a record into the longest parts that fit, from its beginning on.
+
+    Args:
+        record: a record that does not fit as a whole.
+        fits: whether a range of units is short enough; asked about a dozen times for each part.
+
+    Raises:
+        DataError: a single unit does not fit.
+    """
+    total, first = num_units(record), 0
+    parts: list[Units] = []
+    while first < total:
+        low, high = first, total + 1  # low units fit (or none), high do not
+        while high - low > 1:
+            middle = min((low + high) // 2, 2 * low - first + 1)  # short ranges first: long ones cost most
+            low, high = (middle, high) if fits((first, middle)) else (low, middle)
+        if low == first:
+            raise DataError(
+                f"{record.where}: is too long, and its part {first + 1} of {total} is as well; text is not cut, only "
+                "rounds and images are set apart"
+            )
+        parts.append((first, low))
+        first = low
+    return parts

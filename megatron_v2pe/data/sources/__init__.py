@@ -1,0 +1,1 @@
+"""Where data is: the meta json and the storage it points to."""

@@ -1,0 +1,207 @@
+"""Byte-level byte pair encoding, by the `tokenizers` library: Qwen2's two text files, or a tokenizer.json.
+
+    text --NFC--> words (one regular expression) --UTF-8 bytes as letters--> merges --> ids
+
+Each byte has a letter of its own, so any text can be encoded and no text has an unknown token. The library keeps a few
+hundred bytes for every token of a text until it is done with it, so long texts are encoded piece by piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.data.text.tokenizer_files import read_json
+
+# How Qwen2 cuts words. Its files do not hold the expression: contractions, letters with one leading sign, single
+# digits, signs with their line breaks, line breaks, blanks.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Llama-3's differ in the digits. Both end a word at every line break that has no other blank beside it.
+_LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_LINE_END = re.compile(r"[\w!-~]\n(?=[\w!-~])")
+_PIECE_CHARS = 2**16
+
+
+class ByteLevelVocabulary:
+    """A byte-level vocabulary; see `Vocabulary` for the methods.
+
+    Args:
+        backend: the library's tokenizer.
+        composes: texts are brought to Unicode's composed form (NFC) first, as Qwen2's tokenizer does.
+        digest: identity of all that decides ids.
+    """
+
+    joiner = ""
+    opening = ""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, composes: bool, digest: bytes) -> None:
+        self._backend, self._composes, self._digest = backend, composes, digest
+        self._decoder = decoders.ByteLevel()
+        self.size = int(backend.get_vocab_size(with_added_tokens=False))
+        self._ends_at_lines = _ends_words_at_lines(backend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._backend, self._composes, self._digest)
+
+    def digest(self) -> bytes:
+        """Digest of the description and the switch."""
+        return self._digest
+
+    def prepare(self, text: str) -> str:
+        """The text itself."""
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of an entry."""
+        index = self._backend.token_to_id(token)
+        return None if index is None else int(index)
+
+    def token(self, index: int) -> str:
+        """Entry of an id."""
+        return str(self._backend.id_to_token(index))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = []
+        for piece in self._cut(text):
+            ids += self._backend.encode(self._composed(piece), add_special_tokens=False).ids
+        return ids
+
+    def pieces(self, text: str) -> list[str]:
+        """Entries of a text, one letter for each byte."""
+        return list(self._backend.encode(self._composed(text), add_special_tokens=False).tokens)
+
+    def to_text(self, tokens: Sequence[str], special: Container[str]) -> str:
+        """Text of entries; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._decoder.decode(list(tokens)))
+
+    def opens_with(self) -> list[int]:
+        """Ids that the description puts in front of every text."""
+        return list(self._backend.encode("").ids)
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """A long text in pieces whose ids are, one after the other, the ids of the text."""
+        start = 0
+        while self._ends_at_lines and len(text) - start > _PIECE_CHARS:
+            found = _LINE_END.search(text, start + _PIECE_CHARS)
+            if found is None:
+                break
+            yield text[start : found.end()]
+            start = found.end()
+        yield text[start:] if start else text
+
+    def _composed(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._composes else text
+
+
+def _ends_words_at_lines(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a line break between two visible characters ends a word, as far as is known of the rules."""
+    if backend.truncation is not None or not isinstance(backend.normalizer, normalizers.NFC | None):
+        return False
+    match _described(backend.pre_tokenizer):
+        case {
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False},
+            ]
+        }:
+            return pattern in (_QWEN2_WORDS, _LLAMA3_WORDS)
+    return False
+
+
+def _described(part: Any) -> Any:
+    """A part of a tokenizer as `tokenizer.json` has it, which is what the library pickles."""
+    return json.loads(part.__getstate__())
+
+
+def _restore(backend: tokenizers.Tokenizer, composes: bool, digest: bytes) -> ByteLevelVocabulary:
+    return ByteLevelVocabulary(backend, composes=composes, digest=digest)
+
+
+def _of_description(
+    backend: tokenizers.Tokenizer, description: str, *, composes: bool
+) -> ByteLevelVocabulary:
+    digest = hashlib.sha256(f"{composes}{description}".encode()).digest()
+    return ByteLevelVocabulary(backend, composes=composes, digest=digest)
+
+
+def read_qwen2(folder: Path) -> ByteLevelVocabulary:
+    """Vocabulary of `vocab.json` and `merges.txt`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or they do not fit each other.
+    """
+    vocabulary = read_json(folder / "vocab.json", required=True)
+    path = folder / "merges.txt"
+    missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in vocabulary]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'vocab.json'}: {len(missing)} of the 256 byte letters are missing, {missing[0]!r} for one; "
+            "the file is damaged or not of a byte-level tokenizer"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        kept = lines[1:] if lines[0].startswith("#version:") else lines
+        merges = [_pair(path, line) for line in kept if line]
+        _check_merges(path, merges, vocabulary)
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; the tokenizer of the checkpoint needs it") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises its own and plain exceptions alike
+        raise CheckpointError(f"{path}: does not fit vocab.json ({error})") from None
+    words = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    return _of_description(backend, backend.to_str(), composes=True)
+
+
+def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]]:
+    """Vocabulary of a `tokenizer.json`, and its added tokens.
+
+    Raises:
+        CheckpointError: missing, damaged, or not byte level.
+    """
+    values = read_json(path, required=True)
+    if '"ByteLevel"' not in json.dumps(values.get("pre_tokenizer")):
+        raise CheckpointError(
+            f"{path}: pre_tokenizer is not ByteLevel; tokenizers of other kinds are read from tokenizer.model "
+            "(classes InternLM2Tokenizer and LlamaTokenizer)"
+        )
+    try:
+        description = json.dumps(values)
+        vocabulary = _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
+    except Exception as error:  # the library raises plain exceptions
+        raise CheckpointError(f"{path}: cannot be read by the tokenizers library ({error})") from None
+    return vocabulary, {str(entry["content"]): int(entry["id"]) for entry in values.get("added_tokens", [])}
+
+
+def _check_merges(path: Path, merges: Sequence[tuple[str, str]], vocabulary: Container[str]) -> None:
+    """Every merge makes an entry; where one does not, the library would end in a panic."""
+    for first, second in merges:
+        if first + second not in vocabulary:
+            raise CheckpointError(
+                f"{path}: does not fit vocab.json, which has no entry {first + second!r} for the merge of {first!r} "
+                f"and {second!r}; take both files from one checkpoint"
+            )
+
+
+def _pair(path: Path, line: str) -> tuple[str, str]:
+    """One line of merges.txt."""
+    parts = line.split()
+    if len(parts) != 2:
+        raise CheckpointError(f"{path}: {line!r} is not a pair of tokens; the file is damaged")
+    return parts[0], parts[1]

@@ -1,0 +1,106 @@
+"""A mixture from files to tables: measure, plan one epoch, describe; what is wrong is shown, then raised.
+
+meta.json --index_dataset, one by one--> indexes --MixturePlan--> epoch 0 --data.report--> text, --report--> pictures
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.validate import check_lengths
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.files import writable_folder
+from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
+from megatron_v2pe.data.loader import plan_mixture
+from megatron_v2pe.data.report import describe_datasets, describe_plan, table
+from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.sources.meta import read_meta
+from megatron_v2pe.inspection.data_pictures import write_report
+from megatron_v2pe.inspection.figures import pyplot
+
+_SHOWN_BAD = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What `index-data` says.
+
+    Attributes:
+        text: the table.
+        bad_text: bad lines, the first fifty.
+        problem: why a run would refuse the data; None when it would not.
+    """
+
+    text: str
+    bad_text: str
+    problem: DataError | None
+
+
+def overview(
+    config: RunConfig,
+    hf_folder: Path,
+    *,
+    workers: int,
+    report_dir: str | None = None,
+    show_progress: bool = False,
+) -> Overview:
+    """Measure a mixture, plan its first epoch, and describe both.
+
+    Args:
+        config: sections data, optim, model and runtime are read.
+        hf_folder: of the checkpoint whose tokenizer counts.
+        workers: processes that measure.
+        report_dir: folder for tables and pictures; none are written without it.
+        show_progress: draw progress bars.
+
+    Raises:
+        ConfigError, DataError: a mistake that leaves nothing to show.
+    """
+    if workers < 1:
+        raise ConfigError(f"--workers is {workers}, but must be at least 1")
+    check_lengths(config.data)
+    if report_dir is not None:  # what a report needs is better known now than after an hour
+        pyplot()
+        writable_folder(report_dir, field="--report")
+    settings = sample_settings(config, read_architecture(hf_folder), hf_folder)
+    cache_dir = config.data.cache_dir or str(Path(config.runtime.run_dir) / "data_cache")
+    indexes = [
+        index_dataset(
+            entry, settings=settings, cache_dir=cache_dir, workers=workers, show_progress=show_progress
+        )
+        for entry in read_meta(config.data.meta)
+    ]
+    plan, report, problem = None, None, None
+    try:
+        _, plan = plan_mixture(config, settings)
+        report = describe_plan(
+            plan,
+            max_pack_tokens=config.data.max_pack_tokens,
+            max_pack_tiles=config.data.max_pack_tiles,
+            batches=batch_schedule(config),
+            balance=config.data.balance,
+        )
+    except DataError as error:
+        problem = error
+    rows = describe_datasets(indexes, plan)
+    text = table(rows, report)
+    if report_dir is not None:
+        files = write_report(report_dir, indexes, rows, report)
+        text += "".join(f"{path}\n" for path in files)
+    return Overview(text=text, bad_text=_bad_text(indexes, report_dir), problem=problem)
+
+
+def _bad_text(indexes: Sequence[DatasetIndex], report_dir: str | None) -> str:
+    bad = [sample for index in indexes for sample in index.bad]
+    lines = [f"bad: {sample.message}\n" for sample in bad[:_SHOWN_BAD]]
+    if len(bad) > _SHOWN_BAD:
+        where = (
+            f"all in {report_dir}/bad.txt" if report_dir else "--report OUT writes all of them to OUT/bad.txt"
+        )
+        lines.append(f"... and {len(bad) - _SHOWN_BAD} more; {where}\n")
+    return "".join(lines)

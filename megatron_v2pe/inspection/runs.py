@@ -1,0 +1,87 @@
+"""What a run folder holds, read once; `run_rows` tells it in words, `run_curves` draws it.
+
+    metrics.jsonl, bad_steps.jsonl, stacks/, checkpoints/ --summarize--> RunSummary --> table on stdout, PNG of curves
+                                     '--read_hangs--> a line for each hang: who waited where, for whom
+
+A step that took more than three times the median counts as a stall: a slow disk, a checkpoint, a neighbour.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.jsonl import read_jsonl
+from megatron_v2pe.inspection.hangs import Hang, read_hangs
+
+_STALL_FACTOR = 3.0
+_NEEDED = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Numbers of one run.
+
+    Attributes:
+        run_dir: its folder.
+        lines: metrics by step.
+        stalls: steps that took more than three times the median, waits for data included.
+        bad_steps: steps that were not applied.
+        hangs: who waited where, each time that it hung.
+        stacks: ranks that have written stacks.
+        checkpoints: steps of the checkpoints that are there.
+        starts: step behind which the run was started, each time.
+    """
+
+    run_dir: Path
+    lines: tuple[dict[str, Any], ...]
+    stalls: tuple[int, ...]
+    bad_steps: tuple[int, ...]
+    hangs: tuple[Hang, ...]
+    stacks: tuple[int, ...]
+    checkpoints: tuple[int, ...]
+    starts: tuple[int, ...]
+
+
+def summarize(run_dir: str | Path) -> RunSummary:
+    """Read a run folder.
+
+    Raises:
+        DataError: it has no metrics, or lines that are none.
+    """
+    run_dir = Path(run_dir)
+    try:
+        lines = tuple(_checked(run_dir / "metrics.jsonl"))
+    except DataError as error:
+        raise DataError("\n".join([str(error), *map(str, read_hangs(run_dir))])) from None
+    seconds = [line["step_s"] + line["data_s"] for line in lines]
+    limit = _STALL_FACTOR * statistics.median(seconds)
+    bad, starts = run_dir / "bad_steps.jsonl", run_dir / "starts.jsonl"
+    return RunSummary(
+        run_dir=run_dir,
+        lines=lines,
+        stalls=tuple(line["step"] for line, each in zip(lines, seconds, strict=True) if each > limit),
+        bad_steps=tuple(sorted({line["step"] for _, line in read_jsonl(bad)})) if bad.exists() else (),
+        hangs=read_hangs(run_dir),
+        stacks=_numbers(run_dir.glob("stacks/rank_*.txt")),
+        checkpoints=_numbers(path.parent for path in run_dir.glob("checkpoints/step_*/checkpoint.json")),
+        starts=tuple(line["step"] for _, line in read_jsonl(starts)) if starts.exists() else (),
+    )
+
+
+def _checked(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, line in read_jsonl(path, skip_cut=True):
+        if missing := [name for name in _NEEDED if name not in line]:
+            raise DataError(f"{path}:{number}: not a line of training metrics, it lacks {', '.join(missing)}")
+        lines.append(line)
+    if not lines:
+        raise DataError(f"{path}: holds no step; did the run start?")
+    return lines
+
+
+def _numbers(paths: Any) -> tuple[int, ...]:
+    return tuple(sorted(int(path.stem.rsplit("_", 1)[1]) for path in paths))

@@ -1,0 +1,1 @@
+"""Memory of a rank, from the operations of its layers."""

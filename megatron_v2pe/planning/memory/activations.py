@@ -1,0 +1,268 @@
+"""Peak memory of a training step on one rank, phase by phase, beside weights, gradients and optimizer state.
+
+    cut       the batch comes to the device
+    encode    tower and projector forward                       (first stage)
+    decode    decoder layers forward
+    loss      head, a chunk of logits, gradients of the head    (last stage)
+    decode'   decoder layers backward, from the last
+    encode'   projector and tower backward                      (first stage)
+    embed'    gradient of the embedding                         (first stage)
+
+Each phase holds what earlier ones left for backward. The largest is the peak, and its parts say what to change.
+Micro batches in flight on a pipeline add what they keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import Part, parts_trained_whole
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
+from megatron_v2pe.planning.memory.adapters import adapters_of
+from megatron_v2pe.planning.memory.attention import AttentionShape
+from megatron_v2pe.planning.memory.decoder_ops import DecoderSizes
+from megatron_v2pe.planning.memory.head import Head, HeadPeaks, head_peaks
+from megatron_v2pe.planning.memory.layers import FLOAT_BYTES, LayerCosts
+from megatron_v2pe.planning.memory.stacks import Recompute, Stack, decoder_layer, stack
+from megatron_v2pe.planning.memory.tower import TowerPeaks, TowerShape, tower_peaks
+from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.request.workload import Pack
+
+SHORT_TOKENS = 512  # documents up to this length share a call of a native kernel
+TOKEN_BYTES = 28  # token id, label, position units (8 each), loss weight (4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the memory of a rank depends on.
+
+    Attributes:
+        config: the run.
+        arch: its model.
+        plan: sizes of the axes.
+        pack: the micro batch, padded for the plan.
+        backend: `native` or `transformer_engine`.
+        on_cpu: torch's CPU costs.
+    """
+
+    config: RunConfig
+    arch: InternVLArchitecture
+    plan: ParallelPlan
+    pack: Pack
+    backend: str
+    on_cpu: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Of the compute dtype."""
+        return 2 if self.config.runtime.dtype == "bfloat16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rank after the context parallel cut (l)."""
+        return self.pack.num_tokens // self.plan.cp
+
+    @property
+    def rows(self) -> int:
+        """Rows between layers (r)."""
+        return self.tokens // (self.plan.tp if self.plan.sequence_parallel else 1)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
+        return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
+
+    def trains(self, part: Part) -> bool:
+        """Whether a part's own weights are trained."""
+        return part in parts_trained_whole(self.config)
+
+    def has_gradients(self, part: Part) -> bool:
+        """Whether a part, or its adapters, get gradients."""
+        return self.trains(part) or self.config.lora.rank_of(part) > 0
+
+    def costs(self, part: Part) -> LayerCosts:
+        """What the back end's modules allocate for a part."""
+        fused = self.backend == "transformer_engine"
+        return LayerCosts(
+            element_bytes=self.element_bytes,
+            fused_norm=fused,
+            float_attention=self.on_cpu,
+            expands_keys=not fused,
+            is_trained=self.trains(part),
+            adapters=adapters_of(self.config.lora, part, self.arch).pairs,
+            drops_inputs=self.config.lora.dropout > 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkMemory:
+    """Memory of one micro batch in one model chunk."""
+
+    batch_bytes: float
+    cut_bytes: float
+    gathered_bytes: float
+    hidden_bytes: float
+    visual_bytes: float
+    embedding_gradient_bytes: float
+    tower: TowerPeaks | None
+    layers: Stack
+    head: HeadPeaks | None
+
+    @property
+    def kept_bytes(self) -> float:
+        """Held from the end of forward to the start of backward, while other micro batches run."""
+        tower = self.tower.kept_bytes if self.tower else 0.0
+        return self.batch_bytes + tower + self.layers.kept_bytes + self.hidden_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A moment of the step: bytes by what they are for."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total_bytes(self) -> float:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def decoder_stack(setting: Setting, num_layers: int) -> Stack:
+    """Decoder layers of a chunk."""
+    plan, language, model = setting.plan, setting.arch.language, setting.config.model
+    longest = max(setting.pack.document_lengths)
+    gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
+    sizes = DecoderSizes(
+        tokens=setting.tokens,
+        rows=setting.rows,
+        hidden=language.hidden_size,
+        query_width=language.num_heads * language.head_dim // plan.tp,
+        key_width=language.num_kv_heads * language.head_dim // plan.tp,
+        ffn=language.ffn_size // plan.tp,
+        num_heads=language.num_heads // plan.tp,
+        head_dim=language.head_dim,
+        qkv_bias=language.qkv_bias,
+        tp=plan.tp,
+        sequence_parallel=plan.sequence_parallel,
+        mlp_chunks=model.mlp_chunks if model.recompute == "selective" or model.mlp_chunks > 1 else 0,
+    )
+    shape = AttentionShape(
+        tokens=sizes.tokens,
+        longest_share=1.0 if gathers else longest / setting.pack.num_tokens,
+        gathers=gathers and setting.backend == "native",
+        query_width=sizes.query_width,
+        key_width=sizes.key_width,
+        num_heads=sizes.num_heads,
+        cp=plan.cp,
+        comm_type=setting.config.parallel.cp_comm_type,
+    )
+    return _decoder_stack(
+        sizes,
+        shape,
+        setting.backend,
+        setting.costs("language"),
+        num_layers,
+        (model.recompute, model.offload_activations),
+    )
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same layers again and again
+def _decoder_stack(
+    sizes: DecoderSizes,
+    shape: AttentionShape,
+    backend: str,
+    costs: LayerCosts,
+    num_layers: int,
+    saving: tuple[Recompute, bool],
+) -> Stack:
+    return stack(
+        decoder_layer(sizes, shape, backend=backend, costs=costs),
+        num_layers=num_layers,
+        input_bytes=sizes.rows * sizes.hidden * costs.element_bytes,
+        recompute=saving[0],
+        offload=saving[1],
+    )
+
+
+def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
+    """Memory of one micro batch in a chunk."""
+    arch, e = setting.arch, setting.element_bytes
+    language, plan = arch.language, setting.plan
+    hidden = setting.rows * language.hidden_size * e
+    words = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp
+    tokens = setting.tokens * (TOKEN_BYTES + language.head_dim // 2 * FLOAT_BYTES)
+    pixels = 3 * arch.image_size**2 * setting.tiles if chunk.is_first else 0
+    visual_share = min(1.0, setting.pack.num_tiles * arch.tokens_per_tile / setting.pack.num_tokens)
+    is_half = e < FLOAT_BYTES
+    return ChunkMemory(
+        batch_bytes=tokens + pixels * e,
+        # uint8 from the loader, float32 while it is normalised, then the compute dtype
+        cut_bytes=tokens + pixels * ((0 if setting.on_cpu else 1) + FLOAT_BYTES + (e if is_half else 0)),
+        gathered_bytes=setting.tokens * language.hidden_size * e if plan.sequence_parallel else 0.0,
+        hidden_bytes=hidden if plan.pp > 1 else 0.0,
+        visual_bytes=hidden * visual_share if chunk.is_first else 0.0,
+        embedding_gradient_bytes=0.0
+        if not (setting.trains("language") and chunk.is_first)
+        else words * language.hidden_size * e,
+        tower=_tower(setting) if chunk.is_first else None,
+        layers=decoder_stack(setting, chunk.num_layers),
+        head=_head(setting, words) if chunk.is_last else None,
+    )
+
+
+def _tower(setting: Setting) -> TowerPeaks:
+    shape = TowerShape(
+        tiles=setting.tiles,
+        tower_tp=setting.plan.tower_tp,
+        is_trained=setting.has_gradients("vision"),
+        trains_projector=setting.has_gradients("projector"),
+        projector=setting.costs("projector"),
+    )
+    return tower_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
+
+
+def _head(setting: Setting, words: int) -> HeadPeaks:
+    model = setting.config.model
+    head = Head(
+        rows=setting.rows,
+        tokens=setting.tokens,
+        supervised=min(setting.tokens, setting.pack.supervised_tokens),
+        chunk=model.loss_chunk_tokens,
+        hidden=setting.arch.language.hidden_size,
+        words=words,
+        is_trained=setting.trains("language"),
+        gathers=setting.plan.sequence_parallel,
+    )
+    return head_peaks(head, setting.costs("language"))
+
+
+def chunk_phases(memory: ChunkMemory, hidden_bytes: float) -> list[Phase]:
+    """Phases of one micro batch in a chunk; `hidden_bytes` is [r, H]."""
+    held = {"batch": memory.batch_bytes}
+    if memory.gathered_bytes:
+        held["gathered rows"] = memory.gathered_bytes
+    phases = [Phase(name="cut", parts={"batch": memory.cut_bytes})]
+    tower, layers, head = memory.tower, memory.layers, memory.head
+    if tower is not None:
+        encode = {**held, "embedding": hidden_bytes, "vision tower": tower.forward_bytes}
+        phases.append(Phase(name="encode", parts=encode))
+        held["vision tower"] = tower.kept_bytes
+        spliced = 2 * hidden_bytes + tower.features_bytes + memory.visual_bytes
+        phases.append(Phase(name="splice", parts={**held, "embedding": spliced}))
+    phases.append(Phase(name="decode", parts={**held, "decoder layers": layers.forward_bytes}))
+    if head is not None:
+        loss = {**held, "decoder layers": layers.kept_bytes}
+        phases.append(Phase(name="loss", parts={**loss, "logits and loss": head.forward_bytes}))
+        phases.append(Phase(name="loss'", parts={**loss, "logits and loss": head.backward_bytes}))
+    phases.append(Phase(name="decode'", parts={**held, "decoder layers": layers.backward_bytes}))
+    if tower is not None:
+        gradients = hidden_bytes + memory.visual_bytes
+        encode = {**held, "embedding": gradients, "vision tower": tower.backward_bytes}
+        phases.append(Phase(name="encode'", parts=encode))
+        embedding = hidden_bytes + memory.embedding_gradient_bytes
+        phases.append(Phase(name="embed'", parts={**held, "vision tower": 0.0, "embedding": embedding}))
+    return phases

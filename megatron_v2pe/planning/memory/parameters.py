@@ -1,0 +1,142 @@
+"""Every parameter of a model chunk, in the order in which mcore meets them, as (name, numbers): exact.
+
+    vision      class and position embedding, patch convolution, layers (ls1 ls2 norm proj qkv norm fc1 fc2)
+    projector   norm, fc1, fc2
+    language    embedding, layers (norm proj qkv norm fc1 fc2), final norm, head
+
+A tensor parallel rank holds 1/tp of every linear and of embedding and head, and norms and output biases whole.
+Adapters follow their linear. The order is that of `named_parameters`; it decides where mcore's gradient buffer has
+gaps. `reality.py` builds the real ranks without memory and compares every name and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
+from megatron_v2pe.config.schema import LoRAConfig
+from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
+from megatron_v2pe.planning.memory.adapters import NO_ADAPTERS, NO_LORA, Adapters, Parameter, adapters_of
+from megatron_v2pe.planning.request.stages import Chunk
+
+
+def linear(
+    name: str, *, rows: int, columns: int, bias: bool, adapters: Adapters = NO_ADAPTERS
+) -> Iterator[Parameter]:
+    """Weight [rows, columns], bias [rows], and adapters of the linear's role; sizes are this rank's."""
+    yield f"{name}.weight", rows * columns
+    if bias:
+        yield f"{name}.bias", rows
+    yield from adapters.parameters(name, rows=rows, columns=columns)
+
+
+def norm(name: str, *, width: int, bias: bool) -> Iterator[Parameter]:
+    """Weight, and the bias that LayerNorm has and RMSNorm has not."""
+    yield f"{name}.weight", width
+    if bias:
+        yield f"{name}.bias", width
+
+
+def tower_heads(vision: VisionArchitecture, tower_tp: int) -> int:
+    """Heads of the whole tower, rounded up so that they divide by the ranks it is split over."""
+    return -(-vision.num_heads // tower_tp) * tower_tp
+
+
+def vision_layer(
+    name: str, vision: VisionArchitecture, tower_tp: int, adapters: Adapters = NO_ADAPTERS
+) -> Iterator[Parameter]:
+    """One layer of the tower on one of `tower_tp` ranks."""
+    hidden, is_layer_norm = vision.hidden_size, vision.norm_type == "layer_norm"
+    width = tower_heads(vision, tower_tp) * (hidden // vision.num_heads) // tower_tp
+    yield f"{name}.ls1", hidden
+    yield f"{name}.ls2", hidden
+    yield from norm(f"{name}.input_layernorm", width=hidden, bias=is_layer_norm)
+    attention = f"{name}.self_attention"
+    yield from linear(f"{attention}.linear_proj", rows=hidden, columns=width, bias=True, adapters=adapters)
+    yield from linear(
+        f"{attention}.linear_qkv", rows=3 * width, columns=hidden, bias=vision.qkv_bias, adapters=adapters
+    )
+    if vision.qk_normalization:
+        for side in ("q_norm", "k_norm"):
+            yield from norm(f"{attention}.{side}", width=width, bias=is_layer_norm)
+    yield from norm(f"{name}.pre_mlp_layernorm", width=hidden, bias=is_layer_norm)
+    ffn = vision.ffn_size // tower_tp
+    mlp = f"{name}.mlp"
+    yield from linear(f"{mlp}.linear_fc1", rows=ffn, columns=hidden, bias=True, adapters=adapters)
+    yield from linear(f"{mlp}.linear_fc2", rows=hidden, columns=ffn, bias=True, adapters=adapters)
+
+
+def vision_parameters(arch: InternVLArchitecture, tower_tp: int, adapters: Adapters) -> Iterator[Parameter]:
+    """The tower. Its position table is made for `vision_config.image_size`."""
+    vision = arch.vision
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1
+    yield "vision.class_embedding", vision.hidden_size
+    yield "vision.position_embedding", positions * vision.hidden_size
+    yield from linear(
+        "vision.patch_embedding", rows=vision.hidden_size, columns=3 * vision.patch_size**2, bias=True
+    )
+    for index in range(vision.num_layers):
+        yield from vision_layer(f"vision.encoder.layers.{index}", vision, tower_tp, adapters)
+
+
+def projector_parameters(
+    arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
+) -> Iterator[Parameter]:
+    """LayerNorm over 1 / ratio^2 patches, two linears."""
+    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
+    hidden = arch.language.hidden_size
+    yield from norm("projector.norm", width=channels, bias=True)
+    share, fc1, fc2 = hidden // tower_tp, "projector.mlp.linear_fc1", "projector.mlp.linear_fc2"
+    yield from linear(fc1, rows=share, columns=channels, bias=True, adapters=adapters)
+    yield from linear(fc2, rows=hidden, columns=share, bias=True, adapters=adapters)
+
+
+def language_layer(
+    name: str, language: LanguageArchitecture, tp: int, adapters: Adapters = NO_ADAPTERS
+) -> Iterator[Parameter]:
+    """One decoder layer on one of `tp` ranks."""
+    hidden, head_dim = language.hidden_size, language.head_dim
+    queries = language.num_heads * head_dim // tp
+    keys_and_values = 2 * language.num_kv_heads * head_dim // tp
+    ffn = language.ffn_size // tp
+    yield f"{name}.input_layernorm.weight", hidden
+    attention = f"{name}.self_attention"
+    yield from linear(f"{attention}.linear_proj", rows=hidden, columns=queries, bias=False, adapters=adapters)
+    mixed = queries + keys_and_values
+    yield from linear(
+        f"{attention}.linear_qkv", rows=mixed, columns=hidden, bias=language.qkv_bias, adapters=adapters
+    )
+    yield f"{name}.pre_mlp_layernorm.weight", hidden
+    mlp = f"{name}.mlp"
+    yield from linear(f"{mlp}.linear_fc1", rows=2 * ffn, columns=hidden, bias=False, adapters=adapters)
+    yield from linear(f"{mlp}.linear_fc2", rows=hidden, columns=ffn, bias=False, adapters=adapters)
+
+
+def language_parameters(
+    arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk, adapters: Adapters
+) -> Iterator[Parameter]:
+    """This chunk's part of the decoder. A tied head is a second copy where it is on another stage."""
+    language = arch.language
+    words = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp * language.hidden_size
+    if chunk.is_first:
+        yield "language.embedding.word_embeddings.weight", words
+    for index in range(chunk.num_layers):
+        yield from language_layer(f"language.decoder.layers.{index}", language, plan.tp, adapters)
+    if chunk.is_last:
+        yield "language.decoder.final_layernorm.weight", language.hidden_size
+        if not (language.tie_word_embeddings and chunk.is_first):
+            yield "language.output_layer.weight", words
+
+
+@lru_cache(maxsize=256)  # asked for several times in an estimate, and again for the next one of a search
+def chunk_parameters(
+    arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk, lora: LoRAConfig = NO_LORA
+) -> tuple[Parameter, ...]:
+    """All parameters of a chunk."""
+    parameters: list[Parameter] = []
+    if chunk.is_first:
+        parameters += vision_parameters(arch, plan.tower_tp, adapters_of(lora, "vision", arch))
+        parameters += projector_parameters(arch, plan.tower_tp, adapters_of(lora, "projector", arch))
+    language = adapters_of(lora, "language", arch)
+    return (*parameters, *language_parameters(arch, plan, chunk, language))

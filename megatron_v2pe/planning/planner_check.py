@@ -1,0 +1,86 @@
+"""The planner against the real thing: ranks built by `build_model` and wrapped as for training, without memory.
+
+predicted parameters, weights, gradients, optimizer bytes   ==   those of the rank on the meta device
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.assembly.optimizer import wrap_for_training
+from megatron_v2pe.assembly.rank_shapes import rank_model
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.planning.memory.adapters import Parameter
+from megatron_v2pe.planning.memory.parameters import chunk_parameters
+from megatron_v2pe.planning.memory.rank_state import rank_state
+from megatron_v2pe.planning.memory.state import MAIN_WEIGHT_BYTES, MOMENT_BYTES, StateBytes
+from megatron_v2pe.planning.request.stages import chunks_of_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltRank:
+    """A rank as it was built: parameters of each chunk in order, and bytes of its buffers."""
+
+    parameters: tuple[tuple[Parameter, ...], ...]
+    state: StateBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankComparison:
+    """Predicted against built."""
+
+    rank: int
+    predicted: StateBytes
+    built: StateBytes
+    same_parameters: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Every name, number and byte agrees."""
+        return self.same_parameters and self.predicted == self.built
+
+
+def built_rank(config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, rank: int) -> BuiltRank:
+    """Build one rank of any layout on the meta device."""
+    is_half = config.runtime.dtype == "bfloat16"
+    with rank_model(config, arch, plan=plan, rank=rank) as (chunks, _):
+        named = [[(name, p.numel()) for name, p in chunk.named_parameters()] for chunk in chunks]
+        frozen = sum(
+            p.numel() * p.itemsize for chunk in chunks for p in chunk.parameters() if not p.requires_grad
+        )
+        trainer = wrap_for_training(chunks, config)
+        buffers = [buffer for chunk in trainer.wrapped for buffer in chunk.buffers]
+        shard = sum(
+            parameter.numel()
+            for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+            for group in part.optimizer.param_groups
+            for parameter in group["params"]
+        )
+        weights = sum(buffer.param_data.numel() * buffer.param_data.itemsize for buffer in buffers)
+        gradients = sum(buffer.grad_data.numel() * buffer.grad_data.itemsize for buffer in buffers)
+    return BuiltRank(
+        parameters=tuple(tuple(parameters) for parameters in named),
+        state=StateBytes(
+            weights_bytes=weights + frozen,
+            gradients_bytes=gradients,
+            optimizer_bytes=shard * (MOMENT_BYTES + (MAIN_WEIGHT_BYTES if is_half else 0)),
+        ),
+    )
+
+
+def compare_rank(
+    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, rank: int
+) -> RankComparison:
+    """One rank, predicted and built."""
+    built = built_rank(config, arch, plan=plan, rank=rank)
+    pp_rank = rank // (plan.tp * plan.cp * plan.dp)
+    chunks = chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank)
+    predicted = tuple(chunk_parameters(arch, plan, chunk, config.lora) for chunk in chunks)
+    return RankComparison(
+        rank=rank,
+        predicted=rank_state(config, arch, plan, rank),
+        built=built.state,
+        same_parameters=predicted == built.parameters,
+    )

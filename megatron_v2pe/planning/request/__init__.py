@@ -1,0 +1,1 @@
+"""What is planned: a run, its packs, its hardware, its pipeline stages."""

@@ -1,0 +1,1 @@
+"""FLOPs, bytes on the wire and seconds of a step."""

@@ -1,0 +1,103 @@
+"""FLOPs that a rank executes for one micro batch: the model's, and what recomputation and costs add.
+
+    linears     1 forward, 2 backward (1 where weights are frozen), 1 more where they are recomputed
+    attention   1 forward, 2.5 backward (fused costs form the scores again: 5 products against 2), 1 if recomputed
+    head        3 in forward: logits and both products of their gradient
+
+Adapters are left out: a pair of rank r has r (in + out) of in * out weights, 1 or 2 in 100.
+
+The convention for model FLOPs and MFU is in `models/flops.py` and knows none of this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.config.schema import ModelConfig, VisionConfig
+from megatron_v2pe.models.flops import (
+    attention_flops,
+    projector_flops,
+    tower_attention_flops,
+    tower_linear_flops,
+)
+from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.request.stages import Chunk
+
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkFlops:
+    """Executed FLOPs of one micro batch in one chunk on one rank."""
+
+    linear: float
+    attention_forward: float
+    attention_backward: float
+    head: float
+    tower_linear: float
+    tower_attention: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        attention = self.attention_forward + self.attention_backward
+        return self.linear + attention + self.head + self.tower_linear + self.tower_attention
+
+
+def linear_passes(model: ModelConfig, *, is_trained: bool) -> tuple[float, float]:
+    """How often attention's linears and the MLP's are multiplied, in forward passes.
+
+    An MLP in pieces inside a recomputed layer runs forward a third time, piece by piece.
+    """
+    backward = 2.0 if is_trained else 1.0
+    again = 1.0 if model.recompute == "full" else 0.0
+    pieces = 1.0 if model.recompute == "selective" or model.mlp_chunks > 1 else 0.0
+    return 1.0 + backward + again, 1.0 + backward + again + pieces
+
+
+def chunk_flops(setting: Setting, chunk: Chunk) -> ChunkFlops:
+    """FLOPs of one micro batch on a rank: tokens over cp, weights and heads over tp, tiles over their ranks."""
+    arch, plan, model = setting.arch, setting.plan, setting.config.model
+    language = arch.language
+    hidden, share = language.hidden_size, chunk.num_layers / language.num_layers
+    attention_weights = 2 * hidden * hidden + 2 * hidden * language.num_kv_heads * language.head_dim
+    is_trained = setting.trains("language")
+    projections, mlp = linear_passes(model, is_trained=is_trained)
+    weights = projections * attention_weights + mlp * 3 * hidden * language.ffn_size
+    attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
+    attention_forwards = 2.0 if model.recompute == "full" else 1.0
+    supervised = setting.pack.supervised_tokens / plan.cp if chunk.is_last else 0.0
+    head_products = 2.0 if is_trained else 1.0
+    tower_linear, tower_attention = tower_flops(setting) if chunk.is_first else (0.0, 0.0)
+    return ChunkFlops(
+        linear=2.0 * chunk.num_layers * weights * setting.tokens / plan.tp,
+        attention_forward=attention_forwards * attention,
+        attention_backward=ATTENTION_BACKWARD * attention,
+        head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,
+        tower_linear=tower_linear,
+        tower_attention=tower_attention,
+    )
+
+
+def tower_flops(setting: Setting) -> tuple[float, float]:
+    """Linears (projector included) and attention of the busiest rank's tiles."""
+    arch, vision, tiles = setting.arch, setting.config.vision, setting.tiles
+    split = setting.plan.tower_tp
+    sliced = vision.micro_batch_tiles > 0 and tiles > vision.micro_batch_tiles
+    linear, attention = 1.0, 1.0
+    if setting.has_gradients("vision"):
+        linear, attention = tower_passes(vision, is_sliced=sliced, is_trained=setting.trains("vision"))
+    projector = 1.0
+    if setting.has_gradients("vision") or setting.has_gradients("projector"):
+        projector += 1.0 + setting.trains("projector") + sliced
+    return (
+        linear * tower_linear_flops(arch, tiles) / split + projector * projector_flops(arch, tiles) / split,
+        attention * tower_attention_flops(arch, tiles) / split,
+    )
+
+
+def tower_passes(vision: VisionConfig, *, is_sliced: bool, is_trained: bool) -> tuple[float, float]:
+    """Forward passes' worth of the tower's linears and attention; the MLP has 2/3 of a layer's linears."""
+    again = (1.0 if vision.recompute == "full" else 0.0) + is_sliced
+    mlp_again = 2.0 / 3.0 if vision.recompute == "selective" else 0.0
+    return 2.0 + is_trained + again + mlp_again, 1.0 + ATTENTION_BACKWARD + again

@@ -1,0 +1,67 @@
+"""What is looked at before a run starts, while no rank waits for another: its model, and the run it continues."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.convert.convert import open_hf
+from megatron_v2pe.checkpoint.files.adapter_record import (
+    describe_adapters,
+    require_same_adapters,
+    require_whole,
+)
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
+from megatron_v2pe.checkpoint.resume import resume_point
+from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import ConfigError
+
+
+def model_folder(config: RunConfig) -> Path:
+    """Where config.json and the tokenizer are, after a look at everything that can be seen without reading weights.
+
+    Raises:
+        CheckpointError: the checkpoint or Hugging Face folder is not whole.
+    """
+    if config.model.hf_path:
+        open_hf(config.model.hf_path)
+        return Path(config.model.hf_path)
+    read_info(config.model.checkpoint)
+    require_whole(config.model.checkpoint)
+    return hf_path(config.model.checkpoint)
+
+
+def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
+    """Checkpoint of the run folder to continue from, of the same model and adapters; None for a new run.
+
+    Raises:
+        ConfigError: there is one, but `checkpoint.resume` is false.
+        CheckpointError: the newest one is damaged, or of another model.
+    """
+    newest = resume_point(run_dir, fallback=config.checkpoint.fallback)
+    if newest is None:
+        return None
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume is false, but {newest} exists; set it to true to continue that run, or give this "
+            "one its own runtime.run_dir"
+        )
+    require_same_adapters(describe_adapters(config), newest)
+    require_same_model(config, newest)
+    return newest
+
+
+def initial_state(config: RunConfig) -> RunState:
+    """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
+    return RunState(
+        step=0,
+        consumed_packs=0,
+        data_seed=config.runtime.seed,
+        data_hash="",  # the loader's, once it has measured the data
+        config_hash=settings_hash(asdict(config)),
+        position_mode=config.position.mode,
+        position_stride=config.position.stride,
+        model_facts=model_facts(config),
+    )

@@ -1,0 +1,1 @@
+"""What observes the steps from outside: watchdog, profiler, heartbeats."""

@@ -1,0 +1,1 @@
+"""Comparison with recorded numbers, with a second implementation, and bit by bit."""

@@ -1,0 +1,57 @@
+"""Golden checkpoints, imported once per process and before it joins other ranks.
+
+`import-hf` writes a checkpoint alone; once a process is part of a world, mcore takes every save for a collective
+one. Each rank therefore imports for itself (they are tiny), all folders at the first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.pipeline import split_layers
+from megatron_v2pe.config.schema import ParallelConfig
+from megatron_v2pe.core.errors import CheckpointError
+
+Imported = Path | CheckpointError
+
+
+@functools.lru_cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="golden-")
+
+
+@functools.lru_cache
+def imported_checkpoints(folder: Path, family: str | None) -> dict[str, Imported]:
+    """Checkpoint folder of each key under `folder/ckpt`, or why this version cannot read it.
+
+    Args:
+        folder: golden folder.
+        family: prefix of the keys, None for all.
+    """
+    target = Path(tempfile.mkdtemp(dir=_scratch().name))
+    # A folder may hold a tokenizer alone, for the cases of text.
+    paths = sorted({path.parent for path in (folder / "ckpt").glob("*/*.safetensors")})
+    return {
+        path.name: _import(path, target / path.name) for path in paths if path.name.startswith(family or "")
+    }
+
+
+def _import(hf_folder: Path, target: Path) -> Imported:
+    try:
+        read_architecture(hf_folder)
+    except CheckpointError as error:
+        return error
+    import_hf(hf_folder, target)
+    return target
+
+
+def fitting_layers(parallel: ParallelConfig, arch: InternVLArchitecture) -> ParallelConfig:
+    """The plan with a layout of its own where the checkpoint's few layers do not divide over the stages."""
+    layout = split_layers(arch.language.num_layers, num_stages=parallel.pp)
+    return dataclasses.replace(parallel, pipeline_layout=layout) if layout else parallel

@@ -1,0 +1,192 @@
+"""Our model on this layout's ranks, with what each stage gave, put together on every rank.
+
+    checkpoint --load_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
+    pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
+
+Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_v2pe.assembly.build import build_model
+from megatron_v2pe.assembly.mcore_config import DTYPES
+from megatron_v2pe.assembly.schedule import run_schedule
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
+from megatron_v2pe.checkpoint.adapters.weights import load_weights
+from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.collect import gather_slices, gather_tiles, gather_tokens
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.shard_batch import shard_batch
+from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.train.forward_step import MicroBatchRunner
+from megatron_v2pe.verification.numerics.inputs import Inputs
+
+EMBEDDING, TOWER, PROJECTOR, DECODER_INPUT = "vision.embedding", "vision", "projector", "decoder.input"
+DECODER_NORM, LOGITS = "decoder.norm", "logits"
+
+
+def vision_layer(number: int) -> str:
+    """Name of the output of a vision layer, counted from 1."""
+    return f"vision.layer.{number}"
+
+
+def decoder_layer(number: int) -> str:
+    """Name of the output of a decoder layer, counted from 1."""
+    return f"decoder.layer.{number}"
+
+
+def stage_names(arch: InternVLArchitecture, *, every: int) -> list[str]:
+    """All stages in the order of the forward pass, with each `every`-th layer; 0 takes about eight of a part."""
+
+    def kept(num_layers: int, name: Callable[[int], str]) -> list[str]:
+        step = every or -(-num_layers // 8)
+        return [name(number) for number in range(step, num_layers + 1, step)]
+
+    tower = [*kept(arch.vision.num_layers, vision_layer), TOWER]
+    decoder = kept(arch.language.num_layers, decoder_layer)
+    return [EMBEDDING, *tower, PROJECTOR, DECODER_INPUT, *decoder, DECODER_NORM, LOGITS]
+
+
+class CapturedRun:
+    """One forward pass.
+
+    Args:
+        checkpoint: checkpoint folder.
+        arch: its architecture.
+        config: the run: layout, positions, dtype.
+        plan: the layout as resolved.
+        ranks: this rank's place.
+        inputs: what the model is given.
+        wanted: names of stages to keep.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        arch: InternVLArchitecture,
+        config: RunConfig,
+        *,
+        plan: ParallelPlan,
+        ranks: Ranks,
+        inputs: Inputs,
+        wanted: list[str],
+    ) -> None:
+        config = dataclasses.replace(config, lora=adapters_of(checkpoint))
+        self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
+        self.inputs, self.wanted = inputs, wanted
+        self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)
+        load_weights(checkpoint, self.chunks, ranks=ranks)
+        self._local: dict[str, Tensor] = {}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Stage name -> float32 tensor on the CPU: [t, H] or [n, 1 + P, C], features [n * K, H], logits [words, V].
+
+        Collective; the same on every rank.
+        """
+        pack = self.inputs.pack(pad_to_multiple=self.plan.pad_to_multiple)
+        hooks = [hook for chunk in self.chunks for hook in self._hooks(chunk.eval())]
+        runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
+        # On GPUs convolutions would round float32 to 10 bits (tf32); matrix products do not by default.
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            hidden = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
+            if self.ranks.is_last_stage:
+                self._local[LOGITS] = self.chunks[-1].logits(hidden[0]).float()
+        for hook in hooks:
+            hook.remove()
+        return {name: self._whole(name, pack).cpu() for name in self.wanted}
+
+    def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
+        """This rank's share, without labels, so that the last stage gives hidden states."""
+        dtype = DTYPES[self.config.runtime.dtype]
+        local = shard_batch(
+            pack,
+            plan=self.plan,
+            ranks=self.ranks,
+            device=self.ranks.device,
+            dtype=dtype,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            encodes_tiles=encodes_tiles,
+        )
+        local = dataclasses.replace(local, labels=None, loss_weights=None)
+        if not encodes_tiles:
+            return local
+        start, stop = deal_tiles(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
+        pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=dtype)
+        return dataclasses.replace(local, pixels=pixels)
+
+    def _hooks(self, chunk: InternVL) -> list[Any]:
+        """Keep what this chunk has of the wanted stages."""
+        hooks = []
+        if chunk.vision is not None and chunk.projector is not None:
+            layers = chunk.vision.encoder.layers
+            hooks = [
+                layers[0].register_forward_pre_hook(
+                    lambda _module, _args, kwargs: self._keep(
+                        EMBEDDING, kwargs["hidden_states"].transpose(0, 1)
+                    ),
+                    with_kwargs=True,
+                ),
+                *[self._hook(layer, vision_layer(layer.layer_number), is_vision=True) for layer in layers],
+                self._hook(chunk.vision, TOWER),
+                self._hook(chunk.projector, PROJECTOR),
+                chunk.language.register_forward_pre_hook(
+                    lambda _module, args: self._keep(DECODER_INPUT, args[1].squeeze(1))
+                ),
+            ]
+        decoder = chunk.language.decoder
+        hooks += [self._hook(layer, decoder_layer(layer.layer_number)) for layer in decoder.layers]
+        if chunk.post_process:
+            hooks.append(self._hook(decoder.final_layernorm, DECODER_NORM))
+        return hooks
+
+    def _hook(self, module: torch.nn.Module, name: str, *, is_vision: bool = False) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            if is_vision:
+                x = x.transpose(0, 1)  # [1 + P, n, C] -> [n, 1 + P, C]
+            elif name.startswith("decoder"):
+                x = x.squeeze(1)  # [r, 1, H] -> [r, H]
+            self._keep(name, x)
+
+        return module.register_forward_hook(keep)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        if name in self.wanted:
+            self._local[name] = value.detach().float()
+
+    def _whole(self, name: str, pack: PackedBatch) -> Tensor:
+        local, arch = self._local.pop(name, None), self.arch
+        if name.startswith("vision") or name == PROJECTOR:
+            side = arch.image_size // arch.vision.patch_size
+            features = (arch.tokens_per_tile, arch.language.hidden_size)
+            width = features if name == PROJECTOR else (side * side + 1, arch.vision.hidden_size)
+            tiles = gather_tiles(
+                local,
+                num_tiles=pack.num_tiles,
+                width=width,
+                tile_ranks=self.plan.tile_ranks,
+                ranks=self.ranks,
+            )
+            return tiles.flatten(0, 1) if name == PROJECTOR else tiles
+        if local is not None and self.plan.sequence_parallel and name != LOGITS:
+            local = gather_slices(local, ranks=self.ranks)
+        size = arch.language.vocab_size if name == LOGITS else arch.language.hidden_size
+        cu_seqlens = pack.layout.cu_seqlens
+        rows = gather_tokens(local, cu_seqlens=cu_seqlens, width=(size,), cp=self.plan.cp, ranks=self.ranks)
+        unpadded = [
+            rows[start : start + n] for start, n in zip(cu_seqlens, self.inputs.lengths, strict=False)
+        ]
+        whole = torch.cat(unpadded)
+        return whole[torch.from_numpy(~self.inputs.is_visual)] if name == LOGITS else whole

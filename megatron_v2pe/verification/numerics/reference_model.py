@@ -1,0 +1,258 @@
+"""InternVL2 in plain PyTorch, straight from Hugging Face names: what `verify --numerics` compares with.
+
+    read("vision_model....")   --vision_states-->  hidden states of the tower, layer by layer
+    read("mlp1....")           --features------->  one row for each visual token
+    read("language_model....") --decoder_states->  hidden states of the decoder, layer by layer  --logits-->
+
+Written from the released models' structure and sharing no modelling code with the rest of the package: no
+megatron-core, no mapping table, no transform, no position units. It is slow and simple on purpose. Weights are read
+when their layer runs and dropped after it, so memory holds one layer whatever the size of the model.
+
+Shape legend: n tiles, P patches of a tile, C vision channels, t tokens of all documents, H language channels,
+d channels of a head, g kv heads, m query heads of a kv head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.verification.numerics.reference_rope import frequencies
+
+ReadTensor = Callable[[str], Tensor]
+"""Hugging Face name -> tensor."""
+
+_INTERNLM2 = {
+    "embedding": "model.tok_embeddings",
+    "head": "output",
+    "norm1": "attention_norm",
+    "norm2": "ffn_norm",
+    "out": "attention.wo",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "down": "feed_forward.w2",
+}
+_LLAMA = {
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def positions_of(is_visual: Sequence[bool], strides: Sequence[float]) -> list[float]:
+    """Positions of one document's tokens: text advances by 1, a visual token by its image's step.
+
+    After an image the next text token stands on the next whole position (the paper's rule, literally).
+
+    Args:
+        is_visual: one entry for each token.
+        strides: step of a visual token of each image, in order; an image is an unbroken run of visual tokens.
+    """
+    positions, last, steps = [], -1.0, iter(strides)
+    step, was_visual = 1.0, False
+    for visual in is_visual:
+        if visual:
+            step = step if was_visual else next(steps)
+            last += step
+        else:
+            last = math.ceil(last) + 1.0
+        positions.append(last)
+        was_visual = visual
+    return positions
+
+
+class ReferenceModel:
+    """A whole model that reads its weights as it goes.
+
+    Args:
+        arch: architecture, from the config.json that lies beside the weights.
+        read: gives a tensor by its Hugging Face name.
+        is_v2pe: positions may be fractions; linear and dynamic rope scaling are then off.
+        dtype: in which everything is computed; float64 leaves rounding to the other side.
+    """
+
+    def __init__(
+        self,
+        arch: InternVLArchitecture,
+        read: ReadTensor,
+        *,
+        is_v2pe: bool,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.arch, self.is_v2pe, self.dtype, self._read_raw = arch, is_v2pe, dtype, read
+        self._names = _INTERNLM2 if arch.language.architecture == "InternLM2ForCausalLM" else _LLAMA
+
+    def _read(self, name: str) -> Tensor:
+        return self._read_raw(name).to(self.dtype)
+
+    def _linear(self, x: Tensor, name: str, *, bias: bool) -> Tensor:
+        return F.linear(x, self._read(f"{name}.weight"), self._read(f"{name}.bias") if bias else None)
+
+    def vision_states(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Normalised pixels [n, 3, S, S] to hidden states [n, 1 + P, C]: embeddings, then each layer's output."""
+        vision = self.arch.vision
+        prefix = "vision_model.embeddings."
+        weight = self._read(prefix + "patch_embedding.weight")
+        bias = self._read(prefix + "patch_embedding.bias")
+        patches = F.conv2d(pixels.to(self.dtype), weight, bias, stride=vision.patch_size)
+        patches = patches.flatten(2).transpose(1, 2)  # [n, C, side, side] -> [n, P, C]
+        token = self._read(prefix + "class_embedding").expand(len(pixels), 1, -1)
+        x = torch.cat([token, patches], dim=1) + self._vision_positions(pixels.shape[-1] // vision.patch_size)
+        yield x
+        for i in range(vision.num_layers):
+            layer = f"vision_model.encoder.layers.{i}."
+            x = x + self._vision_attention(layer, self._vision_norm(layer + "norm1", x)) * self._read(
+                layer + "ls1"
+            )
+            inner = F.gelu(self._linear(self._vision_norm(layer + "norm2", x), layer + "mlp.fc1", bias=True))
+            x = x + self._linear(inner, layer + "mlp.fc2", bias=True) * self._read(layer + "ls2")
+            yield x
+
+    def _vision_positions(self, side: int) -> Tensor:
+        table = self._read("vision_model.embeddings.position_embedding")
+        own = math.isqrt(table.shape[1] - 1)
+        if own == side:
+            return table
+        image = table[:, 1:].reshape(1, own, own, -1).permute(0, 3, 1, 2)
+        image = F.interpolate(image, size=(side, side), mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], image.flatten(2).transpose(1, 2)], dim=1)
+
+    def _vision_norm(self, name: str, x: Tensor) -> Tensor:
+        eps = self.arch.vision.norm_eps
+        if self.arch.vision.norm_type == "layer_norm":
+            return F.layer_norm(
+                x, x.shape[-1:], self._read(f"{name}.weight"), self._read(f"{name}.bias"), eps
+            )
+        return _rms_norm(x, self._read(f"{name}.weight"), eps)
+
+    def _vision_attention(self, layer: str, x: Tensor) -> Tensor:
+        vision = self.arch.vision
+        q, k, v = self._linear(x, layer + "attn.qkv", bias=vision.qkv_bias).chunk(3, dim=-1)
+        if vision.qk_normalization:
+            q = self._vision_norm(layer + "attn.q_norm", q)
+            k = self._vision_norm(layer + "attn.k_norm", k)
+        q, k, v = (part.unflatten(-1, (vision.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        mixed = _attention(q, k, v, is_causal=False).transpose(1, 2).flatten(2)
+        return self._linear(mixed, layer + "attn.proj", bias=True)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """The tower's last hidden states [n, 1 + P, C] to rows [n * K, H]: pixel shuffle, norm, two linears."""
+        step = round(1 / self.arch.downsample_ratio)
+        side = math.isqrt(hidden.shape[1] - 1)
+        grid = hidden[:, 1:].unflatten(1, (side, side))
+        x = torch.cat([grid[:, dy::step, dx::step] for dy in range(step) for dx in range(step)], dim=-1)
+        if self.arch.pixel_shuffle_version == "v1":
+            x = x.transpose(1, 2)
+        x = x.flatten(0, 2)
+        x = F.layer_norm(x, x.shape[-1:], self._read("mlp1.0.weight"), self._read("mlp1.0.bias"), 1e-5)
+        return self._linear(F.gelu(self._linear(x, "mlp1.1", bias=True)), "mlp1.3", bias=True)
+
+    def embed(self, tokens: Tensor, features: Tensor, slots: Tensor) -> Tensor:
+        """Word embeddings [t, H] of `tokens` with `features` [v, H] in the places `slots` [v]."""
+        x = self._read_raw(f"language_model.{self._names['embedding']}.weight")[tokens].to(self.dtype)
+        x[slots] = features
+        return x
+
+    def decoder_states(self, x: Tensor, positions: Tensor, documents: Sequence[int]) -> Iterator[Tensor]:
+        """Hidden states [t, H]: after each layer, then after the final norm.
+
+        Args:
+            x: decoder input [t, H].
+            positions: float64 [t].
+            documents: where each document starts, and the end; attention never crosses them.
+        """
+        language, names = self.arch.language, self._names
+        angles = self._angles(positions)
+        for i in range(language.num_layers):
+            layer = f"language_model.model.layers.{i}."
+            normed = _rms_norm(x, self._read(f"{layer}{names['norm1']}.weight"), language.norm_eps)
+            x = x + self._language_attention(layer, normed, angles, documents)
+            normed = _rms_norm(x, self._read(f"{layer}{names['norm2']}.weight"), language.norm_eps)
+            x = x + self._gated_mlp(layer, normed)
+            yield x
+        yield _rms_norm(x, self._read("language_model.model.norm.weight"), language.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [r, H] to logits [r, V]."""
+        tied = self.arch.language.tie_word_embeddings
+        return self._linear(
+            hidden, f"language_model.{self._names['embedding' if tied else 'head']}", bias=False
+        )
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [t, 1, d]."""
+        turns = torch.outer(positions.double(), frequencies(self.arch, positions, is_v2pe=self.is_v2pe))
+        angles = torch.cat([turns, turns], dim=-1).unsqueeze(1)
+        scale = self.arch.language.rope_scaling.attention_factor
+        return (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
+
+    def _language_attention(
+        self, layer: str, x: Tensor, angles: tuple[Tensor, Tensor], documents: Sequence[int]
+    ) -> Tensor:
+        q, k, v = self._queries_keys_values(layer, x)
+        q, k = _rotated(q, *angles), _rotated(k, *angles)
+        groups = self.arch.language.num_heads // self.arch.language.num_kv_heads
+        q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [t, heads, d] -> [heads, t, d]
+        k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
+        mixed = [
+            _attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], is_causal=True)
+            for start, stop in pairwise(documents)
+        ]
+        joined = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
+        return self._linear(joined, layer + self._names["out"], bias=False)
+
+    def _queries_keys_values(self, layer: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[t, H] to [t, g m, d], [t, g, d], [t, g, d]."""
+        language = self.arch.language
+        g, d = language.num_kv_heads, language.head_dim
+        m = language.num_heads // g
+        if language.architecture == "InternLM2ForCausalLM":
+            grouped = self._linear(x, layer + "attention.wqkv", bias=False).unflatten(-1, (g, m + 2, d))
+            return grouped[:, :, :m].flatten(1, 2), grouped[:, :, m], grouped[:, :, m + 1]
+        if language.architecture == "Phi3ForCausalLM":
+            fused = self._linear(x, layer + "self_attn.qkv_proj", bias=False)
+            parts = fused.split([g * m * d, g * d, g * d], dim=-1)
+        else:
+            parts = tuple(
+                self._linear(x, f"{layer}self_attn.{kind}_proj", bias=language.qkv_bias) for kind in "qkv"
+            )
+        q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
+        return q, k, v
+
+    def _gated_mlp(self, layer: str, x: Tensor) -> Tensor:
+        if self.arch.language.architecture == "Phi3ForCausalLM":
+            gate, up = self._linear(x, layer + "mlp.gate_up_proj", bias=False).chunk(2, dim=-1)
+        else:
+            gate = self._linear(x, layer + self._names["gate"], bias=False)
+            up = self._linear(x, layer + self._names["up"], bias=False)
+        return self._linear(F.silu(gate) * up, layer + self._names["down"], bias=False)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """Softmax attention over the last but one dimension, written out."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin, the halves of a head turned against each other."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
