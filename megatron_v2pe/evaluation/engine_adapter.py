@@ -1,0 +1,276 @@
+"""The model as an answerer of benchmarks: the one place that knows the inference engine.
+
+request -> files, tiles, tokens with visual slots, one stride for every image -> engine -> text, or probabilities
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.data.media.frames import VideoSource
+from megatron_v2pe.data.media.images import NORMALIZATION, ImageRef, check_image
+from megatron_v2pe.data.media.tiling import choose_grid
+from megatron_v2pe.data.samples.encode import encode_conversation
+from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, with_frames
+from megatron_v2pe.data.samples.sample_maker import image_refs, record_sizes, sample_settings
+from megatron_v2pe.data.sources.meta import DatasetEntry
+from megatron_v2pe.data.text.templates import Turn
+from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+from megatron_v2pe.evaluation.benchmark_runner import BrokenReplicaError
+from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
+from megatron_v2pe.evaluation.retrieval import Share, StrideSetting, parse_strides
+from megatron_v2pe.inference.engine import Engine
+from megatron_v2pe.inference.prompt import Prompt, prompt_with
+from megatron_v2pe.parallel.topology import shutdown
+
+_NO_LIMIT = 2**40  # a benchmark never cuts a question
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def own_strides(arch: InternVLArchitecture, text: str) -> list[StrideSetting]:
+    """Strides that are asked for, or the checkpoint's own.
+
+    Args:
+        arch: of the checkpoint.
+        text: comma list of `default` and position units; empty is the checkpoint's own.
+
+    Raises:
+        ConfigError: an entry is out of range, or the checkpoint was trained on many strides and none is given.
+    """
+    if not text and arch.position_mode == "v2pe_random":
+        raise ConfigError(
+            "--stride: this checkpoint was trained on random strides and records none of its own; give one or more of "
+            f"1..{arch.tokens_per_tile}, as --stride 16,64"
+        )
+    if not text:
+        text = str(arch.position_stride) if arch.position_mode == "v2pe_fixed" else "default"
+    return parse_strides(text, tokens_per_tile=arch.tokens_per_tile)
+
+
+class ModelAnswerer:
+    """Answers with a checkpoint; under torchrun the ranks of a replica answer together, replicas side by side.
+
+    Args:
+        checkpoint: folder written by `import-hf` or by a run.
+        dtype: compute dtype.
+        parallel: sizes of the parallel axes of one replica.
+
+    Attributes:
+        arch: architecture of the checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not a complete checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        read_info(checkpoint)
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._parallel = parallel or ParallelConfig()
+        self.arch = read_architecture(hf_path(checkpoint))
+        settings = sample_settings(RunConfig(), self.arch, hf_path(checkpoint))
+        self._settings = dataclasses.replace(
+            settings,
+            text=dataclasses.replace(settings.text, max_tokens=_NO_LIMIT),
+            video=dataclasses.replace(settings.video, sampling="middle"),
+        )
+        self._tokenizer = settings.text.tokenizer
+        self._stop_ids = {
+            self._tokenizer.token_id(settings.text.template.stop_token),
+            self._tokenizer.eos_id,
+        }
+        self._engine: Engine | None = None
+        self._mode = ""
+
+    def prepare(self, setting: StrideSetting) -> Share:
+        """Load the model for a position mode; strides of one mode share it. Collective under torchrun.
+
+        Raises:
+            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
+        """
+        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
+        mode: Literal["default", "v2pe_fixed"]
+        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
+        if self._engine is None or self._mode != mode:
+            self.close()  # one model in memory at a time
+            mean, std = NORMALIZATION[self._settings.normalize_type]
+            self._engine = Engine.load(
+                self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype, parallel=self._parallel
+            )
+            self._mode = mode
+        plan, ranks = self._engine.plan, self._engine.ranks
+        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
+        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
+
+    def answer(self, request: Request, setting: StrideSetting) -> Response:
+        """One answer; what keeps it from being given is its error.
+
+        Raises:
+            BrokenReplicaError: out of memory where other ranks wait.
+        """
+        if self._engine is None:
+            raise RuntimeError("prepare() was not called")
+        start = time.perf_counter()
+        try:
+            prompt = self.prompt(request, setting)
+            response = self._forced(request, prompt) if request.forced_answer else self._free(request, prompt)
+        except (DataError, ConfigError) as error:
+            response = Response(id=request.id, error=str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            response = Response(id=request.id, error=f"out of memory ({str(error).splitlines()[0][:200]})")
+            if self._parallel.tp * self._parallel.pp * self._parallel.cp > 1:
+                raise BrokenReplicaError(response) from error
+        return dataclasses.replace(response, seconds=time.perf_counter() - start)
+
+    def _free(self, request: Request, prompt: Prompt) -> Response:
+        assert self._engine is not None
+        ids = self._engine.generate(prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in request.stop:
+            text = text.partition(stop)[0]
+        return Response(id=request.id, text=text.strip(), **_lengths(prompt))
+
+    def _forced(self, request: Request, prompt: Prompt) -> Response:
+        """Most probable token at each place of the gold answer, given what precedes it there."""
+        wanted = self._answer_tokens(request)
+        chosen, logprobs = self._score(prompt, wanted)
+        return Response(
+            id=request.id,
+            text=self._tokenizer.decode(chosen, skip_special_tokens=True).strip(),
+            forced_match=chosen == list(wanted),
+            token_logprobs=tuple(logprobs),
+            **_lengths(prompt),
+        )
+
+    def _score(self, prompt: Prompt, wanted: Sequence[int]) -> tuple[list[int], list[float]]:
+        """(most probable token, log-probability of the wanted one) at each place of an answer."""
+        assert self._engine is not None
+        chosen, logprobs = [], []
+        for count, token in enumerate(wanted):
+            more = np.asarray(wanted[:count], dtype=np.int64)
+            layout = dataclasses.replace(prompt.layout, num_tokens=prompt.layout.num_tokens + count)
+            longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, more]), layout=layout)
+            step = next(iter(self._engine.stream(longer, max_new_tokens=1, stop_ids=())))
+            chosen.append(step.token)
+            logprobs.append(float(torch.log_softmax(step.logits.double(), dim=-1)[token]))
+        return chosen, logprobs
+
+    def _answer_tokens(self, request: Request) -> list[int]:
+        """Tokens of the gold answer as the template puts it after the assistant's role, without its end mark."""
+        template = self._settings.text
+        asked = [Turn(role="human", value="?")]
+        answered = [*asked, Turn(role="gpt", value=request.forced_answer or "")]
+        before = encode_conversation(
+            asked, num_tiles=[], settings=template, add_generation_prompt=True
+        ).tokens
+        whole = encode_conversation(answered, num_tiles=[], settings=template).tokens
+        if not np.array_equal(whole[: len(before)], before):
+            raise DataError(f"{request.id}: the template does not keep the prompt before an answer")
+        tokens = whole[len(before) :].tolist()
+        end = next((index for index, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        if not tokens[:end]:
+            raise DataError(f"{request.id}: the answer {request.forced_answer!r} has no token")
+        return tokens[:end]
+
+    def prompt(self, request: Request, setting: StrideSetting) -> Prompt:
+        """What the model is given: the conversation up to the assistant's role, and all tiles.
+
+        Raises:
+            DataError: a file cannot be read, or a text holds a mark that is reserved for images.
+        """
+        refs: list[ImageRef] = []
+        text = ""
+        for part in request.parts:
+            if part.kind == "text":
+                text += _plain(part.text, request.id)
+            elif part.kind == "image":
+                text += IMAGE_PLACEHOLDER
+                refs.append(self._image(part, request.max_tiles))
+            else:
+                lines, frames = self._video(part, request.id)
+                text += lines
+                refs += frames
+        turns = [Turn(role="human", value=text)]
+        return prompt_with(turns, refs, settings=self._settings, stride=setting.stride)
+
+    def _image(self, part: Part, max_tiles: int) -> ImageRef:
+        limit = part.max_tiles or max_tiles
+        rule = dataclasses.replace(self._settings.tiling, max_tiles=limit, dynamic=limit > 1)
+        size = check_image(part.path, max_pixels=self._settings.max_image_pixels)
+        return ImageRef(
+            path=part.path,
+            size=size,
+            grid=choose_grid(*size, rule=rule),
+            max_pixels=self._settings.max_image_pixels,
+        )
+
+    def _video(self, part: Part, name: str) -> tuple[str, Sequence[ImageRef]]:
+        """Text with a placeholder for each frame, and the frames."""
+        source = VideoSource(
+            path=part.path, clip=part.clip, fps=part.fps, min_frames=part.frames, max_frames=part.frames
+        )
+        turns = (Turn(role="human", value=VIDEO_PLACEHOLDER),)
+        record = Record(sample_id=name, where=name, turns=turns, images=(), video=source)
+        sizes = record_sizes(record, settings=self._settings)
+        refs = image_refs(record, sizes, entry=_no_data_set(), settings=self._settings)
+        return with_frames(record, len(sizes)).turns[0].value, refs
+
+    def close(self) -> None:
+        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
+        if self._engine is not None:
+            self._engine = None
+            shutdown()
+
+
+def _lengths(prompt: Prompt) -> dict[str, int]:
+    layout = prompt.layout
+    return {
+        "n_prompt": len(prompt.tokens),
+        "n_visual": int(layout.num_tiles.sum()) * layout.tokens_per_tile,
+        "last_position": layout.next_position - 1,
+    }
+
+
+def _plain(text: str, name: str) -> str:
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, IMAGE_START, IMAGE_END, IMAGE_CONTEXT):
+        if mark in text:
+            raise DataError(f"{name}: a text holds {mark}, which is reserved for images")
+    return text
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def _no_data_set() -> DatasetEntry:
+    return DatasetEntry(
+        name="benchmark",
+        annotation="",
+        root="",
+        root2="",
+        http_root="",
+        repeat_time=1.0,
+        data_augment=False,
+        max_dynamic_patch=None,
+        dynamic_image_size=None,
+    )
