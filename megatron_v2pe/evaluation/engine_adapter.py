@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -241,7 +241,7 @@ class ModelAnswerer:
             shutdown()
 
 
-def _lengths(prompt: Prompt) -> dict[str, int]:
+def _lengths(prompt: Prompt) -> dict[str, Any]:
     layout = prompt.layout
     return {
         "n_prompt": len(prompt.tokens),

@@ -120,7 +120,7 @@ def write_accuracy_by_length(
     save_figure(figure, path)
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
+def wilson(correct: float, count: int) -> tuple[float, float]:
     """95 % Wilson interval of a share; right also near 0 and 1, where the normal one is not.
 
     Example: 10 of 10 gives (0.72, 1.0).

@@ -31,6 +31,8 @@ class RunIdentity:
         settings: everything else that an answer depends on, in words.
         annotations: SHA-256 of each annotation file by its path below the data folder.
         num_requests: questions in all.
+        trained_length: positions that the checkpoint was trained for.
+        tokens_per_tile: visual tokens of one tile, the largest stride.
     """
 
     benchmark: str
@@ -43,6 +45,8 @@ class RunIdentity:
     settings: str
     annotations: dict[str, str]
     num_requests: int
+    trained_length: int
+    tokens_per_tile: int
 
 
 _MEANING = {

@@ -108,7 +108,8 @@ class LongVQA(Benchmark):
         groups: dict[tuple[str, int], list[Row]] = {}
         for row in rows:
             groups.setdefault((row.gold["set"], row.gold["length"]), []).append(row)
-        cells, scores = [], {}
+        cells: list[ScoreCell] = []
+        scores: dict[str, float] = {}
         for (name, length), members in groups.items():
             value, values = self._group(name, members, mode)
             scores |= row_scores(members, values)
