@@ -8,8 +8,10 @@ from pathlib import Path
 
 NAME = "check-data"
 HELP = """Look for the files of published benchmarks in a folder: what is there, how many questions against the
-published number, and what to download and where it goes. Every record is read, every image and video looked for; a wrong one is
-named by file, line and key. Without --benchmark all are looked for, each in D/NAME and in D.
+published number, and what to download and where it goes.
+
+Every record is read, every image and video looked for; a wrong one is named by file, line and key. Without --benchmark
+all are looked for, each in D/NAME and in D.
 
 Exit code 1 where a file that is there has a problem, or where a benchmark that was named has no file.
 

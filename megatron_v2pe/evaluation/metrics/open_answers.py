@@ -33,7 +33,7 @@ def mmmu_open_is_correct(prediction: str, answers: Sequence[str]) -> bool:
 def mmmu_readings(prediction: str) -> list[Normal]:
     """What an answer may mean: the tails after words as `is` and `answer`, and every number in it.
 
-    Example: `mmmu_readings("The answer is 1,200 m.")` holds 1200.0 and "1,200 m".
+    Example: `mmmu_readings("The answer is 1,200 m.")` holds "1,200 m", 1200.0, and (as published) 200.0.
     """
     text = prediction.strip().strip(".").lower()
     *parts, last = text.split("\n")

@@ -108,4 +108,4 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     width = max(map(len, references))
     columns = [[group[min(i, len(group) - 1)] for group in references] for i in range(width)]
     score = sacrebleu.corpus_bleu(list(predictions), columns, lowercase=True, smooth_method="none")
-    return float(score.score) / 100
+    return min(1.0, float(score.score) / 100)  # equal texts give 100.00000000000004
