@@ -73,7 +73,7 @@ def test_an_oracle_is_right_and_silence_is_not(case):
 
 
 def test_the_verb_says_what_is_there(case, capsys):
-    benchmark, folder, count = case
+    benchmark, folder, _ = case
     assert main(["check-data", str(folder), "--benchmark", benchmark.name]) == 0
     out = capsys.readouterr().out
     assert f"({benchmark.name})" in out
