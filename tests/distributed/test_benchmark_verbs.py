@@ -1,4 +1,4 @@
-"""evaluate --benchmark with a real checkpoint on one and two ranks: the same rows; forced answers; errors; all layouts."""
+"""evaluate --benchmark with a real checkpoint on one and two ranks: same rows; forced answers, errors, all layouts."""
 
 import json
 
