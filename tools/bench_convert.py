@@ -9,13 +9,13 @@
                                   checkpoint --export-hf--> HF folder     compared byte for byte with the first
 
 How to read it. Copy is shutil.copyfile and fsync of each file. Each step runs in a process of its own, on files that
-were put out of the page cache (`--cache cold`, the default) or read into it (`warm`) just before, with nothing left to
-flush. Virtual machines give free memory back to their host, and a step that writes there waits for it; before each
-step as much memory as it will write is therefore taken and released once, so that no step pays for the one before it.
+were evicted from the page cache (`--cache cold`, the default) or read into it (`warm`) just before, with nothing left
+to flush. Virtual machines return free memory to their host, and a step that writes there waits for it; so as much
+memory as a step will write is allocated and released before it, and no step pays for the one before it.
 
-`ratio` is the rate of a step divided by that of the copy before it; `with start` counts Python's start too. `private`
-is the most that the process had for itself at a time (Private_* of /proc/self/smaps_rollup, sampled), `rss` the most
-that it had in all. The load is printed because other work on the same cores and disk spoils all of this.
+`ratio` is the rate of a step divided by that of the copy before it; `with start` includes Python's start. `private` is
+the peak of private memory (Private_* of /proc/self/smaps_rollup, sampled), `rss` that of all resident memory. The load
+is printed because other work on the same cores and disk distorts all figures.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.convert.import_plan import plan_import
 from megatron_v2pe.checkpoint.files.block_stream import BLOCK_BYTES, NUM_BUFFERS, Block, BlockStream
 from megatron_v2pe.checkpoint.files.hashing import sha256_files
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
-from megatron_v2pe.checkpoint.hf.io import index_text, plan_shards
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.weight_files import index_text, plan_weight_files
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.core.files import sync_folder
@@ -65,8 +66,8 @@ def random_blocks(num_bytes: int, generator: np.random.Generator) -> Iterator[Bl
     """Random bfloat16 numbers between -2 and 2, some MiB at a time."""
 
     def fill(memory: Tensor) -> Tensor:
-        words = np.frombuffer(generator.bytes(memory.numel()), dtype=np.uint16) & np.uint16(0xBFFF)
-        memory.copy_(torch.from_numpy(words.view(np.uint8)))
+        numbers = np.frombuffer(generator.bytes(memory.numel()), dtype=np.uint16) & np.uint16(0xBFFF)
+        memory.copy_(torch.from_numpy(numbers.view(np.uint8)))
         return memory
 
     for start in range(0, num_bytes, BLOCK_BYTES):
@@ -76,7 +77,7 @@ def random_blocks(num_bytes: int, generator: np.random.Generator) -> Iterator[Bl
 def make_folder(folder: Path, size: str) -> list[WeightFile]:
     """A Hugging Face folder with random weights, written block by block."""
     folder.mkdir(parents=True)
-    files = plan_shards(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
+    files = plan_weight_files(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
     (folder / "config.json").write_text(json.dumps(PUBLISHED[size], indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text("{}\n")
     if len(files) > 1:
@@ -110,7 +111,7 @@ STEPS: dict[str, Callable[[Path, Path], Any]] = {
 
 
 class PeakMemory:
-    """Samples what this process has for itself, until `stop`."""
+    """Samples the private memory of this process until `stop`."""
 
     def __init__(self) -> None:
         self.peak = self.start = self._private()
@@ -134,7 +135,7 @@ class PeakMemory:
 
 
 def back_free_memory(num_bytes: int) -> None:
-    """Have the host give free memory: a child takes it, as far as it is free, and ends."""
+    """Have the host provide free memory: a child allocates it, as far as it is free, and ends."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     num_bytes = min(num_bytes, int(0.8 * free))
     process = os.fork()
@@ -173,7 +174,7 @@ def measure(step: str, source: Path, target: Path, cache: str) -> dict[str, floa
 
 
 def prepare(path: Path, cache: str) -> None:
-    """Put a file out of the page cache, or into it."""
+    """Evict a file from the page cache, or read it into it."""
     with path.open("rb", buffering=0) as file:
         if cache == "cold":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -194,7 +195,7 @@ def compare(one: Path, other: Path) -> bool:
 
 
 def print_table(rows: list[tuple[str, dict[str, float]]], num_bytes: int) -> bool:
-    """All figures; True when import and export keep to the target."""
+    """Print all figures; True when import and export reach the target."""
     print("| step | seconds | MB/s | ratio | with start | processor s | private MiB | rss MiB | load |")
     print("|---|---|---|---|---|---|---|---|---|")
     is_met, copy_seconds = True, 0.0
@@ -237,7 +238,7 @@ def run(size: str, folder: Path, cache: list[str], repeats: int) -> bool:
 
 
 def layout(size: str) -> bool:
-    """Check and print where everything would lie."""
+    """Check and print files, offsets and memory of a conversion, without weights."""
     tensors = shapes(size)
     names = name_map(parse_architecture(PUBLISHED[size]))
     plan = plan_import(names.by_ours.values(), tensors, dtype="keep")
@@ -248,7 +249,7 @@ def layout(size: str) -> bool:
     largest = max(tensors.items(), key=lambda item: item[1].num_bytes)
     buffers = NUM_BUFFERS * max(BLOCK_BYTES, row) + 2 * BLOCK_BYTES  # and a block that is cut or cast
     base = PeakMemory._private()
-    hf_files = plan_shards(tensors, max_shard_bytes=HF_SHARD_BYTES)
+    hf_files = plan_weight_files(tensors, max_shard_bytes=HF_SHARD_BYTES)
     print(
         f"InternVL2-{size}: {names.num_parameters:,} parameters in {len(tensors)} tensors, {expected / 1e9:.2f} GB"
     )

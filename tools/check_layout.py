@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; see parallel/fake_world.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported; see parallel/fake_world.py
 
-from megatron_v2pe.checkpoint.hf.map import family_name, name_map
+from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -94,7 +94,7 @@ def parallel_config(options: argparse.Namespace) -> ParallelConfig:
 def check(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> int:
     """Build every rank, then say what was found."""
     from megatron_v2pe.assembly.rank_shapes import rank_model
-    from megatron_v2pe.checkpoint.layout_check import Tiling, rank_pieces
+    from megatron_v2pe.checkpoint.layout_check import Tiling, rank_shards
 
     names = name_map(arch)
     print(
@@ -105,15 +105,15 @@ def check(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> 
     tiling, started = Tiling(), time.perf_counter()
     held: list[tuple[int, int]] = []
     for rank in range(plan.world_size):
-        with rank_model(config, arch, plan=plan, rank=rank) as (chunks, ranks):
-            tiling.add(rank_pieces(chunks, ranks))
-            parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, ranks):
+            tiling.add(rank_shards(model_chunks, ranks))
+            parameters = [p for model_chunk in model_chunks for p in model_chunk.parameters()]
             held.append((len(parameters), sum(parameter.numel() for parameter in parameters)))
         show_progress(rank + 1, plan.world_size)
     print_stages(config, arch, plan, held)
     problems = tiling.problems(names)
     print(
-        f"\n{tiling.num_ranks} ranks built in {time.perf_counter() - started:.0f} s: {tiling.num_pieces} shards of "
+        f"\n{tiling.num_ranks} ranks built in {time.perf_counter() - started:.0f} s: {tiling.num_shards} shards of "
         f"{tiling.num_tensors} tensors"
     )
     for problem in problems[:20]:
@@ -145,9 +145,9 @@ def print_stages(
             print(f"{stage:>3} {span:>9} {tensors:>8} {numbers:>16,} {kept}")
 
 
-def in_gib(parts: Iterable[int]) -> str:
+def in_gib(sizes: Iterable[int]) -> str:
     """Bytes in GiB, in columns."""
-    return " ".join(f"{part / GIB:>9.3f}" for part in parts)
+    return " ".join(f"{size / GIB:>9.3f}" for size in sizes)
 
 
 def show_progress(done: int, total: int) -> None:

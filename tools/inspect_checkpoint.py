@@ -1,4 +1,4 @@
-"""What is in a folder of weights, and how two of them differ.
+"""Tensors of a folder of weights, and how two folders differ.
 
     python tools/inspect_checkpoint.py InternVL2-2B                       names, dtypes, shapes, bytes
     python tools/inspect_checkpoint.py runs/first                         a run's newest checkpoint, with its optimizer
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify-checkpoint",
         choices=("sizes", "full"),
         default="sizes",
-        help="look at a checkpoint's files first: sizes, or all hashes (default: sizes)",
+        help="check a checkpoint's files first: sizes, or all hashes (default: sizes)",
     )
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.other is None:
         return _list(args)
     if args.stats or args.sha256:
-        raise ConfigError("--stats and --sha256 are of one folder; leave the second folder or the option out")
+        raise ConfigError("--stats and --sha256 are of one folder; omit the second folder or the option")
     return _compare(args)
 
 

@@ -27,8 +27,8 @@ FOREIGN = {
     "--model-size": "the sizes are in the checkpoint",
     "--loader": "there is one format to read, and its layout does not matter",
     "--saver": "there is one format to write, safetensors",
-    "--hf-model": "the checkpoint carries configuration, tokenizer and code of the folder it came from",
-    "--tokenizer-model": "the checkpoint carries its tokenizer",
+    "--hf-model": "the checkpoint has the configuration, tokenizer and code of the folder it came from",
+    "--tokenizer-model": "the checkpoint has its tokenizer",
     "--megatron-path": "megatron-core is an installed dependency",
 }
 
@@ -49,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify-checkpoint",
         choices=("sizes", "full"),
         default="sizes",
-        help="look at the checkpoint's files first: sizes, or all hashes (default: sizes)",
+        help="check the checkpoint's files first: sizes, or all hashes (default: sizes)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Find the checkpoint, convert, compare if asked to."""
-    from megatron_v2pe.checkpoint.convert.convert import export_hf
+    from megatron_v2pe.checkpoint.convert.export_hf import export_hf
     from megatron_v2pe.checkpoint.files.folder import read_info
     from megatron_v2pe.checkpoint.listing import find_checkpoint
     from megatron_v2pe.checkpoint.retention import step_path
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(folder: Path, hf_folder: str) -> int:
-    from megatron_v2pe.checkpoint.hf.io import INDEX_FILE
+    from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE
     from megatron_v2pe.verification.bits import verify
 
     report = verify(hf_folder, folder)

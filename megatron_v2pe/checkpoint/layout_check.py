@@ -1,9 +1,9 @@
-"""Do the pieces that all ranks of a layout save make up the model, each element once?
+"""Do the shards that all ranks of a layout save make up the model, each element once?
 
-    rank 0..N-1 --sharded_state_dict (meta device)--> pieces (key, box) --Tiling.problems--> gaps, overlaps, names
+    rank 0..N-1 --sharded_state_dict (meta device)--> shards (key, bounds) --Tiling.problems--> gaps, overlaps, names
 
-A piece is what mcore would write or read: its state key, its place in the whole tensor, and whether this rank is the
-one of all copies that writes it. Names and shapes are held against the table of Hugging Face names.
+A shard is what mcore would write or read: its state key, its place in the whole tensor, and whether this rank is the
+one of all copies that writes it. Names and shapes are compared with the table of Hugging Face names.
 """
 
 from __future__ import annotations
@@ -14,61 +14,59 @@ from itertools import combinations
 from math import prod
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_v2pe.checkpoint.hf.map import Entry, NameMap
-from megatron_v2pe.checkpoint.state.dist_io import model_sharded_state_dict
+from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap
+from megatron_v2pe.checkpoint.state.model_state import model_sharded_state_dict
+from megatron_v2pe.checkpoint.state.private_api import expand_factories, is_written_here, shards_in
 from megatron_v2pe.parallel.topology import Ranks
 
-Box = tuple[tuple[int, int], ...]
+Bounds = tuple[tuple[int, int], ...]
 """Half-open range along each dimension of the whole tensor."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one rank holds of one tensor.
+class RankShard:
+    """What one rank has of one tensor.
 
     Attributes:
         key: state key.
-        whole_shape: of the tensor that all pieces make up.
-        box: where the piece lies in it.
-        dtype: of the piece.
-        is_written: this rank writes the piece; other ranks have copies.
+        whole_shape: of the tensor that all shards make up.
+        bounds: of the shard in it.
+        dtype: of the shard.
+        is_written: this rank writes the shard; other ranks have copies.
         may_be_padded: the whole may be larger than the checkpoint's tensor (vocabulary, heads of a split tower).
     """
 
     key: str
     whole_shape: tuple[int, ...]
-    box: Box
+    bounds: Bounds
     dtype: torch.dtype
     is_written: bool
     may_be_padded: bool
 
 
-def rank_pieces(chunks: Sequence[torch.nn.Module], ranks: Ranks) -> list[Piece]:
-    """Pieces of this rank's chunks, as a save or a load would take them."""
-    state, _, _ = load_preprocess(model_sharded_state_dict(chunks, ranks))  # builds gate and up
-    return [_piece(shard) for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
+def rank_shards(model_chunks: Sequence[torch.nn.Module], ranks: Ranks) -> list[RankShard]:
+    """Shards of this rank's model chunks, as a save or a load would have them."""
+    state, _ = expand_factories(model_sharded_state_dict(model_chunks, ranks))
+    return [_rank_shard(shard) for shard in shards_in(state)]
 
 
-def _piece(shard: ShardedTensor) -> Piece:
+def _rank_shard(shard: ShardedTensor) -> RankShard:
     added = len(shard.global_shape) - len(shard.local_shape)
     sizes = (1,) * added + tuple(shard.local_shape)
-    ends = zip(shard.global_offset, sizes, strict=True)
-    return Piece(
+    return RankShard(
         key=shard.key,
         whole_shape=tuple(shard.global_shape),
-        box=tuple((start, start + size) for start, size in ends),
+        bounds=tuple((start, start + size) for start, size in zip(shard.global_offset, sizes, strict=True)),
         dtype=shard.dtype,
-        is_written=is_main_replica(shard.replica_id),
+        is_written=is_written_here(shard),
         may_be_padded=shard.allow_shape_mismatch,
     )
 
 
 class Tiling:
-    """Pieces of all ranks, collected rank by rank.
+    """Shards of all ranks, collected rank by rank.
 
     Attributes:
         num_ranks: ranks that were added.
@@ -76,73 +74,78 @@ class Tiling:
 
     def __init__(self) -> None:
         self.num_ranks = 0
-        self._written: dict[str, list[Box]] = {}
-        self._copies: dict[str, set[Box]] = {}
-        self._like: dict[str, Piece] = {}
+        self._written: dict[str, list[Bounds]] = {}
+        self._copies: dict[str, set[Bounds]] = {}
+        self._first: dict[str, RankShard] = {}
         self._unlike: list[str] = []
 
-    def add(self, pieces: Iterable[Piece]) -> None:
-        """Take in what one rank holds."""
+    def add(self, shards: Iterable[RankShard]) -> None:
+        """Add what one rank has."""
         self.num_ranks += 1
-        for piece in pieces:
-            like = self._like.setdefault(piece.key, piece)
-            if (like.whole_shape, like.dtype) != (piece.whole_shape, piece.dtype):
-                self._unlike.append(f"{piece.key}: ranks disagree on its whole shape or dtype")
-            where = self._written if piece.is_written else None
-            if where is not None:
-                where.setdefault(piece.key, []).append(piece.box)
+        for shard in shards:
+            first = self._first.setdefault(shard.key, shard)
+            if (first.whole_shape, first.dtype) != (shard.whole_shape, shard.dtype):
+                self._unlike.append(f"{shard.key}: ranks disagree on its whole shape or dtype")
+            if shard.is_written:
+                self._written.setdefault(shard.key, []).append(shard.bounds)
             else:
-                self._copies.setdefault(piece.key, set()).add(piece.box)
+                self._copies.setdefault(shard.key, set()).add(shard.bounds)
 
     @property
     def num_tensors(self) -> int:
         """Tensors of the model."""
-        return len(self._like)
+        return len(self._first)
 
     @property
-    def num_pieces(self) -> int:
-        """Pieces that are written, without copies."""
+    def num_shards(self) -> int:
+        """Shards that are written, without copies."""
         return sum(map(len, self._written.values()))
 
     def problems(self, names: NameMap) -> list[str]:
-        """Everything that is wrong with the collected pieces, one sentence each.
+        """Everything that is wrong with the collected shards, one sentence each.
 
         Args:
             names: table of the architecture.
         """
         found = sorted(set(self._unlike))
-        found += [f"{key}: no rank holds it" for key in sorted(set(names.by_ours) - set(self._like))]
-        found += [f"{key}: not in the table of names" for key in sorted(set(self._like) - set(names.by_ours))]
-        for key, like in self._like.items():
+        found += [f"{key}: no rank holds it" for key in sorted(set(names.by_ours) - set(self._first))]
+        found += [
+            f"{key}: not in the table of names" for key in sorted(set(self._first) - set(names.by_ours))
+        ]
+        for key, first in self._first.items():
             if key in names.by_ours:
-                found += _shape_problems(like, names.by_ours[key])
-            boxes = self._written.get(key, [])
-            found += _tiling_problems(key, boxes, like.whole_shape)
-            lost = self._copies.get(key, set()) - set(boxes)
-            found += [f"{key}: {box} has copies, but nobody writes it" for box in sorted(lost)]
+                found += _shape_problems(first, names.by_ours[key])
+            written = self._written.get(key, [])
+            found += _tiling_problems(key, written, first.whole_shape)
+            lost = self._copies.get(key, set()) - set(written)
+            found += [f"{key}: {bounds} has copies, but no rank writes it" for bounds in sorted(lost)]
         return found
 
 
-def _shape_problems(piece: Piece, entry: Entry) -> Iterator[str]:
+def _shape_problems(shard: RankShard, entry: Entry) -> Iterator[str]:
     meta = [torch.empty(shape, device="meta") for shape in entry.hf_shapes]
-    wanted, found = tuple(entry.transform.to_ours(meta).shape), piece.whole_shape
+    wanted, found = tuple(entry.transform.to_ours(meta).shape), shard.whole_shape
     unequal = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b]
-    is_padding = piece.may_be_padded and len(unequal) == 1 and found[unequal[0]] > wanted[unequal[0]]
+    is_padding = shard.may_be_padded and len(unequal) == 1 and found[unequal[0]] > wanted[unequal[0]]
     if len(found) != len(wanted) or (unequal and not is_padding):
-        yield f"{piece.key}: is {found} on the ranks, {wanted} in the table"
+        yield f"{shard.key}: is {found} on the ranks, {wanted} in the table"
 
 
-def _tiling_problems(key: str, boxes: list[Box], whole: tuple[int, ...]) -> Iterator[str]:
-    """Disjoint boxes inside the whole, of its volume together, cover it."""
-    outside = [box for box in boxes if any(not 0 <= a < b <= n for (a, b), n in zip(box, whole, strict=True))]
-    yield from (f"{key}: {box} lies outside {whole}" for box in outside)
+def _tiling_problems(key: str, written: list[Bounds], whole: tuple[int, ...]) -> Iterator[str]:
+    """Disjoint bounds inside the whole, of its volume together, cover it."""
+    outside = [
+        bounds
+        for bounds in written
+        if any(not 0 <= start < stop <= n for (start, stop), n in zip(bounds, whole, strict=True))
+    ]
+    yield from (f"{key}: {bounds} lies outside {whole}" for bounds in outside)
     yield from (
-        f"{key}: {one} and {other} overlap" for one, other in combinations(boxes, 2) if _overlap(one, other)
+        f"{key}: {one} and {other} overlap" for one, other in combinations(written, 2) if _overlap(one, other)
     )
-    covered, volume = sum(prod(b - a for a, b in box) for box in boxes), prod(whole)
-    if covered != volume:
-        yield f"{key}: {covered} elements are written, the tensor has {volume}"
+    covered = sum(prod(stop - start for start, stop in bounds) for bounds in written)
+    if covered != prod(whole):
+        yield f"{key}: {covered} elements are written, the tensor has {prod(whole)}"
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def _overlap(one: Bounds, other: Bounds) -> bool:
     return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True))

@@ -1,10 +1,10 @@
-"""What is in a folder of weights, and how two of them differ; one tensor in memory at a time.
+"""Tensors of a folder of weights, and how two folders differ; one tensor in memory at a time.
 
     Hugging Face folder --headers---> TensorFolder: name -> dtype, shape; read(name)
     checkpoint folder   --metadata--> the same, under state keys, or under Hugging Face names
 
-A run's folder stands for its newest checkpoint. Two folders of different kinds are compared under Hugging Face
-names, the only ones that both have.
+The folder of a run means its newest checkpoint. Two folders of different kinds are compared under Hugging Face names,
+the only ones that both have.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import ExportedTensors
+from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
 from megatron_v2pe.checkpoint.files.folder import INFO_FILE, CheckpointInfo, read_info, state_path
-from megatron_v2pe.checkpoint.files.hashing import Verify
+from megatron_v2pe.checkpoint.files.hashing import VerifyLevel
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, tensor_bytes
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.retention import LATEST_FILE, checkpoints_path
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.core.errors import CheckpointError
@@ -35,7 +35,7 @@ class TensorFolder:
     """Tensors of a folder.
 
     Attributes:
-        folder: where they are; for a run, its newest checkpoint.
+        folder: the folder; for a run, its newest checkpoint.
         tensors: name -> dtype and shape.
         read: gives one tensor.
         info: contents of checkpoint.json; None for a Hugging Face folder.
@@ -74,16 +74,16 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def open_folder(path: str | Path, *, hf_names: bool = False, verify: Verify = "sizes") -> TensorFolder:
+def open_folder(path: str | Path, *, hf_names: bool = False, verify: VerifyLevel = "sizes") -> TensorFolder:
     """List the tensors of a Hugging Face folder, a checkpoint, or a run.
 
     Args:
         path: the folder.
         hf_names: list a checkpoint's weights under their Hugging Face names (and nothing of its optimizer).
-        verify: how closely a checkpoint's files are looked at.
+        verify: how closely a checkpoint's files are checked.
 
     Raises:
-        CheckpointError: there is nothing in the folder that could be listed.
+        CheckpointError: nothing in the folder can be listed.
     """
     folder = find_checkpoint(path)
     if not (folder / INFO_FILE).is_file() and (folder / "config.json").is_file():
@@ -100,7 +100,7 @@ def open_folder(path: str | Path, *, hf_names: bool = False, verify: Verify = "s
 
 
 def matching(names: list[str], pattern: str) -> list[str]:
-    """Names that hold `pattern`, or match it where it has wildcards."""
+    """Names that contain `pattern`, or match it where it has wildcards."""
     if any(character in pattern for character in "*?["):
         return [name for name in names if fnmatchcase(name, pattern)]
     return [name for name in names if pattern in name]
@@ -119,16 +119,22 @@ class TensorStats:
 
 def stats_of(tensor: Tensor) -> TensorStats:
     """Statistics in float64, block by block."""
-    low, high, total, count, num_nan, num_inf = math.inf, -math.inf, 0.0, 0, 0, 0
+    low = math.inf
+    high = -math.inf
+    total = 0.0
+    count = num_nan = num_inf = 0
     for block in _blocks(tensor):
         finite = block[block.isfinite()]
         num_nan += int(block.isnan().sum())
         num_inf += int(block.isinf().sum())
         if finite.numel():
-            low, high = min(low, finite.min().item()), max(high, finite.max().item())
-            total, count = total + finite.sum().item(), count + finite.numel()
-    mean = total / count if count else math.nan
-    return TensorStats(low if count else math.nan, high if count else math.nan, mean, num_nan, num_inf)
+            low = min(low, finite.min().item())
+            high = max(high, finite.max().item())
+            total += finite.sum().item()
+            count += finite.numel()
+    if count == 0:
+        return TensorStats(math.nan, math.nan, math.nan, num_nan, num_inf)
+    return TensorStats(low, high, total / count, num_nan, num_inf)
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,9 @@ class TensorDifference:
 
     Attributes:
         name: of the tensor.
-        kind: only_first, only_second, shape, dtype or values; a dtype difference says how far values are apart too.
-        first: dtype and shape there, empty where it is missing.
-        second: the same of the other folder.
+        kind: only_first, only_second, shape, dtype or values; a dtype difference has the distance of values too.
+        first: dtype and shape in the first folder, empty where it is missing.
+        second: the same in the second folder.
         max_abs: largest absolute difference; None where shapes differ or one is missing, NaN where a value is.
     """
 

@@ -1,10 +1,10 @@
-"""What a run trains, in a few values that a resumed run is compared by.
+"""What a run trains, in a few values by which a resumed run is compared.
 
-    config --> facts --> run state of every checkpoint --> the next start compares --> same: go on
-                                                                             `--> named, and how to go on all the same
+    config --> facts --> run state of every checkpoint --> the next start compares --> equal: continue
+                                                                             `--> an error that names what changed
 
-A run that goes on takes its weights from its own checkpoint, so another model in the configuration would be read by
-nobody: whoever changed it wants something else, or made a mistake. Either is told before ranks meet.
+A resumed run loads its weights from its own checkpoint, so another model in the configuration would be ignored: the
+user wants something else, or made a mistake. Either is reported before any collective.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.checkpoint.files.adapter_record import identity
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_identity
 from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
-_PLACE = "model"  # where it lies may change, what it holds may not
+_PATH = "model"  # the path may change, the content may not
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,12 @@ def model_facts(config: RunConfig) -> dict[str, Any]:
         OSError: the folder vanished.
     """
     model = config.model
+    content = (
+        _digest_of_hf(Path(model.hf_path)) if model.hf_path else checkpoint_identity(model.checkpoint)[:16]
+    )
     return {
-        _PLACE: str(Path(model.hf_path or model.checkpoint).resolve()),
-        "content of the model": _digest_of_hf(Path(model.hf_path))
-        if model.hf_path
-        else identity(model.checkpoint)[:16],
+        _PATH: str(Path(model.hf_path or model.checkpoint).resolve()),
+        "content of the model": content,
         "model.freeze_language": model.freeze_language,
         "model.freeze_projector": model.freeze_projector,
         "vision.freeze": config.vision.freeze,
@@ -54,7 +55,7 @@ def require_same_model(config: RunConfig, checkpoint: str | Path) -> None:
 
     Args:
         config: the run as it is now.
-        checkpoint: where it would go on; one without facts (older ones) is accepted.
+        checkpoint: where it would continue; a fact that it lacks is not compared.
 
     Raises:
         ConfigError: names what differs; `checkpoint.allow_changed_model` makes it a warning.
@@ -62,14 +63,14 @@ def require_same_model(config: RunConfig, checkpoint: str | Path) -> None:
     saved = RunState.from_json(read_info(checkpoint).run_state).model_facts
     now = model_facts(config)
     changed = [name for name in now if name in saved and saved[name] != now[name]]
-    if set(changed) <= {_PLACE}:
+    if set(changed) <= {_PATH}:
         return
     lines = "".join(f"\n  {name}: {saved[name]} -> {now[name]}" for name in changed)
     if config.checkpoint.allow_changed_model:
-        logger.warning("going on from %s although its model changed:%s", checkpoint, lines)
+        logger.warning("continuing from %s although its model changed:%s", checkpoint, lines)
         return
     raise ConfigError(
         f"{checkpoint} is of a run with another model; changed:{lines}\n  Its weights would come from that checkpoint, "
-        "not from the model. Restore the settings; or start anew with another runtime.run_dir; or, to go on with the "
-        "weights of the checkpoint, add checkpoint.allow_changed_model=true"
+        "not from the model. Restore the settings; or start anew with another runtime.run_dir; or, to continue with "
+        "the weights of the checkpoint, add checkpoint.allow_changed_model=true"
     )

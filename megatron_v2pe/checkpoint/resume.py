@@ -1,11 +1,11 @@
-"""From which checkpoint a run goes on: the newest one, and never silently an older one.
+"""From which checkpoint a run continues: the newest one, and never silently an older one.
 
     step folders, newest first --> damaged? --no--> resume from it
-                                      `--yes--> stop, and name the newest good one and how to go on from it
-                                                `--checkpoint.fallback--> go on from that one, with an error in the log
+                                      `--yes--> stop, and name the newest good one and how to continue from it
+                                                `--checkpoint.fallback--> continue from it, with an error in the log
 
-A folder that lost its `checkpoint.json`, and one that `latest` names but that is gone, are damaged too: both had been
-finished once. An interrupted save is not, as it never had its final name; nothing that was ever reported is lost.
+A folder that lost its `checkpoint.json`, and one that `latest` names but that is missing, are damaged too: both were
+complete once. An interrupted save is not damaged: it never had its final name, and was never reported as saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_v2pe.checkpoint.retention import (
     read_latest,
     step_path,
 )
-from megatron_v2pe.checkpoint.state.dist_io import gather_from_ranks, on_first_rank
+from megatron_v2pe.checkpoint.state.ranks import gather_from_ranks, on_first_rank
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.parallel.topology import Ranks
 
@@ -37,7 +37,7 @@ def resume_point(run_dir: str | Path, *, fallback: bool) -> Path | None:
 
     Args:
         run_dir: the run.
-        fallback: go on from an older checkpoint when newer ones are damaged, instead of stopping.
+        fallback: continue from an older checkpoint when newer ones are damaged, instead of stopping.
 
     Raises:
         CheckpointError: the newest checkpoint is damaged; names the newest good one and the ways out. Also with
@@ -47,7 +47,7 @@ def resume_point(run_dir: str | Path, *, fallback: bool) -> Path | None:
 
 
 def resume_point_in_full(run_dir: str | Path, *, fallback: bool, ranks: Ranks) -> Path | None:
-    """The same with every file hashed, each rank its share. Collective: all ranks get one answer, or one error."""
+    """The same with every file hashed, each rank its share. Collective: all ranks get one folder, or one error."""
     steps = on_first_rank(lambda: committed_steps(run_dir))
     return _newest_good(
         run_dir, steps, fallback=fallback, damage_of=lambda folder: _damage_in_full(folder, ranks)
@@ -86,20 +86,20 @@ def _newest_good(
         )
     if not fallback:
         raise CheckpointError(
-            f"{found}\n  the newest good checkpoint is {good}; to go on from there and train the steps since then "
+            f"{found}\n  the newest good checkpoint is {good}; to continue from there and train the steps since then "
             "again, add checkpoint.fallback=true"
         )
-    logger.error("%s\n  checkpoint.fallback is true: going on from %s, an OLDER checkpoint", found, good)
+    logger.error("%s\n  checkpoint.fallback is true: continuing from %s, an OLDER checkpoint", found, good)
     return good
 
 
 def _lost(run_dir: str | Path, steps: list[int]) -> list[str]:
-    """Whether `latest` names a checkpoint that is newer than all that are there."""
+    """Whether `latest` names a checkpoint that is newer than all existing ones."""
     latest = read_latest(run_dir)
     if latest is None or (steps and latest <= steps[-1]):
         return []
     pointer = checkpoints_path(run_dir) / LATEST_FILE
-    return [f"{pointer} names {step_path(run_dir, latest).name}, which is not there"]
+    return [f"{pointer} names {step_path(run_dir, latest).name}, which does not exist"]
 
 
 def _damage_by_size(folder: Path) -> str:
@@ -111,7 +111,7 @@ def _damage_by_size(folder: Path) -> str:
 
 
 def _damage_in_full(folder: Path, ranks: Ranks) -> str:
-    """What any rank found; the same text on all."""
+    """The damage that any rank found; the same text on all."""
     mine = ""
     try:
         info = read_info(folder, verify="full", rank=ranks.rank, world_size=ranks.world_size)

@@ -1,14 +1,14 @@
 """Step folders of a run: their names, the newest one, which to delete.
 
     run_dir/checkpoints/step_00000010/              complete: it has checkpoint.json
-                        step_00000020.incomplete/   a writer died here, or is at work
+                        step_00000020.incomplete/   a save that was interrupted, or is being written
                         latest                      text file: name of the newest complete folder
 
-`latest` is for people and scripts. A run that resumes (`resume.py`) looks at the folders themselves, because a crash
+`latest` is for people and scripts. A run that resumes (`resume.py`) lists the folders themselves, because a crash
 between the commit of a folder and the update of `latest` must not lose the folder.
 
-Only checkpoints whose files are all there in full count as kept. A damaged one is left where it is: its storage may
-come back, and the older one that can replace it stays too.
+Only checkpoints whose files all have their full size count as kept. A damaged one is not deleted: its storage may come
+back, and the older one that can replace it stays too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.files.folder import INCOMPLETE_SUFFIX, is_complete, read_info
+from megatron_v2pe.checkpoint.files.folder import is_complete, read_info
+from megatron_v2pe.checkpoint.files.staging import INCOMPLETE_SUFFIX
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
@@ -38,7 +39,7 @@ def step_path(run_dir: str | Path, step: int) -> Path:
 
 
 def committed_steps(run_dir: str | Path) -> list[int]:
-    """Steps of all folders under their final name, oldest first, whatever has become of their contents."""
+    """Steps of all folders under their final name, oldest first, damaged ones too."""
     root = checkpoints_path(run_dir)
     found = (_STEP.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
     return sorted(int(match[1]) for match in found if match)
@@ -47,12 +48,6 @@ def committed_steps(run_dir: str | Path) -> list[int]:
 def complete_steps(run_dir: str | Path) -> list[int]:
     """Steps of all complete checkpoints, oldest first."""
     return [step for step in committed_steps(run_dir) if is_complete(step_path(run_dir, step))]
-
-
-def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, None when there is none."""
-    steps = complete_steps(run_dir)
-    return step_path(run_dir, steps[-1]) if steps else None
 
 
 def write_latest(run_dir: str | Path, step: int) -> None:
@@ -68,7 +63,7 @@ def read_latest(run_dir: str | Path) -> int | None:
 
 
 def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
-    """Delete all but the `keep` newest good checkpoints, and what interrupted writers left.
+    """Delete all but the `keep` newest good checkpoints, and the folders of interrupted saves.
 
     Args:
         run_dir: the run.
@@ -77,7 +72,7 @@ def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
             restarted in a folder that holds later steps.
 
     Returns:
-        The folders that were deleted.
+        The deleted folders.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, must be at least 1")
@@ -92,7 +87,7 @@ def prune(run_dir: str | Path, *, keep: int, written: int) -> list[Path]:
 
 
 def remove_incomplete(run_dir: str | Path) -> list[Path]:
-    """Delete what interrupted writers left; nobody may be writing. Returns the folders that were deleted."""
+    """Delete the folders of interrupted saves; no save may be in progress. Returns the deleted folders."""
     left = sorted(checkpoints_path(run_dir).glob(f"step_*{INCOMPLETE_SUFFIX}"))
     for path in left:
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What a run must know to go on where it stopped, besides tensors: a small typed object, stored as json."""
+"""What a run needs to continue where it stopped, besides tensors: a small typed object, stored as json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 _SHOWN_CHANGES = 12
-_LATER = {"data_facts", "model_facts", "recent_losses"}  # absent in older checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +24,13 @@ class RunState:
         consumed_packs: packs drawn from the plan over all data parallel ranks.
         data_seed: seed of data order and strides.
         data_hash: `settings_hash` of everything that decides which packs come in which order.
-        config_hash: `settings_hash` of the whole run configuration, to tell what changed.
+        config_hash: `settings_hash` of the whole run configuration.
         position_mode: positions that were trained.
         position_stride: stride of `v2pe_fixed`, else 0.
         schedule: state of the learning rate schedule.
-        data_facts: what `data_hash` is the hash of, by name, to tell what changed; absent in older checkpoints.
+        data_facts: what `data_hash` is the hash of, by name, to report what changed.
         recent_losses: of the last applied steps, where `runtime.max_loss_ratio` asks for them.
-        model_facts: what is trained, see `model_facts`; absent in older checkpoints.
+        model_facts: what is trained, see `model_facts`.
     """
 
     step: int
@@ -62,17 +61,17 @@ class RunState:
             raise CheckpointError(
                 "the checkpoint holds weights only (it was imported); a run cannot resume from it"
             )
-        if set(values) | _LATER != known:
-            odd = ", ".join(sorted((set(values) | _LATER) ^ known))
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
-        return cls(**{**values, "recent_losses": tuple(values.get("recent_losses", ()))})
+        return cls(**{**values, "recent_losses": tuple(values["recent_losses"])})
 
     def require_same_data(self, now: RunState, *, is_change_allowed: bool = False) -> None:
         """Refuse to resume when the order of packs is not the one this state counts in.
 
         Args:
             now: the state of the run as it is configured now.
-            is_change_allowed: tell what changed in the log instead; the run takes the next step of the new plan.
+            is_change_allowed: log what changed instead; the run continues with the next step of the new plan.
 
         Raises:
             ConfigError: seed or data settings changed since the checkpoint was written.
@@ -85,17 +84,17 @@ class RunState:
         )
         if is_change_allowed:
             logger.warning(
-                "%s: going on with step %d of the new plan%s", found, self.step + 1, self._changes(now)
+                "%s: continuing with step %d of the new plan%s", found, self.step + 1, self._changes(now)
             )
             return
         raise ConfigError(
             f"{found}; restore the data settings, or start a new run with model.checkpoint set to this checkpoint, or "
-            f"add checkpoint.allow_changed_data=true to go on with step {self.step + 1} of the new plan, whose samples "
-            f"may have been seen already{self._changes(now)}"
+            f"add checkpoint.allow_changed_data=true to continue with step {self.step + 1} of the new plan, whose "
+            f"samples may have been seen already{self._changes(now)}"
         )
 
     def _changes(self, now: RunState) -> str:
-        """What differs in the data, one line each: name, then, now."""
+        """Differences of the data settings, one line each: name, old value, new value."""
         if not self.data_facts or not now.data_facts:
             return ""
         names = list(dict.fromkeys([*self.data_facts, *now.data_facts]))

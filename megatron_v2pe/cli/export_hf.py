@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Export; errors are raised as CheckpointError or ConfigError."""
     if args.adapter:
         return export_adapters(args)
-    from megatron_v2pe.checkpoint.convert.convert import export_hf
+    from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
     options = {"force": args.force, "dtype": args.dtype, "max_shard_bytes": max_shard_bytes}

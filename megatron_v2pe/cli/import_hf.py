@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Import; errors are raised as CheckpointError."""
     if args.base:
         return import_adapters(args)
-    from megatron_v2pe.checkpoint.convert.convert import import_hf
+    from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 
     with shared_progress(NAME) as progress:
         info = import_hf(

@@ -25,7 +25,7 @@ def import_adapters(args: argparse.Namespace) -> int:
 
 def export_adapters(args: argparse.Namespace) -> int:
     """Write a PEFT folder; errors are raised as CheckpointError or ConfigError."""
-    from megatron_v2pe.checkpoint.adapters.peft_io import export_peft
+    from megatron_v2pe.checkpoint.adapters.peft_export import export_peft
 
     refuse_ranks("export-hf --adapter")
     if args.dtype != "keep":

@@ -34,7 +34,7 @@ def byte_progress(verb: str) -> Iterator[ByteProgress]:
 def shared_progress(verb: str) -> Iterator[ByteProgress]:
     """Join the other ranks where torchrun started several, and count this one's bytes."""
     from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress
-    from megatron_v2pe.checkpoint.state.dist_io import launched_ranks
+    from megatron_v2pe.checkpoint.state.ranks import launched_ranks
 
     with launched_ranks():
         progress = ByteProgress(verb, rank=launcher().rank)

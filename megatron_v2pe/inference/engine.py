@@ -28,7 +28,7 @@ from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, deal_tiles
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
@@ -118,7 +118,7 @@ class Engine:
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), adapters_of(checkpoint)
+        runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora)
         plan = resolve(parallel, launcher().world_size)
         ranks = init_distributed(plan, seed=config.runtime.seed)

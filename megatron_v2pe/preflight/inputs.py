@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.convert import open_hf
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig

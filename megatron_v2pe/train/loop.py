@@ -15,14 +15,15 @@ from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.checkpoint.adapters.weights import draw_adapters
-from megatron_v2pe.checkpoint.convert.hf_load import load_hf_weights
+from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
 from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights, on_first_rank
-from megatron_v2pe.checkpoint.train_state import load_checkpoint
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
@@ -221,7 +222,7 @@ class Run:
     def _restore(self, folder: Path) -> RunState:
         """Bring weights, optimizer, generators and schedule to where a checkpoint stopped."""
         state = load_checkpoint(
-            folder, chunks=self.trainer.wrapped, optimizer=self.trainer.optimizer, ranks=self.ranks
+            folder, model_chunks=self.trainer.wrapped, optimizer=self.trainer.optimizer, ranks=self.ranks
         )
         self.trainer.scheduler.load_state_dict(state.schedule)
         return state

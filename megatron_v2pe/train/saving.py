@@ -30,9 +30,9 @@ import torch.distributed as dist
 from megatron_v2pe.assembly.optimizer import Trainer, make_moments
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.save import CheckpointSave
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy, shortage
 from megatron_v2pe.checkpoint.state.save import KnownPlan
-from megatron_v2pe.checkpoint.train_state import CheckpointSave
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
 from megatron_v2pe.parallel.topology import Ranks
@@ -170,7 +170,7 @@ class Saver:
         make_moments(self._trainer.optimizer)  # of a run whose every step so far was not finite
         return CheckpointSave(
             self._config.runtime.run_dir,
-            chunks=self._trainer.wrapped,
+            model_chunks=self._trainer.wrapped,
             optimizer=self._trainer.optimizer,
             run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
             ranks=self._ranks,

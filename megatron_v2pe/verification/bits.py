@@ -1,8 +1,8 @@
-"""Proof that a checkpoint holds exactly what a Hugging Face folder holds.
+"""`verify`: a checkpoint has exactly the weights and side files of a Hugging Face folder.
 
-Every tensor of the folder is compared, bit for bit, with the checkpoint's own after the inverse mapping, and every
-state key of the checkpoint must belong to one of them; side files are compared byte for byte. `WeightsDigest` of both
-puts the result into one line: a folder, its import and what that exports to have the same one.
+Every tensor of the folder is compared, bit for bit, with the checkpoint's after the inverse mapping, and every state
+key of the checkpoint must belong to one of them; side files are compared byte for byte. `WeightsDigest` is the result
+in one line: a folder, its import and the export of that import have the same digest.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import ExportedTensors, Progress, open_hf
-from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, hf_path, read_info
-from megatron_v2pe.checkpoint.files.hashing import Verify
+from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.hashing import VerifyLevel
 from megatron_v2pe.checkpoint.files.tensor_files import DTYPE_NAMES, tensor_bytes
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE
+from megatron_v2pe.checkpoint.hf.converted_blocks import Progress, silent
+from megatron_v2pe.checkpoint.hf.weight_files import side_files
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 
 _OPTIMIZER_PREFIX = "optimizer."
 
@@ -27,14 +31,14 @@ _OPTIMIZER_PREFIX = "optimizer."
 class WeightsDigest:
     """SHA-256 over name, dtype, shape and bytes of tensors, added in the order of their names.
 
-    How tensors lie in files, and what else a folder holds, has no part in it.
+    The distribution of tensors over files, and other files, do not change it.
     """
 
     def __init__(self) -> None:
         self._running = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in the next tensor; the caller keeps to sorted names."""
+        """Add the next tensor; the caller adds them in sorted order."""
         self._running.update(f"{name} {DTYPE_NAMES[tensor.dtype]} {tuple(tensor.shape)}\n".encode())
         self._running.update(tensor_bytes(tensor))
 
@@ -58,11 +62,11 @@ class VerifyReport:
     Attributes:
         num_source: tensors of the Hugging Face folder.
         num_state: model parameters of the checkpoint.
-        num_equal: source tensors whose dtype, shape and bytes came back.
+        num_equal: source tensors with equal dtype, shape and bytes in the checkpoint.
         dropped: source tensor -> why the table leaves it out.
         different: tensor -> how it differs, also when one of the two lacks it.
         unexpected: state keys that belong to no source tensor.
-        side_files: files that differ, are missing or are new -> which of the three.
+        side_files: file -> `differs`, `missing in the checkpoint` or `only in the checkpoint`.
         source_sha256: digest of the kept source tensors.
         checkpoint_sha256: digest of all of the checkpoint's tensors under their Hugging Face names.
     """
@@ -107,16 +111,16 @@ def verify(
     hf_folder: str | Path,
     checkpoint_folder: str | Path,
     *,
-    files: Verify = "sizes",
-    progress: Progress = lambda num_bytes: None,
+    files: VerifyLevel = "sizes",
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Compare a Hugging Face folder with a checkpoint folder.
 
     Args:
         hf_folder: the source.
-        checkpoint_folder: a checkpoint; a trained one will differ, and the report says where.
-        files: how closely the checkpoint's own files are looked at first.
-        progress: told the bytes of each tensor.
+        checkpoint_folder: a checkpoint; a trained one differs, and the report lists where.
+        files: how closely the checkpoint's own files are checked first.
+        progress: called with the bytes of each block that is read.
 
     Raises:
         CheckpointError: one of the two cannot be read at all.
@@ -136,7 +140,8 @@ def verify(
 
 
 def _compare_tensors(weights: HFWeights, exported: ExportedTensors, report: VerifyReport) -> None:
-    source_digest, checkpoint_digest = WeightsDigest(), WeightsDigest()
+    source_digest = WeightsDigest()
+    checkpoint_digest = WeightsDigest()
     here, there = set(weights.tensors) - set(report.dropped), set(exported.names.by_hf)
     for name in sorted(here | there):
         source = weights.read(name) if name in here else None
@@ -150,7 +155,8 @@ def _compare_tensors(weights: HFWeights, exported: ExportedTensors, report: Veri
             report.different[name] = how
         else:
             report.num_equal += 1
-    report.source_sha256, report.checkpoint_sha256 = source_digest.hexdigest(), checkpoint_digest.hexdigest()
+    report.source_sha256 = source_digest.hexdigest()
+    report.checkpoint_sha256 = checkpoint_digest.hexdigest()
 
 
 def _difference(source: Tensor | None, ours: Tensor | None) -> str:
@@ -167,15 +173,11 @@ def _difference(source: Tensor | None, ours: Tensor | None) -> str:
     return f"largest difference {(source.double() - ours.double()).abs().max().item():.3g}"
 
 
-def _compare_side_files(source: Path, carried: Path, report: VerifyReport) -> None:
-    here, there = (
-        set(HFWeights(source).side_files()),
-        set(HFWeights(carried).side_files()) - {Path(LAYOUT_FILE)},
-    )
-
-    def is_equal(path: Path) -> bool:
-        return (source / path).read_bytes() == (carried / path).read_bytes()
-
+def _compare_side_files(source: Path, stored: Path, report: VerifyReport) -> None:
+    here = set(side_files(source))
+    there = set(side_files(stored)) - {Path(LAYOUT_FILE)}
     report.side_files.update({str(path): "missing in the checkpoint" for path in sorted(here - there)})
     report.side_files.update({str(path): "only in the checkpoint" for path in sorted(there - here)})
-    report.side_files.update({str(path): "differs" for path in sorted(here & there) if not is_equal(path)})
+    for path in sorted(here & there):
+        if (source / path).read_bytes() != (stored / path).read_bytes():
+            report.side_files[str(path)] = "differs"

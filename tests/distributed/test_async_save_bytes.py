@@ -1,7 +1,7 @@
 """A save in the background stores what a save that training waits for stores, bit for bit, and changes no loss.
 
 Strategy: the same run twice at each layout, once with saves in the background whose writing is slowed down until it
-takes several steps; every file of every checkpoint and every loss are compared. Strictness: equal bytes.
+spans several steps; every file of every checkpoint and every loss are compared. Strictness: equal bytes.
 """
 
 import logging
@@ -57,7 +57,8 @@ def train_all(rank, world_size, config_path, runs, meeting):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="nobody", MASTER_PORT="1")  # ranks meet in files
     slow_writes()
-    logger, told = logging.getLogger("megatron_v2pe"), []
+    logger = logging.getLogger("megatron_v2pe")
+    logged = []
     logger.setLevel(logging.INFO)
     for number, overrides in enumerate(runs):
         dist.init_process_group(
@@ -67,8 +68,8 @@ def train_all(rank, world_size, config_path, runs, meeting):
         logger.addHandler(lines)
         assert train(load_run_config(config_path, overrides)) == ""
         logger.removeHandler(lines)
-        told.append(lines.lines)
-    return told
+        logged.append(lines.lines)
+    return logged
 
 
 def index_of(lines, *parts):
@@ -76,7 +77,7 @@ def index_of(lines, *parts):
 
 
 def check_background(lines):
-    """The first checkpoint was finished behind a later step, the last one before the end."""
+    """The first checkpoint was finished after a later step, the last one before the end."""
     assert index_of(lines, "step 3/6") < index_of(lines, "saved", "step_00000002", "training stood still")
     assert index_of(lines, "step 5/6") < index_of(lines, "saved", "step_00000004", "training stood still")
     assert "stood still" not in lines[index_of(lines, "saved", "step_00000006")]
@@ -90,8 +91,8 @@ def test_the_same_bytes_and_losses_as_of_saves_that_training_waits_for(tmp_path)
             run_dir = tmp_path / layout.replace(" ", "_") / name
             flag = f"checkpoint.async_save={str(name == 'background').lower()}"
             runs.append([*COMMON, *overrides, flag, f"runtime.run_dir={run_dir}"])
-    told, _ = run_ranks(train_all, 2, str(config), runs, str(tmp_path / "meeting"), timeout=280)
-    for layout, lines in zip(LAYOUTS, told[::2], strict=True):
+    logged, _ = run_ranks(train_all, 2, str(config), runs, str(tmp_path / "meeting"), timeout=280)
+    for layout, lines in zip(LAYOUTS, logged[::2], strict=True):
         background, waiting = (
             tmp_path / layout.replace(" ", "_") / name for name in ("background", "waiting")
         )

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_v2pe.checkpoint.convert import import_plan
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files import range_reader
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, folder_bytes, golden_copy, random_folder
 from tests.support.spawn import run_ranks
@@ -75,13 +76,10 @@ def test_an_error_on_one_rank_ends_all_and_leaves_nothing(tmp_path):
 def resave(rank, world_size, checkpoint, target, sizes):
     """Load a checkpoint into a model of this layout and save the model's own state as a checkpoint."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.convert.hf_load import copy_hf_folder
+    from megatron_v2pe.checkpoint.convert.hf_source import copy_hf_folder
     from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, state_path, write_info
-    from megatron_v2pe.checkpoint.state.dist_io import (
-        load_model_weights,
-        model_sharded_state_dict,
-        on_first_rank,
-    )
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights, model_sharded_state_dict
+    from megatron_v2pe.checkpoint.state.ranks import on_first_rank
     from megatron_v2pe.checkpoint.state.save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
@@ -90,11 +88,11 @@ def resave(rank, world_size, checkpoint, target, sizes):
     config = RunConfig(parallel=ParallelConfig(**sizes), runtime=RuntimeConfig(dtype="float32"))
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
-    load_model_weights(checkpoint, chunks, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    load_model_weights(checkpoint, model_chunks, ranks=ranks)
     folder = tmp = Path(target)
     on_first_rank(lambda: state_path(tmp).mkdir(parents=True))
-    save_state(state_path(folder), model_sharded_state_dict(chunks, ranks))
+    save_state(state_path(folder), model_sharded_state_dict(model_chunks, ranks))
     info = CheckpointInfo(kind="import", step=0, family="", num_parameters=0)
     on_first_rank(
         lambda: (

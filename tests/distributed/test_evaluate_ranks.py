@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.core.jsonl import read_jsonl
 from tests.support.warm import run_verb
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig

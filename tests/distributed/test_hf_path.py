@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.checkpoint.retention import step_path
 from megatron_v2pe.cli.main import main
@@ -24,8 +25,8 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
         every rank.
     """
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.checkpoint.convert.hf_load import load_hf_weights
-    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+    from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
@@ -35,8 +36,8 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
     ranks = init_distributed(plan, seed=1, timeout_minutes=2)
     arch = read_architecture(hf_path(checkpoint))
     imported, direct = (build_model(config, arch, plan=plan, ranks=ranks) for _ in range(2))
-    for chunk in [*imported, *direct]:
-        for parameter in chunk.parameters():
+    for model_chunk in [*imported, *direct]:
+        for parameter in model_chunk.parameters():
             parameter.data.fill_(float("nan"))
     load_model_weights(checkpoint, imported, ranks=ranks)
     num_bytes = load_hf_weights(hf, direct, ranks=ranks)
@@ -46,7 +47,7 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
         for name, parameter in one.named_parameters()
         if not torch.equal(parameter, dict(other.named_parameters())[name])
     ]
-    own_bytes = sum(p.numel() * 4 for chunk in direct for p in chunk.parameters())
+    own_bytes = sum(p.numel() * 4 for model_chunk in direct for p in model_chunk.parameters())
     shutdown()
     return different, num_bytes, own_bytes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.parallel.topology import shutdown
 from megatron_v2pe.verification.numerics.compare import compare_numerics

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info, state_path
 from megatron_v2pe.checkpoint.retention import step_path
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from tests.support import tiny
 from tests.support.hf_folders import edit_config, edit_weights, golden_copy
 from tests.support.spawn import run_ranks
@@ -129,6 +129,6 @@ def test_tied_embeddings_with_biases_go_through_every_layout(tmp_path):
 
 
 @pytest.mark.slow
-def test_internlm2_goes_through_every_layout(tmp_path):
+def test_internlm2_loads_at_every_layout(tmp_path):
     config, wanted = prepared(tmp_path, tiny.GOLDEN_HF)
     check_chain(tmp_path, config, wanted)

@@ -45,7 +45,7 @@ def outcomes(rank, world_size, run_dir):
 
 
 def test_all_ranks_agree_wherever_the_damage_is(tmp_path):
-    """Sorted by size, rank 0 hashes file_5 and file_3, rank 1 file_4: each is told what the other found."""
+    """Sorted by size, rank 0 hashes file_5 and file_3, rank 1 file_4: each reports what the other found."""
     make(tmp_path, 1, 2, 3)
     (step_path(tmp_path, 3) / "file_4").write_bytes(b"xxyx")
     (step_path(tmp_path, 2) / "file_3").write_bytes(b"xyx")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
 from megatron_v2pe.verification.golden.runner import select_groups

@@ -1,4 +1,4 @@
-"""Checkpoints of the real model across parallel layouts: what one layout writes, every other goes on from, to the bit.
+"""Checkpoints of the real model across parallel layouts: what one layout writes, every other resumes from, to the bit.
 
 Gradients are made up from the weights, element by element, so that every layout has the same ones and an update
 is exact whatever the split; clipping, whose norm sums in another order, is off. The reference is one rank, never
@@ -10,10 +10,11 @@ import json
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info, state_path
-from megatron_v2pe.checkpoint.retention import complete_steps, newest_checkpoint, step_path
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.retention import complete_steps, step_path
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import folder_bytes, random_folder
@@ -24,14 +25,20 @@ VOCABULARY = 650  # 704 rows at tp 1, 768 at tp 2, so that layouts differ in pad
 VOCABULARY_KEYS = ("word_embeddings.weight", "output_layer.weight")
 
 
+def newest_checkpoint(run_dir):
+    steps = complete_steps(run_dir)
+    return step_path(run_dir, steps[-1]) if steps else None
+
+
 def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32", keep=5, optim=None):
     """Resume from `run_dir`, or start from `checkpoint`; update up to step `steps[-1]`, save at each of `steps`."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.assembly.optimizer import wrap_for_training
     from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.checkpoint.load import load_checkpoint
     from megatron_v2pe.checkpoint.run_state import RunState
-    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
-    from megatron_v2pe.checkpoint.train_state import load_checkpoint, save_checkpoint
+    from megatron_v2pe.checkpoint.save import CheckpointSave
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import OptimConfig, ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
@@ -43,20 +50,22 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
     )
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
     newest = newest_checkpoint(run_dir)
     if newest is None:
-        load_model_weights(checkpoint, chunks, ranks=ranks)
-    trainer = wrap_for_training(chunks, config)
+        load_model_weights(checkpoint, model_chunks, ranks=ranks)
+    trainer = wrap_for_training(model_chunks, config)
     step = 0
     if newest is not None:
-        state = load_checkpoint(newest, chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
+        state = load_checkpoint(
+            newest, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks
+        )
         step = state.step
         trainer.scheduler.load_state_dict(state.schedule)
     before = torch.rand(3).tolist()
     while step < steps[-1]:
-        for chunk in trainer.wrapped:
-            for parameter in chunk.parameters():
+        for model_chunk in trainer.wrapped:
+            for parameter in model_chunk.parameters():
                 parameter.main_grad.copy_(torch.sin(7 * parameter.detach().float() + step))
         trainer.optimizer.step()
         trainer.scheduler.step(increment=1)
@@ -72,15 +81,19 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
                 position_stride=16,
                 schedule=trainer.scheduler.state_dict(),
             )
-            save_checkpoint(
+            save = CheckpointSave(
                 run_dir,
-                chunks=trainer.wrapped,
+                model_chunks=trainer.wrapped,
                 optimizer=trainer.optimizer,
                 run_state=state,
                 ranks=ranks,
                 hf_folder=hf_path(checkpoint),
                 keep=keep,
             )
+            save.write()
+            save.join()
+            save.commit()
+            save.finish()
     shutdown()
     return before, torch.rand(3).tolist()
 
@@ -129,7 +142,7 @@ def reference(imported, tmp_path_factory):
     return run_dir
 
 
-def test_a_run_goes_on_at_any_layout(imported, reference, tmp_path):
+def test_a_run_resumes_at_any_layout(imported, reference, tmp_path):
     """tp 2 with sequence parallelism, then pp 2, then cp 2: two updates each."""
     layouts = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"cp": 2}]
     for step, sizes in zip((2, 4, 6), layouts, strict=True):
@@ -144,7 +157,7 @@ def test_a_run_goes_on_at_any_layout(imported, reference, tmp_path):
 PARTS = {"lr_vision": 2e-3, "lr_projector": 3e-2, "vision_layer_decay": 0.5}
 
 
-def test_learning_rates_by_part_go_on_at_any_layout(imported, reference, tmp_path):
+def test_learning_rates_by_part_resume_at_any_layout(imported, reference, tmp_path):
     """Many groups, found again at every hop, each with its rate; the last stage of pp 2 has none of the tower's."""
     run(1, imported, str(tmp_path / "whole"), {}, steps=[2, 4, 6], optim=PARTS)
     layouts = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {}]
@@ -160,7 +173,7 @@ def test_learning_rates_by_part_go_on_at_any_layout(imported, reference, tmp_pat
 def test_a_resumed_run_learns_at_the_rates_it_is_configured_with(imported, tmp_path):
     """Another lr, other groups, another decay rule than the checkpoint's.
 
-    The first step of a warm-up has the rate 0, so behind it the two runs differ in their groups alone.
+    The first step of a warm-up has the rate 0, so after it the two runs differ in their groups alone.
     """
     warmup = {"warmup_steps": 2, "weight_decay": 0.3}
     first, then = {**warmup, **PARTS}, {**warmup, "lr": 5e-3, "lr_language": 1e-3, "decay": "release"}
@@ -213,11 +226,8 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
     """Load at this layout, save again without an update; returns the rows of the local embedding."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.checkpoint.files.folder import hf_path
-    from megatron_v2pe.checkpoint.state.dist_io import (
-        load_model_weights,
-        model_sharded_state_dict,
-        on_first_rank,
-    )
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights, model_sharded_state_dict
+    from megatron_v2pe.checkpoint.state.ranks import on_first_rank
     from megatron_v2pe.checkpoint.state.save import save_state
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
@@ -258,7 +268,7 @@ def load_expecting_refusal(rank, world_size, mine, other):
     """Load `other` into a model built for `mine`; returns the message."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.checkpoint.files.folder import hf_path
-    from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+    from megatron_v2pe.checkpoint.state.model_state import load_model_weights
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
@@ -266,9 +276,9 @@ def load_expecting_refusal(rank, world_size, mine, other):
     config = RunConfig(parallel=ParallelConfig(pp=world_size))
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    chunks = build_model(config, read_architecture(hf_path(mine)), plan=plan, ranks=ranks)
+    model_chunks = build_model(config, read_architecture(hf_path(mine)), plan=plan, ranks=ranks)
     try:
-        load_model_weights(other, chunks, ranks=ranks)
+        load_model_weights(other, model_chunks, ranks=ranks)
     except CheckpointError as error:
         message = str(error)
     shutdown()
@@ -287,10 +297,10 @@ def test_another_model_is_refused_on_all_stages_though_one_alone_sees_it(importe
 
 
 def save_with_full_disk(rank, world_size, checkpoint, run_dir):
-    from megatron_v2pe.checkpoint.files import folder
+    from megatron_v2pe.checkpoint.files import staging
 
-    usage = folder.shutil.disk_usage(run_dir)
-    folder.shutil.disk_usage = lambda path: usage._replace(free=10)
+    usage = staging.shutil.disk_usage(run_dir)
+    staging.shutil.disk_usage = lambda path: usage._replace(free=10)
     try:
         train(rank, world_size, checkpoint, run_dir, {}, steps=[1])
     except CheckpointError as error:

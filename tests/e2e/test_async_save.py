@@ -1,4 +1,4 @@
-"""Saves in the background when things go wrong: killed while writing, full disk, told to stop, no memory for a copy.
+"""Saves in the background when things go wrong: killed while writing, full disk, asked to stop, no memory for a copy.
 
 Strategy: real processes; the writing thread is slowed down or made to fail from outside, training itself is left alone.
 Curves are compared with those of a run that saved nothing on its way. Strictness: bit-equal.
@@ -31,14 +31,14 @@ def counted(*args, **kwargs):
     steps.append(1)
     if what == "killed" and len(steps) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "told to stop" and len(steps) == 5:
+    if what == "asked to stop" and len(steps) == 5:
         os.kill(os.getpid(), signal.SIGTERM)
     return train_step(*args, **kwargs)
 
 def altered(*args):
     if what == "killed" and len(steps) >= 6:
-        time.sleep(60)  # the save behind step 6 never ends
-    if what == "told to stop":
+        time.sleep(60)  # the save after step 6 never ends
+    if what == "asked to stop":
         time.sleep(0.01)
     if what == "full" and len(steps) >= 6:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -83,7 +83,7 @@ def check_continues(undisturbed, run_dir, *, at):
     return log
 
 
-def test_killed_while_a_thread_writes_goes_on_from_the_checkpoint_before(undisturbed, tmp_path):
+def test_killed_while_a_thread_writes_resumes_from_the_checkpoint_before(undisturbed, tmp_path):
     done = altered(undisturbed[0], tmp_path, "killed")
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7  # trained on beside the write
@@ -108,8 +108,8 @@ def test_a_write_that_fails_ends_the_run_with_one_message_and_the_old_checkpoint
 
 
 @pytest.mark.slow
-def test_told_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbed, tmp_path):
-    done = altered(undisturbed[0], tmp_path, "told to stop")
+def test_asked_to_stop_while_a_thread_writes_finishes_both_checkpoints(undisturbed, tmp_path):
+    done = altered(undisturbed[0], tmp_path, "asked to stop")
     assert done.returncode == 75, done.stderr[-3000:]
     assert json.loads((tmp_path / "interrupted.json").read_text()) == {"reason": "SIGTERM", "step": 5}
     assert "step 5 is to be saved, but the checkpoint of step 3 is still being written" in done.stderr

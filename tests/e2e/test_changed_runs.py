@@ -49,7 +49,7 @@ def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
     assert "Traceback" not in told
     code, told = again(config, "checkpoint.allow_changed_data=true")
     assert code == 0, told
-    assert "going on with step 3 of the new plan" in told
+    assert "continuing with step 3 of the new plan" in told
     assert "changed since the last start: optim.steps: 2 -> 4" in told
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -57,17 +57,17 @@ def flip(run_dir):
     ("harm", "flags"),
     [pytest.param(truncate, [], marks=pytest.mark.slow), (flip, ["--verify-checkpoint", "full"])],
 )
-def test_a_damaged_newest_stops_the_run_which_goes_on_from_the_one_before_when_told_to(
+def test_a_damaged_newest_checkpoint_stops_the_run_which_falls_back_only_with_the_option(
     finished, tmp_path, harm, flags
 ):
     """The last step is trained again from the checkpoint before it, to the bit, and replaces the damaged folder."""
     source, config, wanted = finished
     shutil.copytree(source, tmp_path / "run")
-    told = harm(tmp_path / "run")
+    reported = harm(tmp_path / "run")
     overrides = [*SAVES, f"runtime.run_dir={tmp_path / 'run'}"]
     code, log = attempt(config, overrides, *flags)
     assert code == 2, log
-    assert told in log
+    assert reported in log
     assert f"the newest good checkpoint is {step_path(tmp_path / 'run', LAST - 1)}" in log
     assert "add checkpoint.fallback=true" in log
     assert tiny.curve(tmp_path / "run") == wanted  # nothing was trained
@@ -82,8 +82,8 @@ def test_a_damaged_newest_stops_the_run_which_goes_on_from_the_one_before_when_t
 
 KILLED = """
 import os, signal, sys
-from megatron_v2pe.checkpoint import train_state
-from megatron_v2pe.checkpoint.files import folder
+from megatron_v2pe.checkpoint import save
+from megatron_v2pe.checkpoint.files import staging
 from megatron_v2pe.cli.main import main
 
 def die(*args, **kwargs):
@@ -99,11 +99,11 @@ def killed_in(module, name, step):
 
 moment = sys.argv.pop(1)
 if moment == "after the tensors":
-    killed_in(train_state, "copy_hf_folder", 3)
+    killed_in(save, "copy_hf_folder", 3)
 elif moment == "before the rename":
-    killed_in(folder, "commit_folder", 3)
+    killed_in(staging, "commit_folder", 3)
 else:
-    killed_in(train_state, "write_latest", 3)
+    killed_in(save, "write_latest", 3)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -142,5 +142,5 @@ def test_latest_that_names_a_lost_folder_stops_the_run(finished, tmp_path):
     shutil.rmtree(step_path(tmp_path / "run", LAST))
     code, log = attempt(config, [*SAVES, f"runtime.run_dir={tmp_path / 'run'}"])
     assert code == 2, log
-    assert "latest names step_00000005, which is not there" in log
+    assert "latest names step_00000005, which does not exist" in log
     assert f"the newest good checkpoint is {step_path(tmp_path / 'run', LAST - 1)}" in log

@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from tests.support import tiny
 from tests.support.hf_folders import edit_config, edit_weights, golden_copy
 

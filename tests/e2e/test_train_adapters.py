@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.adapter_record import RECORD_FILE
 from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.retention import step_path
@@ -222,7 +222,7 @@ def test_a_base_that_is_gone_or_another_is_told(setup, tmp_path, capsys):
     export = ("export-hf", adapters, tmp_path / "hf")
     (root / "base").rename(root / "elsewhere")
     try:
-        assert f"holds adapters of {root / 'base'}, which is not there" in refused(capsys, *export)
+        assert f"holds adapters of {root / 'base'}, which does not exist" in refused(capsys, *export)
         # moved together with the run, at the same relative place
         shutil.copytree(root / "elsewhere", tmp_path / "base")
         assert main([str(argument) for argument in export]) == 0

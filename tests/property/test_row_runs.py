@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.checkpoint.hf.map import Entry
-from megatron_v2pe.checkpoint.hf.row_runs import Run, in_blocks, rows_of_hf, rows_of_ours
+from megatron_v2pe.checkpoint.hf.name_map import Entry
+from megatron_v2pe.checkpoint.hf.row_runs import RowRun, in_blocks, rows_of_hf, rows_of_ours
 from megatron_v2pe.checkpoint.hf.transforms import GroupHeads, Same, StackRows
 
 SIZES = st.integers(1, 5)
@@ -56,6 +56,13 @@ def test_the_example_of_the_docstring():
     transform = GroupHeads(num_heads=4, num_kv_heads=2, head_dim=1, is_fused=False)
     entry = Entry(hf=("q", "k", "v"), ours="qkv", hf_shapes=((4, 1), (2, 1), (2, 1)), transform=transform)
     q, k, v = "q", "k", "v"
-    wanted = [Run(q, 0, 2), Run(k, 0, 1), Run(v, 0, 1), Run(q, 2, 4), Run(k, 1, 2), Run(v, 1, 2)]
+    wanted = [
+        RowRun(q, 0, 2),
+        RowRun(k, 0, 1),
+        RowRun(v, 0, 1),
+        RowRun(q, 2, 4),
+        RowRun(k, 1, 2),
+        RowRun(v, 1, 2),
+    ]
     assert rows_of_ours(entry) == wanted
-    assert rows_of_hf(entry, "k") == [Run("qkv", 2, 3), Run("qkv", 6, 7)]
+    assert rows_of_hf(entry, "k") == [RowRun("qkv", 2, 3), RowRun("qkv", 6, 7)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.config.architecture import parse_architecture
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from tests.support.warm import run_verb
 
 GOLDEN_HF = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"

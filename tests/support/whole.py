@@ -20,7 +20,7 @@ def pieces(chunks, ranks):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-    from megatron_v2pe.checkpoint.state.dist_io import model_sharded_state_dict
+    from megatron_v2pe.checkpoint.state.model_state import model_sharded_state_dict
 
     built, _, _ = load_preprocess(model_sharded_state_dict(chunks, ranks))  # gate and up become two pieces
     found = []

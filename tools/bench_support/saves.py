@@ -20,7 +20,7 @@ from typing import Any
 from bench_support.step import Sizes, Step
 
 from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
-from megatron_v2pe.checkpoint.files.folder import write_layout
+from megatron_v2pe.checkpoint.files.weights_layout import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.train.saving import Saver

@@ -22,7 +22,7 @@ def target_layout(hf_folder: str, *, tp: int, pp: int, vpp: int) -> dict[str, in
     """The parallel sizes that differ from 1, checked against the model's sizes.
 
     Raises:
-        ConfigError: a size does not divide what it has to divide; says which sizes do.
+        ConfigError: a size does not divide what it has to divide; the message lists sizes that do.
         CheckpointError: the folder's config.json cannot be used.
     """
     from megatron_v2pe.config.architecture import read_architecture
@@ -74,4 +74,4 @@ def _refuse(arguments: Sequence[str], foreign: Mapping[str, str]) -> None:
     given = [text.partition("=")[0] for text in arguments]
     refused = [f"{flag} has no use here: {foreign[flag]}" for flag in dict.fromkeys(given) if flag in foreign]
     if refused:
-        raise ConfigError("\n  ".join([*refused, "leave it out" if len(refused) == 1 else "leave them out"]))
+        raise ConfigError("\n  ".join([*refused, "omit it" if len(refused) == 1 else "omit them"]))

@@ -1,10 +1,10 @@
-"""A checkpoint's tensors as those of a whole model: of adapters, base plus alpha / r * B A, some rows at a time.
+"""A checkpoint's tensors as those of a whole model: adapters are merged into their base, some rows at a time.
 
     open_state(checkpoint) --whole model--> StateReader
                            --adapters-----> MergedReader: base's rows + alpha / r * B A
 
-Whatever reads tensors through `open_state` (export, verify) takes both kinds of checkpoint. Sums are taken in float32
-and rounded once to the base's dtype.
+All code that reads tensors through `open_state` (export, verify) accepts both kinds of checkpoint. Sums are computed in
+float32 and rounded once to the base's dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_lin
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, find_base, read_record
 from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
-from megatron_v2pe.checkpoint.hf.map import Entry
+from megatron_v2pe.checkpoint.hf.name_map import Entry
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.architecture import read_architecture
 
@@ -84,7 +84,9 @@ class MergedReader:
         linears: Sequence[AdaptedLinear],
     ) -> None:
         self.folder = stored.folder
-        self._stored, self._base, self._record = stored, base, record
+        self._stored = stored
+        self._base = base
+        self._record = record
         self._linears: dict[str, list[AdaptedLinear]] = {}
         for linear in linears:
             self._linears.setdefault(linear.entry.ours, []).append(linear)
@@ -113,7 +115,7 @@ class MergedReader:
         if source is self._base and key in self._linears:
             rows = out.reshape(stop - start, *self.tensors[key].shape[1:])
             added = self._products_of(key).rows(start, stop)
-            # Heads of a split tower that only pad lie behind the real rows and columns, and get nothing.
+            # Padding heads of a split tower come after the real rows and columns, and are not changed.
             real = rows[: len(added), : added.shape[1]]
             real.copy_(real.float() + added)
 
@@ -132,7 +134,7 @@ class RowProducts:
 
     Attributes:
         entry: the weight's entry of the names table.
-        factors: place of a linear in the entry -> its A [r, in] and B [out, r].
+        factors: index of a linear in the entry -> its A [r, in] and B [out, r].
         scale: alpha / r.
     """
 

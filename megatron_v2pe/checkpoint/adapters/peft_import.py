@@ -1,9 +1,9 @@
-"""A PEFT adapter folder, with the base it belongs to -> a checkpoint of adapters; the way back of `peft_io`.
+"""A PEFT adapter folder, with the base it belongs to -> a checkpoint of adapters; the inverse of `peft_export`.
 
     adapter_config.json + names and shapes of adapter_model.safetensors --> lora section, problems
     A, B of each Hugging Face linear --rows in our order--> state keys --> checkpoint
 
-Everything that PEFT can do and training here cannot is refused by name: what is left out would be missed silently.
+Everything that PEFT can do and training here cannot is refused by name, never left out silently.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import fused_parts
-from megatron_v2pe.checkpoint.adapters.peft_io import CONFIG_FILE, PREFIX
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
-from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, identity, require_whole, write_record
-from megatron_v2pe.checkpoint.files.folder import (
-    CheckpointInfo,
-    hf_path,
-    read_info,
-    staged,
-    state_path,
-    write_info,
+from megatron_v2pe.checkpoint.files.adapter_record import (
+    AdapterRecord,
+    checkpoint_identity,
+    require_whole,
+    write_record,
 )
-from megatron_v2pe.checkpoint.hf.io import HFWeights
-from megatron_v2pe.checkpoint.hf.map import name_map
-from megatron_v2pe.checkpoint.state.dist_io import raise_together
+from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, read_info, state_path, write_info
+from megatron_v2pe.checkpoint.files.problems import raise_problems
+from megatron_v2pe.checkpoint.files.staging import staged
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part, linear_names
@@ -52,7 +51,7 @@ def import_peft(
         folder: adapter_config.json and adapter_model.safetensors.
         target: folder to create.
         base: checkpoint of the whole model that the adapters were trained on.
-        force: replace `target` if it is there, once the new one is complete.
+        force: replace `target` if it exists, once the new one is complete.
 
     Raises:
         CheckpointError: everything that is wrong with the folder, in one message.
@@ -61,10 +60,10 @@ def import_peft(
     require_whole(base)
     arch = read_architecture(hf_path(base))
     config, weights = _read_config(Path(folder) / CONFIG_FILE), HFWeights(folder)
-    raise_together(f"{folder}: cannot be imported", list(weights.problems))
+    raise_problems(f"{folder}: cannot be imported", list(weights.problems))
     linears = list(_present(arch, weights))
     lora = _lora_of(folder, config, weights, linears, arch)
-    record = AdapterRecord(base=str(Path(base).resolve()), base_sha256=identity(base), lora=lora)
+    record = AdapterRecord(base=str(Path(base).resolve()), base_sha256=checkpoint_identity(base), lora=lora)
     shards = dict(_shards(weights, linears, arch))
     needed_bytes = sum(weights.tensors[name].num_bytes for name in weights.tensors)
     with staged(target, force=force, needed_bytes=needed_bytes) as made:
@@ -90,7 +89,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(key) != wanted
     ]
     problems += [f"{key} is {config[key]!r}, which is not supported" for key in _REFUSED if config.get(key)]
-    raise_together(f"{path}: cannot be imported", problems)
+    raise_problems(f"{path}: cannot be imported", problems)
     return config
 
 
@@ -118,34 +117,43 @@ def _lora_of(
     Raises:
         CheckpointError: there is none.
     """
-    known = {_name(linear, factor) for linear in linears for factor in ("lora_A", "lora_B")}
-    problems = [f"{name}: no linear of the base's model" for name in sorted(set(weights.tensors) - known)]
-    problems += [f"{name}: missing" for name in sorted(known - set(weights.tensors))]
     ranks: dict[Part, set[int]] = {}
     alphas: dict[Part, set[float]] = {}
     for linear in linears:
-        (rows, columns), shape = linear.hf_shape, weights.tensors[_name(linear, "lora_A")].shape
-        ranks.setdefault(linear.part, set()).add(shape[0])
+        ranks.setdefault(linear.part, set()).add(weights.tensors[_name(linear, "lora_A")].shape[0])
         alphas.setdefault(linear.part, set()).add(_alpha(config, linear.hf_name))
-        other = weights.tensors.get(_name(linear, "lora_B"))
-        if shape[1:] != (columns,) or (other and other.shape != (rows, shape[0])):
-            problems.append(f"{linear.hf_name}: shapes do not fit a weight of {(rows, columns)}")
-    for part in ranks:
-        if len(ranks[part]) > 1 or len(alphas[part]) > 1:
-            problems.append(
-                f"the {part} has ranks {ranks[part]} and alphas {alphas[part]}; must be one of each"
-            )
+    problems = [*_name_problems(weights, linears), *_shape_problems(weights, linears)]
+    problems += [
+        f"the {part} has ranks {ranks[part]} and alphas {alphas[part]}; must be one of each"
+        for part in ranks
+        if len(ranks[part]) > 1 or len(alphas[part]) > 1
+    ]
     if not linears:
         problems.append("no adapter of any linear of the base's model")
-    raise_together(f"{folder}: cannot be imported", problems)
+    raise_problems(f"{folder}: cannot be imported", problems)
     rank = {f"{part}_rank": min(found) for part, found in ranks.items()}
     lora = LoRAConfig(
         **rank, alpha=_common_alpha(folder, rank, alphas), targets=_targets(linears, ranks, arch)
     )
-    asked = {linear.hf_name for linear in adapted_linears(lora, arch)}
-    lacking = sorted(asked - {linear.hf_name for linear in linears})
-    raise_together(f"{folder}: adapters are missing in some layers", lacking)
+    wanted = {linear.hf_name for linear in adapted_linears(lora, arch)}
+    lacking = sorted(wanted - {linear.hf_name for linear in linears})
+    raise_problems(f"{folder}: adapters are missing in some layers", lacking)
     return lora
+
+
+def _name_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
+    known = {_name(linear, factor) for linear in linears for factor in ("lora_A", "lora_B")}
+    yield from (f"{name}: no linear of the base's model" for name in sorted(set(weights.tensors) - known))
+    yield from (f"{name}: missing" for name in sorted(known - set(weights.tensors)))
+
+
+def _shape_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
+    for linear in linears:
+        rows, columns = linear.hf_shape
+        a, b = (weights.tensors.get(_name(linear, factor)) for factor in ("lora_A", "lora_B"))
+        assert a is not None, "it is what a linear was found by"
+        if a.shape[1:] != (columns,) or (b and b.shape != (rows, a.shape[0])):
+            yield f"{linear.hf_name}: shapes do not fit a weight of {(rows, columns)}"
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_v2pe.checkpoint.files.adapter_record import find_base, read_record
 from megatron_v2pe.checkpoint.files.folder import state_path
-from megatron_v2pe.checkpoint.hf.map import Entry, NameMap, name_map
-from megatron_v2pe.checkpoint.state.dist_io import (
-    load_into_chunks,
+from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
+from megatron_v2pe.checkpoint.state.load import load_state
+from megatron_v2pe.checkpoint.state.model_state import (
+    load_into_model_chunks,
     load_model_weights,
-    load_state,
     model_sharded_state_dict,
 )
+from megatron_v2pe.checkpoint.state.private_api import shards_in
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
@@ -84,7 +83,7 @@ def adapted_linears(
                 )
 
 
-def load_weights(checkpoint: str | Path, chunks: Sequence[torch.nn.Module], *, ranks: Ranks) -> None:
+def load_weights(checkpoint: str | Path, model_chunks: Sequence[torch.nn.Module], *, ranks: Ranks) -> None:
     """Load the weights of any checkpoint, of a whole model or of adapters with their base. Collective.
 
     Raises:
@@ -92,15 +91,15 @@ def load_weights(checkpoint: str | Path, chunks: Sequence[torch.nn.Module], *, r
     """
     record = read_record(checkpoint)
     if record is None:
-        load_model_weights(checkpoint, chunks, ranks=ranks)
+        load_model_weights(checkpoint, model_chunks, ranks=ranks)
         return
-    load_model_weights(find_base(checkpoint), chunks, ranks=ranks)
-    states = model_sharded_state_dict(chunks, ranks, wanted=record.holds)
-    load_into_chunks(chunks, load_state(state_path(checkpoint), states), wanted=record.holds)
+    load_model_weights(find_base(checkpoint), model_chunks, ranks=ranks)
+    states = model_sharded_state_dict(model_chunks, ranks, wanted=record.holds)
+    load_into_model_chunks(model_chunks, load_state(state_path(checkpoint), states), wanted=record.holds)
 
 
 def draw_adapters(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     *,
     lora: LoRAConfig,
     arch: InternVLArchitecture,
@@ -109,12 +108,11 @@ def draw_adapters(
 ) -> None:
     """First values: A uniform in +-1/sqrt(in) (PEFT: kaiming_uniform_ with a = sqrt(5)), B zero.
 
-    Each A is drawn whole from a generator of its own name and cut, so every parallel layout starts alike. What pads
-    the heads of a split tower is zero.
+    Each A is drawn whole from a generator seeded by its name, and cut, so every parallel layout starts with the same
+    values. Padding of the heads of a split tower is zero.
     """
     shapes = {f"{linear.prefix}lora_A": linear.hf_shape for linear in adapted_linears(lora, arch)}
-    for shard in nested_values(model_sharded_state_dict(chunks, ranks, wanted=is_adapter)):
-        assert isinstance(shard, ShardedTensor)
+    for shard in shards_in(model_sharded_state_dict(model_chunks, ranks, wanted=is_adapter)):
         with torch.no_grad():
             shard.data.zero_()
             if shard.key in shapes:
@@ -123,8 +121,8 @@ def draw_adapters(
                     slice(start, start + size)
                     for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
                 )
-                part = whole[rows, columns]
-                shard.data[:, : part.shape[1]].copy_(part)
+                values = whole[rows, columns]
+                shard.data[:, : values.shape[1]].copy_(values)
 
 
 def _draw(key: str, shape: tuple[int, int], seed: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Where each tensor of an import will lie, before anything is read: shards, their files, their rows.
+"""The files, shards and rows of an import, planned before anything is read.
 
-The plan depends on the Hugging Face folder alone. Files are dealt out whole, so any number of processes writes the
-same bytes; parts that lie one below the other in our tensor (gate and up) are shards of their own, so that a rank
-which needs one of them does not read both.
+The plan depends on the Hugging Face folder alone. Files are assigned to ranks whole, so any number of ranks writes the
+same bytes. Tensors that are stacked in ours (gate above up) are shards of their own, so that a rank which needs one of
+them does not read both.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_v2pe.checkpoint.files.block_stream import Block
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
 from megatron_v2pe.checkpoint.hf.converted_blocks import Dtype, Progress, converted_blocks, converted_info
-from megatron_v2pe.checkpoint.hf.io import HFWeights
-from megatron_v2pe.checkpoint.hf.map import Entry
-from megatron_v2pe.checkpoint.hf.row_runs import Run, rows_of_ours
+from megatron_v2pe.checkpoint.hf.name_map import Entry
+from megatron_v2pe.checkpoint.hf.row_runs import RowRun, rows_of_ours
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.records import record_frame
 from megatron_v2pe.checkpoint.state.writer import ShardKey
 
@@ -34,8 +34,8 @@ class PlannedShard:
 
     Attributes:
         key: state key.
-        index: which of `num_parts` equal blocks of rows it is.
-        num_parts: blocks of the parameter.
+        index: which of the `num_shards` equal shards along dimension 0 it is.
+        num_shards: shards of the parameter.
         info: dtype and shape of the shard.
         runs: its rows in the Hugging Face tensors.
         num_bytes: of its record in the file.
@@ -43,15 +43,15 @@ class PlannedShard:
 
     key: str
     index: int
-    num_parts: int
+    num_shards: int
     info: TensorInfo
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
     num_bytes: int
 
     def sharded_tensor(self) -> ShardedTensor:
         """mcore's description, without data."""
         meta = torch.empty(self.info.shape, dtype=self.info.dtype, device="meta")
-        return ShardedTensor.from_rank_offsets(self.key, meta, (0, self.index, self.num_parts))
+        return ShardedTensor.from_rank_offsets(self.key, meta, (0, self.index, self.num_shards))
 
     @property
     def where(self) -> ShardKey:
@@ -81,7 +81,7 @@ class ImportPlan:
         return {shard.where: name for name, shards in self.files.items() for shard in shards}
 
     def share(self, rank: int, world_size: int) -> list[PlannedShard]:
-        """Shards of the files that a process writes."""
+        """Shards of the files that a rank writes."""
         names = list(self.files)[rank::world_size]
         return [shard for name in names for shard in self.files[name]]
 
@@ -108,7 +108,7 @@ def plan_import(entries: Iterable[Entry], tensors: dict[str, TensorInfo], *, dty
 
 def _shards(entry: Entry, tensors: dict[str, TensorInfo], dtype: Dtype) -> Iterable[PlannedShard]:
     runs = rows_of_ours(entry)
-    groups: Sequence[Sequence[Run]] = [[run] for run in runs] if entry.transform.is_stacked else [runs]
+    groups: Sequence[Sequence[RowRun]] = [[run] for run in runs] if entry.transform.is_stacked else [runs]
     columns = entry.hf_shapes[0][1:]
     stored = tensors[entry.hf[0]].dtype
     for i, group in enumerate(groups):

@@ -1,9 +1,9 @@
-"""What a checkpoint of adapters says about its base, and whether that is still there.
+"""What a checkpoint of adapters records about its base, and the search for that base.
 
     adapter.json    base: path, SHA-256 of its checkpoint.json; ranks, alpha, targets; parts that were trained whole
 
-A base's `checkpoint.json` has a hash of each of its files, so its own hash stands for all of the base's bytes. The base
-is looked for where it was, and at the same place relative to the checkpoint, so that both may be moved together.
+A base's `checkpoint.json` has a hash of each of its files, so its own hash identifies all of the base's bytes. The base
+is searched at its recorded path, and at the same path relative to the checkpoint, so that both may be moved together.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AdapterRecord:
 
 
 def describe_adapters(config: RunConfig) -> AdapterRecord | None:
-    """What a run's checkpoints will say about their base; None for a run without adapters.
+    """What a run's checkpoints will record about their base; None for a run without adapters.
 
     Raises:
         CheckpointError: the base is no checkpoint, or has adapters itself.
@@ -57,13 +57,13 @@ def describe_adapters(config: RunConfig) -> AdapterRecord | None:
         return None
     return AdapterRecord(
         base=str(Path(config.model.checkpoint).resolve()),
-        base_sha256=identity(config.model.checkpoint),
+        base_sha256=checkpoint_identity(config.model.checkpoint),
         lora=config.lora,
         trained_parts=parts_trained_whole(config),
     )
 
 
-def identity(checkpoint: str | Path) -> str:
+def checkpoint_identity(checkpoint: str | Path) -> str:
     """SHA-256 of a checkpoint's `checkpoint.json`."""
     return hashlib.sha256((Path(checkpoint) / INFO_FILE).read_bytes()).hexdigest()
 
@@ -77,12 +77,12 @@ def require_whole(checkpoint: str | Path) -> None:
     if read_record(checkpoint) is not None:
         raise CheckpointError(
             f"{checkpoint}: holds adapters, not a whole model; `megatron-v2pe export-hf` merges them and import-hf "
-            "takes the result, or start from the base that is named in adapter.json"
+            "imports the result, or start from the base that is named in adapter.json"
         )
 
 
 def require_same_adapters(now: AdapterRecord | None, checkpoint: str | Path) -> None:
-    """Refuse to resume a run whose adapters, or base, are not those of its checkpoint.
+    """Refuse to resume a run whose adapters or base differ from those of its checkpoint.
 
     Raises:
         ConfigError: names what differs.
@@ -93,7 +93,7 @@ def require_same_adapters(now: AdapterRecord | None, checkpoint: str | Path) -> 
     way_out = "restore the setting, or give the run a new runtime.run_dir"
     if saved is None or now is None:
         has = "has no adapters" if saved is None else "has adapters"
-        raise ConfigError(f"{checkpoint}: {has}, but lora.* of this run says otherwise; {way_out}")
+        raise ConfigError(f"{checkpoint}: {has}, but lora.* of this run configures the opposite; {way_out}")
     if saved.base_sha256 != now.base_sha256:
         raise ConfigError(f"{checkpoint}: its base was {saved.base}, not model.checkpoint; {way_out}")
     for key in ("language_rank", "vision_rank", "projector_rank", "alpha", "targets"):
@@ -153,11 +153,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
-def adapters_of(checkpoint: str | Path) -> LoRAConfig:
-    """The adapters of a checkpoint, none for one of a whole model.
+def checkpoint_lora(checkpoint: str | Path) -> LoRAConfig:
+    """The `lora` section of a checkpoint of adapters; without adapters for one of a whole model.
 
     Raises:
-        CheckpointError: it has some, but their base is gone or changed.
+        CheckpointError: it has adapters, but their base is gone or changed.
     """
     record = read_record(checkpoint)
     if record is None:
@@ -167,7 +167,7 @@ def adapters_of(checkpoint: str | Path) -> LoRAConfig:
 
 
 def find_base(checkpoint: str | Path) -> Path:
-    """The base of a checkpoint of adapters, unchanged.
+    """The base of a checkpoint of adapters.
 
     Raises:
         CheckpointError: it is gone, or is not what the adapters were trained on.
@@ -179,15 +179,16 @@ def find_base(checkpoint: str | Path) -> Path:
     places = [Path(record.base), Path(checkpoint).resolve() / str(values.get("base_relative", ""))]
     found = [place for place in places if (place / INFO_FILE).is_file()]
     for place in found:
-        if identity(place) == record.base_sha256:
+        if checkpoint_identity(place) == record.base_sha256:
             read_info(place)
             return place
     if not found:
         raise CheckpointError(
-            f"{checkpoint}: holds adapters of {record.base}, which is not there; put the base back, or a symbolic link "
-            "to its new place"
+            f"{checkpoint}: holds adapters of {record.base}, which does not exist; put the base back, or a symbolic "
+            "link to its new place"
         )
     raise CheckpointError(
-        f"{checkpoint}: holds adapters of {record.base}, but what is there now is another checkpoint (its "
-        f"{INFO_FILE} has SHA-256 {identity(found[0])[:12]}..., not {record.base_sha256[:12]}...); restore the base"
+        f"{checkpoint}: holds adapters of {record.base}, but another checkpoint is there now (its "
+        f"{INFO_FILE} has SHA-256 {checkpoint_identity(found[0])[:12]}..., not {record.base_sha256[:12]}...); restore "
+        "the base"
     )

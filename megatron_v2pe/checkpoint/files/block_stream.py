@@ -1,12 +1,12 @@
-"""Large files, written in blocks: reading, hashing, writing and flushing to the disk go on side by side.
+"""Large files, written in blocks: reading, hashing, writing and flushing to the disk overlap.
 
     caller   fill a free buffer   1 2 3 4 ...
-    hash        SHA-256             1 2 3 ...      hashlib and the system calls let go of the
-    write       pwrite              1 2 3 ...      interpreter's lock
+    hash        SHA-256             1 2 3 ...      hashlib and the system calls
+    write       pwrite              1 2 3 ...      release the GIL
     flush          fdatasync every 256 MiB
 
 Memory is `NUM_BUFFERS` blocks, whatever the size of the file. Flushing on the way matters most: a disk that starts to
-write when the last byte has been handed over idles half of the time.
+write only after the last pwrite idles half of the time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Block:
     """Bytes that do not exist yet.
 
     Attributes:
-        num_bytes: of the buffer that `fill` wants.
-        fill: takes the buffer, uint8 [num_bytes]; returns what to write, uint8, in the buffer or elsewhere.
+        num_bytes: size of the buffer that `fill` needs.
+        fill: gets the buffer, uint8 [num_bytes]; returns what to write, uint8, in the buffer or elsewhere.
     """
 
     num_bytes: int
@@ -58,12 +58,12 @@ class _File:
 class BlockStream:
     """Files that are written one after another, each from its first byte to its last.
 
-    Use it as a context manager: leaving it waits until everything is on the disk, leaving it by an exception stops
-    the threads and leaves the files as they are. An error of a thread is raised by a later call or at the end.
+    Use it as a context manager: its end waits until everything is on the disk; an exception stops the threads and
+    leaves the files as they are. An error of a thread is raised by a later call or at the end.
 
     Args:
         block_bytes: size of a buffer; one that is too small for a block grows.
-        num_buffers: blocks that may be on their way at a time.
+        num_buffers: blocks that may be in flight at a time.
     """
 
     def __init__(self, *, block_bytes: int = BLOCK_BYTES, num_buffers: int = NUM_BUFFERS) -> None:
@@ -81,7 +81,7 @@ class BlockStream:
         return self
 
     def open(self, path: Path, *, is_hashed: bool = False) -> None:
-        """Go on with this file, from its start; it is created if it is not there, and never cut."""
+        """Write to this file from its start; it is created if it does not exist, and never truncated."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self._open.add(descriptor)
         self._file = _File(descriptor, hashlib.sha256() if is_hashed else None)
@@ -119,7 +119,7 @@ class BlockStream:
                 os.close(descriptor)
 
     def _free_slot(self, num_bytes: int) -> _Slot:
-        """The buffer that has been on its way the longest, once its bytes are written and hashed."""
+        """The buffer that has been in flight the longest, once its bytes are written and hashed."""
         slot = self._slots.popleft()
         self._slots.append(slot)
         for task in slot.tasks:
@@ -160,17 +160,17 @@ class BlockStream:
 
 
 def memory_blocks(
-    tensor: Tensor, *, block_bytes: int = BLOCK_BYTES, is_settled: bool = False
+    tensor: Tensor, *, block_bytes: int = BLOCK_BYTES, is_snapshot: bool = False
 ) -> Iterator[Block]:
     """A tensor of any device, shape and strides, as blocks of its rows.
 
     Args:
         tensor: what is written.
         block_bytes: size of a block.
-        is_settled: it is contiguous, lies in host memory and does not change until it is written: nothing is copied.
+        is_snapshot: it is contiguous, in host memory and does not change until it is written: nothing is copied.
     """
-    if is_settled:
-        yield from _settled_blocks(tensor, block_bytes)
+    if is_snapshot:
+        yield from _snapshot_blocks(tensor, block_bytes)
         return
     rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
     row_bytes = rows[:1].numel() * rows.itemsize
@@ -178,20 +178,20 @@ def memory_blocks(
         return
     step = max(1, block_bytes // row_bytes)
     for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
+        source = rows[start : start + step]
 
-        def fill(memory: Tensor, part: Tensor = part) -> Tensor:
-            memory.view(part.dtype).view(part.shape).copy_(part)
+        def fill(memory: Tensor, source: Tensor = source) -> Tensor:
+            memory.view(source.dtype).view(source.shape).copy_(source)
             return memory
 
-        yield Block(part.numel() * part.itemsize, fill)
+        yield Block(source.numel() * source.itemsize, fill)
 
 
-def _settled_blocks(tensor: Tensor, block_bytes: int) -> Iterator[Block]:
+def _snapshot_blocks(tensor: Tensor, block_bytes: int) -> Iterator[Block]:
     data = tensor.detach().reshape(-1).view(torch.uint8)
     for start in range(0, data.numel(), block_bytes):
 
-        def fill(memory: Tensor, part: Tensor = data[start : start + block_bytes]) -> Tensor:
-            return part
+        def fill(memory: Tensor, source: Tensor = data[start : start + block_bytes]) -> Tensor:
+            return source
 
         yield Block(0, fill)

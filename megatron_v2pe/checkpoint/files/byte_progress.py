@@ -1,4 +1,4 @@
-"""Bytes that are done, how fast, and how long the rest may take."""
+"""Progress of long reads and writes: bytes done, rate, time left."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ class ByteProgress:
     """Bytes, rate and time left, on stderr: a bar on a terminal, elsewhere a log line every 15 seconds.
 
     Args:
-        verb: what is going on.
-        rank: of several ranks that share the work, only the first one speaks.
+        verb: the command that shows the progress.
+        rank: of several ranks that share the work, only rank 0 shows anything.
     """
 
     def __init__(self, verb: str, *, rank: int = 0) -> None:
-        self._verb, self._rank = verb, rank
-        self._done, self._total = 0, 0
+        self._verb = verb
+        self._rank = rank
+        self._done = 0
+        self._total = 0
         self._start = self._last = time.monotonic()
         self._bar = tqdm(desc=verb, unit="B", unit_scale=True, disable=None if rank == 0 else True)
 
     def expect(self, num_bytes: int) -> None:
-        """Say how many bytes there will be; their rate counts from here."""
+        """Set the total; the rate is measured from here."""
         self._total = num_bytes
         self._start = self._last = time.monotonic()
         self._bar.reset(total=num_bytes)
@@ -46,7 +48,7 @@ class ByteProgress:
 
 
 def progress_line(verb: str, done: int, total: int, seconds: float) -> str:
-    """How far it is, how fast, and how long it may take."""
+    """Bytes done, of how many, rate and time left, in one line."""
     rate = done / seconds
     left = f", {(total - done) / rate:.0f} s left" if total else ""
     of_all = f" of {total / 1e9:.2f}" if total else ""

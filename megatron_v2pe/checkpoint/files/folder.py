@@ -1,40 +1,34 @@
-"""A checkpoint folder from birth to commit.
+"""A checkpoint folder, and `checkpoint.json`, which makes it one.
 
-    target.incomplete/  hf/  state/            written here, invisible to every reader
-        `- checkpoint.json                     last, with size and SHA-256 of every other file, and its own
-    target/                                    one rename; from here on it is a checkpoint
+    checkpoint.json    what it is, with size and SHA-256 of every other file and of itself; written last
+    hf/                the Hugging Face folder without its weights: side files byte for byte (a training checkpoint
+                       updates the position keys of config.json, nothing else), and `weights_layout.json`
+    state/             sharded tensors
 
-A folder without `checkpoint.json` is not a checkpoint, whatever else it holds. `hf/` is the Hugging Face folder
-without its weights: side files byte for byte (a training checkpoint updates the position keys of config.json, nothing
-else), and `weights_layout.json`, which says how the weights lay in files.
+A folder without `checkpoint.json` is not a checkpoint, whatever else it contains.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_v2pe.checkpoint.files.hashing import FileRecord, Verify, digest_of, find_damage, record_files
-from megatron_v2pe.checkpoint.files.tensor_files import DTYPE_NAMES, DTYPES, TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.files.hashing import (
+    FileRecord,
+    VerifyLevel,
+    digest_of,
+    find_damage,
+    record_files,
+)
 from megatron_v2pe.core.errors import CheckpointError
-from megatron_v2pe.core.files import commit_folder, write_atomic
+from megatron_v2pe.core.files import write_atomic
 
-FORMAT_VERSION = 2  # 1 had sizes of files and no hashes; it still loads
+FORMAT_VERSION = 2
 INFO_FILE = "checkpoint.json"
-LAYOUT_FILE = "weights_layout.json"
-INCOMPLETE_SUFFIX = ".incomplete"
-_OURS = {INFO_FILE, "config.json", "adapter_config.json"}  # one of them is in every folder that is replaced
 _OWN_DIGEST = "sha256_of_this"
-_SPARE_BYTES = 64 * 2**20
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +37,8 @@ class CheckpointInfo:
 
     Attributes:
         kind: written by `import-hf` or by a training run.
-        step: optimizer updates behind these weights; 0 for an import.
-        family: language and vision family, see `hf_map.family_name`.
+        step: optimizer updates that these weights have had; 0 for an import.
+        family: language and vision family, see `name_map.family_name`.
         num_parameters: of the whole model, without padding rows.
         run_state: `RunState` as json for a training checkpoint.
         topology: world size and parallel sizes of the writer of a training checkpoint.
@@ -97,7 +91,7 @@ def write_info(folder: Path, info: CheckpointInfo, *, hashes: Mapping[str, str] 
 
 
 def read_info(
-    folder: str | Path, *, verify: Verify = "sizes", rank: int = 0, world_size: int = 1
+    folder: str | Path, *, verify: VerifyLevel = "sizes", rank: int = 0, world_size: int = 1
 ) -> CheckpointInfo:
     """Read `checkpoint.json` and check that every file it lists is there in full.
 
@@ -108,14 +102,9 @@ def read_info(
         world_size: how many share it.
 
     Raises:
-        CheckpointError: no such folder, an interrupted or damaged checkpoint, or one of a newer format.
+        CheckpointError: no such folder, an interrupted or damaged checkpoint, or one of another format.
     """
     info = _parsed_info(Path(folder))
-    if verify == "full" and info.format_version < 2:
-        raise CheckpointError(
-            f"{folder}: was written in format {info.format_version}, which has no hashes to verify in full; verify "
-            "sizes, or write it again"
-        )
     problems = find_damage(Path(folder), info.files, verify=verify, rank=rank, world_size=world_size)
     if problems:
         raise CheckpointError(
@@ -135,120 +124,24 @@ def _parsed_info(folder: Path) -> CheckpointInfo:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format {version} is newer than this program's {FORMAT_VERSION}; update it"
-            )
-        own_digest = values.pop(_OWN_DIGEST, "")
-        if version > 1 and own_digest != digest_of(values):
+        _require_format(path, values["format_version"])
+        if values.pop(_OWN_DIGEST, "") != digest_of(values):
             raise CheckpointError(
                 f"{path}: damaged, or edited by hand: its contents do not match their SHA-256"
             )
-        files = values.pop("files")
-        records = (
-            {name: FileRecord(**item) for name, item in files.items()} if version > 1 else _sizes_only(files)
-        )
-        return CheckpointInfo(**values, files=records)
+        files = {name: FileRecord(**item) for name, item in values.pop("files").items()}
+        return CheckpointInfo(**values, files=files)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
-def _sizes_only(files: dict[str, int]) -> dict[str, FileRecord]:
-    """`files` of format 1."""
-    return {name: FileRecord(size) for name, size in files.items()}
-
-
-def write_layout(hf_folder: Path, files: Sequence[WeightFile]) -> None:
-    """Record how the weights lay in files: names, order, dtypes, shapes, metadata."""
-    values = [
-        {
-            "name": file.name,
-            "metadata": file.metadata,
-            "tensors": [
-                [name, DTYPE_NAMES[info.dtype], list(info.shape)] for name, info in file.tensors.items()
-            ],
-        }
-        for file in files
-    ]
-    write_atomic(hf_folder / LAYOUT_FILE, json.dumps({"files": values}))
-
-
-def read_layout(hf_folder: Path) -> list[WeightFile]:
-    """Read what `write_layout` wrote.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    path = hf_folder / LAYOUT_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return [WeightFile(v["name"], _layout_tensors(v["tensors"]), v["metadata"]) for v in values]
-    except FileNotFoundError:
+def _require_format(path: Path, version: int) -> None:
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: missing; the checkpoint's hf/ folder is not one that import-hf wrote"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-
-
-def _layout_tensors(rows: list[list[Any]]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
-
-
-@contextmanager
-def staged(target: str | Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write into that takes the name `target` when the block ends well, and vanishes when not.
-
-    Args:
-        target: final name; must not exist unless `force`.
-        force: replace what is at `target`, after the new content is complete.
-        needed_bytes: what the block will write.
-
-    Raises:
-        CheckpointError: the target exists, cannot be created, or the disk has too little room.
-    """
-    target = Path(target)
-    tmp = begin(target, force=force, needed_bytes=needed_bytes)
-    try:
-        yield tmp
-        commit(tmp, target)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-
-
-def begin(target: Path, *, force: bool, needed_bytes: int = 0) -> Path:
-    """Create the empty `.incomplete` folder beside `target`; see `staged` for arguments and errors."""
-    if target.exists() and not force:
-        raise CheckpointError(f"{target}: exists already; choose another folder or add --force to replace it")
-    if target.is_dir() and any(target.iterdir()) and not _OURS & set(os.listdir(target)):
-        raise CheckpointError(
-            f"{target}: is neither a checkpoint nor a Hugging Face folder; remove it yourself"
+            f"{path}: format {version} is newer than this program's {FORMAT_VERSION}; update it"
         )
-    tmp = target.with_name(target.name + INCOMPLETE_SUFFIX)
-    try:
-        if tmp.exists():
-            logger.warning("removing %s, left behind by an interrupted writer", tmp)
-            shutil.rmtree(tmp)
-        tmp.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{tmp}: cannot be created ({error.strerror}); choose another folder") from None
-    free, needed = shutil.disk_usage(tmp).free, needed_bytes + _SPARE_BYTES
-    if free < needed:
-        tmp.rmdir()
+    if version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{target}: needs {needed / 2**30:.2f} GiB, but its disk has {free / 2**30:.2f} GiB free; make room or "
-            "choose another disk"
+            f"{path}: format {version} is older than this program's {FORMAT_VERSION} and was never released; import "
+            "or train the weights again"
         )
-    return tmp
-
-
-def commit(tmp: Path, target: Path) -> None:
-    """Give the finished folder its name; what was there before goes only after it has been moved out of the way."""
-    replaced = target.with_name(target.name + ".replaced" + INCOMPLETE_SUFFIX)
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-    commit_folder(tmp, target)
-    shutil.rmtree(replaced, ignore_errors=True)

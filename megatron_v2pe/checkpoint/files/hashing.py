@@ -1,10 +1,10 @@
-"""What a checkpoint's files were when they were written, and whether they still are.
+"""Sizes and hashes of a checkpoint's files: recorded when it is written, checked when it is read.
 
-    writer   every rank hashes the files it wrote, out of the page cache      -> checkpoint.json: bytes, sha256
+    writer   every rank hashes the files it wrote, from the page cache        -> checkpoint.json: bytes, sha256
     reader   `sizes`: a stat per file, always; `full`: every byte once more   -> sentences that name the file
 
-Sizes see what interrupted copies and full disks do; only hashes see a flipped bit, at the price of reading all. Files
-are hashed side by side in threads (hashlib lets go of the interpreter's lock), so one large file takes one core.
+Sizes detect interrupted copies and full disks; only hashes detect a flipped bit, at the price of reading everything.
+Files are hashed in parallel threads (hashlib releases the GIL), so one large file uses one core.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Verify = Literal["sizes", "full"]
-"""How closely a checkpoint's files are looked at before they are used."""
+VerifyLevel = Literal["sizes", "full"]
+"""How closely a checkpoint's files are checked before they are used."""
 
 _BLOCK_BYTES = 4 * 2**20
 _MAX_THREADS = 8
@@ -27,20 +27,21 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What `checkpoint.json` says about another file.
+    """What `checkpoint.json` records about another file.
 
     Attributes:
         num_bytes: its size.
-        sha256: of its contents; empty in checkpoints of format 1, which had sizes only.
+        sha256: of its contents.
     """
 
     num_bytes: int
-    sha256: str = ""
+    sha256: str
 
 
 def sha256_file(path: str | Path) -> str:
     """Hash of a file's contents, in hexadecimal."""
-    running, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    running = hashlib.sha256()
+    block = bytearray(_BLOCK_BYTES)
     view = memoryview(block)
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -64,7 +65,7 @@ def record_files(
     Args:
         folder: the checkpoint.
         paths: its files.
-        known: hashes that others have made already, by path in the folder.
+        known: hashes that other ranks have computed, by path in the folder.
     """
     names = {str(path.relative_to(folder)): path for path in sorted(paths)}
     known = known or {}
@@ -79,7 +80,7 @@ def find_damage(
     folder: Path,
     files: Mapping[str, FileRecord],
     *,
-    verify: Verify = "sizes",
+    verify: VerifyLevel = "sizes",
     rank: int = 0,
     world_size: int = 1,
 ) -> list[str]:
@@ -89,14 +90,17 @@ def find_damage(
         folder: the checkpoint.
         files: path in the folder -> what was recorded.
         verify: `full` reads and hashes every file whose size is right.
-        rank: of those who share the hashing; sizes are checked by everyone.
+        rank: of the processes that share the hashing; every one checks the sizes.
         world_size: how many share it.
     """
-    problems, intact = [], []
+    problems: list[str] = []
+    intact: list[str] = []
     for name, record in files.items():
         problem = _wrong_size(folder / name, name, record)
-        problems += [problem] if problem else []
-        intact += [] if problem else [name]
+        if problem:
+            problems.append(problem)
+        else:
+            intact.append(name)
     if verify == "full":
         by_size = sorted(intact, key=lambda name: (-files[name].num_bytes, name))
         problems += _wrong_contents(folder, files, by_size[rank::world_size])
@@ -112,7 +116,7 @@ def _wrong_size(path: Path, name: str, record: FileRecord) -> str:
 
 def _wrong_contents(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str]) -> list[str]:
     try:
-        found = sha256_files(folder / name for name in names if files[name].sha256)
+        found = sha256_files(folder / name for name in names)
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
     return [

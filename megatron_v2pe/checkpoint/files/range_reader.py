@@ -1,7 +1,7 @@
 """Byte ranges of files, read straight into tensors that exist already.
 
-A memory map would do the same with fewer words, but its pages count as this process's memory as long as it is
-open, and a checkpoint of 16 GB would look, and under a container's limit be charged, like 16 GB in use.
+A memory map would be less code, but its pages count as memory of this process while it is open: a checkpoint of 16 GB
+would look like 16 GB in use, and be charged so under a container's limit.
 """
 
 from __future__ import annotations

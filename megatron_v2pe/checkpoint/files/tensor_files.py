@@ -39,7 +39,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about a tensor."""
+    """Dtype and shape of a tensor, as a header has them."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class WeightFile:
         return sum(info.num_bytes for info in self.tensors.values())
 
     def header(self) -> bytes:
-        """What stands before the data in the file."""
+        """The bytes of the file before its data."""
         header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
         for name, start in self.offsets().items():
             info = self.tensors[name]
@@ -102,7 +102,7 @@ def read_header(path: Path) -> tuple[WeightFile, int]:
         The tensors in the order of their data; where the data begins.
 
     Raises:
-        CheckpointError: the header is damaged, or the file is shorter or longer than the header says.
+        CheckpointError: the header is damaged, or the file is shorter or longer than the header requires.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -129,14 +129,14 @@ def read_header(path: Path) -> tuple[WeightFile, int]:
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise CheckpointError(
-            f"{path}: {state}, {size} bytes where its header wants {expected}; copy it again"
+            f"{path}: {state}, {size} bytes where its header requires {expected}; copy it again"
         )
     in_order = sorted(tensors, key=lambda name: ends[name])
     file = WeightFile(path.name, {name: tensors[name] for name in in_order}, metadata)
     moved = [name for name, start in file.offsets().items() if start != ends[name][0]]
     if moved:
         raise CheckpointError(
-            f"{path}: damaged safetensors header, {moved[0]!r} does not begin where others end"
+            f"{path}: damaged safetensors header, {moved[0]!r} does not begin where the tensor before it ends"
         )
     return file, 8 + header_bytes
 

@@ -1,4 +1,4 @@
-"""What is changed in a config.json on its way: positions that were trained, the dtype of a cast; nothing else."""
+"""What an import, a save or an export changes in config.json: trained positions, the dtype of a cast; nothing else."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.core.files import write_atomic
 
 _RELEASE_MODES = {"default": "default", "v2pe_fixed": "v2pe_fix", "v2pe_random": "v2pe_rnd"}
 
 
-def update_positions(config_path: Path, run_state: RunState) -> None:
-    """Write the positions that were trained into a config.json, in the release's words; touch nothing else.
+def update_positions(config_path: Path, *, mode: str, stride: int) -> None:
+    """Write the positions that were trained into a config.json, with the release's names; touch nothing else.
 
-    A config that says the same already, or says nothing where `default` was trained, keeps its bytes.
+    A config that has the same values, or none where `default` was trained, keeps its bytes.
+
+    Args:
+        config_path: the file.
+        mode: `position.mode` of the run.
+        stride: `position.stride`; written for `v2pe_fixed` only.
     """
     text = config_path.read_text(encoding="utf-8")
     values = json.loads(text)
-    wanted: dict[str, Any] = {"rope_pos_id_version": _RELEASE_MODES[run_state.position_mode]}
-    if run_state.position_mode == "v2pe_fixed":
-        wanted["rope_pos_id_stride"] = run_state.position_stride
+    wanted: dict[str, Any] = {"rope_pos_id_version": _RELEASE_MODES[mode]}
+    if mode == "v2pe_fixed":
+        wanted["rope_pos_id_stride"] = stride
     if wanted == {"rope_pos_id_version": "default"} and "rope_pos_id_version" not in values:
         return
     if any(values.get(key) != value for key, value in wanted.items()):
@@ -32,7 +36,7 @@ def update_positions(config_path: Path, run_state: RunState) -> None:
 def update_dtype(config_path: Path, dtype: str) -> None:
     """Write the dtype of a cast into the `torch_dtype` that a config.json has, also those of its parts.
 
-    A config that says the same already, or a dtype of `keep`, leaves its bytes.
+    A config that has the same dtype keeps its bytes, and so does any config when `dtype` is `keep`.
     """
     text = config_path.read_text(encoding="utf-8")
     values = json.loads(text)

@@ -1,4 +1,4 @@
-"""Rows of stored tensors -> bytes of a new one, block by block: moved, cut, cast, and looked at for NaN and Inf.
+"""Rows of stored tensors -> bytes of a new one, block by block: moved, cut, cast, and checked for NaN and Inf.
 
 runs of rows --read--> [rows, ...] --cut padding columns, cast--> bytes
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from megatron_v2pe.checkpoint.files.block_stream import BLOCK_BYTES, Block
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
-from megatron_v2pe.checkpoint.hf.row_runs import Run, in_blocks
+from megatron_v2pe.checkpoint.hf.row_runs import RowRun, in_blocks
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
-"""What a conversion makes of the dtype of floating point tensors."""
+"""Dtype to which a conversion casts floating point tensors; `keep` casts none."""
 
 Progress = Callable[[int], None]
-"""Told the bytes of each part that has been converted; called from one thread."""
+"""Called with the number of bytes of each converted block, from one thread."""
 
 
 class RowReader(Protocol):
@@ -36,11 +36,11 @@ class RowReader(Protocol):
 
 
 def silent(num_bytes: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
 
 def converted_info(info: TensorInfo, dtype: Dtype) -> TensorInfo:
-    """What a tensor becomes; integers keep their dtype."""
+    """Dtype and shape after the cast; integers keep their dtype."""
     if dtype == "keep" or not info.dtype.is_floating_point:
         return info
     return TensorInfo(getattr(torch, dtype), info.shape)
@@ -48,7 +48,7 @@ def converted_info(info: TensorInfo, dtype: Dtype) -> TensorInfo:
 
 def converted_blocks(
     reader: RowReader,
-    runs: Sequence[Run],
+    runs: Sequence[RowRun],
     *,
     target: TensorInfo,
     not_finite: Counter[str],
@@ -60,21 +60,21 @@ def converted_blocks(
         reader: has the tensors that `runs` name, all of one dtype and with equal rows.
         runs: rows of the new tensor, from top to bottom.
         target: dtype and shape of the new tensor; columns beyond its shape are left out.
-        not_finite: gets the number of NaN and Inf, after the cast, by name of the tensor they came from.
-        progress: told the bytes of the new tensor.
+        not_finite: receives the number of NaN and Inf after the cast, by name of the source tensor.
+        progress: called with the bytes of each block of the new tensor.
     """
     stored = reader.tensors[runs[0].name]
     unpadded = (slice(None), *(slice(size) for size in target.shape[1:]))
 
-    def fill(memory: Tensor, block: Sequence[Run]) -> Tensor:
+    def fill(memory: Tensor, block: Sequence[RowRun]) -> Tensor:
         rows = memory.view(stored.dtype).view(-1, *stored.shape[1:])
         sizes = [run.num_rows for run in block]
-        for run, part in zip(block, rows.split(sizes), strict=True):
-            reader.read_rows(run.name, run.start, run.stop, part)
+        for run, out in zip(block, rows.split(sizes), strict=True):
+            reader.read_rows(run.name, run.start, run.stop, out)
         new = rows[unpadded].to(target.dtype).contiguous()
         if not _is_finite(new):
-            for run, part in zip(block, new.split(sizes), strict=True):
-                not_finite[run.name] += int(part.isfinite().logical_not().sum())
+            for run, values in zip(block, new.split(sizes), strict=True):
+                not_finite[run.name] += int(values.isfinite().logical_not().sum())
         progress(new.numel() * new.itemsize)
         return new.reshape(-1).view(torch.uint8)
 

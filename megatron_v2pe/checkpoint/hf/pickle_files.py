@@ -12,7 +12,7 @@ from megatron_v2pe.core.errors import CheckpointError
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle file, memory-mapped; anything but tensors in a dict is refused by torch or here.
+    """The tensors of a pickle file, memory-mapped; anything but a dict of tensors is refused, by torch or here.
 
     Raises:
         CheckpointError: not such a file.

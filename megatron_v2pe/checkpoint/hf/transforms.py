@@ -1,10 +1,10 @@
-"""How tensors change shape between Hugging Face and ours; each transform stands beside its exact inverse.
+"""How tensors change shape between Hugging Face and ours; each transform is defined with its exact inverse.
 
     to_ours   one or more Hugging Face tensors  ->  one tensor of ours
     to_hf     that tensor                       ->  the same Hugging Face tensors, bit for bit
 
 Only rows (dimension 0) move, no value is computed, so any dtype survives. Weights are [rows, columns] and biases
-[rows]; both go through the same code.
+[rows]; the same code handles both.
 
 Shape legend: g kv groups (= kv heads), m query heads of a group, d channels of a head, f hidden size of the MLP,
 V vocabulary.
@@ -24,8 +24,8 @@ class Transform(Protocol):
     """A pair of functions that undo each other.
 
     Attributes:
-        is_stacked: the parts lie one after another along dimension 0 of our tensor, in equal blocks; an
-            importer may then write each part on its own instead of building the whole tensor.
+        is_stacked: the Hugging Face tensors follow one another along dimension 0 of our tensor, with equal numbers of
+            rows; an importer may then write each on its own instead of building the whole tensor.
     """
 
     is_stacked: bool
@@ -119,7 +119,7 @@ class GroupHeads:
 
 @dataclass(frozen=True)
 class VocabularyRows:
-    """Rows of the vocabulary, with zero rows below them where tensor parallelism asks for a rounder number.
+    """Rows of the vocabulary, with zero rows below them where tensor parallelism needs a rounder number.
 
     Args:
         vocab_size: rows of the Hugging Face tensor.
@@ -135,11 +135,9 @@ class VocabularyRows:
         """[V, ...] -> [padded V, ...]."""
         (tensor,) = parts
         missing_rows = self.padded_size - self.vocab_size
-        return (
-            tensor
-            if missing_rows == 0
-            else torch.cat([tensor, tensor.new_zeros(missing_rows, *tensor.shape[1:])])
-        )
+        if missing_rows == 0:
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(missing_rows, *tensor.shape[1:])])
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         """[at least V, ...] -> [V, ...], a view."""

@@ -2,8 +2,8 @@
 
     tensors (GPU or host) --copy--> one block of bytes, made once, pinned where there is a GPU --> views, for the writer
 
-The block is kept from save to save: memory that was never touched costs as much to touch as to copy into, pinned memory
-much more. So a run needs as much after its first save as ever, and that is the time to look whether it is there.
+The block is kept from save to save, because touching new memory costs as much as the copy, and pinning it much more. So
+the first save needs all the memory that a run will ever need for saves, and checks whether it is available.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.state.dist_io import gather_from_ranks
+from megatron_v2pe.checkpoint.state.ranks import gather_from_ranks
 
 _ALIGNMENT = 512  # bytes; a multiple of every item size and of a cache line
 _USABLE = 0.8  # of what is available now; loaders and the page cache need the rest
@@ -24,7 +24,7 @@ _UNLIMITED = 2**60
 
 
 class HostCopy:
-    """A block of host memory that takes copies of tensors, one set at a time.
+    """A block of host memory for copies of tensors, one set at a time.
 
     Args:
         is_pinned: page-locked, for copies from a GPU.
@@ -39,31 +39,31 @@ class HostCopy:
         """Size of the block so far."""
         return self._block.numel()
 
-    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of the tensors, contiguous, in host memory; what was taken before is overwritten."""
+    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the tensors, contiguous, in host memory; earlier copies are overwritten."""
         starts, end = [], 0
         for tensor in tensors:
             starts.append(end)
             end += -(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT
         if end > self.num_bytes:
-            self._block = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
+            self._block = torch.empty(0, dtype=torch.uint8)  # release the old one first
             self._block = torch.empty(end, dtype=torch.uint8, pin_memory=self._is_pinned)
-        copies = [self._place(start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+        copies = [self._view(start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _place(self, start: int, like: Tensor) -> Tensor:
+    def _view(self, start: int, like: Tensor) -> Tensor:
         data = self._block[start : start + like.numel() * like.itemsize]
         return data.view(like.dtype).view(like.shape)
 
 
 def shortage(num_bytes: int) -> str:
-    """What stands against copies of `num_bytes` on every rank of this host and of the others; "" if nothing does.
+    """Which hosts lack memory for copies of `num_bytes` on each of their ranks, as a sentence; "" if none does.
 
-    Collective; all ranks get the same answer.
+    Collective; all ranks get the same text.
 
     Args:
         num_bytes: that this rank needs beyond what it has.
@@ -81,17 +81,17 @@ def shortage(num_bytes: int) -> str:
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory that this process may still take: the machine's, or what its cgroup (a job's limit) leaves.
+    """Bytes of host memory that this process may still allocate: the machine's, or what its cgroup (a job) leaves.
 
     Args:
-        proc: where the kernel tells the process's cgroup.
-        cgroups: where it tells their limits.
+        proc: where the kernel shows the process's cgroup.
+        cgroups: where it shows their limits.
     """
     return min(psutil.virtual_memory().available, _left_in_cgroup(proc, cgroups))
 
 
 def _left_in_cgroup(proc: Path, cgroups: Path) -> int:
-    """Limit less usage, page cache that can be dropped not counted; the tightest of the group and those around it."""
+    """Limit less usage without reclaimable page cache; the smallest of the group's and of those that contain it."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:  # not Linux

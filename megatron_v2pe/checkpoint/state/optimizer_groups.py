@@ -1,8 +1,8 @@
-"""Parameter groups of a resumed optimizer: as the run is configured now, at the number of updates that was stored.
+"""Parameter groups of a resumed optimizer: as the run is configured now, with the stored number of updates.
 
 mcore loads a group with everything that was in it when it was saved: learning rates, betas, eps. A resumed run with
-another optim.lr would train with the old one and not say so, and one with other groups (optim.lr_vision, optim.decay)
-would not find them. Moments belong to parameters, not to groups, so nothing is lost by keeping the run's own groups.
+another optim.lr would silently train with the old one, and one with other groups (optim.lr_vision, optim.decay) would
+not find them. Moments belong to parameters, not to groups, so the run's own groups lose nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def with_own_groups(loaded: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """A loaded optimizer state whose parameter groups are replaced by those of the optimizer.
 
     Args:
-        loaded: what mcore's distributed optimizer takes in `load_state_dict`.
-        optimizer: freshly built; its groups hold what the configuration says.
+        loaded: argument of `load_state_dict` of mcore's distributed optimizer.
+        optimizer: freshly built; its groups are those of the configuration.
 
     Raises:
         CheckpointError: the stored groups do not agree on the number of updates.
@@ -25,7 +25,7 @@ def with_own_groups(loaded: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     steps = {group["step"] for group in loaded["optimizer"]["param_groups"] if "step" in group}
     if len(steps) != 1:
         raise CheckpointError(
-            f"the groups of the stored optimizer name {sorted(steps)} as their number of updates; expected one number"
+            f"the groups of the stored optimizer have {sorted(steps)} as their number of updates; expected one number"
         )
     (step,) = steps
     groups = [{**group, "step": step} for group in optimizer.state_dict()["optimizer"]["param_groups"]]

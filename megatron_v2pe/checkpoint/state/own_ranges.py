@@ -1,16 +1,16 @@
-"""Each data parallel rank saves the elements that it updates; nothing is gathered, no element is held twice.
+"""Each data parallel rank saves the elements that it updates; nothing is gathered, no element is in memory twice.
 
 mcore's distributed optimizer cuts its flat buffers into one range per rank, so a rank owns [start, stop) of a flattened
-parameter. mcore's `fully_reshardable` save gathers these ranges: every rank then holds 12 bytes for every parameter of
-its model shard. Here a range becomes boxes, at most 2 n - 1 for n dimensions:
+parameter. mcore's `fully_reshardable` save gathers these ranges: every rank then has 12 bytes for every parameter of
+its model shard in memory. Here a range becomes boxes, at most 2 n - 1 for n dimensions:
 
     elements 5..17 of a parameter [4, 6]      . . . . . #     row 0, columns 5..6
                                               # # # # # #     rows 1..2, whole
                                               # # # # # .     row 2, columns 0..5
                                               . . . . . .
 
-Each box is a shard of the whole tensor, under the key that mcore gives it. Readers look for boxes, whatever their
-shape, so the folder loads at any layout as before.
+Each box is a shard of the whole tensor, under the key that mcore gives it. Readers accept boxes of any shape, so the
+folder loads at any layout.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.state.dist_io import SHARDED_STATE_METADATA, any_in_group
+from megatron_v2pe.checkpoint.state import private_api
+from megatron_v2pe.checkpoint.state.model_state import SHARDED_STATE_METADATA
+from megatron_v2pe.checkpoint.state.ranks import any_in_group
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
 
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Boxes that hold elements [start, stop) of a tensor in row-major order, in that order.
+    """Boxes of elements [start, stop) of a tensor in row-major order, in that order.
 
     boxes_of_range((4, 6), 5, 17) gives ((0, 5), (1, 1)), ((1, 0), (1, 6)), ((2, 0), (1, 5)).
     """
@@ -42,7 +43,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
         return
     inner = prod(shape[1:])
     first_whole, end_whole = -(-start // inner), stop // inner
-    if first_whole > end_whole:  # both ends lie in one row
+    if first_whole > end_whole:  # both ends are in one row
         yield from _in_row(shape, end_whole, start - end_whole * inner, stop - end_whole * inner)
         return
     if start < first_whole * inner:
@@ -58,29 +59,29 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator
         yield (row, *offsets), (1, *sizes)
 
 
-def owned_states(states: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Shards that this rank saves: of trained parameters its range, of the others what `states` says. Collective.
+def owned_shards(states: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Shards that this rank saves: of trained parameters its range, of the others the shards of `states`. Collective.
 
     Args:
-        states: `model_sharded_state_dict`, whose shards hold the parameters themselves.
+        states: `model_sharded_state_dict`, whose shards have the parameters themselves as data.
         optimizer: mcore's, one distributed optimizer or a chain of them.
 
     Returns:
         `states` with boxes in place of trained parameters, and `optimizer`, as mcore's `fully_reshardable` names it.
     """
     by_parameter = {
-        shard.data: _parts(shard)
-        for shard in nested_values(dict(states))
-        if isinstance(shard, ShardedTensor | ShardedTensorFactory) and _is_trained(shard)
+        shard.data: _contiguous_shards(shard)
+        for shards in states.values()
+        for shard in shards.values()
+        if _is_trained(shard)
     }
     found: dict[str, Any] = {
         name: {k: v for k, v in shards.items() if not _is_trained(v)} for name, shards in states.items()
     }
-    singles = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(singles) > 1:
-        optimizer._synchronize_steps()
     weights: dict[str, Any] = {}
-    saved = [_optimizer_state(single, by_parameter, weights) for single in singles]
+    saved = [
+        _optimizer_state(single, by_parameter, weights) for single in private_api.single_optimizers(optimizer)
+    ]
     found["own_weights"] = weights
     found["optimizer"] = saved[0] if len(saved) == 1 else dict(enumerate(saved))
     return found
@@ -92,11 +93,11 @@ def _is_trained(shard: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A piece of a parameter that is contiguous in it: all of it, or its gate or up half.
+class _ContiguousShard:
+    """A shard that is contiguous in a parameter: all of the parameter, or its gate or up half.
 
     Attributes:
-        shard: names the piece and places it in the whole tensor.
+        shard: its key, and its place in the whole tensor.
         start: its first element in the flattened parameter.
     """
 
@@ -104,7 +105,7 @@ class _Part:
     start: int
 
     def owned(self, flat: Tensor, first: int, *, prefix: str = "") -> Iterator[ShardedTensor]:
-        """Shards of what `flat`, elements [first, first + n) of the parameter, has of this piece."""
+        """Shards of what `flat`, elements [first, first + n) of the parameter, has of this shard."""
         shape = tuple(self.shard.local_shape)
         start = max(first, self.start)
         stop = min(first + flat.numel(), self.start + prod(shape))
@@ -123,51 +124,40 @@ class _Part:
             )
 
 
-def _parts(shard: Any) -> list[_Part]:
-    built = list(nested_values(shard.build())) if isinstance(shard, ShardedTensorFactory) else [shard]
-    for piece in built:
-        assert piece.data.is_contiguous(), piece
-        assert not piece.prepend_axis_num, piece
+def _contiguous_shards(shard: Any) -> list[_ContiguousShard]:
+    """The shard itself, or those that a factory builds from its parameter."""
+    built = private_api.built_shards(shard) if isinstance(shard, ShardedTensorFactory) else [shard]
+    for single in built:
+        assert single.data.is_contiguous(), single
+        assert not single.prepend_axis_num, single
     origin = shard.data.storage_offset()
-    return [_Part(piece, piece.data.storage_offset() - origin) for piece in built]
+    return [_ContiguousShard(single, single.data.storage_offset() - origin) for single in built]
 
 
 def _optimizer_state(
-    single: Any, by_parameter: Mapping[Tensor, list[_Part]], weights: dict[str, Any]
+    single: Any, by_parameter: Mapping[Tensor, list[_ContiguousShard]], weights: dict[str, Any]
 ) -> dict[str, Any]:
     """State of one distributed optimizer; its parameters' own ranges are added to `weights`."""
-    ranges = _own_ranges(single)
-    parameters = [parameter for buffer in single.buffers for parameter in buffer.param_index_map]
-    is_main = [is_main_replica(by_parameter[parameter][0].shard.replica_id) for parameter in parameters]
-    # One data parallel group holds the copies that are saved; its ranks share the writing.
-    is_saved = any_in_group(is_main, single.data_parallel_group)
+    ranges = private_api.owned_ranges(single)
+    parameters = private_api.optimized_parameters(single)
+    is_written = [private_api.is_written_here(by_parameter[parameter][0].shard) for parameter in parameters]
+    # One data parallel group has the copies that are saved; its ranks share the writing.
+    is_saved = any_in_group(is_written, private_api.owner_group(single))
     shards: dict[str, ShardedTensor] = {}
     for parameter, saved in zip(parameters, is_saved, strict=True):
         if not saved or parameter not in ranges:
             continue
         first, stop = ranges[parameter]
-        state = single._get_main_param_and_optimizer_states(parameter)
-        own = {f"optimizer.state.{name}.": flat for name, flat in state.items() if name != "step"}
-        for part in by_parameter[parameter]:
-            weight = parameter.detach().view(-1)[first:stop]
-            _add(weights, part.owned(weight, first))
-            for prefix, flat in own.items():
-                _add(shards, part.owned(flat.detach(), first, prefix=prefix))
+        states = private_api.owned_states(single, parameter)
+        weight = parameter.detach().view(-1)[first:stop]
+        for shard in by_parameter[parameter]:
+            _add(weights, shard.owned(weight, first))
+            for name, flat in states.items():
+                _add(shards, shard.owned(flat.detach(), first, prefix=f"optimizer.state.{name}."))
     kind = SHARDED_STATE_METADATA["distrib_optim_sharding_type"]
     return {**single.state_dict(), "param_state": shards, "param_state_sharding_type": kind}
 
 
-def _own_ranges(single: Any) -> dict[Tensor, tuple[int, int]]:
-    """Parameter -> the elements of it that this rank updates, if there are any."""
-    return {
-        parameter: (ranges["param"].start, ranges["param"].end)
-        for buffer in single.gbuf_ranges
-        for buckets in buffer.values()
-        for bucket in buckets
-        for parameter, ranges in bucket["param_map"].items()
-    }
-
-
 def _add(found: dict[str, Any], shards: Iterator[ShardedTensor]) -> None:
-    """Collect shards under names of their own; mcore looks at their keys only."""
+    """Collect shards under unique names; mcore uses their keys only."""
     found.update({f"{shard.key} {shard.global_offset}": shard for shard in shards})

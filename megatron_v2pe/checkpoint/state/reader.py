@@ -1,7 +1,6 @@
 """Tensors of a state folder, by rows, in one process and without a model.
 
-Of each shard only the bytes that are asked for are read, from where they are in its file. torch's own reader loads
-whole shards, and copies them.
+Only the requested bytes of each shard are read. torch's own reader loads whole shards, and copies them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_v2pe.checkpoint.files.range_reader import RangeReader
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
@@ -82,7 +86,7 @@ class StateReader:
             key: state key.
             start: first row.
             stop: row after the last.
-            out: takes them; contiguous, of the stored dtype, [stop - start, ...].
+            out: receives them; contiguous, of the stored dtype, [stop - start, ...].
 
         Raises:
             CheckpointError: files are damaged, or rows are stored nowhere.
@@ -101,7 +105,7 @@ class StateReader:
             )
 
     def _read_shard(self, shard: _Shard, info: TensorInfo, start: int, rows: Tensor) -> int:
-        """Fill in what a shard has of `rows`; returns how many values that were."""
+        """Copy what a shard has of `rows`; returns the number of values."""
         offset, size = (shard.offsets or (0,))[0], (shard.sizes or (1,))[0]
         first, last = max(start, offset), min(start + rows.shape[0], offset + size)
         if first >= last:
@@ -114,9 +118,9 @@ class StateReader:
         if target.is_contiguous():
             self._read_box(shard, info, first - offset, target)
         else:
-            part = torch.empty(target.shape, dtype=target.dtype)
-            self._read_box(shard, info, first - offset, part)
-            target.copy_(part)
+            contiguous = torch.empty(target.shape, dtype=target.dtype)
+            self._read_box(shard, info, first - offset, contiguous)
+            target.copy_(contiguous)
         return target.numel()
 
     def _read_box(self, shard: _Shard, info: TensorInfo, first_row: int, out: Tensor) -> None:
@@ -142,10 +146,10 @@ def _shards(metadata: Metadata) -> dict[str, list[_Shard]]:
     found = {}
     for key, value in metadata.state_dict_metadata.items():
         if isinstance(value, TensorStorageMetadata):
-            found[key] = [_shard(metadata, key, chunk) for chunk in value.chunks]
+            found[key] = [_shard(metadata, key, stored) for stored in value.chunks]
     return found
 
 
-def _shard(metadata: Metadata, key: str, chunk: Any) -> _Shard:
-    where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-    return _Shard(tuple(chunk.offsets), tuple(chunk.sizes), where.relative_path, where.offset, where.length)
+def _shard(metadata: Metadata, key: str, stored: ChunkStorageMetadata) -> _Shard:
+    where = metadata.storage_data[MetadataIndex(key, stored.offsets)]
+    return _Shard(tuple(stored.offsets), tuple(stored.sizes), where.relative_path, where.offset, where.length)

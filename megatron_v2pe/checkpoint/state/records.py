@@ -1,10 +1,10 @@
-"""One tensor in a torch_dist file: what stands around its bytes, and where in the file its bytes are.
+"""One tensor in a torch_dist file: what surrounds its bytes, and where in the file its bytes are.
 
     .distcp file   record record record ...
     record         head | bytes of the tensor, row by row | tail         a zip archive, as torch.save writes it
 
-Head and tail depend on dtype and shape only (the checksum of the zip archive, which torch.load does not look at, is
-left out; `checkpoint.json` has hashes of whole files). So torch.save makes them without the tensor's bytes, and these
+Head and tail depend on dtype and shape only (the checksum of the zip archive, which torch.load does not check, is
+left out; `checkpoint.json` has hashes of whole files). So torch.save makes them without the tensor's bytes, which
 can come from anywhere and in blocks.
 """
 
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
+from megatron_v2pe.checkpoint.state.private_api import offset_in_archive
 
 _DATA = "data/0"  # the only storage of the archive
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the bytes of a tensor.
+    """What surrounds the bytes of a tensor.
 
     Attributes:
         head: before them.
@@ -47,7 +48,7 @@ class Frame:
 def record_frame(info: TensorInfo) -> Frame:
     """Head and tail of the record of a contiguous tensor."""
     stream = _HoleStream()
-    # Never touched, so that no memory stands behind it, however large it is.
+    # Never touched, so the system gives no memory for it, however large it is.
     tensor = torch.empty(info.shape, dtype=info.dtype)
     with torch.serialization.skip_data():
         torch.save(tensor, cast(Any, stream))
@@ -92,7 +93,9 @@ class _Window(io.RawIOBase):
     def __init__(self, path: Path, start: int, length: int) -> None:
         super().__init__()
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
-        self._start, self._length, self._at = start, length, 0
+        self._start = start
+        self._length = length
+        self._at = 0
 
     def readable(self) -> bool:
         return True
@@ -132,10 +135,10 @@ def data_offset(path: Path, *, start: int, length: int, info: TensorInfo) -> int
         path: a torch_dist file.
         start: first byte of the record.
         length: bytes of the record.
-        info: what the record must hold.
+        info: what the record must contain.
 
     Returns:
-        The offset; None for a tensor whose bytes do not lie row by row, which only torch.load can read.
+        The offset; None for a tensor whose bytes are not row by row, which only torch.load can read.
 
     Raises:
         RuntimeError, pickle.UnpicklingError, OSError: not a record, or the record of another tensor.
@@ -153,6 +156,5 @@ def data_offset(path: Path, *, start: int, length: int, info: TensorInfo) -> int
         if not tensor.is_contiguous():
             return None
         window.seek(0)
-        archive: Any = torch._C.PyTorchFileReader(cast(Any, window))
-        inside = archive.get_record_offset(_DATA)
+        inside = offset_in_archive(window, _DATA)
     return start + inside + tensor.storage_offset() * tensor.itemsize

@@ -1,10 +1,10 @@
-"""Saving sharded state in parts, so that the long ones can be done while training goes on.
+"""Saving sharded state in steps, so that the long ones can run while training continues.
 
     plan       all ranks   mcore's checks, torch's plan: who writes which box into which file; common.pt
     (copy)     each rank   its tensors to host memory, after which training may change them
-    write      each rank   its file, hashed on the way; no other rank is asked, so any thread may do it
-    join       all ranks   tell rank 0 what was written; an error of one is raised on all
-    complete   rank 0      `.metadata`; again nobody is asked
+    write      each rank   its file, hashed on the way; no collective, so any thread may run it
+    join       all ranks   report to rank 0 what was written; an error of one is raised on all
+    complete   rank 0      `.metadata`; no collective
 
 mcore's own asynchronous writer copies every view once more, forks, and starts a manager process
 (docs/decisions/0023). Its checks and plan are kept here, but the data goes through `StreamingWriter`.
@@ -21,21 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _DistWrapper
 
-from megatron_v2pe.checkpoint.state.dist_io import on_first_rank, process_group
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy
+from megatron_v2pe.checkpoint.state.private_api import (
+    all_ranks,
+    failures_of,
+    save_planner,
+    save_through_plan,
+    torch_state,
+)
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group, on_first_rank
 from megatron_v2pe.checkpoint.state.writer import ShardKey, Shards, StreamingWriter, item_key
 from megatron_v2pe.core.errors import CheckpointError
 
@@ -45,8 +44,8 @@ class KnownPlan:
     """What all ranks agreed on in a save, for the next one of the same state.
 
     Attributes:
-        asked: items that this rank wanted to write.
-        own: those that it was told to write.
+        asked: items that this rank has.
+        own: items that the global plan assigns to this rank: copies are written by one rank only.
         metadata: of the whole, on rank 0.
     """
 
@@ -56,7 +55,7 @@ class KnownPlan:
 
 
 _Written = tuple[list[WriteResult], dict[str, str]]
-"""Where a rank's items lie in its files, and the files' hashes."""
+"""Where a rank's items are in its files, and the files' hashes."""
 
 
 def save_state(
@@ -74,7 +73,7 @@ def save_state(
     Raises:
         CheckpointError: a rank could not write (raised on all).
     """
-    with process_group():
+    with ensure_process_group():
         save = StateSave(folder, sharded_state_dict, unread=unread, file_of=file_of)
         save.write()
         save.join()
@@ -92,8 +91,8 @@ class StateSave:
         sharded_state_dict: mcore's ShardedTensor, ShardedObject, factories; plain values are stored once.
         unread: bytes of shards whose `data` is a meta tensor.
         file_of: see `StreamingWriter`.
-        known: `known` of an earlier save. Where all ranks ask for the same as then, nothing is checked and planned
-            anew, which with many ranks takes long.
+        known: `known` of an earlier save. Where all ranks have the same items as then, the checks and the global plan,
+            which are slow with many ranks, are skipped.
 
     Raises:
         CheckpointError: shards do not make up their tensors, or the folder cannot be written; on all ranks.
@@ -110,12 +109,15 @@ class StateSave:
     ) -> None:
         self._folder = folder
         self._writer = StreamingWriter(folder, unread=unread, file_of=file_of)
-        self._plan = _Plan(self._writer, known)
+        self._plan = _Plan(self._writer)
         self._outcome: _Written | BaseException | None = None
         self._joined: list[_Written] = []
-        with _told_as_checkpoint_error(folder):
-            dist_checkpointing.save(
-                sharded_state_dict, str(folder), self._plan, validate_access_integrity=known is None
+        with _as_checkpoint_error(folder):
+            save_through_plan(
+                sharded_state_dict,
+                folder,
+                lambda shards: self._plan.make(shards, earlier=known),
+                is_checked=known is None,
             )
 
     @property
@@ -132,14 +134,14 @@ class StateSave:
         """Write from a copy; the tensors may change as soon as this returns.
 
         Args:
-            memory: takes the copy; must be left alone until `write` is done.
+            memory: receives the copy; must not be used for another one until `write` is done.
         """
         found = {item_key(item): tensor for item, tensor in self._plan.tensors()}
-        self._plan.copies = dict(zip(found, memory.take(list(found.values())), strict=True))
-        self._writer.is_settled = True
+        self._plan.copies = dict(zip(found, memory.copy(list(found.values())), strict=True))
+        self._writer.is_snapshot = True
 
     def write(self, *, cancelled: threading.Event | None = None) -> None:
-        """Write this rank's files. Not collective; what goes wrong is kept for `join`.
+        """Write this rank's files. Not collective; an error is kept for `join`.
 
         Args:
             cancelled: when it is set, writing ends soon, and `join` raises.
@@ -148,22 +150,22 @@ class StateSave:
         try:
             written = self._writer.write_data(self._plan.known.own, self._plan).wait()
             self._outcome = written, self._writer.hashes
-        except BaseException as error:  # told to all ranks by `join`
+        except BaseException as error:  # raised on all ranks by `join`
             self._outcome = error
 
     @property
     def has_failed(self) -> bool:
-        """This rank could not write."""
+        """Whether this rank could not write."""
         return isinstance(self._outcome, BaseException)
 
     def join(self) -> None:
-        """Hand to rank 0 what all ranks wrote. Collective; every rank has returned from `write`.
+        """Report to rank 0 what all ranks wrote. Collective; every rank has returned from `write`.
 
         Raises:
             CheckpointError: a rank could not write (raised on all).
         """
-        with _told_as_checkpoint_error(self._folder):
-            _all_ranks().all_reduce("write", self._own_outcome, self._joined.extend)
+        with _as_checkpoint_error(self._folder):
+            all_ranks().all_reduce("write", self._own_outcome, self._joined.extend)
 
     def complete(self) -> dict[str, str]:
         """Write `.metadata`, on rank 0. Not collective.
@@ -176,7 +178,7 @@ class StateSave:
         """
         metadata = self._plan.known.metadata
         assert metadata is not None, "on rank 0, after `join`"
-        with _told_as_checkpoint_error(self._folder):
+        with _as_checkpoint_error(self._folder):
             self._writer.finish(metadata, [results for results, _ in self._joined])
         return {name: digest for _, hashes in self._joined for name, digest in hashes.items()}
 
@@ -187,29 +189,27 @@ class StateSave:
         return self._outcome
 
 
-class _Plan(SaveShardedStrategy):
-    """torch's plan over mcore's shards, which are taken out of mcore's hands where it would write them.
+class _Plan:
+    """torch's plan over mcore's shards: which rank writes what into which file.
 
     Attributes:
         known: what is written by whom.
         copies: tensors to be written instead of those of the state dict.
     """
 
-    can_handle_sharded_objects = True
     known: KnownPlan
 
-    def __init__(self, writer: StreamingWriter, earlier: KnownPlan | None) -> None:
-        super().__init__("torch_dist", 1)
-        self._writer, self._earlier = writer, earlier
-        # The decentralised plan belongs to mcore's own writer; torch's gathers the plans on rank 0.
-        self._planner = MCoreSavePlanner(flatten_state_dict=False, can_run_decentralized_global_plan=False)
+    def __init__(self, writer: StreamingWriter) -> None:
+        self._writer = writer
+        self._planner = save_planner()
         self.copies: dict[ShardKey, torch.Tensor] = {}
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Plan. Collective; mcore calls it when its checks are done."""
-        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        state, ranks = mcore_to_pyt_state_dict(shards), _all_ranks()
-        asked, metadata = SavePlan([]), None
+    def make(self, sharded_state_dict: dict[str, Any], *, earlier: KnownPlan | None) -> None:
+        """Plan, or use the plan of an earlier save where all ranks have the same items. Collective."""
+        state = torch_state(sharded_state_dict)
+        ranks = all_ranks()
+        asked = SavePlan([])
+        metadata = None
 
         def of_this_rank() -> SavePlan:
             nonlocal asked
@@ -223,7 +223,6 @@ class _Plan(SaveShardedStrategy):
             plans, metadata = self._planner.create_global_plan(plans)
             return self._writer.prepare_global_plan(plans)
 
-        earlier = self._earlier
         if earlier and all(ranks.all_gather("plan", lambda: of_this_rank().items == earlier.asked.items)):
             self._planner.finish_plan(earlier.own)
             self.known = earlier
@@ -242,13 +241,8 @@ class _Plan(SaveShardedStrategy):
         return self._planner.resolve_data(item) if copy is None else copy
 
 
-def _all_ranks() -> _DistWrapper:
-    """torch's collectives that tell an exception of one rank to all."""
-    return _DistWrapper(None, True, 0)
-
-
 @contextmanager
-def _told_as_checkpoint_error(folder: Path) -> Iterator[None]:
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError) as error:
@@ -261,14 +255,12 @@ def _told_as_checkpoint_error(folder: Path) -> Iterator[None]:
 
 
 def _let_interrupt_through(error: BaseException) -> None:
-    """Raise the KeyboardInterrupt that torch's checkpointing makes an error of its own of."""
-    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+    """Raise the KeyboardInterrupt of a rank, which torch's checkpointing turns into an error of its own."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause in failures_of(error)):
         raise KeyboardInterrupt from error
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the ranks, without the traces that torch adds; a CheckpointError as it is."""
-    failures = getattr(error, "failures", {0: (error, None)})
-    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in failures.values()}
+    """The errors of the ranks in one line, without the traces that torch adds; a CheckpointError as it is."""
+    reasons = {f"{type(cause).__name__}: {cause}" for cause in failures_of(error)}
     return "; ".join(sorted(reasons))

@@ -1,8 +1,8 @@
 """torch_dist files, written in blocks: no tensor is copied as a whole, none has to be in memory at all.
 
 torch's own writer keeps every tensor that it has written until its file is complete, and copies those that are views
-(all parameters of a data parallel run are). Here a tensor is read when its turn comes, 8 MiB at a time, from where it
-is: this process's memory, a GPU, or the file of another format. The hash of each file comes out on the way.
+(all parameters of a data parallel run are). This writer reads a tensor when its turn comes, 8 MiB at a time, from where
+it is: this process's memory, a GPU, or the file of another format. Each file is hashed while it is written.
 
 Files, names and metadata are those of torch.distributed.checkpoint, which reads them.
 """
@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_v2pe.checkpoint.files.block_stream import Block, BlockStream, memory_blocks
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
+from megatron_v2pe.checkpoint.state.private_api import StorageInfo
 from megatron_v2pe.checkpoint.state.records import record_frame
 
 ShardKey = tuple[str, tuple[int, ...]]
@@ -53,13 +53,13 @@ class StreamingWriter(dcp.FileSystemWriter):
     Args:
         folder: where the files go.
         unread: shards that are read when they are written.
-        file_of: file of a shard; the others go to the rank's own. When it is given, the metadata is made the same
-            whatever the number of ranks.
+        file_of: file of a shard; the others go to the rank's own. When it is given, the metadata does not depend on
+            the number of ranks.
 
     Attributes:
         hashes: name of each file that this rank wrote -> SHA-256.
-        is_settled: tensors lie in host memory and do not change any more, so that they are written from where they
-            are; otherwise through a buffer.
+        is_snapshot: tensors are in host memory and do not change any more, so that they are written without a copy;
+            otherwise through a buffer.
         cancelled: writing ends with an error soon after it is set.
     """
 
@@ -68,12 +68,13 @@ class StreamingWriter(dcp.FileSystemWriter):
     ) -> None:
         super().__init__(folder)
         self.hashes: dict[str, str] = {}
-        self.is_settled = False
+        self.is_snapshot = False
         self.cancelled: threading.Event | None = None
-        self._unread, self._file_of = unread or {}, file_of or {}
+        self._unread = unread or {}
+        self._file_of = file_of or {}
 
     def write_data(self, plan: SavePlan, planner: Source) -> torch.futures.Future[list[WriteResult]]:
-        """Write this rank's items; `planner` is asked for their data."""
+        """Write this rank's items; `planner` provides their data."""
         by_file: dict[str, list[WriteItem]] = {}
         for item in plan.items:
             name = self._file_of.get(item_key(item), f"{plan.storage_data.prefix}0.distcp")
@@ -97,26 +98,27 @@ class StreamingWriter(dcp.FileSystemWriter):
         super().finish(metadata, results)
 
     def storage_meta(self) -> Any:
-        """Nothing: torch would store the folder's temporary name and a random number, and reads neither."""
+        """Nothing: torch would store the temporary name of the folder and a random number, and reads neither."""
         return None
 
     def _write(self, stream: BlockStream, name: str, item: WriteItem, planner: Source) -> WriteResult:
         if self.cancelled is not None and self.cancelled.is_set():
-            raise InterruptedError("the save was given up")
+            raise InterruptedError("the save was cancelled")
         start = stream.position
         if item.type == WriteItemType.BYTE_IO:
             stream.put(cast(io.BytesIO, planner.resolve_data(item)).getbuffer())
         else:
             blocks = self._unread.get(item_key(item))
             if blocks is None:
-                blocks = memory_blocks(planner.resolve_data(item), is_settled=self.is_settled)
+                blocks = memory_blocks(planner.resolve_data(item), is_snapshot=self.is_snapshot)
             frame = record_frame(_info(item))
             stream.put(frame.head)
             stream.put_blocks(blocks)
             stream.put(frame.tail)
         length = stream.position - start
-        where = _StorageInfo(name, start, length)
-        return WriteResult(index=item.index, size_in_bytes=length, storage_data=where)
+        return WriteResult(
+            index=item.index, size_in_bytes=length, storage_data=StorageInfo(name, start, length)
+        )
 
 
 def item_key(item: WriteItem) -> ShardKey:
@@ -132,10 +134,10 @@ def _info(item: WriteItem) -> TensorInfo:
 def _ordered(
     metadata: Metadata, results: list[list[WriteResult]]
 ) -> tuple[Metadata, list[list[WriteResult]]]:
-    """The same, put together anew in the order of keys and offsets.
+    """The same, rebuilt in the order of keys and offsets.
 
-    Every object is made here, because pickle tells shared objects from equal ones: what came from several ranks
-    would give other bytes than what one rank did.
+    Every object is made here, because pickle writes shared objects differently from equal ones: what came from several
+    ranks would give other bytes than what one rank made.
     """
     where = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for rank in results for r in rank}
     files = {info.relative_path: info.relative_path for info in where.values()}
@@ -152,6 +154,6 @@ def _ordered(
         )
         for i, (offsets, _) in enumerate(boxes):
             info = where[key, offsets]
-            place = _StorageInfo(files[info.relative_path], info.offset, info.length)
-            ordered.append(WriteResult(MetadataIndex(key, offsets, i), info.length, place))
+            location = StorageInfo(files[info.relative_path], info.offset, info.length)
+            ordered.append(WriteResult(MetadataIndex(key, offsets, i), info.length, location))
     return Metadata(state_dict_metadata=tensors), [ordered]

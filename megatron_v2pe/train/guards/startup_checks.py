@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.convert import open_hf
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
 from megatron_v2pe.checkpoint.files.adapter_record import (
     describe_adapters,
     require_same_adapters,

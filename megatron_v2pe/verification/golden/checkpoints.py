@@ -11,7 +11,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.hf.map import name_map
-from megatron_v2pe.checkpoint.state.dist_io import StateReader, model_sharded_state_dict, on_first_rank
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.state.model_state import model_sharded_state_dict
+from megatron_v2pe.checkpoint.state.ranks import on_first_rank
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.checkpoint.state.save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.models.internvl import InternVL

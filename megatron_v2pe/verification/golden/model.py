@@ -20,7 +20,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError

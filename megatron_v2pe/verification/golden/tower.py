@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.checkpoint.files.folder import hf_path
-from megatron_v2pe.checkpoint.state.dist_io import load_model_weights
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError

@@ -21,7 +21,7 @@ from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
@@ -82,7 +82,7 @@ class CapturedRun:
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
-        config = dataclasses.replace(config, lora=adapters_of(checkpoint))
+        config = dataclasses.replace(config, lora=checkpoint_lora(checkpoint))
         self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
         self.inputs, self.wanted = inputs, wanted
         self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)

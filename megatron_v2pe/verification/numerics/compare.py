@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import ExportedTensors, open_hf
-from megatron_v2pe.checkpoint.files.adapter_record import adapters_of
+from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, is_complete, read_info
-from megatron_v2pe.checkpoint.state.dist_io import on_first_rank
+from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
@@ -135,7 +136,7 @@ def compare_numerics(
         parallel=ParallelConfig(**{**parallel.__dict__, "pipeline_layout": layout}),
         position=inputs.position_config,
         runtime=RuntimeConfig(dtype=dtype),
-        lora=adapters_of(checkpoint),
+        lora=checkpoint_lora(checkpoint),
     )
     plan = resolve(config.parallel, world_size)
     ranks = init_distributed(plan, seed=0)

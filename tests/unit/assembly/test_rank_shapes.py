@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_v2pe.assembly.rank_shapes import build_rank_bytes, build_rank_shapes
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig

@@ -1,4 +1,4 @@
-"""Each kind of broken folder is refused with its own message, and nothing is left behind."""
+"""Each kind of broken folder is refused with its own message, and nothing is left at the target."""
 
 import json
 import shutil
@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert import convert
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf, open_hf
-from megatron_v2pe.checkpoint.files import folder
+from megatron_v2pe.checkpoint.convert import import_hf as import_module
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.files import staging
 from megatron_v2pe.checkpoint.files.folder import is_complete, read_info, state_path
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, edit_config, edit_weights, golden_copy, random_folder
@@ -159,7 +161,7 @@ def test_force_does_not_replace_a_foreign_folder(golden, tmp_path):
 
 def test_too_little_room(golden, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "GiB free" in refusal(golden, tmp_path)
 
 
@@ -167,7 +169,7 @@ def test_failure_while_writing_leaves_nothing(golden, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(convert, "save_state", fail)
+    monkeypatch.setattr(import_module, "save_state", fail)
     with pytest.raises(CheckpointError, match=r"ckpt: cannot be written \(disk on fire\)"):
         import_hf(golden, tmp_path / "ckpt")
     assert not list(tmp_path.glob("ckpt*"))
@@ -214,11 +216,12 @@ def test_unreadable_state_is_a_checkpoint_error(golden, tmp_path):
         StateReader(state)
 
 
-def test_newer_format(golden, tmp_path):
+@pytest.mark.parametrize(("version", "message"), [(3, "format 3 is newer"), (1, "format 1 is older")])
+def test_other_formats(golden, tmp_path, version, message):
     import_hf(golden, tmp_path / "ckpt")
     path = tmp_path / "ckpt" / "checkpoint.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
-    with pytest.raises(CheckpointError, match="format 3 is newer"):
+    path.write_text(path.read_text().replace('"format_version": 2', f'"format_version": {version}'))
+    with pytest.raises(CheckpointError, match=message):
         read_info(tmp_path / "ckpt")
 
 

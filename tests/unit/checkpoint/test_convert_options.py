@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.byte_progress import ByteProgress, progress_line
 from megatron_v2pe.checkpoint.files.folder import read_info, state_path
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN, edit_weights, folder_bytes, golden_copy, random_folder
@@ -151,7 +152,7 @@ def test_a_missing_pickle_is_named(tmp_path):
         import_hf(source, tmp_path / "ckpt", allow_pickle=True)
 
 
-def test_progress_is_told_every_byte(tmp_path):
+def test_progress_counts_every_byte(tmp_path):
     done, expected = [], []
     import_hf(GOLDEN, tmp_path / "ckpt", progress=done.append, expect=expected.append)
     assert [sum(done)] == expected == [272_832 * 4]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
-from megatron_v2pe.checkpoint.hf.map import name_map
-from megatron_v2pe.checkpoint.hf.tables import LANGUAGE_TABLES
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.hf.families.registry import LANGUAGE_TABLES
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.architecture import LANGUAGE_ARCHITECTURES, parse_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify

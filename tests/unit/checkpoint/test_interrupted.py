@@ -1,4 +1,4 @@
-"""A conversion that is stopped, by a signal or a full disk, leaves nothing that could be taken for a finished one."""
+"""A conversion that is stopped, by a signal or a full disk, leaves nothing that looks like a finished one."""
 
 import os
 import resource
@@ -11,7 +11,8 @@ import time
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import is_complete, read_info
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify
@@ -135,7 +136,7 @@ def tiny_disk(tmp_path):
 def test_a_full_disk(source, imported, tiny_disk, monkeypatch, has_forecast):
     if not has_forecast:  # somebody else filled it in the meantime
         usage = shutil.disk_usage(source)
-        monkeypatch.setattr("megatron_v2pe.checkpoint.files.folder.shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("megatron_v2pe.checkpoint.files.staging.shutil.disk_usage", lambda path: usage)
     message = "GiB free" if has_forecast else "No space left on device"
     with pytest.raises(CheckpointError, match=message):
         import_hf(source, tiny_disk / "target")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.files.hashing import (
     FileRecord,
@@ -91,15 +91,15 @@ def test_files_are_shared_out_so_that_each_is_hashed_once(ckpt):
         flip_bit(ckpt / name, 0)
 
 
-def test_known_hashes_are_taken_over_and_the_rest_is_hashed(tmp_path):
+def test_known_hashes_are_used_and_the_rest_is_hashed(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
-    records = record_files(tmp_path, tmp_path.iterdir(), known={"a": "told"})
-    assert records["a"] == FileRecord(1, "told")
+    records = record_files(tmp_path, tmp_path.iterdir(), known={"a": "given"})
+    assert records["a"] == FileRecord(1, "given")
     assert records["b"] == FileRecord(1, hashlib.sha256(b"2").hexdigest())
 
 
-def test_checkpoint_json_vouches_for_itself(ckpt):
+def test_checkpoint_json_has_its_own_hash(ckpt):
     path = ckpt / "checkpoint.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values))  # other white space is no damage
@@ -107,24 +107,14 @@ def test_checkpoint_json_vouches_for_itself(ckpt):
     path.write_text(json.dumps({**values, "step": 7}))
     with pytest.raises(CheckpointError, match="damaged, or edited by hand"):
         read_info(ckpt)
-
-
-def test_format_1_still_loads_but_has_nothing_to_verify_in_full(ckpt):
-    path = ckpt / "checkpoint.json"
-    values = json.loads(path.read_text())
-    del values["sha256_of_this"], values["target_layout"]
-    files = {name: record["num_bytes"] for name, record in values["files"].items()}
-    path.write_text(json.dumps({**values, "format_version": 1, "files": files}))
-    assert read_info(ckpt).format_version == 1
-    with pytest.raises(CheckpointError, match="format 1, which has no hashes"):
-        read_info(ckpt, verify="full")
-    (ckpt / "hf" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"hf/config\.json has 2 bytes instead of"):
+    del values["sha256_of_this"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="damaged, or edited by hand"):
         read_info(ckpt)
 
 
 @pytest.mark.parametrize("verb", ["export-hf", "verify", "generate", "evaluate"])
-def test_verbs_that_read_a_checkpoint_can_look_at_every_byte(ckpt, tmp_path, capsys, verb):
+def test_verbs_that_read_a_checkpoint_can_verify_every_byte(ckpt, tmp_path, capsys, verb):
     name = largest_file(ckpt)
     flip_bit(ckpt / name)
     arguments = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_v2pe.assembly.mcore_config import rope_spec
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
-from megatron_v2pe.checkpoint.hf.map import family_name, name_map
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
 from megatron_v2pe.config.architecture import parse_architecture, read_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
@@ -30,7 +31,7 @@ SMALL_VISION = {
     "num_hidden_layers": 2,
     "image_size": 56,
 }
-PLAIN = {"factor": 1.0, "type": "v2pe"}  # what the release leaves behind (its own code cannot read it again)
+PLAIN = {"factor": 1.0, "type": "v2pe"}  # what the release writes (its own code cannot read it again)
 DYNAMIC = {"factor": 2.0, "type": "dynamic"}
 RING = {"attn_type": "ring", "chunk_num": 8, "rope_pos_id_stride": None, "group_list": None}
 

@@ -7,7 +7,6 @@ from megatron_v2pe.checkpoint.resume import resume_point
 from megatron_v2pe.checkpoint.retention import (
     checkpoints_path,
     complete_steps,
-    newest_checkpoint,
     prune,
     step_path,
     write_latest,
@@ -25,13 +24,13 @@ def make(run_dir, *steps, complete=True):
             write_info(path, CheckpointInfo(kind="train", step=step, family="f", num_parameters=1))
 
 
-def test_newest_is_the_newest_complete_one(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
+def test_only_folders_with_checkpoint_json_are_complete(tmp_path):
+    assert complete_steps(tmp_path) == []
     make(tmp_path, 10, 20)
     make(tmp_path, 30, complete=False)
     (checkpoints_path(tmp_path) / "step_00000040.incomplete").mkdir()
     (checkpoints_path(tmp_path) / "notes").mkdir()
-    assert newest_checkpoint(tmp_path) == checkpoints_path(tmp_path) / "step_00000020"
+    assert complete_steps(tmp_path) == [10, 20]
 
 
 def test_a_crash_before_latest_was_written_loses_nothing(tmp_path):
@@ -39,7 +38,7 @@ def test_a_crash_before_latest_was_written_loses_nothing(tmp_path):
     write_latest(tmp_path, 10)
     make(tmp_path, 20)
     assert (checkpoints_path(tmp_path) / "latest").read_text() == "step_00000010\n"
-    assert newest_checkpoint(tmp_path) == step_path(tmp_path, 20)
+    assert resume_point(tmp_path, fallback=False) == step_path(tmp_path, 20)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (5, [10, 20, 30])])
@@ -76,7 +75,7 @@ def test_a_damaged_newest_does_not_count_as_kept_and_is_left_alone(tmp_path, cap
     assert "step_00000040: damaged checkpoint: data has 0 bytes instead of 1" in caplog.text
 
 
-def test_resume_takes_the_newest_good_one(tmp_path):
+def test_resume_uses_the_newest_good_one(tmp_path):
     assert resume_point(tmp_path, fallback=False) is None
     make(tmp_path, 10, 20)
     write_latest(tmp_path, 10)  # a crash before it was moved on
@@ -101,7 +100,7 @@ def lose_its_json(run_dir):
 
 def lose_it(run_dir):
     step_path(run_dir, 30).rename(run_dir / "gone")
-    return "latest names step_00000030, which is not there"
+    return "latest names step_00000030, which does not exist"
 
 
 DAMAGES = [cut, lose_a_file, lose_its_json, lose_it]
@@ -122,7 +121,7 @@ def test_a_damaged_newest_stops_the_run_and_offers_the_one_before(tmp_path, harm
 
 
 @pytest.mark.parametrize("harm", DAMAGES)
-def test_fallback_takes_the_one_before_and_says_so_loudly(tmp_path, caplog, harm):
+def test_fallback_uses_the_one_before_and_logs_an_error(tmp_path, caplog, harm):
     make(tmp_path, 10, 20, 30)
     write_latest(tmp_path, 30)
     message = harm(tmp_path)

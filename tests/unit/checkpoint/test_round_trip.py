@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info, state_path
 from megatron_v2pe.checkpoint.hf.config_json import update_positions
-from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import (
     GOLDEN,
@@ -117,18 +117,6 @@ def test_recomputed_buffers_are_dropped_with_a_reason(tmp_path):
     assert name not in load_file(tmp_path / "back" / "model.safetensors")
 
 
-def run_state(mode: str, stride: int = 0) -> RunState:
-    return RunState(
-        step=1,
-        consumed_packs=1,
-        data_seed=0,
-        data_hash="",
-        config_hash="",
-        position_mode=mode,
-        position_stride=stride,
-    )
-
-
 @pytest.mark.parametrize(
     ("mode", "stride", "expected"),
     [
@@ -136,22 +124,22 @@ def run_state(mode: str, stride: int = 0) -> RunState:
         ("v2pe_random", 0, {"rope_pos_id_version": "v2pe_rnd"}),
     ],
 )
-def test_trained_positions_are_written_in_the_releases_words(tmp_path, mode, stride, expected):
+def test_trained_positions_are_written_with_the_releases_names(tmp_path, mode, stride, expected):
     config = golden_copy(tmp_path / "hf") / "config.json"
     before = json.loads(config.read_text())
-    update_positions(config, run_state(mode, stride))
+    update_positions(config, mode=mode, stride=stride)
     assert json.loads(config.read_text()) == {**before, **expected}
     once = config.read_bytes()
-    update_positions(config, run_state(mode, stride))
+    update_positions(config, mode=mode, stride=stride)
     assert config.read_bytes() == once
 
 
 def test_default_positions_leave_a_silent_config_alone_and_correct_a_wrong_one(tmp_path):
     folder = golden_copy(tmp_path / "hf")
-    update_positions(folder / "config.json", run_state("default"))
+    update_positions(folder / "config.json", mode="default", stride=0)
     assert (folder / "config.json").read_bytes() == (GOLDEN / "config.json").read_bytes()
     edit_config(folder, rope_pos_id_version="v2pe_rnd")
-    update_positions(folder / "config.json", run_state("default"))
+    update_positions(folder / "config.json", mode="default", stride=0)
     assert json.loads((folder / "config.json").read_text())["rope_pos_id_version"] == "default"
 
 

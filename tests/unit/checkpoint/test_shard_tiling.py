@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_v2pe.assembly.rank_shapes import rank_model
-from megatron_v2pe.checkpoint.hf.map import name_map
-from megatron_v2pe.checkpoint.layout_check import Tiling, rank_pieces
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.layout_check import Tiling, rank_shards
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -21,21 +21,21 @@ TINY = json.loads((ROOT / "tests" / "golden" / "ckpt" / "b_internlm2_vit6b" / "c
 SPLIT = dict(sequence_parallel=True, vision="tensor")
 
 
-def pieces_of_all_ranks(arch, *, dp=1, **layout):
+def shards_of_all_ranks(arch, *, dp=1, **layout):
     config = RunConfig(parallel=ParallelConfig(**layout))
     replica = config.parallel.tp * config.parallel.pp * config.parallel.cp
     plan = resolve(config.parallel, replica * dp)
     found = []
     for rank in range(plan.world_size):
-        with rank_model(config, arch, plan=plan, rank=rank) as (chunks, ranks):
-            found.append(rank_pieces(chunks, ranks))
+        with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, ranks):
+            found.append(rank_shards(model_chunks, ranks))
     return found
 
 
 def problems(arch, ranks):
     tiling = Tiling()
-    for pieces in ranks:
-        tiling.add(pieces)
+    for shards in ranks:
+        tiling.add(shards)
     return tiling.problems(name_map(arch))
 
 
@@ -56,7 +56,7 @@ def tiny(**llm):
 )
 def test_every_element_is_written_once(layout, llm):
     arch = tiny(**llm)
-    assert problems(arch, pieces_of_all_ranks(arch, **layout)) == []
+    assert problems(arch, shards_of_all_ranks(arch, **layout)) == []
 
 
 @pytest.mark.parametrize(
@@ -65,40 +65,40 @@ def test_every_element_is_written_once(layout, llm):
 )
 def test_true_sizes(size, layout):
     arch = parse_architecture(PUBLISHED[size])
-    assert problems(arch, pieces_of_all_ranks(arch, **layout)) == []
+    assert problems(arch, shards_of_all_ranks(arch, **layout)) == []
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    return pieces_of_all_ranks(tiny(), tp=2, pp=2)
+    return shards_of_all_ranks(tiny(), tp=2, pp=2)
 
 
 def faulty(ranks, change):
-    """Problems after `change(pieces)` on a copy of the last rank's pieces."""
-    changed = [list(pieces) for pieces in ranks]
+    """Problems after `change(shards)` on a copy of the last rank's shards."""
+    changed = [list(shards) for shards in ranks]
     change(changed[-1])
     return problems(tiny(), changed)
 
 
-def index(pieces, part):
-    return next(i for i, piece in enumerate(pieces) if part in piece.key and piece.is_written)
+def index(shards, part):
+    return next(i for i, shard in enumerate(shards) if part in shard.key and shard.is_written)
 
 
 def test_a_lost_shard(ranks):
-    found = faulty(ranks, lambda pieces: pieces.pop(index(pieces, "linear_fc2")))
+    found = faulty(ranks, lambda shards: shards.pop(index(shards, "linear_fc2")))
     name = "language.decoder.layers.1.mlp.linear_fc2.weight"
     assert found == [f"{name}: 6912 elements are written, the tensor has 13824"]
 
 
 def test_a_shard_written_twice(ranks):
-    found = faulty(ranks, lambda pieces: pieces.append(pieces[index(pieces, "linear_proj")]))
+    found = faulty(ranks, lambda shards: shards.append(shards[index(shards, "linear_proj")]))
     assert any("linear_proj.weight" in problem and "overlap" in problem for problem in found)
 
 
 def test_a_layer_with_the_wrong_number(ranks):
-    def rename(pieces):
-        pieces[:] = [
-            dataclasses.replace(piece, key=piece.key.replace("layers.1", "layers.7")) for piece in pieces
+    def rename(shards):
+        shards[:] = [
+            dataclasses.replace(shard, key=shard.key.replace("layers.1", "layers.7")) for shard in shards
         ]
 
     found = faulty(ranks, rename)
@@ -106,19 +106,19 @@ def test_a_layer_with_the_wrong_number(ranks):
 
 
 def test_a_wrong_shape(ranks):
-    def shrink(pieces):
-        at = index(pieces, "linear_qkv")
-        pieces[at] = dataclasses.replace(pieces[at], whole_shape=(2, 2))
+    def shrink(shards):
+        at = index(shards, "linear_qkv")
+        shards[at] = dataclasses.replace(shards[at], whole_shape=(2, 2))
 
     assert any("disagree" in problem for problem in faulty(ranks, shrink))
 
 
-def test_copies_that_nobody_writes(ranks):
-    def copy(pieces):
-        at = index(pieces, "linear_qkv")
-        pieces[at] = dataclasses.replace(pieces[at], is_written=False)
+def test_copies_that_no_rank_writes(ranks):
+    def copy(shards):
+        at = index(shards, "linear_qkv")
+        shards[at] = dataclasses.replace(shards[at], is_written=False)
 
-    assert any("has copies, but nobody writes it" in problem for problem in faulty(ranks, copy))
+    assert any("has copies, but no rank writes it" in problem for problem in faulty(ranks, copy))
 
 
 def tool(*arguments):

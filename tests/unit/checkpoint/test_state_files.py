@@ -10,11 +10,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.files.hashing import sha256_file
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
-from megatron_v2pe.checkpoint.state.dist_io import process_group
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.checkpoint.state.records import data_offset, load_record, record_frame
 from megatron_v2pe.checkpoint.state.save import save_state
@@ -90,7 +90,7 @@ def test_a_column_split_tensor_is_read_by_rows(tmp_path):
 def test_mcores_own_writer_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(filesystem_async, "_results_queue", queue.Queue())  # without a manager process
     tensors = {f"t{i}": tensor for i, tensor in enumerate(TENSORS) if tensor.numel()}
-    with process_group():
+    with ensure_process_group():
         dist_checkpointing.save({key: whole(key, tensor) for key, tensor in tensors.items()}, str(tmp_path))
     reader = StateReader(tmp_path)
     assert set(reader.tensors) == set(tensors)
@@ -104,7 +104,7 @@ def test_mcore_and_torch_read_an_imported_checkpoint(tmp_path):
     request = {
         key: whole(key, torch.empty(info.shape, dtype=info.dtype)) for key, info in reader.tensors.items()
     }
-    with process_group():
+    with ensure_process_group():
         by_mcore = dist_checkpointing.load(request, str(state))
     by_torch = {key: torch.empty(info.shape, dtype=info.dtype) for key, info in reader.tensors.items()}
     dcp.load(by_torch, checkpoint_id=str(state), no_dist=True)

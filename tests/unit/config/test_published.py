@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_v2pe.checkpoint.hf.map import family_name, name_map
+from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, DataError

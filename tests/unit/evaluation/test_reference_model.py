@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.checkpoint.hf.io import HFWeights
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
 from megatron_v2pe.verification.numerics.transformers_model import TransformersReference

@@ -18,7 +18,7 @@ def test_the_architecture_is_read(checkpoint):
 
 
 def test_weights_fit_the_configuration(checkpoint):
-    from megatron_v2pe.checkpoint.convert.convert import open_hf
+    from megatron_v2pe.checkpoint.convert.hf_source import open_hf
 
     open_hf(checkpoint)  # raises on a missing, surplus or misshapen tensor
     weights = load_file(checkpoint / "model.safetensors")

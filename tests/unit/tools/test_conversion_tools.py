@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_v2pe.checkpoint.convert.convert import import_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.listing import (
     differences,
@@ -113,7 +113,7 @@ def test_cast_on_import(tool, tmp_path):
     assert dtypes == {torch.bfloat16}
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tool, tmp_path, ckpt):
+def test_a_run_means_its_newest_checkpoint(tool, tmp_path, ckpt):
     steps = tmp_path / "run" / "checkpoints"
     steps.mkdir(parents=True)
     ckpt.rename(steps / "step_00000002")

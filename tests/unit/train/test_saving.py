@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_v2pe.checkpoint.run_state import RunState
-from megatron_v2pe.checkpoint.state.dist_io import process_group
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
 from megatron_v2pe.train import saving
@@ -65,7 +65,7 @@ def make(monkeypatch):
         config = RunConfig(checkpoint=checkpoint, optim=OptimConfig(steps=9))
         return Saver(config, trainer, ranks=RANKS, hf_folder=Path("hf"))
 
-    with process_group():
+    with ensure_process_group():
         yield saver
 
 

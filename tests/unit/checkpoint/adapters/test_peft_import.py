@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE, export_peft
 from megatron_v2pe.checkpoint.adapters.peft_import import import_peft
-from megatron_v2pe.checkpoint.adapters.peft_io import CONFIG_FILE, PREFIX, WEIGHTS_FILE, export_peft
 from megatron_v2pe.checkpoint.adapters.weights import adapted_linears
-from megatron_v2pe.checkpoint.convert.convert import import_hf
-from megatron_v2pe.checkpoint.convert.exported import ExportedTensors
+from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.adapter_record import read_record
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.cli.main import main
@@ -115,14 +115,14 @@ def test_other_tensors_are_refused_all_at_once(base, tmp_path):
     tensors[f"{stem}attention.q_proj.lora_A.weight"] = torch.zeros(3, 64)
     tensors[f"{stem}attention.wo.lora_A.weight"] = torch.zeros(3, 5)
     save_file(tensors, source / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         import_peft(source, tmp_path / "adapters", base=base)
     for part in (
         "q_proj.lora_A.weight: no linear",
         "wqkv.lora_B.weight: missing",
         "attention.wo: shapes do not",
     ):
-        assert part in str(told.value)
+        assert part in str(caught.value)
     for kind in "AB":
         del tensors[f"{stem}feed_forward.w1.lora_{kind}.weight"]
     tensors[f"{stem}attention.wqkv.lora_B.weight"] = torch.zeros(128, 3)

@@ -9,7 +9,7 @@ import torch
 from megatron_v2pe.assembly.adapters import fused_parts
 from megatron_v2pe.checkpoint.adapters.merge import RowProducts, hf_factors
 from megatron_v2pe.checkpoint.adapters.weights import _draw, adapted_linears
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.config.lora import LANGUAGE, PARTS, check_lora, linear_names, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
@@ -91,7 +91,7 @@ def test_a_part_with_adapters_is_not_trained_whole():
 
 
 @pytest.mark.parametrize("targets", [(), ("w1", "attn.qkv", "mlp1.3")])
-def test_targets_that_exist_are_taken(targets):
+def test_targets_that_exist_are_accepted(targets):
     lora = dataclasses.replace(EVERYWHERE, targets=targets)
     check_lora(RunConfig(lora=lora), of("InternLM2ForCausalLM"))
 

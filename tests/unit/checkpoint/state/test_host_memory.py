@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron_v2pe.checkpoint.state import host_memory
-from megatron_v2pe.checkpoint.state.dist_io import process_group
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy, available_bytes, shortage
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group
 
 GIB = 2**30
 
@@ -18,7 +18,7 @@ def tensors():
 
 def test_copies_are_equal_contiguous_and_independent():
     given = tensors()
-    copies = HostCopy(is_pinned=False).take(given)
+    copies = HostCopy(is_pinned=False).copy(given)
     for tensor, copy in zip(given, copies, strict=True):
         assert torch.equal(tensor, copy)
         assert copy.dtype == tensor.dtype
@@ -29,12 +29,12 @@ def test_copies_are_equal_contiguous_and_independent():
 
 def test_the_block_is_used_again():
     memory = HostCopy(is_pinned=False)
-    first = memory.take(tensors())
+    first = memory.copy(tensors())
     size = memory.num_bytes
-    second = memory.take(tensors())
+    second = memory.copy(tensors())
     assert [copy.data_ptr() for copy in first[:4]] == [copy.data_ptr() for copy in second[:4]]
     assert memory.num_bytes == size
-    memory.take([*tensors(), torch.ones(1000)])
+    memory.copy([*tensors(), torch.ones(1000)])
     assert memory.num_bytes > size
 
 
@@ -90,7 +90,7 @@ def test_without_limits_the_machines_memory_counts(tmp_path, monkeypatch):
 def test_a_shortage_names_the_host_and_both_numbers(monkeypatch):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 10 * GIB)
     monkeypatch.setattr(host_memory.socket, "gethostname", lambda: "node7")
-    with process_group():
+    with ensure_process_group():
         assert shortage(8 * GIB) == ""
         message = shortage(9 * GIB)
     assert message == (

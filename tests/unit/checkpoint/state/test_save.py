@@ -8,8 +8,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_v2pe.checkpoint.files import block_stream
-from megatron_v2pe.checkpoint.state.dist_io import process_group
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy
+from megatron_v2pe.checkpoint.state.ranks import ensure_process_group
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.checkpoint.state.save import StateSave, save_state
 from megatron_v2pe.core.errors import CheckpointError
@@ -44,7 +44,7 @@ def test_written_by_a_thread_while_the_tensors_change_as_if_nothing_changed(tmp_
         (tmp_path / name).mkdir()
     hashes = save_state(tmp_path / "waited", state(1))
     values = state(1)
-    with process_group():
+    with ensure_process_group():
         save = StateSave(tmp_path / "copied", values)
         assert save.num_bytes == sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(values))
         save.copy_tensors(HostCopy(is_pinned=False))
@@ -60,11 +60,11 @@ def test_written_by_a_thread_while_the_tensors_change_as_if_nothing_changed(tmp_
     assert StateReader(tmp_path / "copied").read("large").any()
 
 
-def test_nothing_is_told_before_join_and_then_as_one_message(tmp_path, monkeypatch):
+def test_an_error_is_raised_by_join_as_one_message(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    with process_group():
+    with ensure_process_group():
         save = StateSave(tmp_path, state(1))
         monkeypatch.setattr(block_stream.os, "pwrite", full)
         save.write()
@@ -74,22 +74,22 @@ def test_nothing_is_told_before_join_and_then_as_one_message(tmp_path, monkeypat
     assert not (tmp_path / ".metadata").exists()
 
 
-def test_a_save_that_is_given_up_stops_between_tensors(tmp_path):
+def test_a_cancelled_save_stops_between_tensors(tmp_path):
     cancelled = threading.Event()
     cancelled.set()
-    with process_group():
+    with ensure_process_group():
         save = StateSave(tmp_path, state(1))
         save.write(cancelled=cancelled)
-        with pytest.raises(CheckpointError, match="the save was given up"):
+        with pytest.raises(CheckpointError, match="the save was cancelled"):
             save.join()
 
 
-def test_a_known_plan_is_used_for_the_same_state_and_made_anew_for_another(tmp_path):
-    folders = [tmp_path / name for name in ("first", "same", "other", "planned anew")]
+def test_a_known_plan_is_used_for_the_same_state_and_made_again_for_another(tmp_path):
+    folders = [tmp_path / name for name in ("first", "same", "other", "planned again")]
     for folder in folders:
         folder.mkdir()
     other = {**state(3), "half": ShardedTensor.from_rank_offsets("half", torch.ones(2, 5))}
-    with process_group():
+    with ensure_process_group():
         known = None
         for folder, values in zip(folders[:3], (state(1), state(2), other), strict=True):
             save = StateSave(folder, values, known=known)

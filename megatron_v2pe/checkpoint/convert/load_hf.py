@@ -3,46 +3,48 @@
     this rank's shards (key, offset, shape) --row_runs--> runs of rows of their tensors --memory map--> parameter
 
 A rank touches only the pages of its own rows (and, of row-parallel weights, columns), so that all ranks of a node
-together read each byte about once from the disk, and none holds more than its shards.
+together read each byte about once from the disk, and none has more than its shards in memory.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.convert import copy_side_files, open_hf, without_dropped
-from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, write_layout
-from megatron_v2pe.checkpoint.hf.io import HFWeights
-from megatron_v2pe.checkpoint.hf.map import Entry, NameMap
+from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+from megatron_v2pe.checkpoint.files.problems import raise_problems
+from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap
 from megatron_v2pe.checkpoint.hf.row_runs import rows_of_ours
-from megatron_v2pe.checkpoint.state.dist_io import (
-    gather_from_ranks,
-    load_into_chunks,
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
+from megatron_v2pe.checkpoint.state.model_state import (
+    load_into_model_chunks,
     model_sharded_state_dict,
-    own_parameter,
-    raise_together,
+    without_adapters,
 )
+from megatron_v2pe.checkpoint.state.private_api import (
+    expand_factories,
+    map_shards,
+    merge_factories,
+    shards_in,
+)
+from megatron_v2pe.checkpoint.state.ranks import gather_from_ranks
 from megatron_v2pe.parallel.topology import Ranks
 
 logger = logging.getLogger(__name__)
 
 
-def load_hf_weights(hf_folder: str | Path, chunks: Sequence[torch.nn.Module], *, ranks: Ranks) -> int:
+def load_hf_weights(hf_folder: str | Path, model_chunks: Sequence[torch.nn.Module], *, ranks: Ranks) -> int:
     """Fill model chunks from a Hugging Face folder; the counterpart of `load_model_weights`. Collective.
 
     Args:
         hf_folder: config.json and safetensors.
-        chunks: model chunks, before the optimizer is built.
+        model_chunks: before the optimizer is built.
         ranks: this process's place.
 
     Returns:
@@ -53,13 +55,14 @@ def load_hf_weights(hf_folder: str | Path, chunks: Sequence[torch.nn.Module], *,
     """
     weights, _, names = open_hf(hf_folder)
     reader = BoxReader(weights, names)
-    states, _, factories = load_preprocess(model_sharded_state_dict(chunks, ranks, wanted=own_parameter))
-    shards = [shard for shard in nested_values(states) if isinstance(shard, ShardedTensor)]
-    problems = [problem for shard in shards for problem in reader.problems(shard)]
+    states, factories = expand_factories(
+        model_sharded_state_dict(model_chunks, ranks, wanted=without_adapters)
+    )
+    problems = [problem for shard in shards_in(states) for problem in reader.problems(shard)]
     everywhere = sorted({problem for rank in gather_from_ranks(problems) for problem in rank})
-    raise_together(f"{hf_folder}: weights of another model", everywhere)
-    loaded = dict_list_map_inplace(reader.filled, states)
-    load_into_chunks(chunks, apply_factory_merges(loaded, factories), wanted=own_parameter)
+    raise_problems(f"{hf_folder}: weights of another model", everywhere)
+    loaded = merge_factories(map_shards(reader.filled, states), factories)
+    load_into_model_chunks(model_chunks, loaded, wanted=without_adapters)
     whole = sum(info.num_bytes for info in weights.tensors.values())
     shares = [f"{num_bytes / 2**20:.1f}" for num_bytes in gather_from_ranks(reader.num_bytes)]
     logger.info("%s: read %s of %.1f MiB, by rank", hf_folder, ", ".join(shares), whole / 2**20)
@@ -78,7 +81,8 @@ class BoxReader:
     """
 
     def __init__(self, weights: HFWeights, names: NameMap) -> None:
-        self._weights, self._names = weights, names
+        self._weights = weights
+        self._names = names
         self.num_bytes = 0
 
     def problems(self, shard: ShardedTensor) -> Iterator[str]:
@@ -94,7 +98,7 @@ class BoxReader:
         if not isinstance(shard, ShardedTensor):
             return shard
         entry, data = self._names.by_ours[shard.key], shard.data
-        # The part of this box that exists in the folder; what lies beyond pads vocabulary or vision heads.
+        # What of this box exists in the folder; the rest pads vocabulary or vision heads.
         starts = shard.global_offset
         ends = [min(a + n, size) for a, n, size in zip(starts, data.shape, _shape(entry), strict=True)]
         inside = tuple(slice(max(0, end - start)) for start, end in zip(starts, ends, strict=True))
@@ -121,14 +125,3 @@ class BoxReader:
 def _shape(entry: Entry) -> tuple[int, ...]:
     """Shape of our parameter, without padding."""
     return (sum(shape[0] for shape in entry.hf_shapes), *entry.hf_shapes[0][1:])
-
-
-def copy_hf_folder(source: Path, target: Path) -> None:
-    """Make a checkpoint's `hf/`: from another's, or from a Hugging Face folder, whose weights stay behind."""
-    if (source / LAYOUT_FILE).is_file():
-        shutil.copytree(source, target, copy_function=shutil.copyfile)
-        return
-    weights, _, names = open_hf(source)
-    target.mkdir()
-    copy_side_files(source, target, weights.side_files())
-    write_layout(target, [without_dropped(file, names) for file in weights.files])

@@ -1,4 +1,4 @@
-"""A checkpoint of adapters <-> a PEFT adapter folder.
+"""A checkpoint of adapters -> a PEFT adapter folder.
 
     adapter_config.json          ranks, alphas, target modules, parts that are stored whole (modules_to_save)
     adapter_model.safetensors    base_model.model.<module of the Hugging Face model>.lora_A.weight, .lora_B.weight
@@ -20,9 +20,10 @@ from torch import Tensor
 from megatron_v2pe.checkpoint.adapters.merge import hf_factors
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, read_record
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info, staged, state_path
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info, state_path
+from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
-from megatron_v2pe.checkpoint.hf.map import Entry, NameMap, name_map
+from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.lora import PARTS, Part
@@ -41,10 +42,10 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
     Args:
         checkpoint: a checkpoint of adapters.
         target: folder to create.
-        force: replace `target` if it is there, once the new one is complete.
+        force: replace `target` if it exists, once the new one is complete.
 
     Returns:
-        Tensors that were written.
+        Number of tensors.
 
     Raises:
         CheckpointError: the checkpoint has no adapters, is damaged, or the target cannot be written.
@@ -70,7 +71,7 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
 def _tensors(
     linears: list[AdaptedLinear], names: NameMap, record: AdapterRecord, stored: StateReader
 ) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], Tensor]]]:
-    """What the weights file holds, in order: name -> dtype and shape, name -> how to read it."""
+    """Contents of the weights file, in order: name -> dtype and shape, name -> function that reads it."""
     infos: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     for linear in linears:
@@ -85,7 +86,7 @@ def _tensors(
             for index, hf_name in enumerate(entry.hf):
                 name = PREFIX + hf_name
                 infos[name] = TensorInfo(stored.tensors[entry.ours].dtype, entry.hf_shapes[index])
-                readers[name] = partial(_part, entry, stored, index)
+                readers[name] = partial(_whole_tensor, entry, stored, index)
     return infos, readers
 
 
@@ -93,7 +94,7 @@ def _factor(linear: AdaptedLinear, stored: StateReader, index: int) -> Tensor:
     return hf_factors(linear, stored.read)[index].contiguous()
 
 
-def _part(entry: Entry, stored: StateReader, index: int) -> Tensor:
+def _whole_tensor(entry: Entry, stored: StateReader, index: int) -> Tensor:
     return entry.to_hf(stored.read(entry.ours))[index]
 
 

@@ -5,10 +5,12 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_v2pe.checkpoint.convert.convert import export_hf, import_hf, open_hf
-from megatron_v2pe.checkpoint.convert.hf_load import BoxReader, copy_hf_folder
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.hf_source import copy_hf_folder, open_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.convert.load_hf import BoxReader
 from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
-from megatron_v2pe.checkpoint.state.dist_io import StateReader
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from tests.support.hf_folders import GOLDEN, folder_bytes
 
 KEYS = sorted(path.name for path in GOLDEN.parent.iterdir() if (path / "model.safetensors").is_file())

@@ -1,4 +1,4 @@
-"""The tables of `hf_tables`, filled in for one architecture and inverted by code: names, shapes, transforms."""
+"""The tables of `families`, filled in for one architecture and inverted by code: names, shapes, transforms."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from math import prod
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.hf.tables import (
-    PROJECTOR,
-    VISION,
-    VISION_LAYER_NORM,
-    VISION_QK_NORM,
-    VISION_QKV_BIAS,
-    Rule,
-    language_table,
-)
+from megatron_v2pe.checkpoint.hf.families.registry import model_tables
+from megatron_v2pe.checkpoint.hf.rules import Rule
 from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.architecture import InternVLArchitecture
 
@@ -27,7 +20,7 @@ class Entry:
     """A rule with its layer number filled in: the tensors of one parameter of ours.
 
     Attributes:
-        hf: Hugging Face names, in the order in which the transform takes them.
+        hf: Hugging Face names, in the order of the arguments of the transform.
         ours: our name.
         hf_shapes: shape of each Hugging Face tensor.
         transform: between the two.
@@ -41,7 +34,7 @@ class Entry:
     def to_hf(self, stored: Tensor) -> list[Tensor]:
         """The Hugging Face tensors of a stored one, without padding.
 
-        Rows and columns that a run added (vocabulary, heads of a split vision tower) lie behind the real ones.
+        Rows and columns that a run added (vocabulary, heads of a split vision tower) come after the real ones.
         """
         if len(self.hf) == 1:
             stored = stored[tuple(slice(size) for size in self.hf_shapes[0])]
@@ -69,7 +62,7 @@ class NameMap:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all Hugging Face tensors that are kept."""
+        """Elements of all Hugging Face tensors that are kept."""
         return sum(prod(shape) for entry in self.by_ours.values() for shape in entry.hf_shapes)
 
     def drop_reason(self, hf_name: str) -> str:
@@ -78,7 +71,7 @@ class NameMap:
 
 
 def family_name(arch: InternVLArchitecture) -> str:
-    """Language and vision family in one word, for reports and `checkpoint.json`."""
+    """Language and vision family as one name, for reports and `checkpoint.json`."""
     vision = "vit300m" if arch.vision.norm_type == "layer_norm" else "vit6b"
     return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
 
@@ -88,7 +81,7 @@ def name_map(arch: InternVLArchitecture) -> NameMap:
     sizes = _sizes(arch)
     entries: list[Entry] = []
     dropped: dict[re.Pattern[str], str] = {}
-    for rules, num_layers in _tables(arch):
+    for rules, num_layers in model_tables(arch):
         for rule in rules:
             if rule.reason:
                 patterns = (re.escape(name).replace(r"\{i\}", r"\d+") for name in rule.hf)
@@ -97,18 +90,6 @@ def name_map(arch: InternVLArchitecture) -> NameMap:
                 entries.extend(_expand(rule, num_layers, sizes, rule.transform(arch)))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
-
-
-def _tables(arch: InternVLArchitecture) -> Iterable[tuple[tuple[Rule, ...], int]]:
-    yield VISION, arch.vision.num_layers
-    if arch.vision.norm_type == "layer_norm":
-        yield VISION_LAYER_NORM, arch.vision.num_layers
-    if arch.vision.qkv_bias:
-        yield VISION_QKV_BIAS, arch.vision.num_layers
-    if arch.vision.qk_normalization:
-        yield VISION_QK_NORM, arch.vision.num_layers
-    yield PROJECTOR, 0
-    yield language_table(arch), arch.language.num_layers
 
 
 def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
@@ -132,8 +113,8 @@ def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
 
 def _expand(rule: Rule, num_layers: int, sizes: dict[str, int], transform: Transform) -> Iterable[Entry]:
     shapes = [
-        tuple(sizes[size] if size in sizes else int(size) for size in part.split())
-        for part in rule.shape.split("|")
+        tuple(sizes[size] if size in sizes else int(size) for size in shape.split())
+        for shape in rule.shape.split("|")
     ]
     if len(shapes) == 1:
         shapes *= len(rule.hf)

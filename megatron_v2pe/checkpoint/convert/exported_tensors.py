@@ -1,4 +1,4 @@
-"""A checkpoint seen as the Hugging Face folder that it exports to: names, dtypes, shapes, and the bytes of each tensor.
+"""A checkpoint as the Hugging Face folder that it exports to: names, dtypes, shapes, and the bytes of each tensor.
 
 weights_layout.json --as_stored--> files        state --blocks--> bytes, row by row
 """
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from megatron_v2pe.checkpoint.adapters.merge import open_state
 from megatron_v2pe.checkpoint.files.block_stream import Block
-from megatron_v2pe.checkpoint.files.folder import LAYOUT_FILE, hf_path
+from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE
 from megatron_v2pe.checkpoint.hf.converted_blocks import (
     Dtype,
     Progress,
@@ -23,9 +25,8 @@ from megatron_v2pe.checkpoint.hf.converted_blocks import (
     converted_info,
     silent,
 )
-from megatron_v2pe.checkpoint.hf.map import name_map
+from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.hf.row_runs import rows_of_hf
-from megatron_v2pe.checkpoint.state.dist_io import raise_together
 from megatron_v2pe.config.architecture import read_architecture
 
 
@@ -35,12 +36,12 @@ class ExportedTensors:
     Args:
         checkpoint_folder: a complete checkpoint; one of adapters appears merged into its base.
         dtype: cast floating point tensors.
-        progress: told the bytes of each block that is read.
+        progress: called with the bytes of each block that is read.
 
     Attributes:
         names: the table of its architecture.
         state: the stored tensors.
-        not_finite: NaN and Inf that were seen, by our names.
+        not_finite: number of NaN and Inf that were read, by our names.
 
     Raises:
         CheckpointError: the checkpoint lacks parameters of its own architecture.
@@ -52,14 +53,15 @@ class ExportedTensors:
         self.names = name_map(read_architecture(hf_path(checkpoint_folder)))
         self.state = open_state(checkpoint_folder)
         self.not_finite: Counter[str] = Counter()
-        self._dtype, self._progress = dtype, progress
+        self._dtype = dtype
+        self._progress = progress
         missing = sorted(set(self.names.by_ours) - set(self.state.tensors))
-        raise_together(f"{checkpoint_folder}: lacks parameters", missing)
+        raise_problems(f"{checkpoint_folder}: lacks parameters", missing)
 
     def as_stored(self, file: WeightFile) -> WeightFile:
-        """The same file with the dtypes that the checkpoint holds (a bfloat16 run of a float32 import)."""
+        """The same file with the dtypes of the checkpoint (a bfloat16 run of a float32 import)."""
         unknown = sorted(set(file.tensors) - set(self.names.by_hf))
-        raise_together(f"{self.state.folder.parent}: {LAYOUT_FILE} names unknown tensors", unknown)
+        raise_problems(f"{self.state.folder.parent}: {LAYOUT_FILE} names unknown tensors", unknown)
         infos = self.infos()
         return WeightFile(file.name, {name: infos[name] for name in file.tensors}, file.metadata)
 

@@ -1,0 +1,122 @@
+"""Checkpoint folder -> Hugging Face folder.
+
+    weights_layout.json -> side files, index, weight files of full size -> each tensor into its place, row by row
+
+Several ranks (`launched_ranks`) share the tensors and write the same bytes as one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
+from megatron_v2pe.checkpoint.convert.hf_source import copy_side_files
+from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
+from megatron_v2pe.checkpoint.files.block_stream import BlockStream
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.tensor_files import WeightFile
+from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, read_layout
+from megatron_v2pe.checkpoint.hf.config_json import update_dtype
+from megatron_v2pe.checkpoint.hf.converted_blocks import Dtype, Progress, silent
+from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, index_text, plan_weight_files, side_files
+from megatron_v2pe.checkpoint.state.ranks import (
+    ensure_process_group,
+    on_all_ranks,
+    on_first_rank,
+    rank_and_world_size,
+)
+from megatron_v2pe.core.files import write_atomic
+
+
+def export_hf(
+    checkpoint_folder: str | Path,
+    target: str | Path,
+    *,
+    force: bool = False,
+    dtype: Dtype = "keep",
+    max_shard_bytes: int = 0,
+    progress: Progress = silent,
+    expect: Progress = silent,
+) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder. Collective where there are several ranks.
+
+    Args:
+        checkpoint_folder: written by `import_hf` or by training; adapters are merged into their base.
+        target: folder to create.
+        force: replace `target` if it exists, once the new one is complete.
+        dtype: cast floating point tensors.
+        max_shard_bytes: largest weight file; 0 keeps the files of the imported folder.
+        progress: called with the bytes of each block.
+        expect: called once, before, with all bytes of this rank.
+
+    Raises:
+        CheckpointError: not a complete checkpoint, a tensor is missing, or the target cannot be written.
+    """
+    read_info(checkpoint_folder)
+    hf = hf_path(checkpoint_folder)
+    exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress)
+    files = [exported.as_stored(file) for file in read_layout(hf)]
+    if max_shard_bytes:
+        everything = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        files = plan_weight_files(everything, max_shard_bytes=max_shard_bytes)
+    needed_bytes = sum(file.num_bytes for file in files)
+    with ensure_process_group(), staged_by_ranks(target, force=force, needed_bytes=needed_bytes) as folder:
+        on_first_rank(lambda: _write_all_but_tensors(folder, hf, files, dtype))
+        mine = _share(files, *rank_and_world_size())
+        expect(sum(file.tensors[name].num_bytes for file, names in mine for name in names))
+        on_all_ranks(lambda: _write_tensors(folder, mine, exported))
+        warn_of_not_finite(exported.not_finite, dtype)
+
+
+def _write_all_but_tensors(folder: Path, hf: Path, files: Sequence[WeightFile], dtype: Dtype) -> None:
+    """Side files, index, and weight files of their final size with a header."""
+    copy_side_files(hf, folder, [path for path in side_files(hf) if str(path) != LAYOUT_FILE])
+    update_dtype(folder / "config.json", dtype)
+    _write_index(folder, files)
+    for file in files:
+        with (folder / file.name).open("wb") as stream:
+            stream.write(file.header())
+            stream.truncate(stream.tell() + file.num_bytes)
+
+
+def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
+    """Keep the index that was copied with the side files if it is true of `files`, else write or remove it."""
+    path = folder / INDEX_FILE
+    weight_map = {name: file.name for file in files for name in file.tensors}
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["weight_map"] == weight_map:
+        return
+    path.unlink(missing_ok=True)
+    if len(files) > 1:
+        write_atomic(path, index_text(files))
+
+
+def _share(files: Sequence[WeightFile], rank: int, world_size: int) -> list[tuple[WeightFile, list[str]]]:
+    """The tensors that a rank writes, file by file: those that begin in its equal range of all bytes."""
+    total = sum(file.num_bytes for file in files)
+    first = total * rank // world_size
+    stop = total * (rank + 1) // world_size
+    share = []
+    file_start = 0
+    for file in files:
+        starts = file.offsets()
+        names = [name for name in file.tensors if first <= file_start + starts[name] < stop]
+        if names:
+            share.append((file, names))
+        file_start += file.num_bytes
+    return share
+
+
+def _write_tensors(
+    folder: Path, share: Iterable[tuple[WeightFile, Iterable[str]]], exported: ExportedTensors
+) -> None:
+    with BlockStream() as stream:
+        for file, names in share:
+            stream.open(folder / file.name)
+            data_start = len(file.header())
+            starts = file.offsets()
+            for name in names:
+                stream.position = data_start + starts[name]
+                stream.put_blocks(exported.blocks(name))
+            stream.close()

@@ -1,0 +1,88 @@
+"""A Hugging Face folder as the source of weights: opened, checked against its config.json, side files copied."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from megatron_v2pe.checkpoint.files.problems import raise_problems
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, write_layout
+from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
+from megatron_v2pe.checkpoint.hf.weight_files import side_files
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def open_hf(
+    hf_folder: str | Path, *, allow_pickle: bool = False
+) -> tuple[HFWeights, InternVLArchitecture, NameMap]:
+    """Open a Hugging Face folder and check all of it: files, architecture, names, shapes.
+
+    Raises:
+        CheckpointError: one message with every problem found.
+    """
+    weights = HFWeights(hf_folder, allow_pickle=allow_pickle)
+    problems = list(weights.problems)
+    names = None
+    try:
+        arch = read_architecture(hf_folder)
+        names = name_map(arch)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if names is not None and weights.files:
+        problems += _unknown_or_misshapen(weights.tensors, names)
+        if not weights.problems:  # else a missing file has been reported, not each of its tensors
+            problems += [f"{name}: missing" for name in names.by_hf if name not in weights.tensors]
+        problems += _mixed_dtypes(weights.tensors, names)
+    raise_problems(f"{hf_folder}: cannot be imported", problems)
+    assert names is not None
+    return weights, arch, names
+
+
+def _unknown_or_misshapen(tensors: Mapping[str, TensorInfo], names: NameMap) -> Iterator[str]:
+    for name, info in tensors.items():
+        entry = names.by_hf.get(name)
+        if entry is None and not names.drop_reason(name):
+            yield f"{name}: this architecture has no such tensor"
+        elif entry is not None and info.shape != names.hf_shape(name):
+            yield f"{name}: has shape {info.shape}, config.json makes it {names.hf_shape(name)}"
+
+
+def _mixed_dtypes(tensors: Mapping[str, TensorInfo], names: NameMap) -> Iterator[str]:
+    for entry in names.by_ours.values():
+        dtypes = {tensors[name].dtype for name in entry.hf if name in tensors}
+        if len(dtypes) > 1:
+            yield f"{', '.join(entry.hf)}: different dtypes, but together they are one parameter"
+
+
+def without_dropped(file: WeightFile, names: NameMap) -> WeightFile:
+    """The file without the tensors that the table drops; each is logged with its reason."""
+    dropped = {name: names.drop_reason(name) for name in file.tensors if name not in names.by_hf}
+    for name, reason in dropped.items():
+        logger.warning("%s: left out of the checkpoint, %s", name, reason)
+    tensors = {name: info for name, info in file.tensors.items() if name not in dropped}
+    return WeightFile(file.name, tensors, file.metadata)
+
+
+def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
+    """Copy files, byte for byte, to the same relative paths below `target`."""
+    for path in paths:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)
+
+
+def copy_hf_folder(source: Path, target: Path) -> None:
+    """Make a checkpoint's `hf/`: from that of another, or from a Hugging Face folder without its weights."""
+    if (source / LAYOUT_FILE).is_file():
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
+        return
+    weights, _, names = open_hf(source)
+    target.mkdir()
+    copy_side_files(source, target, side_files(source))
+    write_layout(target, [without_dropped(file, names) for file in weights.files])

@@ -1,0 +1,1 @@
+"""Tables of names, one file for each language model family."""
