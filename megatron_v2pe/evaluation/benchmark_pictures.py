@@ -231,9 +231,9 @@ def stride_text(name: str, tokens_per_tile: int) -> str:
 def length_text(tokens: int) -> str:
     """A length as people write it.
 
-    Example: 512, 4096, 12000, 1048576 are "512", "4K", "12K", "1M".
+    Example: 512, 4096, 12000, 128000, 1048576 are "512", "4K", "12K", "128K", "1M".
     """
-    for unit, name in ((2**20, "M"), (10**6, "M"), (1024, "K"), (1000, "K")):
+    for unit, name in ((10**6, "M"), (2**20, "M"), (1000, "K"), (1024, "K")):
         if tokens >= unit and tokens % unit == 0:
             return f"{tokens // unit}{name}"
     return f"{tokens / 1000:.1f}K" if tokens >= 10_000 else str(tokens)
