@@ -31,6 +31,7 @@ VERBS = {
     "runs": "what happened in a run, with curves; two runs side by side",
     "generate": "answer a prompt with images, greedily",
     "evaluate": "published benchmarks, or retrieval over lengths, by stride, with a report",
+    "lmms": "lmms-eval's tasks with this model, as a second judge",
     "score": "score a benchmark's answers again, without a model",
     "paper-table": "the paper's and the model card's numbers beside ours",
     "check-data": "what of the published benchmarks is here, and what to download",

@@ -16,6 +16,7 @@ from megatron_v2pe.evaluation.benchmarks.mmlongbench import MMLongBench
 from megatron_v2pe.evaluation.benchmarks.mmmu import MMMU
 from megatron_v2pe.evaluation.benchmarks.pope import POPE
 from megatron_v2pe.evaluation.benchmarks.video import MVBench, VideoMME
+from megatron_v2pe.evaluation.lmms.questions import HarnessQuestions
 from megatron_v2pe.evaluation.metrics.letters import LETTER_RULES, LetterRule
 
 BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
@@ -38,6 +39,10 @@ BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
 }
 
 
+# Not of the paper: questions of a harness, which scores their answers itself.
+OTHERS: dict[str, Callable[[], Benchmark]] = {"lmms": HarnessQuestions}
+
+
 def find_benchmark(name: str, *, letters: LetterRule = "release") -> Benchmark:
     """A benchmark by name.
 
@@ -50,6 +55,8 @@ def find_benchmark(name: str, *, letters: LetterRule = "release") -> Benchmark:
     """
     if letters not in LETTER_RULES:
         raise ConfigError(f"--letters is {letters!r}, but must be one of {', '.join(LETTER_RULES)}")
+    if name in OTHERS:
+        return OTHERS[name]()
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
