@@ -4,7 +4,7 @@ r"""The answer normaliser of the VQA challenge, which MM-NIAH, MileBench, TextVQ
 
 Antol et al., VQA (2015); the EvalAI server's version of it. Quirks of the published code change recorded scores, so
 they are kept and named: the number table (`NUMBERS_TO_TEN`, `NUMBERS_TO_NINETY`); a period is only taken out where no
-digit follows and at most 32 times (the flag `re.UNICODE`, 32, is passed where the count belongs); and the look-behind
+digit follows and at most 32 times (the flag `re.UNICODE`, 32, is passed where the count belongs); and the lookaround
 `(?!<=\d)`, which is none.
 """
 

@@ -96,7 +96,7 @@ def test_milebench_equals_every_recorded_set(tmp_path):
 
 
 def test_the_one_answer_of_wikivqa_that_the_first_letter_rule_reads_differently(tmp_path):
-    """The folder was recorded after the rule had been changed: one answer of 200 begins with a letter and goes on."""
+    """The folder was recorded after the rule had been changed: one answer of 200 begins with a letter and continues."""
     folder = unpacked(tmp_path, ["WikiVQA"])
     values = {rule: milebench(folder, rule) for rule in ("release", "single", "fork")}
     assert [values[rule].metrics["WikiVQA"] for rule in values] == pytest.approx(
