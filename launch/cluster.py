@@ -54,7 +54,7 @@ class Cluster:
         time: time limit where the command line gives none.
         account: account to charge.
         qos: quality of service.
-        sbatch: further sbatch options, as written behind #SBATCH.
+        sbatch: further sbatch options, as written after #SBATCH.
         setup: shell lines before the command: modules, a virtual environment.
         env: variables of the command, beside those that every job sets.
         container: how the command reaches its software.
@@ -153,7 +153,7 @@ def limit_seconds(text: str, *, where: str) -> int:
 
 
 def _build(kind: Any, values: Any, *, where: str) -> Any:
-    """A dataclass from a mapping; the field's default tells its type."""
+    """A dataclass from a mapping; the field's default says its type."""
     if not isinstance(values, dict):
         raise LaunchError(f"{where}: must hold keys and values, found {type(values).__name__}")
     known = {each.name: each for each in dataclasses.fields(kind)}

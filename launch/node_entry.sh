@@ -9,7 +9,7 @@ set -eu
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # In a clone, the package need not be installed; in an installed package this folder is inside of it.
 [ ! -d "$project/megatron_v2pe" ] || export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
-# Looking at the nodes twice tells nothing new; a run that fails is worth another start.
+# Checking the nodes twice finds nothing new; a run that fails is worth another start.
 [ "$1" = preflight ] && V2PE_MAX_RESTARTS=0
 # `scancel --signal=USR1` reaches every process of the step; ranks save and end, torchrun would just die of it.
 trap '' USR1

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 from launch.cluster import Cluster, LaunchError, check_one_line, limit_seconds, read_cluster  # noqa: E402
 
 VERBS = ("train", "evaluate", "preflight")
-# Set where they are known to help, with the reason; a cluster file's env comes behind and wins.
+# Set where they are known to help, with the reason; a cluster file's env comes after and wins.
 GPU_ENV = {
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         "1",
@@ -242,11 +242,11 @@ def check_fit(cluster: Cluster, options: argparse.Namespace) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=around)
     if done.returncode == 0:
         return
-    told = (done.stdout + done.stderr).strip()
+    output = (done.stdout + done.stderr).strip()
     if options.force:
-        _say(f"submitting although plan says:\n{told}")
+        _say(f"submitting although plan says:\n{output}")
         return
-    raise LaunchError(f"plan refuses the run on {gpus} GPUs (--force submits it all the same):\n{told}")
+    raise LaunchError(f"plan refuses the run on {gpus} GPUs (--force submits it all the same):\n{output}")
 
 
 def _say(text: str) -> None:

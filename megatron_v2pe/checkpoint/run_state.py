@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 _SHOWN_CHANGES = 12
+_FORMER = {"config_hash"}  # in checkpoints of 0.1.0, which never read it
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,7 @@ class RunState:
         step: optimizer updates done.
         consumed_packs: packs drawn from the plan over all data parallel ranks.
         data_seed: seed of data order and strides.
-        data_hash: `settings_hash` of everything that decides which packs come in which order.
-        config_hash: `settings_hash` of the whole run configuration.
+        data_hash: digest of everything that decides which packs come in which order.
         position_mode: positions that were trained.
         position_stride: stride of `v2pe_fixed`, else 0.
         schedule: state of the learning rate schedule.
@@ -37,7 +35,6 @@ class RunState:
     consumed_packs: int
     data_seed: int
     data_hash: str
-    config_hash: str
     position_mode: str = "default"
     position_stride: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +58,7 @@ class RunState:
             raise CheckpointError(
                 "the checkpoint holds weights only (it was imported); a run cannot resume from it"
             )
+        values = {name: value for name, value in values.items() if name not in _FORMER}
         if set(values) != known:
             odd = ", ".join(sorted(set(values) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
@@ -105,9 +103,3 @@ class RunState:
         ]
         more = len(changed) - len(lines)
         return "; changed:" + "".join(lines) + (f"\n  ... and {more} more" if more else "")
-
-
-def settings_hash(values: dict[str, Any]) -> str:
-    """Short hash of plain values, independent of key order."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

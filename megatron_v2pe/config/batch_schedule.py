@@ -1,4 +1,4 @@
-"""How many packs a step takes: a pure function of the step number.
+"""How many packs a step has: a pure function of the step number.
 
     optim.global_batch_size | optim.global_batch_tokens / data.max_pack_tokens    packs of a step
     optim.batch_rampup [START, INCREMENT, PACKS]                                  fewer of them at first
@@ -14,6 +14,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from megatron_v2pe.config.rules import divisors, nearest_multiples
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -24,7 +25,7 @@ class Level:
 
     Attributes:
         from_step: first of them, 0-based.
-        from_pack: packs that the steps before it took.
+        from_pack: packs of all steps before it.
         size: packs of each step.
     """
 
@@ -45,7 +46,7 @@ class BatchSchedule:
 
     @property
     def full_size(self) -> int:
-        """Packs of a step behind the ramp-up."""
+        """Packs of a step after the ramp-up."""
         return self.levels[-1].size
 
     @property
@@ -63,8 +64,8 @@ class BatchSchedule:
         return level.from_pack + (step - level.from_step) * level.size
 
     def _level(self, step: int) -> Level:
-        place = bisect.bisect_right(self.levels, step, key=lambda level: level.from_step)
-        return self.levels[place - 1]
+        index = bisect.bisect_right(self.levels, step, key=lambda level: level.from_step)
+        return self.levels[index - 1]
 
     @property
     def text(self) -> str:
@@ -76,7 +77,7 @@ class BatchSchedule:
 
 
 def constant_batches(size: int) -> BatchSchedule:
-    """Every step takes as many packs."""
+    """Every step has as many packs."""
     return BatchSchedule((Level(from_step=0, from_pack=0, size=size),))
 
 
@@ -84,13 +85,13 @@ def ramped_batches(*, start: int, increment: int, packs: int, size: int) -> Batc
     """Megatron's `--rampup-batch-size START INCREMENT SAMPLES`, counted in packs.
 
     The `packs` are cut into as many equal parts as there are increments. A step is as large as the part says that its
-    first pack lies in; behind them all, it has the full size.
+    first pack lies in; after them all, it has the full size.
 
     Args:
         start: packs of the first step.
         increment: packs by which steps grow; must divide size - start.
         packs: over how many packs they grow.
-        size: packs of a step behind the ramp-up.
+        size: packs of a step after the ramp-up.
     """
     num_parts = (size - start) // increment
     levels: list[Level] = []
@@ -117,18 +118,18 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
     if start >= size:
         raise ConfigError(
             f"{where}, but a step has {size} in the end and there is nothing to grow; lower START, raise "
-            "optim.global_batch_size or optim.global_batch_tokens, or leave the ramp-up out"
+            "optim.global_batch_size or optim.global_batch_tokens, or omit the ramp-up"
         )
     if (size - start) % increment:
         raise ConfigError(
             f"{where} and adds {increment} at a time, but the step of {size} is {size - start} away, of which "
-            f"INCREMENT must be a divisor: {_divisors(size - start)}"
+            f"INCREMENT must be a divisor: {divisors(size - start)}"
         )
     return ramped_batches(start=start, increment=increment, packs=packs, size=size)
 
 
 def check_batches(config: RunConfig, *, dp: int) -> None:
-    """Every step deals equally many packs to each data parallel rank, as the interleaved schedule needs them.
+    """Every step gives each data parallel rank as many packs as the others, in numbers that the schedule can run.
 
     Raises:
         ConfigError: with the nearest size that does.
@@ -153,35 +154,26 @@ def _refusal(config: RunConfig, batches: BatchSchedule, level: Level, reason: st
     if optim.batch_rampup:
         return (
             f"optim.batch_rampup is {list(optim.batch_rampup)}: from step {level.from_step + 1} on a step has "
-            f"{level.size} packs, {reason}; choose START, INCREMENT and the {batches.full_size} packs behind the "
+            f"{level.size} packs, {reason}; choose START, INCREMENT and the {batches.full_size} packs after the "
             f"ramp-up as multiples of {divisor}"
         )
     if optim.global_batch_tokens:
-        tokens = _nearest(optim.global_batch_tokens, divisor * config.data.max_pack_tokens)
+        tokens = nearest_multiples(optim.global_batch_tokens, divisor * config.data.max_pack_tokens)
         return (
             f"optim.global_batch_tokens is {optim.global_batch_tokens}, {level.size} packs of data.max_pack_tokens, "
             f"{reason}; nearest: {tokens}"
         )
-    return f"optim.global_batch_size is {level.size}, {reason}; nearest: {_nearest(level.size, divisor)}"
+    return f"optim.global_batch_size is {level.size}, {reason}; nearest: {nearest_multiples(level.size, divisor)}"
 
 
 def _full_size(config: RunConfig) -> int:
-    """Packs of a step behind the ramp-up."""
+    """Packs of a step after the ramp-up."""
     tokens, pack = config.optim.global_batch_tokens, config.data.max_pack_tokens
     if not tokens:
         return config.optim.global_batch_size or 1
     if tokens % pack:
         raise ConfigError(
             f"optim.global_batch_tokens is {tokens}, but packs of data.max_pack_tokens = {pack} must divide it; "
-            f"nearest: {_nearest(tokens, pack)}"
+            f"nearest: {nearest_multiples(tokens, pack)}"
         )
     return tokens // pack
-
-
-def _nearest(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return " or ".join(str(size) for size in (below, below + divisor) if size)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)

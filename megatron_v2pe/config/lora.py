@@ -10,14 +10,11 @@ names whatever the language model is; those do not exist in InternLM2, whose own
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.parts import PARTS, Part
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
-Part = Literal["language", "vision", "projector"]
-PARTS: tuple[Part, ...] = get_args(Part)
 LinearNames = dict[str, tuple[str, ...]]
 
 _LLAMA: LinearNames = {
@@ -68,12 +65,7 @@ def adapted_names(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> t
 
 def parts_trained_whole(config: RunConfig) -> tuple[Part, ...]:
     """Parts whose own weights are trained: not frozen, and without adapters."""
-    frozen: dict[Part, bool] = {
-        "language": config.model.freeze_language,
-        "vision": config.vision.freeze,
-        "projector": config.model.freeze_projector,
-    }
-    return tuple(part for part in PARTS if not frozen[part] and not config.lora.rank_of(part))
+    return tuple(part for part in PARTS if not config.is_frozen(part) and not config.lora.rank_of(part))
 
 
 def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:

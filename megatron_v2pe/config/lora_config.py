@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_v2pe.config.parts import PARTS
 from megatron_v2pe.core.errors import ConfigError
 
 
@@ -18,14 +19,14 @@ class LoRAConfig:
     projector_rank: int = 0
     """Rank of the projector's adapters; 0 for none."""
     alpha: float = 0.0
-    """Adapters are scaled by alpha / rank; 0 takes 2 * rank for each part, as the release does."""
+    """Adapters are scaled by alpha / rank; 0 means 2 * rank for each part, as the release does."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is zeroed in training. The release trains with 0.05."""
     targets: tuple[str, ...] = ()
-    """Linears with adapters, by their Hugging Face names (wqkv, w1, q_proj, attn.qkv, mlp1.1); empty takes all."""
+    """Linears with adapters, by their Hugging Face names (wqkv, w1, q_proj, attn.qkv, mlp1.1); empty means all."""
 
     def __post_init__(self) -> None:
-        ranks = {f"lora.{part}_rank": self.rank_of(part) for part in ("language", "vision", "projector")}
+        ranks = {f"lora.{part}_rank": self.rank_of(part) for part in PARTS}
         for name, value in {**ranks, "lora.alpha": self.alpha}.items():
             if value < 0:
                 raise ConfigError(f"{name} is {value!r}, but must be >= 0")
@@ -36,7 +37,7 @@ class LoRAConfig:
         changed = [name for name in ("alpha", "dropout", "targets") if getattr(self, name)]
         if changed and not self.is_on:
             raise ConfigError(
-                f"lora.{changed[0]} is {getattr(self, changed[0])!r}, but no part has adapters; leave it out, or set "
+                f"lora.{changed[0]} is {getattr(self, changed[0])!r}, but no part has adapters; omit it, or set "
                 "lora.language_rank, lora.vision_rank or lora.projector_rank"
             )
 

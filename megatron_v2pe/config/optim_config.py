@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_v2pe.config.parts import FREEZE_FIELDS
+from megatron_v2pe.config.rules import require
 from megatron_v2pe.core.errors import ConfigError
-
-
-def _require(condition: bool, path: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path} is {value!r}, but {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +27,11 @@ class OptimConfig:
     lr: float = 5e-6
     """Peak learning rate."""
     lr_vision: float | None = None
-    """Peak learning rate of the vision tower (of its adapters, where it has some); null takes lr."""
+    """Peak learning rate of the vision tower (of its adapters, where it has some); null means lr."""
     lr_projector: float | None = None
-    """Peak learning rate of the projector; null takes lr."""
+    """Peak learning rate of the projector; null means lr."""
     lr_language: float | None = None
-    """Peak learning rate of the language model; null takes lr."""
+    """Peak learning rate of the language model; null means lr."""
     vision_layer_decay: float = 1.0
     """Learning rate of a vision layer over that of the layer above it, as VIT_LAYER_DECAY_RATE of the release: the last
     of L layers has lr_vision x this, the first lr_vision x this^L, patches and positions lr_vision x this^(L+1)."""
@@ -57,24 +54,24 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "optim.steps", self.steps, "must be at least 1")
+        require(self.steps >= 1, "optim.steps", self.steps, "must be at least 1")
         self._check_batch()
         self._check_rates()
-        _require(
+        require(
             0 <= self.warmup_steps < self.steps,
             "optim.warmup_steps",
             self.warmup_steps,
-            f"must be less than optim.steps = {self.steps}, as the decay takes at least one step, and not negative",
+            f"must be less than optim.steps = {self.steps}, as the decay needs at least one step, and not negative",
         )
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
         for name in ("weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
-        _require(self.eps > 0, "optim.eps", self.eps, "must be positive")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
+        require(self.eps > 0, "optim.eps", self.eps, "must be positive")
 
     def _check_batch(self) -> None:
         for name in ("global_batch_size", "global_batch_tokens"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must be >= 0")
         if self.global_batch_size and self.global_batch_tokens:
             raise ConfigError(
                 f"optim.global_batch_size is {self.global_batch_size} and optim.global_batch_tokens is "
@@ -82,7 +79,7 @@ class OptimConfig:
             )
         rampup = self.batch_rampup
         is_triple = len(rampup) == 3 and all(type(number) is int and number > 0 for number in rampup)
-        _require(
+        require(
             not rampup or is_triple,
             "optim.batch_rampup",
             list(rampup),
@@ -90,18 +87,13 @@ class OptimConfig:
         )
 
     def _check_rates(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
-        freezing = {
-            "vision": "vision.freeze",
-            "projector": "model.freeze_projector",
-            "language": "model.freeze_language",
-        }
-        for part, switch in freezing.items():
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "must lie in [0, optim.lr]")
+        for part, switch in FREEZE_FIELDS.items():
             rate = getattr(self, f"lr_{part}")
             rule = f"must be positive, or null for optim.lr; {switch}=true keeps the part as it is"
-            _require(rate is None or rate > 0, f"optim.lr_{part}", rate, rule)
-        _require(
+            require(rate is None or rate > 0, f"optim.lr_{part}", rate, rule)
+        require(
             0 < self.vision_layer_decay <= 1,
             "optim.vision_layer_decay",
             self.vision_layer_decay,

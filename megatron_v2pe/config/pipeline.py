@@ -2,7 +2,7 @@
 
     "Et*3|t*5|t*5|t*3L"      four stages; E embedding, vision and projector; t a decoder layer; L head and loss
 
-With virtual stages there are pp * vpp of them, dealt to the ranks in turn: stage s is on pipeline rank s % pp.
+With virtual stages there are pp * vpp of them, assigned to the ranks in turn: stage s is on pipeline rank s % pp.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check_layout(layout: str, *, num_stages: int, num_layers: int) -> None:
         raise ConfigError(f"{where}, which has {count} decoder layers, but the model has {num_layers}")
     joined = "|".join(stages)
     if not joined.startswith("E") or not joined.endswith("L") or joined.count("E") + joined.count("L") != 2:
-        raise ConfigError(f"{where}, but E must stand once, first, and L once, last")
+        raise ConfigError(f"{where}, but must have E once, first, and L once, last")
 
 
 def split_layers(num_layers: int, *, num_stages: int) -> str:

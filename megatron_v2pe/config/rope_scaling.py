@@ -19,7 +19,7 @@ from megatron_v2pe.core.errors import CheckpointError
 
 ScalingKind = Literal["none", "linear", "dynamic", "longrope", "llama3"]
 
-# 'v2pe' is what the release saves for plain frequencies (its defect D2).
+# 'v2pe' is what the release saves for plain frequencies, and cannot read again.
 _KINDS: dict[str, ScalingKind] = {
     "none": "none",
     "default": "none",
@@ -60,8 +60,8 @@ class RopeScaling:
     def is_trained_in(self) -> bool:
         """The weights know only these frequencies, at every length; V2PE keeps them.
 
-        Linear and dynamic scaling are ways to reach beyond the trained length, which V2PE takes the place of:
-        the release rotates by plain frequencies whichever of the two a checkpoint has.
+        Linear and dynamic scaling are ways to reach beyond the trained length, which V2PE replaces: the
+        release rotates by plain frequencies whichever of the two a checkpoint has.
         """
         return self.kind in ("longrope", "llama3")
 

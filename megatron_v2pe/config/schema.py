@@ -13,15 +13,12 @@ from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
 from megatron_v2pe.config.optim_config import OptimConfig
+from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
+from megatron_v2pe.config.rules import require
 from megatron_v2pe.core.errors import ConfigError
 
 MOST_TILES = 1024
-"""Of one image; all grids of so many tiles are looked at."""
-
-
-def _require(condition: bool, path: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path} is {value!r}, but {rule}")
+"""Of one image; all grids of up to so many tiles are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,7 @@ class ModelConfig:
     """Which checkpoint is trained, and which parts of it."""
 
     checkpoint: str = ""
-    """Folder written by `import-hf`, or a step folder of an earlier run; weights only are taken from it."""
+    """Folder written by `import-hf`, or a step folder of an earlier run; only its weights are used."""
     hf_path: str = ""
     """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
     its slices of the safetensors."""
@@ -40,14 +37,14 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
-    """Pieces in which a recomputed MLP takes its tokens, so that only one piece's inner activations exist."""
+    """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
     """Supervised tokens whose logits exist at a time."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.loss_chunk_tokens > 0, "model.loss_chunk_tokens", self.loss_chunk_tokens, "must be positive"
         )
         if self.checkpoint and self.hf_path:
@@ -55,10 +52,10 @@ class ModelConfig:
                 f"model.checkpoint is {self.checkpoint!r} and model.hf_path is {self.hf_path!r}, but weights come from "
                 "one place; set one of the two to ''"
             )
-        _require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
+        require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
         if self.mlp_chunks > 1 and self.recompute == "none":
             raise ConfigError(
-                f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all pieces would be kept; "
+                f"model.mlp_chunks is {self.mlp_chunks}, but model.recompute is 'none' and all chunks would be kept; "
                 "set model.recompute to selective or full, or mlp_chunks to 1"
             )
         if self.offload_activations and self.recompute != "full":
@@ -82,10 +79,10 @@ class VisionConfig:
     """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.drop_path_rate < 1, "vision.drop_path_rate", self.drop_path_rate, "must lie in [0, 1)"
         )
-        _require(
+        require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
 
@@ -103,22 +100,22 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between layers over the tensor parallel ranks."""
     vision: Literal["replicated", "tensor"] = "replicated"
-    """The vision tower on tensor parallel ranks. replicated: whole on each, tiles dealt over them where
+    """The vision tower on tensor parallel ranks. replicated: whole on each, tiles shared between them where
     sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
     """Decoder layers of each stage in Megatron's notation, such as Et*3|t*5|t*5|t*3L; empty splits evenly."""
     attention_backend: Literal["auto", "native", "transformer_engine"] = "auto"
-    """`auto` takes Transformer Engine in bfloat16 where it is installed and a GPU is present, else `native`."""
+    """`auto` uses Transformer Engine in bfloat16 where it is installed and a GPU is present, else `native`."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    """How context parallel ranks share a sequence. p2p: keys travel in a ring, hidden behind compute; all_gather
-    (native only): all keys at once; a2a: tokens are traded for heads, of which every tensor parallel rank needs a
+    """How context parallel ranks share a sequence. p2p: keys travel in a ring, overlapped with compute; all_gather
+    (native only): all keys at once; a2a: tokens are exchanged for heads, of which every tensor parallel rank needs a
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         if self.vision == "tensor" and self.tp == 1:
             raise ConfigError(
                 "parallel.vision is 'tensor', but parallel.tp is 1 and there is nothing to split over; set parallel.tp "
@@ -140,6 +137,25 @@ class ParallelConfig:
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
             )
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one model replica."""
+        return self.tp * self.pp * self.cp
+
+    def dp(self, world_size: int) -> int:
+        """Data parallel size: model replicas in a world of so many ranks.
+
+        Raises:
+            ConfigError: the world is not a whole number of them.
+        """
+        if world_size % self.replica_size:
+            raise ConfigError(
+                f"parallel.tp * parallel.pp * parallel.cp = {self.tp} * {self.pp} * {self.cp} = {self.replica_size} "
+                f"must divide the world size {world_size}; start a multiple of {self.replica_size} ranks, or make one "
+                "of the three smaller"
+            )
+        return world_size // self.replica_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumStage:
@@ -158,7 +174,7 @@ class DataConfig:
     meta: str = ""
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
     template: str = ""
-    """Chat template; empty takes the checkpoint's own (`template` of its config.json)."""
+    """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
     """Token budget of a pack, padding of documents excluded."""
     max_pack_tiles: int = 1024
@@ -180,7 +196,7 @@ class DataConfig:
     use_thumbnail: bool = True
     """Append the whole image as a last tile when it was cut into several."""
     pad2square: bool = False
-    """Pad an image to a square with the mean colour before resizing (only when it is not augmented)."""
+    """Pad an image to a square with the mean color before resizing (only when it is not augmented)."""
     normalize_type: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and standard deviation of the pixel normalisation."""
     loss_reduction: Literal["token", "sample", "square"] = "square"
@@ -188,7 +204,7 @@ class DataConfig:
     packing: Literal["best_fit", "release_greedy"] = "best_fit"
     """best_fit: packs as full and as alike as possible; release_greedy: the release's packer with its buffer of 20."""
     balance: bool = True
-    """Steps of packs that cost about the same, dealt so that data parallel ranks finish together; false is random."""
+    """Steps of packs that cost about the same, assigned so that data parallel ranks end together; false is random."""
     shuffle: bool = True
     """Shuffle samples before packing, anew each epoch."""
     num_workers: int = 0
@@ -206,7 +222,7 @@ class DataConfig:
     video_sampling: Literal["rand", "middle"] = "rand"
     """One frame of each equal interval: `rand` anew in every epoch, `middle` the same always."""
     max_video_seconds: float = 7200.0
-    """Longest video, or clip of one, that is gone through."""
+    """Longest video, or clip of one, that is read."""
     cache_dir: str = ""
     """Where measured lengths are kept; empty means `<runtime.run_dir>/data_cache`."""
     curriculum: tuple[CurriculumStage, ...] = ()
@@ -214,29 +230,29 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
-            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
+        require(
             self.min_dynamic_patch >= 1,
             "data.min_dynamic_patch",
             self.min_dynamic_patch,
             "must be at least 1",
         )
-        _require(
+        require(
             0 <= self.max_bad_samples <= 1, "data.max_bad_samples", self.max_bad_samples, "must lie in [0, 1]"
         )
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
-        _require(self.prefetch_mib >= 1, "data.prefetch_mib", self.prefetch_mib, "must be at least 1")
-        _require(
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be >= 0")
+        require(self.prefetch_mib >= 1, "data.prefetch_mib", self.prefetch_mib, "must be at least 1")
+        require(
             1 <= self.min_num_frame <= self.max_num_frame,
             "data.min_num_frame",
             self.min_num_frame,
             f"must lie in 1..data.max_num_frame = {self.max_num_frame}",
         )
-        _require(
+        require(
             self.max_video_seconds > 0, "data.max_video_seconds", self.max_video_seconds, "must be positive"
         )
         steps = [stage.from_step for stage in self.curriculum]
-        _require(
+        require(
             steps == sorted(set(steps)) and (not steps or steps[0] == 0),
             "data.curriculum",
             steps,
@@ -257,15 +273,15 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         if self.mode == "v2pe_fixed":
-            _require(
+            require(
                 self.stride >= 1, "position.stride", self.stride, "v2pe_fixed needs a stride of at least 1"
             )
         else:
-            _require(
+            require(
                 self.stride == 0,
                 "position.stride",
                 self.stride,
-                "only position.mode v2pe_fixed takes a stride",
+                "only position.mode v2pe_fixed has a stride",
             )
 
 
@@ -278,12 +294,12 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True
-    """Write checkpoints while training goes on, from a copy of each rank's state in host memory; where there is too
+    """Write checkpoints while training continues, from a copy of each rank's state in host memory; where there is too
     little of it, and at the last step, training waits, as it does with false."""
     resume: bool = True
     """Continue from the newest checkpoint of runtime.run_dir, when there is one."""
     verify: Literal["sizes", "full"] = "sizes"
-    """How the files of a checkpoint are looked at before it is loaded. sizes: missing and cut files are found; full:
+    """How the files of a checkpoint are checked before it is loaded. sizes: missing and cut files are found; full:
     every file is read and hashed as well, which also finds flipped bits."""
     fallback: bool = False
     """Continue from the newest good checkpoint when newer ones are damaged; false stops and names it."""
@@ -295,8 +311,8 @@ class CheckpointConfig:
     says what changed."""
 
     def __post_init__(self) -> None:
-        _require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,39 +344,39 @@ class RuntimeConfig:
     """Applied steps whose median loss max_loss_ratio refers to; before there are as many, no loss is too large."""
     profile_from_step: int = 0
     """First step of which a trace is written to <run_dir>/profile; 0 for none. A file <run_dir>/profile_now, or
-    SIGUSR2 to a rank, asks for the next steps while the run goes on."""
+    SIGUSR2 to a rank, asks for the next steps while the run continues."""
     profile_steps: int = 2
     """Steps that are profiled then, each into a trace of its own."""
     profile_ranks: str = "0"
     """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
-        _require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
-        _require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
-        _require(
+        require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
+        require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),
             "runtime.hang_timeout_s",
             self.hang_timeout_s,
             "must be >= 0 and finite",
         )
-        _require(
+        require(
             self.max_loss_ratio == 0 or 1 < self.max_loss_ratio < math.inf,
             "runtime.max_loss_ratio",
             self.max_loss_ratio,
             "must be above 1 and finite, or 0 to turn it off",
         )
-        _require(self.loss_window >= 1, "runtime.loss_window", self.loss_window, "must be at least 1")
-        _require(
+        require(self.loss_window >= 1, "runtime.loss_window", self.loss_window, "must be at least 1")
+        require(
             self.profile_from_step >= 0, "runtime.profile_from_step", self.profile_from_step, "must be >= 0"
         )
-        _require(self.profile_steps >= 1, "runtime.profile_steps", self.profile_steps, "must be at least 1")
-        _require(
+        require(self.profile_steps >= 1, "runtime.profile_steps", self.profile_steps, "must be at least 1")
+        require(
             re.fullmatch(r"all|[0-9]+(,[0-9]+)*", self.profile_ranks) is not None,
             "runtime.profile_ranks",
             self.profile_ranks,
             "must be all, or numbers of ranks with commas between, such as 0,8",
         )
-        _require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
+        require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,4 +399,9 @@ class RunConfig:
             for each in fields(values):
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
-                _require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+                require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+
+    def is_frozen(self, part: Part) -> bool:
+        """Whether the weights of a part stay as they are."""
+        section, name = FREEZE_FIELDS[part].split(".")
+        return getattr(getattr(self, section), name)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
+from megatron_v2pe.config.parts import PARTS
 from megatron_v2pe.config.pipeline import check_layout
+from megatron_v2pe.config.rules import divisors
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
 
@@ -65,7 +67,7 @@ def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
         if size % parallel.tp:
             raise ConfigError(
                 f"parallel.tp is {parallel.tp}, but must divide the {size} {what} of the language model; "
-                f"possible: {_divisors(size)}"
+                f"possible: {divisors(size)}"
             )
 
 
@@ -89,16 +91,16 @@ def check_comm_type(cp_comm_type: str, backend: str) -> None:
     if cp_comm_type == "all_gather":
         raise ConfigError(
             f"{where} Transformer Engine before 2.20 gathers keys of unpacked sequences only, and every batch here is "
-            "packed (thd); take p2p or a2a, or set parallel.attention_backend to native"
+            "packed (thd); use p2p or a2a, or set parallel.attention_backend to native"
         )
     raise ConfigError(
         f"{where} native attention has one level of context parallelism, and Transformer Engine before 2.20 refuses "
-        "two levels for packed sequences (thd), which every batch here is; take p2p or a2a"
+        "two levels for packed sequences (thd), which every batch here is; use p2p or a2a"
     )
 
 
 def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
-    """Trading tokens for heads gives every rank whole heads."""
+    """Exchanging tokens for heads gives every rank whole heads."""
     if parallel.cp_comm_type != "a2a":
         return
     language = arch.language
@@ -106,7 +108,7 @@ def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
         if size % (parallel.tp * parallel.cp):
             raise ConfigError(
                 f"parallel.cp_comm_type is 'a2a' with parallel.tp x parallel.cp = {parallel.tp} x {parallel.cp}, which "
-                f"must divide the {size} {what} of the language model; make tp or cp smaller, or take p2p"
+                f"must divide the {size} {what} of the language model; make tp or cp smaller, or use p2p"
             )
 
 
@@ -119,7 +121,7 @@ def check_vision_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> 
         if size % parallel.tp:
             raise ConfigError(
                 f"parallel.tp is {parallel.tp} with parallel.vision 'tensor', but must divide the {size} {what} "
-                f"channels; possible: {_divisors(size)}, or set parallel.vision to replicated"
+                f"channels; possible: {divisors(size)}, or set parallel.vision to replicated"
             )
     if arch.vision.qk_normalization and arch.vision.norm_type != "rms_norm":
         raise ConfigError(
@@ -136,21 +138,13 @@ def check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:
     elif num_layers % num_stages:
         raise ConfigError(
             f"parallel.pp x parallel.vpp is {parallel.pp} x {parallel.vpp} = {num_stages}, but must divide the "
-            f"{num_layers} decoder layers; possible: {_divisors(num_layers)}, or set parallel.pipeline_layout"
+            f"{num_layers} decoder layers; possible: {divisors(num_layers)}, or set parallel.pipeline_layout"
         )
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
     """Ranks fill whole model replicas, and the packs of every step fill whole rounds over the replicas."""
-    parallel = config.parallel
-    replica = parallel.tp * parallel.pp * parallel.cp
-    if world_size % replica:
-        raise ConfigError(
-            f"the world has {world_size} ranks, but parallel.tp x parallel.pp x parallel.cp = "
-            f"{parallel.tp} x {parallel.pp} x {parallel.cp} = {replica} must divide it; start a multiple of "
-            f"{replica} ranks or make an axis smaller"
-        )
-    check_batches(config, dp=world_size // replica)
+    check_batches(config, dp=config.parallel.dp(world_size))
 
 
 def check_profiled_ranks(runtime: RuntimeConfig, world_size: int) -> None:
@@ -199,25 +193,20 @@ def check_lengths(data: DataConfig) -> None:
 
 def check_part_rates(config: RunConfig) -> None:
     """A learning rate of its own is for a part that learns."""
-    frozen = {
-        "vision": config.vision.freeze,
-        "projector": config.model.freeze_projector,
-        "language": config.model.freeze_language,
-    }
     optim = config.optim
-    for part, is_frozen in frozen.items():
-        if not is_frozen or config.lora.rank_of(part):
+    for part in PARTS:
+        if not config.is_frozen(part) or config.lora.rank_of(part):
             continue
         rate = getattr(optim, f"lr_{part}")
         if rate is not None:
             raise ConfigError(
-                f"optim.lr_{part} is {rate}, but the {part} part is frozen and has no adapters; leave it out or "
+                f"optim.lr_{part} is {rate}, but the {part} part is frozen and has no adapters; omit it or "
                 "train the part"
             )
         if part == "vision" and optim.vision_layer_decay != 1:
             raise ConfigError(
                 f"optim.vision_layer_decay is {optim.vision_layer_decay}, but the vision tower is frozen and has no "
-                "adapters; leave it out, or set vision.freeze to false"
+                "adapters; omit it, or set vision.freeze to false"
             )
 
 
@@ -228,13 +217,3 @@ def check_something_is_trained(config: RunConfig) -> None:
             "model.freeze_language, model.freeze_projector and vision.freeze are all true, but then "
             "nothing is trained; set one of them to false, or train adapters (lora.language_rank)"
         )
-
-
-def _divisors(size: int) -> str:
-    return _few([number for number in range(1, size + 1) if size % number == 0])
-
-
-def _few(numbers: list[int]) -> str:
-    """At most eight of the numbers: the small ones are those that a user wants."""
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown + (", ..." if len(numbers) > 8 else "") if numbers else "none"

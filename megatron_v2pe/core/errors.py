@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend. The command line prints them in one message and exits with 2."""
+"""Mistakes that a user can correct. The command line prints them in one message and exits with 2."""
 
 
 class V2PEError(Exception):
@@ -24,4 +24,4 @@ class CheckpointError(V2PEError):
 
 
 class TrainingError(V2PEError):
-    """A run cannot go on as it is configured: its numbers stopped being finite."""
+    """A run cannot continue as it is configured: its numbers stopped being finite."""

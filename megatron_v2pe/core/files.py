@@ -23,7 +23,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Write a whole file or nothing; text is written as UTF-8, an existing file is replaced.
 
     Raises:
-        OSError: the folder is missing or cannot be written; no file is left behind.
+        OSError: the folder is missing or cannot be written; no temporary file is left.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -44,7 +44,7 @@ def commit_folder(tmp: str | Path, final: str | Path) -> None:
 
     Args:
         tmp: complete folder on the same file system as `final`.
-        final: name to take; must not exist, replacing a folder is not atomic and is the caller's decision.
+        final: the new name; must not exist, replacing a folder is not atomic and is the caller's decision.
 
     Raises:
         FileExistsError: `final` exists.
@@ -85,14 +85,14 @@ def writable_folder(path: str | Path, *, field: str) -> Path:
     except OSError as error:
         raise ConfigError(
             f"{field} is {str(path)!r}, but that folder cannot be written ({error.strerror}); "
-            "choose another or mend its permissions"
+            "choose another or correct its permissions"
         ) from None
     return folder
 
 
 @contextmanager
 def explained_full_disk(folder: Path) -> Iterator[None]:
-    """A disk that is full, or was made read-only, while a run goes on is told as a mistake that can be mended.
+    """Report a disk that is full, or was made read-only during a run, as a mistake that can be corrected.
 
     Args:
         folder: of the run.
@@ -105,19 +105,19 @@ def explained_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        told = ConfigError(
+        explained = ConfigError(
             f"{error.filename or folder}: cannot be written ({error.strerror}); {_free(folder)}. Make room or raise "
             "the quota, and start again: the same command continues from the newest checkpoint"
         )
-        told.is_final = False
-        raise told from error
+        explained.is_final = False
+        raise explained from error
 
 
 def _free(folder: Path) -> str:
     try:
         return f"the disk of {folder} has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
     except OSError as error:
-        return f"{folder} cannot be looked at ({error.strerror})"
+        return f"free space of {folder} is not known ({error.strerror})"
 
 
 def _sync(path: Path) -> None:

@@ -13,11 +13,11 @@ from megatron_v2pe.core.errors import DataError
 
 
 def read_jsonl(path: str | Path, *, skip_cut: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a file with their line numbers, counted from 1; empty lines are passed over.
+    """Objects of a file with their line numbers, counted from 1; empty lines are skipped.
 
     Args:
         path: the file.
-        skip_cut: pass over a last line that lacks its end: whoever appended it died, or its disk was full.
+        skip_cut: skip a last line without its end: its writer died, or the disk was full.
 
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8, not json, or not an object.

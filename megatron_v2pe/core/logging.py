@@ -1,6 +1,7 @@
-"""Log lines of a run with many ranks: rank 0 speaks, the others only warn.
+"""Log lines of a run with many ranks: rank 0 logs all, the others only warnings. Everything goes to stderr.
 
-Everything goes to stderr, so that stdout stays what a command was asked for.
+17:20:01 step 7/1000  loss 2.1234 ...              rank 0, INFO
+17:20:01 rank 3 WARNING disk is slow               everything else
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import warnings
 _ROOT = "megatron_v2pe"
 
 
-class _RankFilter(logging.Filter):
-    """Adds the rank to a record."""
+class _RankFormatter(logging.Formatter):
+    """Names rank and level where they are not what a person expects."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__()
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         self._rank = rank
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = self._rank
-        return True
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        if self._rank != 0 or record.levelno != logging.INFO:
+            record.message = f"rank {self._rank} {record.levelname} {record.message}"
+        return super().formatMessage(record)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -32,7 +34,7 @@ def get_logger(name: str) -> logging.Logger:
 def quiet_dependencies() -> None:
     """Hide warnings that megatron-core and torch's process groups address to their own developers.
 
-    At every start megatron-core tells five times that apex and Transformer Engine are missing (`doctor` says it
+    At every start megatron-core says five times that apex and Transformer Engine are missing (`doctor` says it
     once, with what follows), and torch announces renamed functions that megatron-core calls. They would bury
     the one line that a user needs. Warnings of this package and of the user's code stay.
     """
@@ -50,8 +52,7 @@ def setup_logging(rank: int) -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_RankFilter(rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_RankFormatter(rank))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False

@@ -27,7 +27,7 @@ def worker_context(preload: str) -> BaseContext:
 def end_with_parent() -> None:
     """End this worker when the process that started it is gone.
 
-    A killed process cannot tell its workers, which would wait for work for ever.
+    A killed process cannot end its workers, which would wait for work for ever.
     """
     threading.Thread(target=_wait_and_exit, daemon=True).start()
 

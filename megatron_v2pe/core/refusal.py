@@ -1,4 +1,4 @@
-"""A mistake of the user's ends a launch at once and is told once, although torchrun starts failed ranks again.
+"""A mistake of the user's ends a launch at once and is reported once, although torchrun starts failed ranks again.
 
     first start     mistake --refuse--> FOLDER_OF_THE_LAUNCH/mistake, exit code 2
     next starts     the file is there --was_refused--> exit code 2 before anything is imported
@@ -24,10 +24,10 @@ def was_refused(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def refuse(message: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Remember the mistake for the next starts of this launch; without torchrun there are none.
+    """Record the mistake for the next starts of this launch; without torchrun there are none.
 
     Returns:
-        Whether it is news; False when another rank of this node has told the very same.
+        Whether it is to be reported; False when another rank of this node has reported the same.
 
     Raises:
         OSError: torchrun's folder cannot be written.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_v2pe.inspection.runs import RunSummary
+from megatron_v2pe.train.metrics.stragglers import SlowRankFinder
 
 _SHOWN_SOURCES = 12
 _SHOWN_NUMBERS = 6
@@ -63,7 +64,7 @@ def table(runs: Sequence[RunSummary]) -> str:
 
 
 def stragglers(lines: Sequence[Line]) -> str:
-    """Ranks that the others waited for, by what they cost."""
+    """Ranks that the others waited for, by what they cost, and which of them are slow again and again."""
     measured = [line for line in lines if line.get("comm_wait_s_max") is not None]
     if not measured:
         return _NOT_RECORDED
@@ -71,13 +72,21 @@ def stragglers(lines: Sequence[Line]) -> str:
     for line in measured:
         if line["straggler"] is not None:
             lost[line["straggler"]].append(line["straggler_s"])
+    slow = _slow_ranks(measured)
     ranked = sorted(lost.items(), key=lambda item: -sum(item[1]))
     told = [
-        f"rank {rank} in {len(each)} of {len(measured)} steps, {sum(each):.1f} s"
+        f"rank {rank} in {len(each)} of {len(measured)} steps, {sum(each):.1f} s{slow.get(rank, '')}"
         for rank, each in ranked[:_SHOWN_NUMBERS]
     ]
     more = len(ranked) - len(told)
     return "; ".join(told + ([f"{more} more ranks"] if more else [])) or "none"
+
+
+def _slow_ranks(lines: Sequence[Line]) -> dict[int, str]:
+    """Text about each rank that the log of a run without restarts would have named, by rank."""
+    finder = SlowRankFinder()
+    found = [slow for line in lines if (slow := finder.after_step(line))]
+    return {each.rank: f" (slow, noticed in steps {each.from_step} to {each.to_step})" for each in found}
 
 
 def _loss(lines: Sequence[Line]) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.core.errors import ConfigError
 
 VOCAB_MULTIPLE = 64  # rows of a GEMM on tensor cores; times tp so that every rank's share is one
 
@@ -78,18 +77,11 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
     Raises:
         ConfigError: the world is not a whole number of model replicas.
     """
-    replica = config.tp * config.pp * config.cp
-    if world_size % replica:
-        raise ConfigError(
-            f"parallel.tp * parallel.pp * parallel.cp = {config.tp} * {config.pp} * {config.cp} = {replica} "
-            f"must divide the world size {world_size}; start a multiple of {replica} ranks, or make one of the "
-            "three smaller"
-        )
     return ParallelPlan(
         tp=config.tp,
         pp=config.pp,
         cp=config.cp,
-        dp=world_size // replica,
+        dp=config.dp(world_size),
         vpp=config.vpp,
         sequence_parallel=config.sequence_parallel,
         vision=config.vision,

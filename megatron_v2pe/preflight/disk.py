@@ -54,16 +54,16 @@ def check_folder(run_dir: str) -> Finding:
 def check_shared(run_dir: str) -> Finding:
     """A file of rank 0 is seen by every rank. Collective."""
     token, content = Path(run_dir, _TOKEN), f"{os.getpid()} {time.time_ns()}"
-    told = [content]
-    dist.broadcast_object_list(told)
+    expected = [content]
+    dist.broadcast_object_list(expected)
     if dist.get_rank() == 0:
         try:
             write_atomic(token, content)
         except OSError as error:
-            told = [f"cannot be written: {error}"]  # `run folder` says the same; the others find nothing
+            expected = [f"cannot be written: {error}"]  # `run folder` says the same; the others find nothing
     dist.barrier()
     end = time.monotonic() + SEEN_SECONDS
-    while not (seen := token.exists() and token.read_text() == told[0]) and time.monotonic() < end:
+    while not (seen := token.exists() and token.read_text() == expected[0]) and time.monotonic() < end:
         time.sleep(0.2)
     problem = (
         f"{run_dir}: a file that rank 0 wrote is not seen here; runtime.run_dir must be on a shared disk"
@@ -90,7 +90,7 @@ def checkpoint_bytes(config: RunConfig, arch: InternVLArchitecture) -> int:
 
 
 def check_space(config: RunConfig, arch: InternVLArchitecture, *, free_gb: float) -> Finding:
-    """Room for the kept checkpoints, the one that is being written, and `free_gb` beside; no collective."""
+    """Room for the kept checkpoints, the one that is being written, and `free_gb` besides; no collective."""
     one, keep = checkpoint_bytes(config, arch), config.checkpoint.keep
     needed = one * (keep + 1) + free_gb * 1e9
     folder = Path(config.runtime.run_dir)
@@ -98,7 +98,7 @@ def check_space(config: RunConfig, arch: InternVLArchitecture, *, free_gb: float
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/step_*/**/*") if path.is_file())
     missing = needed - free - held
     text = f"{free / 1e9:.1f} GB free; {keep} + 1 checkpoints of {one / 1e9:.3g} GB"
-    text += f" and {free_gb:g} GB beside" if free_gb else ""
+    text += f" and {free_gb:g} GB besides" if free_gb else ""
     if missing > 0:
         text += f": {missing / 1e9:.3g} GB too few; make room, lower checkpoint.keep, or move runtime.run_dir"
     return Finding(name="free space", verdict="no-go" if missing > 0 else "go", text=text)

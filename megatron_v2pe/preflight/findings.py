@@ -9,6 +9,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from megatron_v2pe.core.errors import V2PEError
+from megatron_v2pe.core.text_table import text_table
 
 Verdict = Literal["go", "note", "no-go"]
 _ORDER: tuple[Verdict, ...] = ("go", "note", "no-go")
@@ -19,7 +20,7 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         verdict: `go`; `note` for what a person should know; `no-go` for what would stop the run.
         text: what was found, with its number and what was expected.
     """
@@ -41,7 +42,7 @@ def worst_over_ranks(finding: Finding) -> Finding:
     """The worst of all ranks' findings of one check, the first rank's among equals. Collective."""
     found: list[Finding] = [finding] * dist.get_world_size()
     dist.all_gather_object(found, finding)
-    ranks = [rank for rank, each in enumerate(found) if each.verdict == worst(found)]
+    ranks = [rank for rank, each in enumerate(found) if each.verdict == worst_verdict(found)]
     chosen = found[ranks[0]]
     if chosen.verdict == "go" or len(found) == 1:
         return chosen
@@ -49,15 +50,14 @@ def worst_over_ranks(finding: Finding) -> Finding:
     return Finding(name=chosen.name, verdict=chosen.verdict, text=f"{where}: {chosen.text}")
 
 
-def worst(findings: Iterable[Finding]) -> Verdict:
+def worst_verdict(findings: Iterable[Finding]) -> Verdict:
     """The worst verdict."""
     return max((each.verdict for each in findings), key=_ORDER.index)
 
 
-def table(findings: Sequence[Finding], *, ranks: int, seconds: float) -> str:
+def findings_table(findings: Sequence[Finding], *, ranks: int, seconds: float) -> str:
     """Lines for people; the last one is the answer."""
-    width = max(len(each.name) for each in findings)
-    lines = [f"{each.verdict:<6} {each.name:<{width}}  {each.text}" for each in findings]
-    answer = "NO-GO" if worst(findings) == "no-go" else "GO"
+    lines = text_table(None, [(each.verdict, each.name, each.text) for each in findings], align="<")
+    answer = "NO-GO" if worst_verdict(findings) == "no-go" else "GO"
     world = "1 rank" if ranks == 1 else f"{ranks} ranks"
-    return "\n".join([*lines, f"{answer}: {world}, looked at in {seconds:.0f} s"]) + "\n"
+    return "\n".join([*lines, f"{answer}: {world}, checked in {seconds:.0f} s"]) + "\n"

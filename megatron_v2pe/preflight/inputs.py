@@ -15,7 +15,7 @@ from megatron_v2pe.data.sources import storage
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
 from megatron_v2pe.preflight.findings import Finding
 
-LOOKED_AT = 4  # samples with images of each data set
+PICTURED = 4  # samples with images of each data set
 LINES = 64  # read of each at most
 
 
@@ -48,7 +48,7 @@ def _decode_images(entry: DatasetEntry, *, max_pixels: int) -> int:
     records = _first_records(entry)
     if not records:
         raise DataError(f"{entry.annotation}: is empty; a data set needs at least one sample")
-    pictured = [record for record in records if record.images][:LOOKED_AT]
+    pictured = [record for record in records if record.images][:PICTURED]
     paths = [path for record in pictured for path in record.images]
     for path in paths:
         with open_image(path, max_pixels=max_pixels) as image:

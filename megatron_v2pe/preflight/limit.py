@@ -1,4 +1,4 @@
-"""The time that the job has left against the steps that are planned, and memory as `plan` works it out."""
+"""The time that the job has left against the steps that are planned, and memory as `plan` estimates it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seconds_left(text: str) -> float | None:
 
 
 def time_left(job: str) -> str:
-    """What squeue says of a job, "" when it cannot be asked (containers often lack it)."""
+    """What squeue says of a job, "" where it is missing, as in many containers."""
     path = shutil.which("squeue")
     if path is None:
         return ""
@@ -72,7 +72,7 @@ def check_limit(config: RunConfig, step_seconds: float | None, *, left: str | No
 
     Args:
         config: the run.
-        step_seconds: of one step where the run folder tells none; None if not known.
+        step_seconds: of one step where the run folder has none; None if not known.
         left: what squeue said; None asks it.
     """
     job = slurm_job()
@@ -82,8 +82,8 @@ def check_limit(config: RunConfig, step_seconds: float | None, *, left: str | No
         left = time_left(job)
     seconds = seconds_left(left)
     if seconds is None:
-        told = f"squeue says {left!r}" if left else "squeue does not answer here"
-        return Finding(name="time limit", verdict="note", text=f"{told}: not compared with the steps")
+        answer = f"squeue says {left!r}" if left else "squeue does not answer here"
+        return Finding(name="time limit", verdict="note", text=f"{answer}: not compared with the steps")
     done, measured = history(config)
     step_seconds = measured or step_seconds
     steps = max(0, config.optim.steps - done)

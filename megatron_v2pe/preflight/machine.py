@@ -15,7 +15,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.preflight.findings import Finding
 
 VERSIONS = ("python", "torch", "cuda", "nccl", "transformer engine", "apex", "megatron-core")
-MIN_FREE_SHARE = 0.95  # a context of our own takes less than 1 GiB; another process takes more
+MIN_FREE_SHARE = 0.95  # our own context needs less than 1 GiB; another process needs more
 MAX_SKEW_S = 60.0  # files seem to come from the future, and the names of logs mislead
 NOTED_SKEW_S = 1.0
 
@@ -42,18 +42,18 @@ def check_device(device: torch.device) -> Finding:
     name = torch.cuda.get_device_name(device)
     text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, driver {_driver()}"
     if free < MIN_FREE_SHARE * total:
-        told = f"{text}: another process holds memory of it (nvidia-smi lists them)"
-        return Finding(name="device", verdict="no-go", text=told)
+        text += ": another process holds memory of it (nvidia-smi lists them)"
+        return Finding(name="device", verdict="no-go", text=text)
     return Finding(name="device", verdict="go", text=text)
 
 
 def _driver() -> str:
     path = shutil.which("nvidia-smi")
     if path is None:
-        return "not told (no nvidia-smi)"
+        return "not known (no nvidia-smi)"
     command = [path, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.split("\n")[0].strip() or "not told"
+    return done.stdout.split("\n")[0].strip() or "not known"
 
 
 def check_versions() -> Finding:
@@ -76,13 +76,13 @@ def compare_versions(all_ranks: list[dict[str, str]]) -> Finding:
                 f"{name}: rank 0 has {first[name]}, rank {rank} has {other[name]}; use one image everywhere"
             )
             return Finding(name="versions", verdict="no-go", text=text)
-    told = ("torch", "megatron-core", "transformer engine", "apex")
-    text = "; ".join(f"{name} {first[name].partition(' (')[0]}" for name in told)
+    shown = ("torch", "megatron-core", "transformer engine", "apex")
+    text = "; ".join(f"{name} {first[name].partition(' (')[0]}" for name in shown)
     return Finding(name="versions", verdict="go", text=text)
 
 
 def check_clocks(device: torch.device, *, tries: int = 10) -> Finding:
-    """Spread of the ranks' clocks, the smallest of several looks behind a barrier. Collective."""
+    """Spread of the ranks' clocks, the smallest of several measurements after a barrier. Collective."""
     spreads = []
     for _ in range(tries):
         dist.barrier()

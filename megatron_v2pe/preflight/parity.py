@@ -43,7 +43,7 @@ def check_attention(
     whole = _inputs(sum(lengths), heads, arch.language.head_dim, dtype)
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     spec = rope_spec(config, arch)
-    units = position_units(lengths, spec, longest=config.data.max_sample_tokens)
+    units = random_position_units(lengths, spec, longest=config.data.max_sample_tokens)
     length = int(units.max()) // spec.tokens_per_tile + 1
     index = torch.from_numpy(shard_indices(boundaries, cp=plan.cp, cp_rank=ranks.cp_rank))
     ours = _ours(
@@ -62,10 +62,10 @@ def check_attention(
     return judge_error(error, dtype, plan, positions=length)
 
 
-def position_units(lengths: list[int], spec: RopeSpec, *, longest: int) -> Tensor:
+def random_position_units(lengths: list[int], spec: RopeSpec, *, longest: int) -> Tensor:
     """Positions [t] of documents, int64 counts of 1/tokens_per_tile: each starts at 0 and ends near `longest`.
 
-    Uneven steps, of whole positions where the run's rotary module takes no others.
+    Uneven steps, of whole positions where the run's rotary module has no others.
     """
     generator = torch.Generator().manual_seed(1)
     smallest = 1 if spec.fractional else spec.tokens_per_tile
@@ -98,7 +98,7 @@ def _inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dty
 def _packed(
     boundaries: np.ndarray, units: Tensor, spec: RopeSpec, *, rope_length: int, device: torch.device
 ) -> V2PEPackedSeqParams:
-    """What the attention core is told of the documents and of this rank's positions."""
+    """What the attention core is given: boundaries of the documents, this rank's positions."""
     cut = torch.from_numpy(boundaries).to(device=device, dtype=torch.int32)
     longest = int(np.diff(boundaries).max())
     return V2PEPackedSeqParams(

@@ -15,18 +15,18 @@ from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.preflight import disk, inputs, limit, links, machine, parity
-from megatron_v2pe.preflight.findings import Finding, guarded, table, worst, worst_over_ranks
+from megatron_v2pe.preflight.findings import Finding, findings_table, guarded, worst_over_ranks, worst_verdict
 
 logger = logging.getLogger(__name__)
 TIMEOUT_MINUTES = 2
 
 
 def preflight(config: RunConfig, *, free_gb: float = 0.0) -> tuple[str, bool]:
-    """Look at everything that a run needs.
+    """Check everything that a run needs.
 
     Args:
         config: the run. On one rank without a launcher its layout is replaced by that of one rank, with a note.
-        free_gb: space, in 10^9 bytes, that must stay free beside the checkpoints.
+        free_gb: space, in 10^9 bytes, that must stay free besides the checkpoints.
 
     Returns:
         The table and whether to go; the same on all ranks. Collective under a launcher.
@@ -46,23 +46,23 @@ def preflight(config: RunConfig, *, free_gb: float = 0.0) -> tuple[str, bool]:
     findings = [layout, *_find(config, arch, plan=plan, ranks=ranks, free_gb=free_gb)]
     shutdown()
     seconds = time.monotonic() - start
-    return table(findings, ranks=world_size, seconds=seconds), worst(findings) != "no-go"
+    table = findings_table(findings, ranks=world_size, seconds=seconds)
+    return table, worst_verdict(findings) != "no-go"
 
 
 def _layout(config: RunConfig) -> tuple[RunConfig, Finding]:
-    """The layout that can be looked at with the ranks there are."""
+    """The layout that can be checked with the ranks there are."""
     parallel = config.parallel
     text = f"tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp} on {launcher().world_size} ranks"
-    wanted = parallel.tp * parallel.pp * parallel.cp
-    if launcher().master is not None or wanted == 1:
+    if launcher().master is not None or parallel.replica_size == 1:
         return config, Finding(name="layout", verdict="go", text=text)
     alone = dataclasses.replace(
         parallel, tp=1, pp=1, cp=1, vpp=1, sequence_parallel=False, vision="replicated", pipeline_layout=""
     )
-    told = f"{text}: looked at as one rank; start under torchrun, or with launch/submit.py, to look at all"
+    text += ": checked as one rank; start under torchrun, or with launch/submit.py, to check all"
     runtime = dataclasses.replace(config.runtime, profile_ranks="0")  # others of the run's are not here
     config = dataclasses.replace(config, parallel=alone, runtime=runtime)
-    return config, Finding(name="layout", verdict="note", text=told)
+    return config, Finding(name="layout", verdict="note", text=text)
 
 
 def _find(

@@ -2,7 +2,7 @@
 
     losses, weights [1, l] --data set of each token--> sums by data set [S], on the device      each micro batch
     loss weights, lengths of the packs, on the host --> weights, tokens by data set [S]         each step
-    both stand behind the loss in the vector that a step adds up over the world anyway --> SourceTotals
+    both are reduced together with the loss, in the one sum over the world of each step --> SourceTotals
 
 The mean of a data set is sum of weight * loss over sum of weight, as the loss itself (`models.loss`), so the means
 times their shares of the weight add up to the loss.

@@ -2,8 +2,8 @@
 
     PackedBatch --shard_batch--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
 
-The schedule is told nothing of weights: it counts in int32. The float weights are summed here and handed to
-mcore's gradient finalisation in the schedule's place (`finalize`), which divides by their global sum once.
+The schedule does not see the weights: it counts in int32. The float weights are summed here and given to mcore's
+gradient finalisation instead of the schedule's count (`finalize`), which divides by their global sum once.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ class MicroBatchRunner:
     Attributes:
         shard: (pack, encodes_tiles) -> this rank's share; see `parallel.shard_batch`.
         device: where the weight sum is kept.
-        num_sources: data sets whose losses are added up apart (`by_source`); 0 where nobody asks.
+        source_names: data sets in the order of `PackedBatch.sources`, whose losses are also added up one by one
+            (`by_source`); empty adds up the loss of all only.
         weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.
     """
 
     shard: Callable[..., LocalBatch]
     device: torch.device
-    num_sources: int = 0
+    source_names: tuple[str, ...] = ()
     weight_sum: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the weights of the step before."""
+        """Start a new step."""
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, LossFunction | None]:
@@ -65,9 +66,10 @@ class MicroBatchRunner:
         total, losses = output
         self.weight_sum += loss_weights.sum(dtype=torch.float64)
         report = {"loss_sum": total.detach(), "losses": losses}
-        if self.num_sources:
-            sums = local_loss_sums(pack, losses, loss_weights, num_sources=self.num_sources)
-            report["source_loss_sums"] = sums
+        if self.source_names:
+            report["source_loss_sums"] = local_loss_sums(
+                pack, losses, loss_weights, num_sources=len(self.source_names)
+            )
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
         return total, torch.zeros((), dtype=torch.int, device=losses.device), report
 
@@ -78,6 +80,6 @@ class MicroBatchRunner:
 
 def attach(runner: MicroBatchRunner, wrapped: list[Any]) -> None:
     """Let mcore's schedules call `runner.finalize` after the last backward."""
-    for chunk in wrapped:
-        config = get_attr_wrapped_model(chunk, "config")
+    for model_chunk in wrapped:
+        config = get_attr_wrapped_model(model_chunk, "config")
         config.finalize_model_grads_func = runner.finalize

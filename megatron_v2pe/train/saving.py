@@ -1,15 +1,15 @@
-"""When a run saves, and how long training stands still for it.
+"""When a run saves, and how long training pauses for it.
 
-    step 10 done -> plan, copy this rank's state to host memory     training stands still
+    step 10 done -> plan, copy this rank's state to host memory     training pauses
     step 11         thread of each rank: hash and write the copy
-    step 12 done -> all ranks have written: tell rank 0             training stands still
+    step 12 done -> all ranks have written: report to rank 0        training pauses
     step 13         thread of rank 0: .metadata, hf/, checkpoint.json, rename, latest, delete old ones
     step 13 done -> rank 0 is done: `saved ...` in the log
 
-So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done behind the step. At
-most one save is under way, so a rank needs one copy of its state in host memory and never more. Whether all ranks are
-ready to go on is asked between steps, by one number over all ranks, while a save is under way. All collectives of a
-save are called by the main thread, between steps.
+So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done after the step. At
+most one save is under way, so a rank needs one copy of its state in host memory and never more. While a save is under
+way, one number is reduced over all ranks between steps, which says whether all are ready for its next part. All
+collectives of a save are called by the main thread, between steps.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from megatron_v2pe.parallel.topology import Ranks
 logger = logging.getLogger(__name__)
 
 _FAILED, _BUSY, _READY = -1, 0, 1
-_GIVE_UP_SECONDS = 10.0  # for a thread whose disk hangs; it ends with the process
+_ABANDON_SECONDS = 10.0  # for a thread whose disk hangs; it ends with the process
 
 
 class Saver:
-    """Saves one run. Every rank calls `after_step` behind every step, or a collective is met by some ranks only.
+    """Saves one run. Every rank calls `after_step` after every step, or a collective is met by some ranks only.
 
     Use it as a context manager around the steps: an error that all ranks raise together (`TrainingError`) still
-    finishes the save under way, any other gives it up, as the other ranks may be anywhere.
+    finishes the save under way, any other abandons it, as the other ranks may be anywhere.
 
     Args:
         config: the run.
@@ -66,24 +66,28 @@ class Saver:
         hf_folder: Path,
         adapters: AdapterRecord | None = None,
     ) -> None:
-        self._config, self._trainer, self._ranks = config, trainer, ranks
-        self._hf_folder, self._adapters = hf_folder, adapters
+        self._config = config
+        self._trainer = trainer
+        self._ranks = ranks
+        self._hf_folder = hf_folder
+        self._adapters = adapters
         self._is_memory_known = False
         self._memory = (
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
         )
-        self._under_way: _UnderWay | None = None
+        self._under_way: _SaveUnderWay | None = None
         self._known: KnownPlan | None = None
-        self._stalled_s, self._is_owed = 0.0, False
+        self._paused_s = 0.0
+        self._is_owed = False
 
     def after_step(self, state: RunState, *, is_interrupted: bool, is_applied: bool = True) -> None:
-        """Finish or start what is due behind a step. Collective.
+        """Finish or start what is due after a step. Collective.
 
         Args:
-            state: of the run behind this step, without the schedule.
+            state: of the run after this step, without the schedule.
             is_interrupted: the run ends here, before its last step.
-            is_applied: the step changed the weights. A save that is due behind one that did not waits for the next
-                that does: saves of a run that has gone wrong would take the place of good ones.
+            is_applied: the step changed the weights. A save that is due after one that did not waits for the next
+                that does: saves of a run that has gone wrong would replace good ones.
 
         Raises:
             CheckpointError: a save failed; the checkpoints before it are untouched. Raised on all ranks.
@@ -93,16 +97,16 @@ class Saver:
         self._is_owed |= self._is_due(state.step)
         is_due = is_last or (self._is_owed and is_applied)
         if self._under_way is not None:
-            self._look_at(self._under_way, must_end_for=state.step if is_due else 0)
+            self._advance(self._under_way, must_end_for=state.step if is_due else 0)
         if is_due:
             self._is_owed = False
             self._save(state, in_background=not is_last)
-        self._stalled_s += time.perf_counter() - started
+        self._paused_s += time.perf_counter() - started
 
-    def take_stall(self) -> float:
-        """Seconds that training has stood still for checkpoints since the last call."""
-        stalled, self._stalled_s = self._stalled_s, 0.0
-        return stalled
+    def take_pause(self) -> float:
+        """Seconds that training has paused for checkpoints since the last call."""
+        paused, self._paused_s = self._paused_s, 0.0
+        return paused
 
     def __enter__(self) -> Saver:
         return self
@@ -119,15 +123,15 @@ class Saver:
             except CheckpointError as failure:  # the run's own error is what a user must see last
                 logger.error("%s", failure)
             return
-        save.give_up()
+        save.abandon()
         logger.warning("the checkpoint of step %d was still being written and is lost", save.step)
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.save_every
         return every > 0 and step % every == 0
 
-    def _look_at(self, save: _UnderWay, *, must_end_for: int) -> None:
-        """Let a save go on when all ranks are ready for it; to its end when step `must_end_for` is to be saved."""
+    def _advance(self, save: _SaveUnderWay, *, must_end_for: int) -> None:
+        """Begin a save's next part when all ranks are ready for it; end it when step `must_end_for` is to be saved."""
         if must_end_for:
             if save.progress == _BUSY:
                 logger.warning(
@@ -140,15 +144,15 @@ class Saver:
             return
         slowest = torch.tensor(save.progress, device=self._ranks.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-        if int(slowest) == _FAILED:  # on one rank; then nobody needs to go on writing
+        if int(slowest) == _FAILED:  # on one rank; then no rank needs to continue writing
             save.cancelled.set()
             self._end(save)
-        elif int(slowest) == _READY and save.go_on():
+        elif int(slowest) == _READY and save.advance():
             self._under_way = None
 
-    def _end(self, save: _UnderWay) -> None:
+    def _end(self, save: _SaveUnderWay) -> None:
         self._under_way = None
-        while not save.go_on():
+        while not save.advance():
             pass
 
     def _save(self, state: RunState, *, in_background: bool) -> None:
@@ -164,7 +168,7 @@ class Saver:
             logger.info("saved %s in %.1f s", save.finish(), time.perf_counter() - started)
             return
         save.copy_state(memory)
-        self._under_way = _UnderWay(save, started=started)
+        self._under_way = _SaveUnderWay(save, started=started)
 
     def _planned(self, state: RunState) -> CheckpointSave:
         make_moments(self._trainer.optimizer)  # of a run whose every step so far was not finite
@@ -182,9 +186,8 @@ class Saver:
 
     def _memory_for(self, save: CheckpointSave) -> HostCopy | None:
         """Host memory for a copy; None, for good, where there is not enough. Collective, at the first save only."""
-        if (
-            self._memory is None or self._is_memory_known
-        ):  # not its size: that of a rank without tensors stays 0
+        # The size does not say whether it is known: that of a rank without tensors stays 0.
+        if self._memory is None or self._is_memory_known:
             return self._memory
         self._is_memory_known = True
         lacking = shortage(save.num_bytes)
@@ -200,7 +203,7 @@ class Saver:
         return self._memory
 
 
-class _UnderWay:
+class _SaveUnderWay:
     """A save that a thread writes, and then, on rank 0, commits.
 
     Args:
@@ -209,12 +212,13 @@ class _UnderWay:
     """
 
     def __init__(self, save: CheckpointSave, *, started: float) -> None:
-        self._save, self._started = save, started
+        self._save = save
+        self._started = started
         self.step = save.run_state.step
         self.cancelled = threading.Event()
         self._is_committing = False
         self._thread = _thread(lambda: save.write(cancelled=self.cancelled))
-        self._stood_still = time.perf_counter() - started
+        self._paused_s = time.perf_counter() - started
 
     @property
     def progress(self) -> int:
@@ -223,7 +227,7 @@ class _UnderWay:
             return _BUSY
         return _FAILED if self._save.has_failed else _READY
 
-    def go_on(self) -> bool:
+    def advance(self) -> bool:
         """End the part that is under way, waiting for it, and begin the next; True when there is none. Collective."""
         stopped = time.perf_counter()
         self._thread.join()
@@ -231,18 +235,18 @@ class _UnderWay:
             self._save.join()
             self._is_committing = True
             self._thread = _thread(self._save.commit)
-            self._stood_still += time.perf_counter() - stopped
+            self._paused_s += time.perf_counter() - stopped
             return False
         folder = self._save.finish()
         end = time.perf_counter()
-        took, stood_still = end - self._started, self._stood_still + end - stopped
-        logger.info("saved %s in %.1f s, for %.2f s of which training stood still", folder, took, stood_still)
+        took, paused = end - self._started, self._paused_s + end - stopped
+        logger.info("saved %s in %.1f s; training paused for %.2f s of them", folder, took, paused)
         return True
 
-    def give_up(self) -> None:
-        """Stop writing, without another word to the other ranks."""
+    def abandon(self) -> None:
+        """Stop writing, without a collective."""
         self.cancelled.set()
-        self._thread.join(timeout=_GIVE_UP_SECONDS)
+        self._thread.join(timeout=_ABANDON_SECONDS)
 
 
 def _thread(act: Callable[[], None]) -> threading.Thread:
@@ -254,7 +258,7 @@ def _thread(act: Callable[[], None]) -> threading.Thread:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A plan is some hundred thousand short-lived objects; they would start a look through all objects there are."""
+    """A plan is some hundred thousand short-lived objects, which would start a collection over all objects."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """One optimizer update: all micro batches, reduced gradients, clipping, Adam, learning rate.
 
-Loss and gradient norms are sums over the world, so every rank sees the same numbers and takes the same decision: an
-update whose loss or gradient is not finite, or whose loss is too large, is left out on all of them. Its packs count as
-used and the learning rate moves on; weights, moments and the count of Adam's steps stay as they were.
+Loss and gradient norms are sums over the world, so every rank sees the same numbers and decides the same: an update
+whose loss or gradient is not finite, or whose loss is too large, is skipped on all of them. Its packs count as used
+and the learning rate schedule advances; weights, moments and the count of Adam's steps stay as they were.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
@@ -23,33 +22,47 @@ from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.by_source import SourceTotals, weights_and_tokens
 from megatron_v2pe.train.forward_step import MicroBatchRunner
+from megatron_v2pe.train.reduce import sum_by_name
+
+_NOT_METRICS = ("part_norms", "loss_limit", "bad_packs", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one step did; sums are over all ranks, equal on every rank.
 
+    A field is a number of metrics.jsonl of the same name, but for the last four.
+
     Attributes:
-        loss: weighted mean loss of the global batch, before the update.
-        grad_norm: global gradient norm before clipping.
-        part_norms: the same by part: vision, projector, language; 0 for a frozen one.
-        lr: learning rate of the update, by `optim.lr`; a part with another one is in proportion to it.
         is_applied: the weights were updated; False when the loss or a gradient was not finite, or the loss too large.
+        loss: weighted mean loss of the global batch, before the update.
+        loss_by_source: the same by data set; empty where the runner has no names of data sets.
+        weight_by_source: share of the loss weight by data set.
+        tokens_by_source: tokens by data set, padding excluded.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of the update, by `optim.lr`; a part with another one is in proportion to it.
+        part_norms: gradient norm by part: vision, projector, language; 0 for a frozen one.
         loss_limit: largest loss that would have been applied.
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
-        by_source: sums by data set; empty where the runner was not told of any.
     """
 
-    loss: float
-    grad_norm: float
-    part_norms: dict[str, float]
-    lr: float
     is_applied: bool
+    loss: float
+    loss_by_source: dict[str, float | None]
+    weight_by_source: dict[str, float | None]
+    tokens_by_source: dict[str, int]
+    grad_norm: float
+    lr: float
+    part_norms: dict[str, float]
     loss_limit: float
     bad_packs: tuple[int, ...]
     seconds: float
-    by_source: SourceTotals
+
+    def numbers(self) -> dict[str, Any]:
+        """Its numbers by their names in metrics.jsonl."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_METRICS}
+        return {**own, **{f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}}
 
 
 def train_step(
@@ -68,7 +81,7 @@ def train_step(
     trainer.optimizer.zero_grad()
     runner.reset()
     outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
-    loss, by_source = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
+    loss, totals = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
     part_norms = grad_norms(trainer.optimizer, trainer.chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
     is_applied = math.isfinite(loss) and math.isfinite(grad_norm) and loss <= loss_limit
@@ -78,15 +91,17 @@ def train_step(
         trainer.optimizer.step_with_ready_grads()
     trainer.scheduler.step(increment=1)
     return StepReport(
-        loss=loss,
-        grad_norm=grad_norm,
-        part_norms=part_norms,
-        lr=lr,
         is_applied=is_applied,
+        loss=loss,
+        loss_by_source=totals.losses(runner.source_names),
+        weight_by_source=totals.weight_shares(runner.source_names),
+        tokens_by_source=totals.token_counts(runner.source_names),
+        grad_norm=grad_norm,
+        lr=lr,
+        part_norms=part_norms,
         loss_limit=loss_limit,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
-        by_source=by_source,
     )
 
 
@@ -100,27 +115,35 @@ def _bad_packs(outputs: list[dict[str, Any]]) -> tuple[int, ...]:
 def _mean_losses(
     outputs: list[dict[str, Any]], batches: Sequence[PackedBatch], *, runner: MicroBatchRunner, ranks: Ranks
 ) -> tuple[float, SourceTotals]:
-    """Weighted mean loss over data and context parallel ranks, and its parts by data set, on every rank of the world.
+    """Weighted mean loss over data and context parallel ranks, and sums by data set, on every rank of the world.
 
-    After `finalize`, `runner.weight_sum` is already the global sum on every rank. Loss sums live on the last
-    stage; tp ranks there hold the same ones, so one of them speaks; for whole packs, one of the cp ranks too.
+    After `finalize`, `runner.weight_sum` is already the global sum on every rank. Loss sums are on the last stage;
+    tp ranks there have the same ones, so one of them adds its own; for whole packs, one of the cp ranks too.
     """
-    count = runner.num_sources
-    sums = torch.zeros(1 + 3 * count, dtype=torch.float64, device=runner.device)
+    num_sources = len(runner.source_names)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runner.device)
+    source_loss_sums = torch.zeros(num_sources, dtype=torch.float64, device=runner.device)
+    source_weights = source_tokens = torch.zeros(num_sources, dtype=torch.float64, device=runner.device)
     if ranks.is_last_stage and ranks.tp_rank == 0:
         for output in outputs:
-            sums[0] += output["loss_sum"].double()
-            if count:
-                sums[1 : 1 + count] += output["source_loss_sums"]
-        if count and ranks.cp_rank == 0:
-            whole = torch.from_numpy(weights_and_tokens(batches, num_sources=count).ravel())
-            sums[1 + count :] = whole.to(runner.device)
-    dist.all_reduce(sums)
-    sums[0] /= runner.weight_sum
-    loss, *rest = sums.tolist()
-    totals = SourceTotals(
-        loss_sums=tuple(rest[:count]),
-        weights=tuple(rest[count : 2 * count]),
-        tokens=tuple(int(value) for value in rest[2 * count :]),
+            loss_sum += output["loss_sum"].double()
+            if num_sources:
+                source_loss_sums += output["source_loss_sums"]
+        if num_sources and ranks.cp_rank == 0:
+            whole = torch.from_numpy(weights_and_tokens(batches, num_sources=num_sources))
+            source_weights, source_tokens = whole.to(runner.device)
+    sums = sum_by_name(
+        {
+            "loss": loss_sum,
+            "source_losses": source_loss_sums,
+            "source_weights": source_weights,
+            "source_tokens": source_tokens,
+        },
+        device=runner.device,
     )
-    return loss, totals
+    totals = SourceTotals(
+        loss_sums=tuple(sums["source_losses"].tolist()),
+        weights=tuple(sums["source_weights"].tolist()),
+        tokens=tuple(map(int, sums["source_tokens"].tolist())),
+    )
+    return float(sums["loss"] / runner.weight_sum.cpu()), totals

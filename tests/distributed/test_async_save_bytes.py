@@ -78,9 +78,9 @@ def index_of(lines, *parts):
 
 def check_background(lines):
     """The first checkpoint was finished after a later step, the last one before the end."""
-    assert index_of(lines, "step 3/6") < index_of(lines, "saved", "step_00000002", "training stood still")
-    assert index_of(lines, "step 5/6") < index_of(lines, "saved", "step_00000004", "training stood still")
-    assert "stood still" not in lines[index_of(lines, "saved", "step_00000006")]
+    assert index_of(lines, "step 3/6") < index_of(lines, "saved", "step_00000002", "training paused")
+    assert index_of(lines, "step 5/6") < index_of(lines, "saved", "step_00000004", "training paused")
+    assert "paused" not in lines[index_of(lines, "saved", "step_00000006")]
 
 
 def test_the_same_bytes_and_losses_as_of_saves_that_training_waits_for(tmp_path):

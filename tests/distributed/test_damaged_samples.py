@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 BAD = "a:2"
 
 
-def settled(rank, world_size, folder, sizes, share):
+def masked(rank, world_size, folder, sizes, share):
     """What a rank trains on, over two steps; the message of the refusal instead if there is one."""
     from megatron_v2pe.core.errors import DataError
     from megatron_v2pe.data import pack_reader
@@ -46,7 +46,7 @@ def settled(rank, world_size, folder, sizes, share):
     found = []
     try:
         for step, batches in enumerate(loader, 1):
-            found.append([facts(batch) for batch in damaged.settle(batches, step=step)])
+            found.append([facts(batch) for batch in damaged.mask_damaged(batches, step=step)])
         outcome = found, damaged.num_skipped
     except DataError as error:
         outcome = str(error)
@@ -80,7 +80,7 @@ def fill(folder):
 @pytest.mark.parametrize("sizes", [{"cp": 2}, {"dp": 2}], ids=["cp 2", "dp 2"])
 def test_ranks_agree_on_a_line_that_one_cannot_read(tmp_path, sizes):
     fill(tmp_path)
-    first, second = run_ranks(settled, 2, str(tmp_path), sizes, 0.5, timeout=90)
+    first, second = run_ranks(masked, 2, str(tmp_path), sizes, 0.5, timeout=90)
     met = 0
     for mine, theirs in zip(first[0], second[0], strict=True):
         for own, other in zip(mine, theirs, strict=True):
@@ -100,7 +100,7 @@ def test_ranks_agree_on_a_line_that_one_cannot_read(tmp_path, sizes):
 
 def test_ranks_stop_together_when_too_many_are_damaged(tmp_path):
     fill(tmp_path)
-    first, second = run_ranks(settled, 2, str(tmp_path), {"cp": 2}, 0.0, timeout=90)
+    first, second = run_ranks(masked, 2, str(tmp_path), {"cp": 2}, 0.0, timeout=90)
     assert first == second
     assert first.startswith("1 of 4 samples are bad, 1 of them found while training")
     assert "a.jsonl:2: not utf-8" in first

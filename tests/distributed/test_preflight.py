@@ -47,7 +47,7 @@ def test_a_full_disk_does_not_go(config):
     done = looked_at(config, "--free-gb", "1e9", "parallel.cp=8")
     assert done.returncode == 1, done.stderr
     assert re.search(r"^no-go +free space .* GB too few", done.stdout, re.M)
-    assert re.search(r"^note +layout .*cp 8 on 1 ranks: looked at as one rank", done.stdout, re.M)
+    assert re.search(r"^note +layout .*cp 8 on 1 ranks: checked as one rank", done.stdout, re.M)
     assert done.stdout.splitlines()[-1].startswith("NO-GO: 1 rank,")
 
 

@@ -6,6 +6,7 @@ model, data and schedule: its loss equals that of one rank that was never interr
 that went wrong shows in the losses of the hops that follow.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -33,43 +34,28 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
     """Resume at a layout, save what was loaded to `run_dir/again`, train a step. World of one: rank 0 alone."""
     import torch.distributed as dist
 
-    from megatron_v2pe.checkpoint.files.folder import hf_path
-    from megatron_v2pe.checkpoint.resume import resume_point
-    from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.load import load_run_config
-    from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
-    from megatron_v2pe.train.loop import Run
+    from megatron_v2pe.train.loop import steps
+    from megatron_v2pe.train.saving import Saver
+    from megatron_v2pe.train.setup import build_run
 
-    class AfterOneStep:
-        """An interruption that comes at once."""
-
-        def agreed(self):
-            return "one step is enough"
-
-        def record(self, reason, *, step):
-            pass
-
-    class Unwatched:
-        def beat(self, step):
-            pass
-
-    if world_size > 1 and not dist.is_initialized():
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="nobody", MASTER_PORT="1")  # ranks meet in a file
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     overrides = [*layout, f"runtime.run_dir={run_dir}", "checkpoint.save_every=1", "checkpoint.keep=99"]
     config = load_run_config(config_path, [*overrides, f"optim.steps={len(LAYOUTS)}"])
-    plan = resolve(config.parallel, world_size)
-    arch = read_architecture(hf_path(config.model.checkpoint))
-    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=2)
-    run = Run(config, arch, plan=plan, ranks=ranks)
-    newest = resume_point(run_dir, fallback=False)
-    run.start(newest)
-    if newest is not None:
-        run.config = load_run_config(config_path, [*overrides, f"runtime.run_dir={Path(run_dir) / 'again'}"])
-        run.saver().after_step(run.state, is_interrupted=True)
-        run.config = config
-    with run.saver() as saver:
-        run.steps(AfterOneStep(), Unwatched(), saver)
-    shutdown()
+    with build_run(config) as run:
+        if run.state.step:
+            again = load_run_config(config_path, [*overrides, f"runtime.run_dir={Path(run_dir) / 'again'}"])
+            folder = Path(config.model.checkpoint) / "hf"
+            Saver(again, run.trainer, ranks=run.ranks, hf_folder=folder).after_step(
+                run.state, is_interrupted=True
+            )
+        (run.run_dir / "stop").touch()  # one step is enough
+        steps(run)
 
 
 def hops(rank, world_size, config_path, run_dir, layouts):

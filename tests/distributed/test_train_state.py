@@ -76,7 +76,6 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
                 consumed_packs=step,
                 data_seed=0,
                 data_hash="d",
-                config_hash="c",
                 position_mode="v2pe_fixed",
                 position_stride=16,
                 schedule=trainer.scheduler.state_dict(),

@@ -124,6 +124,6 @@ def test_without_memory_for_a_copy_the_run_says_so_and_saves_while_it_waits(undi
     done = altered(undisturbed[0], tmp_path, "no memory")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("training will wait for every save of this run") == 1
-    assert "stood still" not in done.stderr
+    assert "paused" not in done.stderr
     assert complete_steps(tmp_path) == [3, 6, 8]
     assert tiny.curve(tmp_path) == undisturbed[1]

@@ -62,7 +62,7 @@ GUARD = ["runtime.max_loss_ratio=2", "runtime.loss_window=2"]
 @pytest.mark.parametrize(
     ("rank", "ranks"), [(0, 1), pytest.param(1, 2, marks=[pytest.mark.distributed, pytest.mark.slow])]
 )
-def test_a_spike_of_the_loss_is_left_out_also_right_behind_a_restart(config, tmp_path, rank, ranks):
+def test_a_spike_of_the_loss_is_left_out_also_right_after_a_restart(config, tmp_path, rank, ranks):
     overrides = [*GUARD, "checkpoint.save_every=3"]
     done = run(config, tmp_path, kind="spike", rank=rank, steps=[4], ranks=ranks, overrides=overrides)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -39,7 +39,7 @@ def test_the_same_curve_on_any_ranks_and_through_a_resume(tmp_path):
     shutil.copytree(two / "checkpoints" / "step_00000003", resumed / "checkpoints" / "step_00000003")
     log = tiny.train(config, [*RAMP_UP, f"runtime.run_dir={resumed}", "parallel.pp=2"], ranks=2)
     assert "at step 3" in log
-    behind = lines(resumed)
-    assert [line["step"] for line in behind] == [4, 5]
-    assert [line["data_digest"] for line in behind] == digests[3:]
-    np.testing.assert_allclose([line["loss"] for line in behind], [loss for loss, _ in wanted[3:]], rtol=1e-5)
+    later = lines(resumed)
+    assert [line["step"] for line in later] == [4, 5]
+    assert [line["data_digest"] for line in later] == digests[3:]
+    np.testing.assert_allclose([line["loss"] for line in later], [loss for loss, _ in wanted[3:]], rtol=1e-5)

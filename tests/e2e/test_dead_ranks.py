@@ -70,7 +70,7 @@ def check_continues(process, run_dir, undisturbed):
 
 
 def check_report(run_dir, pattern):
-    """`runs` tells the hang in one line."""
+    """`runs` reports the hang in one line."""
     command = [sys.executable, "-m", "megatron_v2pe", "runs", str(run_dir)]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
     assert re.search(rf"^hang at step \d+: {pattern}$", shown, re.M), shown

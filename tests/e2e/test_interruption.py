@@ -1,4 +1,4 @@
-"""A run that is told to stop keeps what it did: it ends behind a step with a checkpoint, and continues to the last bit.
+"""A run that is asked to stop keeps what it did: it ends after a step with a checkpoint, and continues to the last bit.
 
 Strategy: real signals to real processes, and the stop file of batch scripts; the losses of both parts together equal
 those of a run that nobody disturbed. Strictness: bit-equal, as the layout stays the same.
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(undisturbed, tmp_path, number):
 
 
 @pytest.mark.distributed
-def test_the_stop_file_ends_all_ranks_behind_the_same_step(undisturbed, tmp_path):
+def test_the_stop_file_ends_all_ranks_after_the_same_step(undisturbed, tmp_path):
     process = started(undisturbed[0], tmp_path, ranks=2)
     (tmp_path / "stop").touch()
     check_stopped(process, tmp_path, reason="stop", code=0)

@@ -1,4 +1,4 @@
-"""index-data killed as a whole in the middle: its workers end, and the next start goes on from less than 5 s before."""
+"""index-data killed as a whole in the middle: its workers end, and the next start loses less than 5 s of work."""
 
 import json
 import signal

@@ -1,8 +1,10 @@
 """Training from the command line: equal on every axis, and resumed after a kill to the last bit."""
 
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,16 @@ def test_the_loss_falls(setup):
     _, _, curve = setup
     assert len(curve) == 5
     assert curve[-1][0] < curve[0][0]
+
+
+def test_every_number_of_a_line_has_a_row_on_the_metrics_page(setup):
+    """docs/metrics.md explains every number that a step's line has, and no other."""
+    root, *_ = setup
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    rows = re.findall(r"^\| (`[^|]*`) \|", page.read_text(encoding="utf-8"), re.M)
+    documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    for line in tiny.metrics(root / "single"):
+        assert sorted(documented) == sorted(line)
 
 
 LAYOUTS = [
@@ -96,7 +108,7 @@ def test_killed_and_started_again_equals_uninterrupted(setup, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_goes_on_under_another_layout(setup, tmp_path):
+def test_a_checkpoint_continues_under_another_layout(setup, tmp_path):
     """Two steps at one rank, the rest at cp 2; three updates after a resume show a wrong optimizer state."""
     _, config, wanted = setup
     run = [f"runtime.run_dir={tmp_path}", "checkpoint.save_every=2"]

@@ -186,7 +186,7 @@ def refused(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_mistakes_are_told(setup, tmp_path, capsys):
+def test_mistakes_are_reported(setup, tmp_path, capsys):
     root, config, _ = setup
     run_dir, adapters = f"runtime.run_dir={root / 'run'}", step_path(root / "run", 5)
     # resumed with other adapters
@@ -215,7 +215,7 @@ def test_mistakes_are_told(setup, tmp_path, capsys):
     assert "has one file" in message
 
 
-def test_a_base_that_is_gone_or_another_is_told(setup, tmp_path, capsys):
+def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
     root, _, _ = setup
     shutil.copytree(step_path(root / "run", 5), tmp_path / "run" / "checkpoints" / "step_00000005")
     adapters = tmp_path / "run" / "checkpoints" / "step_00000005"

@@ -183,9 +183,9 @@ def test_a_container_sees_the_run_folder_and_gets_the_variables_of_the_job(tmp_p
     """An image's own values would win over the job's but for --container-env, or APPTAINERENV_*."""
     container = f"container: {{runtime: {runtime}, image: /images/a b, mounts: [/data]}}"
     job = Job(tmp_path, more=f"env: {{NCCL_DEBUG: WARN, OMP_NUM_THREADS: '3'}}\n{container}\n")
-    tell = 'printf "%s\\n" "$@" >>calls; env >around'
-    srun = tell if runtime == "pyxis" else 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
-    code, log = job.finish(srun=srun, apptainer=tell)
+    record = 'printf "%s\\n" "$@" >>calls; env >around'
+    srun = record if runtime == "pyxis" else 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    code, log = job.finish(srun=srun, apptainer=record)
     assert code == 0, log
     mounts = f"{ROOT},{tmp_path},{job.run},/data"
     around = dict(

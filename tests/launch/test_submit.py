@@ -206,7 +206,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """A stand-in for sbatch that tells what it was given."""
+    """A stand-in for sbatch that records what it was given."""
     tool = tmp_path / "bin" / "sbatch"
     tool.parent.mkdir()
     tool.write_text('#!/bin/sh\necho "Submitted batch job 7: $1"\n')
@@ -231,7 +231,7 @@ def test_submitting_keeps_the_script_in_the_run_folder(sbatch, capsys):
     assert f"run_dir={sbatch}" in (sbatch / "job.sbatch").read_text()
 
 
-def test_a_run_folder_that_is_in_use_is_told_at_once(sbatch, capsys):
+def test_a_run_folder_that_is_in_use_is_reported_at_once(sbatch, capsys):
     run = [*RUN_32K, f"runtime.run_dir={sbatch}"]
     assert submit.main([CPU, *run]) == 0
     assert capsys.readouterr().err == ""

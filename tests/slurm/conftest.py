@@ -91,7 +91,7 @@ env: {json.dumps(env or {})}
         text = self.machine.ask("scontrol", "show", "job", job, "-o")
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, run_dir, job, *, until, told):
+    def wait(self, run_dir, job, *, until, failure):
         """Wait for `until()`; fails with the job's log when it ended without it, or time is up."""
         end, next_look = time.monotonic() + JOB_SECONDS, 0.0
         while not until():
@@ -101,7 +101,7 @@ env: {json.dumps(env or {})}
                 next_look = time.monotonic() + 1.0
             if (ended and not until()) or time.monotonic() > end:
                 raise AssertionError(
-                    f"{told}: {self.shown(job)}\n{self.log(run_dir, job)[-8000:]}\n{self.machine.logs()}"
+                    f"{failure}: {self.shown(job)}\n{self.log(run_dir, job)[-8000:]}\n{self.machine.logs()}"
                 )
             time.sleep(0.02)
 
@@ -143,7 +143,7 @@ env: {json.dumps(env or {})}
     def wait_for_step(self, run_dir, job, *, step):
         """Wait until a step is in the metrics."""
         metrics = Path(run_dir) / "metrics.jsonl"
-        self.wait(run_dir, job, until=lambda: last_step(metrics) >= step, told=f"no step {step}")
+        self.wait(run_dir, job, until=lambda: last_step(metrics) >= step, failure=f"no step {step}")
 
 
 def last_step(metrics):
@@ -173,7 +173,7 @@ def processes_of(run_dir, *, node):
 
 
 def ranks_of(run_dir):
-    """Process ids of the two ranks, as their heartbeats tell."""
+    """Process ids of the two ranks, as their heartbeats say."""
     return [json.loads((run_dir / "heartbeats" / f"rank_{rank}.json").read_text())["pid"] for rank in (0, 1)]
 
 

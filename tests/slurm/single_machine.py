@@ -186,12 +186,12 @@ PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=01:00:00 OverSubscribe=NO Stat
         self._start("slurmd", "-D", "-N", node, key=node)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to a node's slurmd; what it started goes on, as SLURM leaves steps to their own daemons."""
+        """SIGKILL to a node's slurmd; what it started continues, as SLURM leaves steps to their own daemons."""
         self._daemons[node].kill()
         self._daemons.pop(node).wait()
 
     def wait_for_nodes(self, first: str, second: str) -> None:
-        """Wait until the states of both nodes are these, as sinfo writes them; a silent node has a star behind."""
+        """Wait until the states of both nodes are these, as sinfo writes them; a silent node has a star after it."""
         end = time.monotonic() + START_SECONDS
         while (found := self.ask("sinfo", "-h", "-N", "-o", "%T").split()) != [first, second]:
             self._check(end, f"the nodes are {found}, not {first}, {second}")

@@ -32,7 +32,7 @@ def test_a_job_of_two_nodes_has_its_run_folder_for_itself_and_trains_to_its_end(
 
 
 def test_a_job_near_its_time_limit_saves_and_continues_as_the_same_job(jobs, undisturbed, tmp_path):
-    """SLURM looks every 30 s, half a minute ahead: the signal comes between 10 and 40 s behind the start."""
+    """SLURM looks every 30 s, half a minute ahead: the signal comes between 10 and 40 s after the start."""
     job = jobs.submit(tmp_path, overrides=[LENGTH], options=["--time", "00:02:00", "--warn-seconds", "80"])
     jobs.wait_for_step(tmp_path, job, step=1)
     signal_all(ranks_of(tmp_path), signal.SIGSTOP)
@@ -65,7 +65,7 @@ def test_a_job_of_a_node_that_dies_is_queued_again(jobs, undisturbed, tmp_path):
     jobs.machine.kill_node("n2")
     signal_all(on_node, signal.SIGSTOP)
     try:
-        jobs.wait(tmp_path, job, until=lambda: jobs.shown(job)["Restarts"] == "1", told="not queued again")
+        jobs.wait(tmp_path, job, until=lambda: jobs.shown(job)["Restarts"] == "1", failure="not queued again")
     finally:
         signal_all(on_node, signal.SIGKILL)
         jobs.machine.start_node("n2")

@@ -1,4 +1,4 @@
-"""Small packs with images, and what each of their tokens should be, told by plain loops."""
+"""Small packs with images, and what each of their tokens should be, found by plain loops."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Small videos whose frames tell their number by their brightness."""
+"""Small videos whose frames show their number by their brightness."""
 
 from fractions import Fraction
 

@@ -1,7 +1,7 @@
 """Whole tensors of a model that is spread over ranks: give each rank its parts, compare each rank's parts.
 
 A rank's parameters are taken to pieces by the sharded state that checkpoints are written with: every piece knows
-the name of its whole tensor and where in it it lies. Weights are dealt and results are compared piece by piece on
+the name of its whole tensor and where in it it lies. Weights are assigned and results are compared piece by piece on
 every rank, so nothing is gathered, copies on other ranks are compared too, and a wrong placement shows.
 
     whole {key: tensor} --place--> model --pieces--> [(key, slices, local tensor)] --errors--> {key: error}

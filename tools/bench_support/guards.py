@@ -1,6 +1,6 @@
 """What a step of a run costs beside data and training: metrics, sinks, guards, looking for signals; for bench_run.py.
 
-The real `train()` runs with all its watchers on, but its steps take no time: from the second on they return the report
+The real `train()` runs with all its monitors on, but its steps take no time: from the second on they return the report
 of the first, on the packs of the first. What is left is everything that a run does around `train_step`, so nothing has
 to be subtracted, and other work on the machine hardly moves the processor time. The bare loop to compare with is empty.
 """
@@ -40,7 +40,7 @@ def measure(config_path: Path, overrides: list[str], *, steps: int) -> Cost:
     config = load_run_config(config_path, [*overrides, f"optim.steps={10**6}"])
     torch.set_num_threads(1)
     setup_logging(0)
-    real_step, real_batches = loop.train_step, loop.timed
+    real_step, real_batches = loop.train_step, loop.timed_batches
     reports: list[Any] = []
     marks: list[tuple[float, float]] = []
 
@@ -56,10 +56,10 @@ def measure(config_path: Path, overrides: list[str], *, steps: int) -> Cost:
                 marks.append((time.process_time(), time.perf_counter()))
             yield first
 
-    loop.train_step, loop.timed = instant, same
+    loop.train_step, loop.timed_batches = instant, same
     try:
         loop.train(config)
     finally:
-        loop.train_step, loop.timed = real_step, real_batches
+        loop.train_step, loop.timed_batches = real_step, real_batches
     (cpu, wall), (cpu_end, wall_end) = marks
     return Cost(processor_s=(cpu_end - cpu) / steps, wall_s=(wall_end - wall) / steps)

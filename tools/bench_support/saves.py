@@ -114,7 +114,7 @@ def _block(training: _Training, saver: Saver | None, *, number: int) -> Block:
         stopped, stopped_cpu = time.perf_counter(), time.thread_time()
         steps_s, steps_cpu_s = steps_s + stopped - started, steps_cpu_s + stopped_cpu - started_cpu
         if saver is not None:
-            state = RunState(step=step, consumed_packs=0, data_seed=0, data_hash="", config_hash="")
+            state = RunState(step=step, consumed_packs=0, data_seed=0, data_hash="")
             if step:  # step 0 is no step of a run
                 saver.after_step(state, is_interrupted=False)
             stall_s += time.perf_counter() - stopped

@@ -30,7 +30,7 @@ FILE = "bad_steps.jsonl"
 
 @dataclass(kw_only=True)
 class BadSteps:
-    """Counts bad steps in a row. Every rank must call `settle` for every step.
+    """Counts bad steps in a row. Every rank must call `record` for every step.
 
     Attributes:
         run_dir: rank 0 appends to `bad_steps.jsonl` in it.
@@ -46,8 +46,8 @@ class BadSteps:
     in_row: list[dict[str, Any]] = field(default_factory=list)
     total: int = 0
 
-    def settle(self, report: StepReport, batches: Sequence[PackedBatch], *, step: int) -> None:
-        """Note the step when it was not applied; collective only then.
+    def record(self, report: StepReport, batches: Sequence[PackedBatch], *, step: int) -> None:
+        """Record the step when it was not applied; collective only then.
 
         Raises:
             TrainingError: on every rank, at the last bad step that `max_in_row` allows.
@@ -72,7 +72,7 @@ class BadSteps:
             raise TrainingError(self._message())
 
     def _gathered(self, report: StepReport, batches: Sequence[PackedBatch]) -> list[dict[str, Any]]:
-        """Packs of the global batch, each once, with the verdict of the ranks that computed its loss."""
+        """Packs of the global batch, each once, and whether the ranks that computed its loss found it finite."""
         own = (self.ranks.dp_rank, report.bad_packs, [list(batch.sample_ids) for batch in batches])
         gathered: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(gathered, own)

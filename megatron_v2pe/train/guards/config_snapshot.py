@@ -1,7 +1,7 @@
 """`config.yaml` of a run folder: the settings of its last start, and what the next start changes.
 
-    config.yaml of the start before --compare--> one line of the log for each field that a resumed run changed
-    settings of this start -----------write----> config.yaml, once nothing can be refused any more
+    config.yaml of the last start --compare--> one line of the log for each field that a resumed run changed
+    settings of this start ---------write----> config.yaml, once nothing can be refused any more
 
 A start that is refused leaves the file alone: it says what the checkpoints beside it were trained with.
 """
@@ -23,7 +23,7 @@ FILE = "config.yaml"
 
 
 def write_config_snapshot(run_dir: Path, config: RunConfig, *, is_resumed: bool) -> None:
-    """Tell what changed since the start before, when the run goes on from one, and keep the settings of this one.
+    """Log what changed since the last start, when the run continues from it, and keep the settings of this one.
 
     Raises:
         OSError: it cannot be written.

@@ -1,9 +1,9 @@
 """Samples that turn out damaged only when they are drawn: one rank knows, all ranks act alike.
 
-    worker: black tiles, `PackedBatch.damaged`  --one small sum over the world each step-->  zero: go on
+    worker: black tiles, `PackedBatch.damaged`  --one small sum over the world each step-->  zero: nothing to do
                                                 --identities, only then------------------->  no loss on them, anywhere
 
-An image that cannot be decoded leaves the pack its tokens and tiles; a line that cannot be read any more leaves it only
+An image that cannot be decoded leaves the pack its tokens and tiles; a line that can no longer be read leaves it only
 the lengths that were planned, and all ranks that share the pack then lay the sample out as blank. Either way shapes and
 routes are what every rank expects; without labels and weights the sample adds nothing to the loss or to any gradient,
 as if it had not been drawn. All ranks see the same list, count the same and stop together.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """A document without pixels or text: where it stands in the global batch, who it is, and why."""
+    """A document without pixels or text: where it is in the global batch, its name, and the reason."""
 
     dp_rank: int
     micro_batch: int
@@ -42,9 +42,9 @@ class Damage:
 
 @dataclass(kw_only=True)
 class DamagedSamples:
-    """Takes damaged samples out of the loss, and keeps count of them.
+    """Removes damaged samples from the loss, and counts them.
 
-    Every rank must call `settle` for every step: it is a collective.
+    Every rank must call `mask_damaged` for every step: it is a collective.
 
     Attributes:
         run_dir: rank 0 appends to `bad_samples.jsonl` in it.
@@ -67,7 +67,7 @@ class DamagedSamples:
         """Samples that do not train, found before or now."""
         return self.num_bad + len(self.sample_ids)
 
-    def settle(self, batches: Sequence[PackedBatch], *, step: int) -> Sequence[PackedBatch]:
+    def mask_damaged(self, batches: Sequence[PackedBatch], *, step: int) -> Sequence[PackedBatch]:
         """This rank's packs, with no loss on documents that any rank found damaged.
 
         Raises:
@@ -90,16 +90,16 @@ class DamagedSamples:
         gathered: list[list[Damage]] = [[] for _ in range(self.ranks.world_size)]
         dist.all_gather_object(gathered, own)
         found = [damage for each in gathered for damage in each]
-        self._note(found, step)
-        batches = [self._settled(batch, number, found) for number, batch in enumerate(batches)]
+        self._record(found, step)
+        batches = [self._masked(batch, number, found) for number, batch in enumerate(batches)]
         if not self._sum(sum(float(batch.loss_weights.sum()) for batch in batches)):
             raise DataError(
                 f"step {step}: no sample is left; every one is damaged, the first: {found[0].message}"
             )
         return batches
 
-    def _settled(self, batch: PackedBatch, number: int, found: Sequence[Damage]) -> PackedBatch:
-        """Micro batch `number` of this rank as all ranks that share it see it."""
+    def _masked(self, batch: PackedBatch, number: int, found: Sequence[Damage]) -> PackedBatch:
+        """Micro batch `number` of this rank, masked as on all ranks that share it."""
         own = [each for each in found if (each.dp_rank, each.micro_batch) == (self.ranks.dp_rank, number)]
         batch = without_loss(batch, {each.document for each in own})
         return blanked(batch, {each.document for each in own if each.is_blank})
@@ -109,8 +109,8 @@ class DamagedSamples:
         dist.all_reduce(total)
         return float(total)
 
-    def _note(self, found: Sequence[Damage], step: int) -> None:
-        """Name new ones, and stop when they are too many."""
+    def _record(self, found: Sequence[Damage], step: int) -> None:
+        """Record new ones, and stop when they are too many."""
         new = {each.sample_id: each.message for each in found if each.sample_id not in self.sample_ids}
         self.sample_ids.update(new)
         if self.ranks.rank == 0:

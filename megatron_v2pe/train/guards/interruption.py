@@ -1,4 +1,4 @@
-"""Requests from outside, by a signal to any rank or a file in the run folder; all ranks follow behind the same step.
+"""Requests from outside, by a signal to any rank or a file in the run folder; all ranks follow after the same step.
 
     SIGTERM, SIGUSR1, SIGINT to a rank --+
     RUN_DIR/stop (looked for by rank 0) -+--> agreed over ranks after each step --> checkpoint --> interrupted.json
@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
 PROFILE_FILE = "profile_now"
 RECORD = "interrupted.json"
-_BY_FILE = 1000  # stands for the file among signal numbers
+_BY_FILE = 1000  # the file, among signal numbers
 _ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has sent to its ranks already
 
 
@@ -45,10 +45,12 @@ class Interruption:
     """
 
     def __init__(self, run_dir: Path, *, ranks: Ranks) -> None:
-        self._stop_file, self._record_path = run_dir / STOP_FILE, run_dir / RECORD
+        self._stop_file = run_dir / STOP_FILE
+        self._record_path = run_dir / RECORD
         self._profile_file = run_dir / PROFILE_FILE
         self._ranks = ranks
-        self._seen, self._seen_at = 0, 0.0
+        self._seen = 0
+        self._seen_at = 0.0
         self._is_profile_asked = False
         self.is_profile_agreed = False
         self._earlier: dict[int, Any] = {}
@@ -71,7 +73,8 @@ class Interruption:
         now = time.monotonic()
         if number == signal.SIGINT and self._seen == number and now - self._seen_at > _ECHO_SECONDS:
             raise KeyboardInterrupt
-        self._seen, self._seen_at = number, now
+        self._seen = number
+        self._seen_at = now
 
     def _handle_profile(self, number: int, frame: FrameType | None) -> None:
         self._is_profile_asked = True
@@ -95,8 +98,8 @@ class Interruption:
         return "" if not number else STOP_FILE if number == _BY_FILE else signal.Signals(number).name
 
     def record(self, reason: str, *, step: int) -> None:
-        """Leave interrupted.json for whoever starts the run again; rank 0 writes it, behind the checkpoint."""
+        """Leave interrupted.json for whoever starts the run again; rank 0 writes it, after the checkpoint."""
         if self._ranks.rank == 0:
             self._stop_file.unlink(missing_ok=True)
             write_atomic(self._record_path, json.dumps({"reason": reason, "step": step}) + "\n")
-        logger.warning("stopped by %s behind step %d; the same command continues from there", reason, step)
+        logger.warning("stopped by %s after step %d; the same command continues from there", reason, step)

@@ -1,8 +1,8 @@
 """One process trains in a run folder at a time: a second one would write the same checkpoints and metrics.
 
-    rank 0 --lock--> RUN_DIR/run.lock    held by another process: told who holds it, and the start is refused
+    rank 0 --lock--> RUN_DIR/run.lock    held by another process: it is named, and the start is refused
 
-It is a POSIX record lock: the system gives it up with the process, however that ends, and no child inherits it. The
+It is a POSIX record lock: the system releases it with the process, however that ends, and no child inherits it. The
 file stays, as removing it would let two processes hold locks of two files of one name. Of a machine that vanished a
 network file system keeps locks for a minute or two, so a holder on another machine is waited for.
 """
@@ -45,7 +45,7 @@ def locked(run_dir: Path, *, by_this_rank: bool = True) -> Iterator[None]:
         return
     descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take(descriptor, run_dir)
+        _lock(descriptor, run_dir)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()} {time.strftime('%FT%T')}\n".encode(), 0)
         yield
@@ -53,8 +53,8 @@ def locked(run_dir: Path, *, by_this_rank: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(descriptor: int, run_dir: Path) -> None:
-    started, is_told = time.monotonic(), False
+def _lock(descriptor: int, run_dir: Path) -> None:
+    started, is_reported = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,9 +76,9 @@ def _take(descriptor: int, run_dir: Path) -> None:
         is_here = host == socket.gethostname()
         if time.monotonic() - started > (_WAIT_S if is_here else _WAIT_FOR_OTHERS_S):
             raise _refusal(run_dir, f"process {process} on {host}, since {since}", is_final=is_here)
-        if not is_told:
+        if not is_reported:
             logger.warning("%s is in use by process %s on %s: waiting for it to end", run_dir, process, host)
-            is_told = True
+            is_reported = True
         time.sleep(0.2)
 
 

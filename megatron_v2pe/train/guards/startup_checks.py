@@ -1,8 +1,7 @@
-"""What is looked at before a run starts, while no rank waits for another: its model, and the run it continues."""
+"""What is checked before a run starts, while no rank waits for another: its model, and the run it continues."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.hf_source import open_hf
@@ -14,23 +13,28 @@ from megatron_v2pe.checkpoint.files.adapter_record import (
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
 from megatron_v2pe.checkpoint.resume import resume_point
-from megatron_v2pe.checkpoint.run_state import RunState, settings_hash
+from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
 
+def hf_folder_of(config: RunConfig) -> Path:
+    """Where config.json and the tokenizer of the run's model are."""
+    return Path(config.model.hf_path) if config.model.hf_path else hf_path(config.model.checkpoint)
+
+
 def model_folder(config: RunConfig) -> Path:
-    """Where config.json and the tokenizer are, after a look at everything that can be seen without reading weights.
+    """`hf_folder_of` a model that was checked as far as that needs no reading of weights.
 
     Raises:
         CheckpointError: the checkpoint or Hugging Face folder is not whole.
     """
     if config.model.hf_path:
         open_hf(config.model.hf_path)
-        return Path(config.model.hf_path)
-    read_info(config.model.checkpoint)
-    require_whole(config.model.checkpoint)
-    return hf_path(config.model.checkpoint)
+    else:
+        read_info(config.model.checkpoint)
+        require_whole(config.model.checkpoint)
+    return hf_folder_of(config)
 
 
 def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
@@ -54,13 +58,12 @@ def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
 
 
 def initial_state(config: RunConfig) -> RunState:
-    """State of a run that has done nothing yet; its hashes tell later what it was configured for."""
+    """State of a run that has done nothing yet; its facts say later what it was configured for."""
     return RunState(
         step=0,
         consumed_packs=0,
         data_seed=config.runtime.seed,
         data_hash="",  # the loader's, once it has measured the data
-        config_hash=settings_hash(asdict(config)),
         position_mode=config.position.mode,
         position_stride=config.position.stride,
         model_facts=model_facts(config),

@@ -1,7 +1,7 @@
 """What a global batch holds, and how the ranks fared: one sum and one table over ranks for each step.
 
-    PackedBatch --own numbers--> sum over data parallel ranks --------------> BatchStats, equal everywhere
-    waits, memory, tiles, FLOPs of this rank --a row for each rank-------->'  (largest, smallest, which rank)
+    PackedBatch --own numbers--> sum over data parallel ranks --> BatchStats.numbers, equal everywhere
+    waits, memory, tiles, FLOPs of this rank --row of a table --> BatchStats.by_rank  (largest, smallest, which rank)
 
 Ranks of a model replica hold the same packs; they differ in tiles, memory and waits.
 """
@@ -9,171 +9,104 @@ Ranks of a model replica hold the same packs; they differ in tiles, memory and w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.models.flops import PackCounts, step_flops
 from megatron_v2pe.parallel.topology import Ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankRow:
-    """How one rank fared in a step.
-
-    Attributes:
-        data_s: how long it waited for its packs, seconds.
-        comm_wait_s: how long it stood in communication, seconds (`parallel.comm_clock`); NaN where not measured.
-        peak_mem_gib: most memory so far, GiB: allocated on the device, or resident on CPU.
-        reserved_mem_gib: most that the device's allocator held so far, GiB; NaN on CPU.
-    """
-
-    data_s: float
-    comm_wait_s: float
-    peak_mem_gib: float
-    reserved_mem_gib: float
+from megatron_v2pe.train.reduce import gather_by_name, sum_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStats:
-    """Counts of a global batch.
+    """Counts of a global batch, equal on every rank.
 
     Attributes:
-        tokens: tokens of documents, without padding.
-        visual_tokens: tokens that stand for image features.
-        supervised_tokens: tokens with a label.
-        padding_share: padding over all tokens of the packs.
-        packs: packs; the global batch size.
-        samples: documents.
-        max_position: largest whole position of any document.
-        stride_min: smallest stride of an image, in units of 1/tokens_per_tile; 0 without images.
-        stride_mean: mean over images.
-        stride_max: largest.
-        tiles: tiles of all packs; each is encoded once.
-        max_tiles_per_rank: most tiles that one rank encodes.
-        imbalance: model FLOPs of the heaviest data parallel rank over the mean; 1 is even.
+        numbers: by their names in metrics.jsonl; docs/metrics.md says what each is.
         flops: model FLOPs of forward and backward, causal attention counted as half the pairs.
         flops_full_attention: the same with all pairs, as papers before FlashAttention count.
-        data_digest: sum of digests of the packs' samples, hexadecimal.
-        rows: how each rank fared, by rank.
+        by_rank: every rank's numbers by name, such as its waits.
     """
 
-    tokens: int
-    visual_tokens: int
-    supervised_tokens: int
-    padding_share: float
-    packs: int
-    samples: int
-    max_position: int
-    stride_min: int
-    stride_mean: float
-    stride_max: int
-    tiles: int
-    max_tiles_per_rank: int
-    imbalance: float
+    numbers: dict[str, Any]
     flops: float
     flops_full_attention: float
-    data_digest: str
-    rows: tuple[RankRow, ...]
+    by_rank: dict[str, tuple[float, ...]]
 
 
 def count_batches(
-    batches: Sequence[PackedBatch], arch: InternVLArchitecture, *, ranks: Ranks, row: RankRow
+    batches: Sequence[PackedBatch], arch: InternVLArchitecture, *, ranks: Ranks, row: Mapping[str, float]
 ) -> BatchStats:
-    """Count this rank's packs and agree over ranks. Collective.
+    """Count this rank's packs and reduce over ranks. Collective.
 
     Args:
         batches: this data parallel rank's packs of the step.
         arch: for FLOPs.
         ranks: this rank's place.
-        row: how this rank fared.
+        row: how this rank fared, by name; the same names on every rank.
     """
     documents = [document for batch in batches for document in batch.layout.documents]
     strides = np.concatenate([document.strides for document in documents])
     packs = [_pack_counts(batch) for batch in batches]
     flops = step_flops(arch, packs)
-    sums = torch.tensor(
-        [
-            sum(document.num_tokens for document in documents),
-            sum(document.num_visual_tokens for document in documents),
-            sum(pack.supervised_tokens for pack in packs),
-            sum(batch.layout.num_tokens for batch in batches),
-            len(batches),
-            len(documents),
-            len(strides),
-            int(strides.sum()),
-            sum(batch.num_tiles for batch in batches),
-            flops,
-            step_flops(arch, packs, full_attention=True),
-            sum(_pack_digest(batch.sample_ids) for batch in batches),
-        ],
-        dtype=torch.float64,
-        device=ranks.device,
+    counts = {  # each is a number of the metrics as it is
+        "tokens": sum(document.num_tokens for document in documents),
+        "visual_tokens": sum(document.num_visual_tokens for document in documents),
+        "supervised_tokens": sum(pack.supervised_tokens for pack in packs),
+        "packs": len(batches),
+        "samples": len(documents),
+        "tiles": sum(batch.num_tiles for batch in batches),
+    }
+    others = {
+        "padded_tokens": sum(batch.layout.num_tokens for batch in batches),
+        "images": len(strides),
+        "stride": int(strides.sum()),
+        "flops": flops,
+        "flops_full_attention": step_flops(arch, packs, full_attention=True),
+        "digest": sum(_pack_digest(batch.sample_ids) for batch in batches),
+    }
+    group = ranks.groups.dp
+    sums = {
+        name: float(total)
+        for name, total in sum_by_name({**counts, **others}, device=ranks.device, group=group).items()
+    }
+    by_rank = gather_by_name(
+        {
+            "max_position": max(document.next_position for document in documents) - 1,
+            "stride_min": int(strides.min()) if len(strides) else float("inf"),
+            "stride_max": int(strides.max()) if len(strides) else 0,
+            "tiles": sum(end - start for start, end in (batch.tile_range for batch in batches)),
+            "flops": flops,
+            **row,
+        },
+        ranks=ranks,
     )
-    own = [
-        max(document.next_position for document in documents) - 1,
-        int(strides.min()) if len(strides) else float("inf"),
-        int(strides.max()) if len(strides) else 0,
-        sum(end - start for start, end in (batch.tile_range for batch in batches)),
-        flops,
-        *astuple(row),
-    ]
-    dist.all_reduce(sums, group=ranks.groups.dp)
-    return _joined(sums.tolist(), _table(own, ranks), dp=ranks.groups.dp.size())
-
-
-def _table(own: Sequence[float], ranks: Ranks) -> list[list[float]]:
-    """Every rank's numbers, by rank: a sum of tables in which all other rows are zero."""
-    table = torch.zeros(ranks.world_size, len(own), dtype=torch.float64)
-    table[ranks.rank] = torch.tensor(own, dtype=torch.float64)
-    table = table.to(ranks.device)
-    dist.all_reduce(table)
-    return table.tolist()
-
-
-def _joined(sums: Sequence[float], table: Sequence[Sequence[float]], *, dp: int) -> BatchStats:
-    (
-        tokens,
-        visual,
-        supervised,
-        padded,
-        packs,
-        samples,
-        images,
-        stride_sum,
-        tiles,
-        flops,
-        flops_full,
-        digest,
-    ) = sums
-    positions, smallest, largest, own_tiles, own_flops, *fared = zip(*table, strict=True)
     return BatchStats(
-        tokens=int(tokens),
-        visual_tokens=int(visual),
-        supervised_tokens=int(supervised),
-        padding_share=1 - tokens / padded,
-        packs=int(packs),
-        samples=int(samples),
-        max_position=int(max(positions)),
-        stride_min=int(min(smallest)) if images else 0,
-        stride_mean=stride_sum / images if images else 0.0,
-        stride_max=int(max(largest)),
-        tiles=int(tiles),
-        max_tiles_per_rank=int(max(own_tiles)),
-        imbalance=max(own_flops) * dp / flops,
-        flops=flops,
-        flops_full_attention=flops_full,
-        data_digest=f"{int(digest):x}",
-        rows=tuple(
-            RankRow(data_s=data, comm_wait_s=wait, peak_mem_gib=peak, reserved_mem_gib=reserved)
-            for data, wait, peak, reserved in zip(*fared, strict=True)
-        ),
+        numbers={**{name: int(sums[name]) for name in counts}, **_derived(sums, by_rank, dp=group.size())},
+        flops=sums["flops"],
+        flops_full_attention=sums["flops_full_attention"],
+        by_rank=by_rank,
     )
+
+
+def _derived(sums: Mapping[str, float], by_rank: Mapping[str, Sequence[float]], *, dp: int) -> dict[str, Any]:
+    """Numbers that follow from sums and from values of all ranks."""
+    num_images = sums["images"]
+    return {
+        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
+        "max_position": int(max(by_rank["max_position"])),
+        "stride_min": int(min(by_rank["stride_min"])) if num_images else 0,
+        "stride_mean": sums["stride"] / num_images if num_images else 0.0,
+        "stride_max": int(max(by_rank["stride_max"])),
+        "max_tiles_per_rank": int(max(by_rank["tiles"])),
+        "imbalance": max(by_rank["flops"]) * dp / sums["flops"],
+        "data_digest": f"{int(sums['digest']):x}",
+    }
 
 
 def _pack_counts(batch: PackedBatch) -> PackCounts:

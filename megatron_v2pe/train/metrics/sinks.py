@@ -22,10 +22,10 @@ Values = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes the numbers of one step after the other."""
+    """Writes the numbers of one step after the other."""
 
     def write(self, values: Values) -> None:
-        """Take a step's values; `step` is among them, None stands for a number that is not finite."""
+        """Write a step's values; `step` is among them, and None is a number that is not finite."""
 
     def close(self) -> None:
         """Flush."""

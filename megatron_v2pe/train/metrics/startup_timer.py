@@ -2,8 +2,8 @@
 
     process created --imports--> train() --checks--> ... --first batch--> --first step--> one log line, start_up.json
 
-Phases follow each other without gaps, so that they add up. Rank 0 tells its own; a rank that comes later shows in the
-phase in which rank 0 waits for it.
+Phases follow each other without gaps, so that they add up. Rank 0 reports its own; a rank that comes later shows in
+the phase in which rank 0 waits for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StartupTimer:
         self._since = now
 
     def after_step(self, run_dir: Path, *, rank: int, step_seconds: float) -> None:
-        """Tell the phases behind the first step, whose training took `step_seconds`; later calls do nothing."""
+        """Report the phases after the first step, whose training took `step_seconds`; later calls do nothing."""
         if self._is_over:
             return
         self._is_over = True

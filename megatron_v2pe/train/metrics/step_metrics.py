@@ -1,7 +1,7 @@
-"""Measures a step and makes its line: what was trained on, how fast, and who waited for whom.
+"""Measures a step and makes its line of metrics: what was trained on, how fast, and who waited for whom.
 
-    with meter.measured(step):   settle + train_step          wall time and communication wait of this rank
-    meter.metrics(...)           StepReport + packs --two small collectives (`counts`)--> StepMetrics, on all ranks
+    with meter.measured(step):   mask_damaged + train_step     wall time and communication wait of this rank
+    meter.line(...)              StepReport + packs --two small collectives--> {name: number}, on all ranks
 
 Rates are over the step and this rank's wait for its data; a wait for another rank's data is inside the step.
 """
@@ -12,8 +12,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,8 +22,7 @@ from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.parallel.comm_clock import CommClock
 from megatron_v2pe.parallel.topology import Ranks
-from megatron_v2pe.train.metrics.batch_stats import BatchStats, RankRow, count_batches
-from megatron_v2pe.train.metrics.metrics_log import StepMetrics
+from megatron_v2pe.train.metrics.batch_stats import BatchStats, count_batches
 from megatron_v2pe.train.metrics.stragglers import find_straggler
 from megatron_v2pe.train.step import StepReport
 
@@ -34,113 +34,95 @@ class StepMeter:
         arch: architecture of the checkpoint, for FLOPs.
         ranks: this rank's place.
         peak_tflops: dense peak of this device, for MFU; None where it is not known.
-        source_names: data sets in the order of `PackedBatch.sources`.
     """
 
-    def __init__(
-        self,
-        arch: InternVLArchitecture,
-        *,
-        ranks: Ranks,
-        peak_tflops: float | None,
-        source_names: Sequence[str],
-    ) -> None:
-        self._arch, self._ranks, self._peak = arch, ranks, peak_tflops
-        self._names = tuple(source_names)
+    def __init__(self, arch: InternVLArchitecture, *, ranks: Ranks, peak_tflops: float | None) -> None:
+        self._arch = arch
+        self._ranks = ranks
+        self._peak_tflops = peak_tflops
         self._clock = CommClock(ranks.device)
-        self._seconds = 0.0
+        self._step_s = 0.0
 
     @contextmanager
     def measured(self, step: int) -> Iterator[None]:
-        """Time the block, which is the step behind the wait for its data."""
+        """Time the block, which is the step without the wait for its data."""
         started = time.perf_counter()
         with self._clock.measured(step):
             yield
-        self._seconds = time.perf_counter() - started
+        self._step_s = time.perf_counter() - started
 
-    def metrics(
-        self,
-        report: StepReport,
-        batches: Sequence[PackedBatch],
-        *,
-        step: int,
-        data_seconds: float,
-        bad_samples: int,
-    ) -> StepMetrics:
-        """The line of the step that was measured last. Collective.
+    def line(
+        self, report: StepReport, batches: Sequence[PackedBatch], *, step: int, data_s: float
+    ) -> dict[str, Any]:
+        """Numbers of the step that was measured last, by their names in metrics.jsonl. Collective.
+
+        Equal on every rank but for this rank's own times. What is not finite is None.
 
         Args:
             report: what the step did.
             batches: this data parallel rank's packs.
             step: 1-based.
-            data_seconds: how long this rank waited for them.
-            bad_samples: samples that are skipped so far.
+            data_s: how long this rank waited for them, seconds.
         """
-        row = RankRow(
-            data_s=data_seconds,
-            comm_wait_s=self._clock.seconds(),
-            peak_mem_gib=peak_memory_gib(),
-            reserved_mem_gib=reserved_memory_gib(),
-        )
-        counts = count_batches(batches, self._arch, ranks=self._ranks, row=row)
-        return self._line(report, counts, step=step, data_seconds=data_seconds, bad_samples=bad_samples)
+        row = {
+            "data_s": data_s,
+            "comm_wait_s": self._clock.seconds(),
+            "peak_mem_gib": peak_memory_gib(),
+            "reserved_mem_gib": reserved_memory_gib(),
+        }
+        stats = count_batches(batches, self._arch, ranks=self._ranks, row=row)
+        line = {
+            "step": step,
+            **report.numbers(),
+            **stats.numbers,
+            **self._speed(stats, wall_s=self._step_s + data_s),
+            "step_s": self._step_s,
+            "data_s": data_s,
+            **_numbers_of_ranks(stats.by_rank, wall_s=self._step_s + data_s),
+        }
+        return {name: finite(value) for name, value in line.items()}
 
-    def _line(
-        self, report: StepReport, counts: BatchStats, *, step: int, data_seconds: float, bad_samples: int
-    ) -> StepMetrics:
-        wall = self._seconds + data_seconds
-        teraflops = 1e12 * wall * self._ranks.world_size
-        rate, full_rate = counts.flops / teraflops, counts.flops_full_attention / teraflops
-        waits = [row.comm_wait_s for row in counts.rows]
-        straggler = find_straggler(waits, step_seconds=wall)
-        data_waits = [row.data_s for row in counts.rows]
-        memory = [row.peak_mem_gib for row in counts.rows]
-        return StepMetrics(
-            step=step,
-            is_applied=report.is_applied,
-            loss=finite(report.loss),
-            loss_by_source=report.by_source.losses(self._names),
-            weight_by_source=report.by_source.weight_shares(self._names),
-            tokens_by_source=report.by_source.token_counts(self._names),
-            grad_norm=finite(report.grad_norm),
-            grad_norm_vision=finite(report.part_norms["vision"]),
-            grad_norm_projector=finite(report.part_norms["projector"]),
-            grad_norm_language=finite(report.part_norms["language"]),
-            lr=report.lr,
-            tokens=counts.tokens,
-            visual_tokens=counts.visual_tokens,
-            supervised_tokens=counts.supervised_tokens,
-            padding_share=counts.padding_share,
-            packs=counts.packs,
-            samples=counts.samples,
-            bad_samples=bad_samples,
-            max_position=counts.max_position,
-            stride_min=counts.stride_min,
-            stride_mean=counts.stride_mean,
-            stride_max=counts.stride_max,
-            tiles=counts.tiles,
-            max_tiles_per_rank=counts.max_tiles_per_rank,
-            imbalance=counts.imbalance,
-            data_digest=counts.data_digest,
-            tokens_per_s=counts.tokens / wall,
-            visual_tokens_per_s=counts.visual_tokens / wall,
-            supervised_tokens_per_s=counts.supervised_tokens / wall,
-            tflops_per_rank=rate,
-            tflops_per_rank_full_attention=full_rate,
-            mfu=rate / self._peak if self._peak else None,
-            mfu_full_attention=full_rate / self._peak if self._peak else None,
-            step_s=self._seconds,
-            data_s=data_seconds,
-            data_s_max=max(data_waits),
-            data_s_max_rank=data_waits.index(max(data_waits)),
-            comm_wait_s_min=finite(min(waits)),
-            comm_wait_s_max=finite(max(waits)),
-            straggler=straggler.rank if straggler else None,
-            straggler_s=straggler.seconds if straggler else None,
-            peak_mem_gib=max(memory),
-            peak_mem_rank=memory.index(max(memory)),
-            reserved_mem_gib=finite(max(row.reserved_mem_gib for row in counts.rows)),
-        )
+    def _speed(self, stats: BatchStats, *, wall_s: float) -> dict[str, float | None]:
+        kinds = ("tokens", "visual_tokens", "supervised_tokens")
+        rates: dict[str, float | None] = {f"{kind}_per_s": stats.numbers[kind] / wall_s for kind in kinds}
+        for suffix, flops in (("", stats.flops), ("_full_attention", stats.flops_full_attention)):
+            tflops = flops / (1e12 * wall_s * self._ranks.world_size)
+            rates[f"tflops_per_rank{suffix}"] = tflops
+            rates[f"mfu{suffix}"] = tflops / self._peak_tflops if self._peak_tflops else None
+        return rates
+
+
+def _numbers_of_ranks(by_rank: Mapping[str, Sequence[float]], *, wall_s: float) -> dict[str, Any]:
+    """Extremes over ranks and where they are.
+
+    Args:
+        by_rank: values of every rank, by name.
+        wall_s: of the step with its wait for data.
+    """
+    data, waits, memory = by_rank["data_s"], by_rank["comm_wait_s"], by_rank["peak_mem_gib"]
+    straggler = find_straggler(waits, step_seconds=wall_s)
+    return {
+        "data_s_max": max(data),
+        "data_s_max_rank": data.index(max(data)),
+        "comm_wait_s_min": min(waits),
+        "comm_wait_s_max": max(waits),
+        "straggler": straggler.rank if straggler else None,
+        "straggler_s": straggler.seconds if straggler else None,
+        "peak_mem_gib": max(memory),
+        "peak_mem_rank": memory.index(max(memory)),
+        "reserved_mem_gib": max(by_rank["reserved_mem_gib"]),
+    }
+
+
+def timed_batches(loader: Iterable[list[PackedBatch]]) -> Iterator[tuple[list[PackedBatch], float]]:
+    """Packs of each step with the seconds that were spent waiting for them."""
+    iterator = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batches = next(iterator, None)
+        if batches is None:
+            return
+        yield batches, time.perf_counter() - started
 
 
 def peak_memory_gib() -> float:
@@ -156,6 +138,8 @@ def reserved_memory_gib() -> float:
     return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else math.nan
 
 
-def finite(value: float) -> float | None:
-    """The number, or None where json has no spelling for it."""
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """The value, or None where it is a number that json has no spelling for; a mapping with each of its values so."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""All that looks at the steps of a run from outside, as one: entered before the first, told of every next."""
+"""All that observes the steps of a run from outside, as one: entered before the first, notified of every next."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 
-class Watcher(AbstractContextManager[Any], Protocol):
-    """Entered before the first step, left behind the last or at an error."""
+class Monitor(AbstractContextManager[Any], Protocol):
+    """Entered before the first step, left after the last or at an error."""
 
     def beat(self, step: int) -> None:
         """Step `step` is under way now."""
@@ -18,16 +18,18 @@ class Monitors:
     """Several monitors as one.
 
     Args:
-        monitors: in the order in which they are entered and told; left in reverse.
-        told: only told, by whoever entered it.
+        monitors: in the order in which they are entered and notified; left in reverse.
+        entered: notified after them, and entered and left by whoever made it.
     """
 
-    def __init__(self, *monitors: Watcher, told: Watcher) -> None:
-        self._watchers, self._told, self._stack = monitors, told, ExitStack()
+    def __init__(self, *monitors: Monitor, entered: Monitor) -> None:
+        self._monitors = monitors
+        self._entered = entered
+        self._stack = ExitStack()
 
     def __enter__(self) -> Monitors:
-        for watcher in self._watchers:
-            self._stack.enter_context(watcher)
+        for monitor in self._monitors:
+            self._stack.enter_context(monitor)
         return self
 
     def __exit__(
@@ -37,5 +39,5 @@ class Monitors:
 
     def beat(self, step: int) -> None:
         """Step `step` is under way now."""
-        for watcher in (*self._watchers, self._told):
-            watcher.beat(step)
+        for monitor in (*self._monitors, self._entered):
+            monitor.beat(step)

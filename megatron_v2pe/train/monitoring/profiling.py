@@ -60,9 +60,12 @@ class StepProfiler:
         last_step: int,
         is_asked: Callable[[], bool],
     ) -> None:
-        self._folder, self._rank = run_dir / FOLDER, rank
-        self._steps, self._is_asked = runtime.profile_steps, is_asked
-        self._first_step, self._last_step = first_step, last_step
+        self._folder = run_dir / FOLDER
+        self._rank = rank
+        self._steps = runtime.profile_steps
+        self._is_asked = is_asked
+        self._first_step = first_step
+        self._last_step = last_step
         chosen = runtime.profile_ranks
         self._is_chosen = chosen == "all" or rank in map(int, chosen.split(","))
         begin = runtime.profile_from_step
@@ -121,12 +124,13 @@ class StepProfiler:
             write_trace(taken, path)
             title = f"rank {self._rank}, step {step}, {seconds:.3f} s"
             write_atomic(
-                path.with_suffix("").with_suffix(".txt"), table(taken.key_averages(), title, seconds=seconds)
+                path.with_suffix("").with_suffix(".txt"),
+                operator_table(taken.key_averages(), title, seconds=seconds),
             )
         except OSError as error:
             free = shutil.disk_usage(self._folder.parent).free / 2**30
             logger.warning(
-                "the profile %s cannot be written (%s; %.1f GiB free); the run goes on", path, error, free
+                "the profile %s cannot be written (%s; %.1f GiB free); the run continues", path, error, free
             )
             return
         logger.info("profile of step %d: %s (open it at ui.perfetto.dev), and a table beside it", step, path)
@@ -145,7 +149,7 @@ def write_trace(taken: Any, path: Path) -> None:
     """Write a stopped profile as a compressed Chrome trace, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; nothing of it is left.
     """
     plain, packed = path.with_name(f".{path.name}.plain"), path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -164,15 +168,14 @@ def write_trace(taken: Any, path: Path) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """The profiler's own writer says nothing of a full disk."""
+    """The profiler's own writer does not report a full disk."""
     with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 16))
+        file.seek(max(0, path.stat().st_size - 16))
         if not file.read().rstrip().endswith(b"}"):
             raise OSError("the trace is cut short")
 
 
-def table(averages: Iterable[Any], title: str, *, seconds: float) -> str:
+def operator_table(averages: Iterable[Any], title: str, *, seconds: float) -> str:
     """What took longest, by self time, and the share of communication.
 
     Args:

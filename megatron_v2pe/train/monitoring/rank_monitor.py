@@ -1,4 +1,4 @@
-"""Tells NVIDIA's ft_launcher that this rank makes progress, where that launcher started the run; else nothing is done.
+"""Reports this rank's progress to NVIDIA's ft_launcher, where that launcher started the run; else it does nothing.
 
     ft_launcher (nvidia-resiliency-ext)             starts ranks as torchrun does, and a monitor process for each
         monitor of the rank  <--heartbeat-----      after every step
@@ -6,7 +6,7 @@
                                                     `step`: every later one, with its wait for data and its checkpoint
 
 The monitor kills a rank whose heartbeat or section is late, also one that is stopped; how late is the launcher's matter
-(--ft-rank-heartbeat-timeout and its like). Our own watchdog runs beside it and tells where ranks stood.
+(--ft-rank-heartbeat-timeout and its like). Our own watchdog runs beside it and says where ranks hang.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RankMonitor:
             return self
         if importlib.util.find_spec(_PACKAGE) is None:
             logger.warning(
-                "ft_launcher started this run, but %s is not installed here, so that its monitors hear nothing of the "
-                "ranks; hangs end by runtime.hang_timeout_s alone",
+                "ft_launcher started this run, but %s is not installed here, so that its monitors get no "
+                "heartbeats; hangs end by runtime.hang_timeout_s alone",
                 _PACKAGE,
             )
             return self
@@ -48,7 +48,7 @@ class RankMonitor:
         self._client = client
         self._begin(_SETUP)
         logger.info(
-            "ft_launcher's monitors (nvidia-resiliency-ext %s) hear of every step: %s",
+            "ft_launcher's monitors (nvidia-resiliency-ext %s) get a heartbeat of every step: %s",
             version("nvidia-resiliency-ext"),
             _described(client.cfg),
         )

@@ -1,4 +1,4 @@
-"""Where a process stands that makes no progress: one call and one line of source, out of all its threads.
+"""Where a process hangs: one call and one line of source, out of all its threads.
 
     frames of the training thread --innermost of torch.distributed, else a wait--> call, at, within
                                    --none--> its innermost line: it is elsewhere, and the others wait for it
@@ -20,8 +20,10 @@ from types import FrameType
 
 import torch
 
-_OWN = f"{Path(__file__).parents[1]}/"
-_CLOCK = f"{_OWN}parallel/comm_clock.py"
+import megatron_v2pe
+
+_OWN = f"{Path(megatron_v2pe.__file__).parent}/"
+_HELPERS = {f"{_OWN}parallel/comm_clock.py", f"{_OWN}train/reduce.py"}  # what calls them says more
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TORCH_DISTRIBUTED = f"{_TORCH}distributed/"
 _BACKWARD = "_engine_run_backward"  # on a GPU, autograd's own threads run what is below it
@@ -32,7 +34,7 @@ _LONGEST_CALL = 60
 
 @dataclass(frozen=True, kw_only=True)
 class StackLocation:
-    """Where a process stands.
+    """Where a process is.
 
     Attributes:
         is_waiting: in a collective, or for one to end.
@@ -70,7 +72,7 @@ class _Line:
 
 
 def locate_stall(frames: Mapping[int, FrameType] | None = None, *, main: int | None = None) -> StackLocation:
-    """Where this process stands, seen from another of its threads.
+    """Where this process is, seen from another of its threads.
 
     Args:
         frames: innermost frame by thread; of this process when None.
@@ -87,18 +89,18 @@ def locate_stall(frames: Mapping[int, FrameType] | None = None, *, main: int | N
         ]
     for find in (_collective, _wait):
         for stack in stacks:
-            if place := find(stack):
-                return place
-    return _place(stacks[0], 0, call=stacks[0][0].source, is_waiting=False)
+            if location := find(stack):
+                return location
+    return _location(stacks[0], 0, call=stacks[0][0].source, is_waiting=False)
 
 
 def _stack(frame: FrameType) -> list[_Line]:
-    """Innermost first, without what only measures how long a call takes."""
+    """Innermost first, without helpers around a collective."""
     lines = [
         _Line(each.f_code.co_filename, number, each.f_code.co_name)
         for each, number in traceback.walk_stack(frame)
     ]
-    return [line for line in lines if line.path != _CLOCK] or lines
+    return [line for line in lines if line.path not in _HELPERS] or lines
 
 
 def _collective(stack: Sequence[_Line]) -> StackLocation | None:
@@ -107,17 +109,17 @@ def _collective(stack: Sequence[_Line]) -> StackLocation | None:
     ]
     if not inside:
         return None
-    return _place(stack, stack.index(inside[0]), call=inside[0].function, is_waiting=True)
+    return _location(stack, stack.index(inside[0]), call=inside[0].function, is_waiting=True)
 
 
 def _wait(stack: Sequence[_Line]) -> StackLocation | None:
     """It waits for an operation which it has started before."""
     if not _WAITS.search(stack[0].source):
         return None
-    return _place(stack, 0, call=stack[0].source, is_waiting=True)
+    return _location(stack, 0, call=stack[0].source, is_waiting=True)
 
 
-def _place(stack: Sequence[_Line], index: int, *, call: str, is_waiting: bool) -> StackLocation:
+def _location(stack: Sequence[_Line], index: int, *, call: str, is_waiting: bool) -> StackLocation:
     outside = [line for line in stack[index:] if not line.path.startswith(_TORCH)] or list(stack[index:])
     own = next((line for line in stack[index:] if line.path.startswith(_OWN)), None)
     within = str(own) if own is not None and own != outside[0] else ""

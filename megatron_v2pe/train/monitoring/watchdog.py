@@ -1,4 +1,4 @@
-"""A rank that makes no progress says where it stands and ends, so that the launcher can start all of them again.
+"""A rank that makes no progress reports where it hangs and ends, so that the launcher can start all of them again.
 
     step done --beat--> time of the last step  <--every second-- thread --too long ago--> stacks/rank_N.txt and .jsonl,
                                                      |                                    exit code 1
@@ -34,14 +34,12 @@ from megatron_v2pe.train.monitoring.stack_location import locate_stall
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 10.0
 _GRACE_SECONDS = 3.0  # for ranks that hang with this one to write their stacks before the launcher ends them
 _TIMER_GRACE_SECONDS = 10.0
 _SILENT_SECONDS = 1.5 * _HEARTBEAT_SECONDS
-_LOOKS_AT_OTHERS = (
-    8  # ranks from 0 on that read all heartbeats at a hang; all ranks would be too many for a disk
-)
+_READERS = 8  # first ranks, which read all heartbeats at a hang; all ranks would be too many for a disk
 EXIT_CODE = 1  # as of any failure that is not the user's: torchrun starts the ranks again
 
 
@@ -71,8 +69,11 @@ class Watchdog:
     ) -> None:
         self._stacks = run_dir / "stacks" / f"rank_{rank}.txt"
         self._heartbeat = run_dir / "heartbeats" / f"rank_{rank}.json"
-        self._rank, self._world_size, self._timeout = rank, world_size, timeout_s
-        self._step, self._beaten_at = first_step, time.monotonic()
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout = timeout_s
+        self._step = first_step
+        self._beaten_at = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._file: TextIO
@@ -98,10 +99,11 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """Step `step` is under way now; two assignments."""
-        self._step, self._beaten_at = step, time.monotonic()
+        self._step = step
+        self._beaten_at = time.monotonic()
 
     def _watch(self) -> None:
-        look = min(_LOOK_SECONDS, self._timeout / 4) if self._timeout else _LOOK_SECONDS
+        check_s = min(_CHECK_SECONDS, self._timeout / 4) if self._timeout else _CHECK_SECONDS
         written_at = -_HEARTBEAT_SECONDS
         while True:
             waited = time.monotonic() - self._beaten_at
@@ -113,7 +115,7 @@ class Watchdog:
             if time.monotonic() - written_at >= _HEARTBEAT_SECONDS:
                 self._write_heartbeat(waited)
                 written_at = time.monotonic()
-            if self._stop.wait(look):
+            if self._stop.wait(check_s):
                 return
 
     def _write_heartbeat(self, waited: float) -> None:
@@ -130,13 +132,13 @@ class Watchdog:
             logger.warning("%s cannot be written (%s)", self._heartbeat, error.strerror)
 
     def _end(self, waited: float) -> None:
-        """Write where every thread stands, and leave."""
+        """Write where every thread is, and end the process."""
         try:
-            place, silent = locate_stall(), self._silent()
+            location, silent = locate_stall(), self._silent()
             text = (
                 f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: step {self._step} is not done "
-                f"after {waited:.1f} s (runtime.hang_timeout_s = {self._timeout:g}); it {place}; "
-                f"{_told(silent)}{time.strftime('%Y-%m-%d %H:%M:%S')}"
+                f"after {waited:.1f} s (runtime.hang_timeout_s = {self._timeout:g}); it {location}; "
+                f"{_described(silent)}{time.strftime('%Y-%m-%d %H:%M:%S')}"
             )
             logger.error("%s; stacks of its threads are in %s; this process ends now", text, self._stacks)
             self._file.write(text + "\n\n")
@@ -152,7 +154,7 @@ class Watchdog:
                 "step": self._step,
                 "seconds": round(waited, 1),
                 "time": time.time(),
-                **asdict(place),
+                **asdict(location),
                 "silent": silent,
             }
             append_json(self._stacks.with_suffix(".jsonl"), line)
@@ -161,8 +163,8 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
     def _silent(self) -> list[dict[str, Any]]:
-        """Heartbeats of ranks that have stopped writing any; a rank that merely waits goes on writing them."""
-        if self._rank >= _LOOKS_AT_OTHERS:
+        """Heartbeats of ranks that have stopped writing any; a rank that merely waits continues to write them."""
+        if self._rank >= _READERS:
             return []
         found = []
         for rank in range(self._world_size):
@@ -179,8 +181,8 @@ class Watchdog:
         return found
 
 
-def _told(silent: Sequence[Mapping[str, Any]]) -> str:
-    """Silent ranks in words, a few of them."""
+def _described(silent: Sequence[Mapping[str, Any]]) -> str:
+    """Silent ranks as text, a few of them."""
     each = [
         f"rank {line['rank']} on {line['host']} (step {line['step']}, {line['seconds']:.0f} s ago)"
         for line in silent

@@ -1,6 +1,6 @@
 """Forward, loss and gradients of whole models, through the code that `import-hf` and `train` run.
 
-    ckpt/<key> --import_hf--> checkpoint --load_model_weights--> this rank's stage
+    ckpt/<key> --import_hf--> checkpoint --load_model--> this rank's stage
     case --collate_pack, shard_batch--> LocalBatch --mcore schedule--> hidden, losses, gradients
     --gathered over ranks--> compared with forward/<key>.safetensors
 
@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
@@ -93,8 +92,7 @@ class CaseRun:
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
-        self.chunks: list[InternVL] = build_model(self.config, self.arch, plan=plan, ranks=ranks)
-        load_model_weights(checkpoint, self.chunks, ranks=ranks)
+        self.chunks: list[InternVL] = load_model(checkpoint, self.config, self.arch, plan=plan, ranks=ranks)
         self.wrapped = wrap_data_parallel(self.chunks, self.config, shard_gradients=False)
 
     def rows(self) -> Iterator[Row]:

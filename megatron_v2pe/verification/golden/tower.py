@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.checkpoint.files.folder import hf_path
-from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
@@ -31,13 +30,12 @@ VISION_ATOL = 5e-5  # FORMAT; float32 against float64 of the release's own code 
 POSITION_TABLE_ATOL = 1e-5  # one bicubic interpolation in float32
 
 
-def load_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternVL:
+def load_whole_model(checkpoint: Path, *, plan: ParallelPlan, ranks: Ranks) -> InternVL:
     """The model of an imported checkpoint on one rank, in float32."""
     arch = read_architecture(hf_path(checkpoint))
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
-    chunks = build_model(config, arch, plan=plan, ranks=ranks)
-    load_model_weights(checkpoint, chunks, ranks=ranks)
-    return chunks[0].eval()
+    (model,) = load_model(checkpoint, config, arch, plan=plan, ranks=ranks)
+    return model.eval()
 
 
 def vision_rows(
@@ -52,7 +50,7 @@ def vision_rows(
             yield unsupported(f"model/{key}/vision", "all", reason=str(checkpoint).splitlines()[0])
             continue
         with torch.no_grad():
-            model = load_model(checkpoint, plan=plan, ranks=ranks)
+            model = load_whole_model(checkpoint, plan=plan, ranks=ranks)
             yield from _tower_rows(ForwardFile.open(folder, path), model, device=ranks.device)
     path = folder / "forward" / "vision_resize.json"
     if path.exists():
@@ -90,7 +88,7 @@ def _resize_rows(
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
         elif checkpoint is not None:  # else the family was not asked for
             with torch.no_grad():
-                model = load_model(checkpoint, plan=plan, ranks=ranks)
+                model = load_whole_model(checkpoint, plan=plan, ranks=ranks)
                 yield from _resized(name, model, case, tensors, device=ranks.device)
 
 

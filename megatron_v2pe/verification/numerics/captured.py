@@ -1,6 +1,6 @@
 """Our model on this layout's ranks, with what each stage gave, put together on every rank.
 
-    checkpoint --load_weights--> this rank's stage --hooks, mcore's schedule--> local pieces
+    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local pieces
     pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
 Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
-from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
+from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
@@ -82,11 +80,13 @@ class CapturedRun:
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
-        config = dataclasses.replace(config, lora=checkpoint_lora(checkpoint))
-        self.arch, self.config, self.plan, self.ranks = arch, config, plan, ranks
-        self.inputs, self.wanted = inputs, wanted
-        self.chunks: list[InternVL] = build_model(config, arch, plan=plan, ranks=ranks)
-        load_weights(checkpoint, self.chunks, ranks=ranks)
+        self.arch = arch
+        self.config = config
+        self.plan = plan
+        self.ranks = ranks
+        self.inputs = inputs
+        self.wanted = wanted
+        self.chunks: list[InternVL] = load_model(checkpoint, config, arch, plan=plan, ranks=ranks)
         self._local: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:

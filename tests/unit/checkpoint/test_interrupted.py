@@ -20,7 +20,8 @@ from tests.support.hf_folders import random_folder
 
 # The verb, with every block taking its time, so that there is a middle to stop it in.
 SLOW_VERB = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from megatron_v2pe.checkpoint.files import block_stream
 from megatron_v2pe.cli.main import main
 

@@ -32,7 +32,7 @@ def config(tmp_path):
 @pytest.fixture
 def saved(config, tmp_path):
     """A checkpoint of a run of `config`."""
-    state = RunState(step=3, consumed_packs=6, data_seed=0, data_hash="", config_hash="")
+    state = RunState(step=3, consumed_packs=6, data_seed=0, data_hash="")
     return make(tmp_path / "saved", step=3, run_state=replace(state, model_facts=model_facts(config)))
 
 
@@ -78,5 +78,5 @@ def test_a_hugging_face_folder_counts_by_configuration_names_and_sizes(config, t
 
 
 def test_a_checkpoint_without_facts_is_accepted(config, tmp_path):
-    state = RunState(step=3, consumed_packs=6, data_seed=0, data_hash="", config_hash="")
+    state = RunState(step=3, consumed_packs=6, data_seed=0, data_hash="")
     require_same_model(config, make(tmp_path / "older", step=3, run_state=state))

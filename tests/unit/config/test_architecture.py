@@ -68,7 +68,7 @@ def test_scaling_that_v2pe_takes_the_place_of():
     dynamic = language(INTERNLM2).rope_scaling
     assert (dynamic.factor, dynamic.trained_positions, dynamic.is_trained_in) == (2.0, 32768, False)
     assert language(PHI3).rope_scaling.is_trained_in
-    # The release saves this for a checkpoint trained with V2PE, and cannot read it again (its defect D2).
+    # The release saves this for a checkpoint trained with V2PE, and cannot read it again.
     assert language(INTERNLM2, rope_scaling={"type": "v2pe", "factor": 2.0}).rope_scaling.kind == "none"
 
 

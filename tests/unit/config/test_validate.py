@@ -138,7 +138,7 @@ def test_comm_types_by_back_end(cp_comm_type, backend):
 
 
 def test_heads_traded_for_tokens():
-    with pytest.raises(ConfigError, match=r"'a2a' with .* 2 x 4, which must divide the 4 KV heads.*take p2p"):
+    with pytest.raises(ConfigError, match=r"'a2a' with .* 2 x 4, which must divide the 4 KV heads.*use p2p"):
         run(8, parallel=ParallelConfig(tp=2, cp=4, cp_comm_type="a2a"))
     run(4, parallel=ParallelConfig(tp=2, cp=2, cp_comm_type="a2a"))
     arch = dataclasses.replace(ARCH, language=dataclasses.replace(ARCH.language, num_heads=6, num_kv_heads=4))
@@ -161,7 +161,7 @@ def test_layers_by_stages():
     [
         ("Et*6|L|", "has 3 stages, but parallel.pp x parallel.vpp = 2"),
         ("Et*2|t*3L", "has 5 decoder layers, but the model has 6"),
-        ("t*3|Et*3L", "E must stand once, first"),
+        ("t*3|Et*3L", "must have E once, first"),
         ("Et*3L|t*3", "L once, last"),
         ("Et*3|x*3L", "'x.3L' is not understood"),
     ],
@@ -192,7 +192,7 @@ def test_a_pipeline_is_needed():
 
 def test_world_by_replica():
     axes = ParallelConfig(tp=2, cp=2)
-    with pytest.raises(ConfigError, match=r"the world has 6 ranks.*2 x 1 x 2 = 4 must divide it"):
+    with pytest.raises(ConfigError, match=r"2 \* 1 \* 2 = 4 must divide the world size 6"):
         run(6, parallel=axes)
     run(8, parallel=axes, optim=OptimConfig(global_batch_size=2))
 

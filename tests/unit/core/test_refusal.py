@@ -13,7 +13,7 @@ def test_the_next_start_of_the_launch_is_refused(tmp_path):
     second.mkdir()
     assert not was_refused(environment(first, attempt=0))
     assert refuse("optim.lr is 0", environment(first, attempt=0, local_rank=3))
-    assert not refuse("optim.lr is 0", environment(first, attempt=0))  # told already
+    assert not refuse("optim.lr is 0", environment(first, attempt=0))  # reported already
     assert refuse("parallel.cp is 3", environment(first, attempt=0))
     assert was_refused(environment(first, attempt=1))
     assert not was_refused(environment(second, attempt=0))

@@ -8,7 +8,7 @@ import pytest
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.inspection.run_curves import moving_mean
 from megatron_v2pe.inspection.run_table import rows as rows_of
-from megatron_v2pe.inspection.run_table import table
+from megatron_v2pe.inspection.run_table import stragglers, table
 from megatron_v2pe.inspection.runs import summarize
 
 
@@ -142,3 +142,20 @@ def test_folders_that_are_no_runs(tmp_path, capsys, content, message):
 def test_a_picture_of_another_kind_is_refused(run_dir, capsys):
     assert main(["runs", str(run_dir), "--out", "curves.jpg"]) == 2
     assert "--out is 'curves.jpg', but must end in .png" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_slow_again_and_again_is_marked():
+    lines = [
+        {
+            "step": step,
+            "comm_wait_s_max": 0.6,
+            "straggler": rank,
+            "straggler_s": 0.5,
+            "step_s": 1.0,
+            "data_s": 0.5,
+        }
+        for step, rank in enumerate([2] * 29 + [7, 2], start=1)
+    ]
+    assert stragglers(lines) == (
+        "rank 2 in 30 of 31 steps, 15.0 s (slow, noticed in steps 1 to 30); rank 7 in 1 of 31 steps, 0.5 s"
+    )

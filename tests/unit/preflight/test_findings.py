@@ -11,25 +11,25 @@ from megatron_v2pe.config.load import load_run_config
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.preflight import disk, inputs, limit, links, machine, parity
-from megatron_v2pe.preflight.findings import Finding, guarded, table, worst
+from megatron_v2pe.preflight.findings import Finding, findings_table, guarded, worst_verdict
 
 
 def finding(verdict, name="x"):
-    return Finding(name=name, verdict=verdict, text="told")
+    return Finding(name=name, verdict=verdict, text="text")
 
 
 def test_the_table_ends_with_the_answer():
-    assert table([finding("go"), finding("note")], ranks=2, seconds=1.2).endswith(
-        "GO: 2 ranks, looked at in 1 s\n"
+    assert findings_table([finding("go"), finding("note")], ranks=2, seconds=1.2).endswith(
+        "GO: 2 ranks, checked in 1 s\n"
     )
-    text = table([finding("no-go", "disk"), finding("go", "links")], ranks=1, seconds=0)
-    assert text.splitlines()[0] == "no-go  disk   told"
+    text = findings_table([finding("no-go", "disk"), finding("go", "links")], ranks=1, seconds=0)
+    assert text.splitlines()[0] == "no-go  disk   text"
     assert text.splitlines()[-1].startswith("NO-GO: 1 rank,")
 
 
 def test_a_no_go_is_worse_than_a_note():
-    assert worst([finding("go"), finding("no-go"), finding("note")]) == "no-go"
-    assert worst([finding("go"), finding("note")]) == "note"
+    assert worst_verdict([finding("go"), finding("no-go"), finding("note")]) == "no-go"
+    assert worst_verdict([finding("go"), finding("note")]) == "note"
 
 
 def test_a_mistake_is_the_finding_of_its_check():

@@ -10,7 +10,7 @@ def test_one_process_stands_for_a_rank_of_the_run(monkeypatch):
     config = RunConfig(parallel=ParallelConfig(tp=2, cp=4), runtime=RuntimeConfig(profile_ranks="0,7"))
     alone, finding = _layout(config)
     assert (alone.parallel.tp, alone.parallel.cp, alone.runtime.profile_ranks) == (1, 1, "0")
-    assert (finding.verdict, "looked at as one rank" in finding.text) == ("note", True)
+    assert (finding.verdict, "checked as one rank" in finding.text) == ("note", True)
 
 
 def test_a_run_of_one_rank_is_looked_at_as_it_is(monkeypatch):

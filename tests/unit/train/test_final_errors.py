@@ -1,11 +1,11 @@
-"""Which errors of a run a restart can mend: those behind a step that was done."""
+"""Which errors of a run a restart can mend: those after a step that was done."""
 
-from types import SimpleNamespace
+from itertools import chain, repeat
 
 import pytest
 
 from megatron_v2pe.core.errors import CheckpointError, DataError, TrainingError
-from megatron_v2pe.train.loop import final_without_progress
+from megatron_v2pe.train.guards.final_errors import final_without_progress
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,11 @@ from megatron_v2pe.train.loop import final_without_progress
         (TrainingError, 5, True),  # the same packs and weights give the same numbers
     ],
 )
-def test_errors_behind_a_step_are_worth_another_start(error, steps_done, is_final):
-    run = SimpleNamespace(state=SimpleNamespace(step=7))
+def test_errors_after_a_step_are_worth_another_start(error, steps_done, is_final):
+    counts = chain([7], repeat(7 + steps_done))
 
     def fail():
-        with final_without_progress(run):
-            run.state.step += steps_done
+        with final_without_progress(lambda: next(counts)):
             raise error("x")
 
     with pytest.raises(error) as raised:

@@ -70,7 +70,7 @@ def make(monkeypatch):
 
 
 def step(saver, number, *, is_interrupted=False, is_applied=True):
-    state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="", config_hash="")
+    state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="")
     saver.after_step(state, is_interrupted=is_interrupted, is_applied=is_applied)
 
 
@@ -86,7 +86,7 @@ def test_parts_go_on_between_steps_and_the_next_save_knows_the_plan(make):
     for number in (1, 2, 3):
         step(saver, number)
     (first,) = FakeSave.made
-    assert first.calls == ["copy"]  # writing, behind the gate
+    assert first.calls == ["copy"]  # writing, held up by the gate
     let_threads_end()
     step(saver, 3)
     let_threads_end()
@@ -95,8 +95,8 @@ def test_parts_go_on_between_steps_and_the_next_save_knows_the_plan(make):
     assert first.calls[-1] == "finish"
     step(saver, 4)
     assert [save.given for save in FakeSave.made] == [None, "plan"]
-    assert saver.take_stall() > 0
-    assert saver.take_stall() == 0
+    assert saver.take_pause() > 0
+    assert saver.take_pause() == 0
 
 
 def test_a_save_that_comes_too_soon_waits_for_the_one_before(make, caplog):
@@ -115,7 +115,7 @@ def test_the_last_step_and_an_interruption_are_written_before_anything_else(make
     assert FakeSave.made[0].calls == ["write", "join", "commit", "finish"]
 
 
-def test_a_save_behind_a_step_that_was_not_applied_comes_behind_the_next_that_is(make):
+def test_a_save_after_a_step_that_was_not_applied_comes_after_the_next_that_is(make):
     saver = make(async_save=False)
     step(saver, 2, is_applied=False)
     step(saver, 3, is_applied=False)
@@ -126,7 +126,7 @@ def test_a_save_behind_a_step_that_was_not_applied_comes_behind_the_next_that_is
     assert [save.run_state.step for save in FakeSave.made] == [5, 6]
 
 
-def test_a_run_that_ends_behind_a_step_that_was_not_applied_is_saved(make):
+def test_a_run_that_ends_after_a_step_that_was_not_applied_is_saved(make):
     saver = make()
     step(saver, 3, is_interrupted=True, is_applied=False)
     assert [save.run_state.step for save in FakeSave.made] == [3]

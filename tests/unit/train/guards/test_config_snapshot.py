@@ -1,4 +1,4 @@
-"""train.kept_config: what the log says of settings that a resumed run changes."""
+"""What the log says of settings that a resumed run changes."""
 
 import logging
 
@@ -24,7 +24,7 @@ def test_every_changed_field_is_named_with_both_values():
     assert rate == "optim.lr: 5e-06 -> 0.001"
 
 
-def test_a_resumed_run_tells_and_the_next_compares_with_it(tmp_path, caplog):
+def test_a_resumed_run_logs_changes_and_the_next_compares_with_it(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megatron_v2pe")
     write_config_snapshot(tmp_path, config(), is_resumed=False)
     write_config_snapshot(tmp_path, config("optim.lr=1e-3"), is_resumed=True)
@@ -33,7 +33,7 @@ def test_a_resumed_run_tells_and_the_next_compares_with_it(tmp_path, caplog):
     assert load_run_config(tmp_path / FILE) == config("optim.lr=1e-3")
 
 
-def test_a_file_that_cannot_be_compared_is_told_and_replaced(tmp_path, caplog):
+def test_a_file_that_cannot_be_compared_is_reported_and_replaced(tmp_path, caplog):
     (tmp_path / FILE).write_text("optim: {gone: 1}\n")
     write_config_snapshot(tmp_path, config(), is_resumed=True)
     assert "unknown key optim.gone" in caplog.text

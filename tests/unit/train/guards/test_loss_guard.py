@@ -1,4 +1,4 @@
-"""The limit of a step's loss: by hand for a few steps, off, and the same behind a checkpoint as without one."""
+"""The limit of a step's loss: by hand for a few steps, off, and the same after a checkpoint as without one."""
 
 import math
 
@@ -8,15 +8,17 @@ from megatron_v2pe.train.step import StepReport
 
 def report(loss, *, is_applied=True):
     return StepReport(
-        loss=loss,
-        grad_norm=1.0,
-        part_norms={},
-        lr=1.0,
         is_applied=is_applied,
+        loss=loss,
+        loss_by_source={},
+        weight_by_source={},
+        tokens_by_source={},
+        grad_norm=1.0,
+        lr=1.0,
+        part_norms={},
         loss_limit=math.inf,
         bad_packs=(),
         seconds=1.0,
-        by_source=None,
     )
 
 

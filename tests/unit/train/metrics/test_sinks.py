@@ -16,7 +16,7 @@ SOURCES = {"loss_by_source": {"books": 2.5, "web pages": None}, "tokens_by_sourc
 
 
 class FakeRun:
-    """Remembers what a W&B run is told."""
+    """Remembers what a W&B run is given."""
 
     def __init__(self):
         self.logged, self.is_finished = [], False
@@ -83,7 +83,7 @@ def test_only_rank_0_has_sinks(tmp_path):
     assert open_sinks(RuntimeConfig(wandb_project="x"), tmp_path, rank=1, first_step=1) == []
 
 
-def test_a_line_that_a_crash_cut_does_not_keep_a_run_from_going_on(tmp_path):
+def test_a_line_that_a_crash_cut_does_not_keep_a_run_from_continuing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     (sink,) = open_sinks(RuntimeConfig(tensorboard=False), tmp_path, rank=0, first_step=2)

@@ -1,4 +1,4 @@
-"""Phases of a start add up to the time since the process was created, and are told once."""
+"""Phases of a start add up to the time since the process was created, and are reported once."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import psutil
 from megatron_v2pe.train.metrics.startup_timer import FILE, StartupTimer
 
 
-def test_phases_add_up_and_the_first_step_is_told_apart_from_the_wait_before_it(tmp_path, caplog):
+def test_phases_add_up_and_the_first_step_is_set_apart_from_the_wait_before_it(tmp_path, caplog):
     startup = StartupTimer()
     startup.done("imports")
     time.sleep(0.02)

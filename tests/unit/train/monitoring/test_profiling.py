@@ -12,10 +12,10 @@ from torch.autograd import DeviceType
 
 from megatron_v2pe.config.schema import RuntimeConfig
 from megatron_v2pe.train.monitoring import profiling
-from megatron_v2pe.train.monitoring.profiling import StepProfiler, table
+from megatron_v2pe.train.monitoring.profiling import StepProfiler, operator_table
 
 
-def steps(run_dir, *, rank=0, first=1, last=6, asked_behind=(), **runtime):
+def steps(run_dir, *, rank=0, first=1, last=6, asked_after=(), **runtime):
     """Runs steps of one product each under the profiler."""
     asked = {"now": False}
     profiler = StepProfiler(
@@ -29,7 +29,7 @@ def steps(run_dir, *, rank=0, first=1, last=6, asked_behind=(), **runtime):
     with profiler:
         for step in range(first, last + 1):
             torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-            asked["now"] = step in asked_behind
+            asked["now"] = step in asked_after
             profiler.beat(step + 1)
 
 
@@ -55,8 +55,8 @@ def test_nothing_is_written_unless_it_is_asked_for(tmp_path):
         ({"profile_from_step": 3}, [3, 4]),
         ({"profile_from_step": 6}, [6]),  # the run ends in the window
         ({"profile_from_step": 2, "first": 3}, [3]),  # the run was started again in the window
-        ({"asked_behind": [2]}, [3, 4]),
-        ({"asked_behind": [2], "profile_steps": 1, "profile_ranks": "all", "rank": 0}, [3]),
+        ({"asked_after": [2]}, [3, 4]),
+        ({"asked_after": [2], "profile_steps": 1, "profile_ranks": "all", "rank": 0}, [3]),
         ({"profile_from_step": 2, "profile_ranks": "1,3"}, []),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path, caplog, monkeypat
     (tmp_path / "profile").write_text("a file where the folder should be")
     steps(tmp_path, profile_from_step=2, profile_steps=1)
     assert "cannot be written (" in caplog.text
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
 
 
 def test_a_trace_that_was_cut_short_by_a_full_disk_is_not_kept(tmp_path, caplog, monkeypatch):
@@ -135,7 +135,7 @@ def test_communication_on_the_host():
         average("c10d::send", host=0.25),
         average(profiling._WAIT, host=0.75),
     ]
-    text = table(averages, "title", seconds=5.0)
+    text = operator_table(averages, "title", seconds=5.0)
     assert "communication 1.000 s, 20.0 % of the step" in text
     assert text.index("aten::mm") < text.index(profiling._WAIT) < text.index("c10d::send")
     assert "   3.0000  75.0 %       2  aten::mm\n" in text
@@ -148,12 +148,12 @@ def test_of_a_device_kernels_count_and_nothing_twice():
         average("ncclDevKernel_AllReduce", device=1.0, on_device=True),
         average("nccl:all_reduce", device=1.0, on_device=True, is_annotation=True),
     ]
-    text = table(averages, "title", seconds=10.0)
+    text = operator_table(averages, "title", seconds=10.0)
     assert "communication 1.000 s, 10.0 % of the step" in text
     assert "   3.0000  75.0 %       2  gemm\n" in text
     assert "aten::mm" not in text
 
 
 def test_a_long_table_is_cut_and_its_rest_summed():
-    text = table([average(f"op{number}", host=1.0) for number in range(50)], "title", seconds=50.0)
+    text = operator_table([average(f"op{number}", host=1.0) for number in range(50)], "title", seconds=50.0)
     assert text.endswith("  30.0000  60.0 %          30 others\n")

@@ -1,4 +1,4 @@
-"""What a rank tells ft_launcher's monitor: with a stand-in for the client, of the same methods and with its strictness.
+"""What a rank reports to ft_launcher's monitor: with a stand-in of the same methods and strictness for the client.
 
 The real launcher and client are in tests/e2e/test_ft_launcher.py, where they are installed.
 """
@@ -70,7 +70,7 @@ def launched(monkeypatch):
     return launch
 
 
-def test_every_step_is_told_with_its_section(launched, caplog):
+def test_every_step_is_reported_with_its_section(launched, caplog):
     calls = launched(setup=600.0, step=60.0, checkpointing=300.0)
     with caplog.at_level(logging.INFO), RankMonitor() as monitor:
         assert calls == ["init", "start setup"]
@@ -111,7 +111,7 @@ def test_without_the_launcher_nothing_is_imported(monkeypatch):
         monitor.beat(2)
 
 
-def test_the_launcher_without_the_package_is_told(monkeypatch, caplog):
+def test_the_launcher_without_the_package_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("megatron_v2pe"), "propagate", True)
     monkeypatch.setenv(ADDRESS, "/tmp/socket")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""Where a process stands: threads that stand in known lines, some in real collectives of torch."""
+"""Where a process hangs: threads that wait in known lines, some in real collectives of torch."""
 
 import sys
 import threading
@@ -20,7 +20,7 @@ class Gate:
 
     def wait(self, *_args, **_kwargs):
         self.entered.set()
-        time.sleep(1000)  # in a daemon thread: what called it must not go on
+        time.sleep(1000)  # in a daemon thread: what called it must not continue
 
 
 def frame_at_gate(function):
@@ -36,7 +36,7 @@ def frame_at_gate(function):
 
 
 def stand(function):
-    """Where the thread of `function` stands."""
+    """Where the thread of `function` is."""
     ident, frame = frame_at_gate(function)
     return locate_stall({ident: frame}, main=ident)
 
@@ -50,7 +50,7 @@ def test_a_collective_is_named_with_the_line_that_called_it(monkeypatch):
     assert found.is_waiting
     assert found.call == "all_reduce"
     assert found.at.endswith("in enters")
-    assert "test_place.py" in found.at
+    assert "test_stack_location.py" in found.at
     assert str(found).startswith("waits in all_reduce (")
 
 
@@ -94,7 +94,7 @@ def test_the_function_of_this_package_is_named_too(monkeypatch):
     assert found.within.startswith("megatron_v2pe/core/jsonl.py:")
 
 
-def test_threads_of_autograd_are_looked_at_only_during_a_backward(monkeypatch):
+def test_threads_of_autograd_are_read_only_during_a_backward(monkeypatch):
     frame = sys._getframe()
     monkeypatch.setattr(place, "_BACKWARD", frame.f_code.co_name)
 

@@ -1,0 +1,64 @@
+"""From a checkpoint to a model on this rank's part of any parallel layout: built, and with its weights.
+
+load_model             a checkpoint as it is, its adapters included       answers, comparisons
+load_initial_weights   what a new run starts from, and new adapters       training, which builds its model itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_v2pe.assembly.build import build_model
+from megatron_v2pe.checkpoint.adapters.weights import draw_adapters, load_weights
+from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
+from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
+from megatron_v2pe.checkpoint.state.model_state import load_model_weights
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+
+
+def load_model(
+    checkpoint: str | Path,
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    plan: ParallelPlan,
+    ranks: Ranks,
+) -> list[InternVL]:
+    """Build this rank's model chunks and load a checkpoint into them. Collective.
+
+    Args:
+        checkpoint: folder of a whole model, or of adapters, whose base is loaded too.
+        config: layout, positions, dtype; its adapters are replaced by the checkpoint's.
+        arch: architecture of the model.
+        plan: sizes of the parallel axes.
+        ranks: this rank's place.
+
+    Raises:
+        CheckpointError: the checkpoint or its base cannot be loaded into this model.
+    """
+    config = replace(config, lora=checkpoint_lora(checkpoint))
+    model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    load_weights(checkpoint, model_chunks, ranks=ranks)
+    return model_chunks
+
+
+def load_initial_weights(
+    model_chunks: Sequence[InternVL], config: RunConfig, arch: InternVLArchitecture, *, ranks: Ranks
+) -> None:
+    """Fill a run's model with `model.checkpoint` or `model.hf_path`, and draw the first values of its adapters.
+
+    Collective.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded into this model.
+    """
+    if config.model.hf_path:
+        load_hf_weights(config.model.hf_path, model_chunks, ranks=ranks)
+    else:
+        load_model_weights(config.model.checkpoint, model_chunks, ranks=ranks)
+    draw_adapters(model_chunks, lora=config.lora, arch=arch, seed=config.runtime.seed, ranks=ranks)
