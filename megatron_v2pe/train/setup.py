@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from types import TracebackType
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
+from megatron_v2pe.batch.packed_batch import LocalBatch
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.load import load_checkpoint
@@ -37,6 +38,8 @@ from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.pack_reader import TileShare
+from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.shard_batch import shard_batch
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
@@ -62,6 +65,7 @@ from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
 from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.step import StepReport
+from megatron_v2pe.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ class Run:
         trainer: model chunks, optimizer, schedule.
         loader: this data parallel rank's packs, from the next step on.
         runner: runs micro batches through this stage.
+        validation: loss of held-out data, when it is due.
         damaged: removes damaged samples from the loss.
         loss_guard: how large the next loss may be.
         bad_steps: records steps that were not applied.
@@ -96,6 +101,7 @@ class Run:
     trainer: Trainer
     loader: TrainLoader
     runner: MicroBatchRunner
+    validation: Validation
     damaged: DamagedSamples
     loss_guard: LossGuard
     bad_steps: BadSteps
@@ -164,6 +170,11 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         state = _state(config, loader, saved, resume_from)
         if ranks.rank == 0:
             _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
+        shard = _shard(config, plan=plan, ranks=ranks)
+        monitors = stack.enter_context(
+            _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
+        )
+        validation = _validation(config, arch, shard, monitors, plan=plan, ranks=ranks)
         startup.done("data")
         return Run(
             config=config,
@@ -171,7 +182,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(config, loader, trainer, plan=plan, ranks=ranks),
+            runner=_micro_batch_runner(loader, trainer, shard, ranks=ranks),
+            validation=validation,
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
@@ -179,9 +191,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             log=_metrics_log(config, run_dir, state, ranks=ranks),
             startup=startup,
             interruption=interruption,
-            monitors=stack.enter_context(
-                _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
-            ),
+            monitors=monitors,
             saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
@@ -320,11 +330,10 @@ def _record_start(
     append_json(run_dir / "starts.jsonl", {"step": state.step, "world_size": world_size, "time": time.time()})
 
 
-def _micro_batch_runner(
-    config: RunConfig, loader: TrainLoader, trainer: Trainer, *, plan: ParallelPlan, ranks: Ranks
-) -> MicroBatchRunner:
+def _shard(config: RunConfig, *, plan: ParallelPlan, ranks: Ranks) -> Callable[..., LocalBatch]:
+    """How a pack becomes this rank's share."""
     mean, std = NORMALIZATION[config.data.normalize_type]
-    shard = partial(
+    return partial(
         shard_batch,
         plan=plan,
         ranks=ranks,
@@ -333,9 +342,52 @@ def _micro_batch_runner(
         mean=mean,
         std=std,
     )
+
+
+def _micro_batch_runner(
+    loader: TrainLoader, trainer: Trainer, shard: Callable[..., LocalBatch], *, ranks: Ranks
+) -> MicroBatchRunner:
     runner = MicroBatchRunner(shard=shard, device=ranks.device, source_names=tuple(loader.source_names))
     attach(runner, trainer.wrapped)
     return runner
+
+
+def _validation(
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    shard: Callable[..., LocalBatch],
+    monitors: Monitors,
+    *,
+    plan: ParallelPlan,
+    ranks: Ranks,
+) -> Validation:
+    """Held-out packs of this rank, and a runner that keeps their groups apart."""
+    packs = None
+    if config.data.validation:
+        tile_share = TileShare(
+            rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
+        )
+        packs = ValidationPacks(
+            config,
+            arch,
+            hf_folder_of(config),
+            dp_rank=ranks.dp_rank,
+            dp=plan.dp,
+            tile_share=tile_share,
+            pad_to_multiple=plan.pad_to_multiple,
+            runs_multiple=plan.pp if config.parallel.vpp > 1 else 1,
+        )
+        logger.info("%d held-out samples in %d packs", packs.num_samples, packs.num_packs)
+    names = tuple(f"{group.source} {group.length_name}" for group in packs.groups) if packs else ()
+    return Validation(
+        packs=packs,
+        every=config.runtime.validate_every,
+        last_step=config.optim.steps,
+        runner=MicroBatchRunner(shard=shard, device=ranks.device, source_names=names),
+        ranks=ranks,
+        pp=plan.pp,
+        on_progress=monitors.keep_alive,
+    )
 
 
 def _damaged_samples(
