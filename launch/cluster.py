@@ -90,29 +90,33 @@ def read_cluster(path: str | Path) -> Cluster:
     except yaml.YAMLError as error:
         raise LaunchError(f"{path}: not YAML ({error})") from None
     cluster = _build(Cluster, values, where=str(path))
-    if cluster.container.runtime not in RUNTIMES:
-        raise LaunchError(
-            f"{path}: container.runtime is {cluster.container.runtime!r}, but must be one of {', '.join(RUNTIMES)}"
-        )
-    if cluster.container.runtime != "none" and not cluster.container.image:
-        raise LaunchError(f"{path}: container.image is empty, but {cluster.container.runtime} needs an image")
+    _check_container(cluster.container, path)
     if cluster.ranks_per_node < 1:
         raise LaunchError(f"{path}: ranks_per_node is {cluster.ranks_per_node}, but must be at least 1")
     limit_seconds(cluster.time, where=f"{path}: time")
     bad = [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
     if bad:
         raise LaunchError(f"{path}: env.{bad[0]}: not a name of a variable")
-    for mount in cluster.container.mounts:
-        if not _MOUNT.fullmatch(mount):
-            raise LaunchError(
-                f"{path}: container.mounts: {mount!r} must be a path or outside:inside, with $NAME for variables of "
-                "the job, and without commas, quotes, backslashes, backquotes and other uses of $"
-            )
     for name in ("partition", "account", "qos", "time", "sbatch"):
         value = getattr(cluster, name)
         for text in (value,) if isinstance(value, str) else value:
             check_one_line(text, where=f"{path}: {name}")
     return cluster
+
+
+def _check_container(container: Container, path: str | Path) -> None:
+    if container.runtime not in RUNTIMES:
+        raise LaunchError(
+            f"{path}: container.runtime is {container.runtime!r}, but must be one of {', '.join(RUNTIMES)}"
+        )
+    if container.runtime != "none" and not container.image:
+        raise LaunchError(f"{path}: container.image is empty, but {container.runtime} needs an image")
+    for mount in container.mounts:
+        if not _MOUNT.fullmatch(mount):
+            raise LaunchError(
+                f"{path}: container.mounts: {mount!r} must be a path or outside:inside, with $NAME for variables of "
+                "the job, and without commas, quotes, backslashes, backquotes and other uses of $"
+            )
 
 
 def check_one_line(text: str, *, where: str) -> None:

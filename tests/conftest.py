@@ -1,4 +1,4 @@
-"""For all tests: a server of warm processes for each worker of a parallel run, and no world left behind."""
+"""For all tests: a server of warm processes for each worker of a parallel run, and no world that outlives its test."""
 
 import os
 import sys

@@ -5,14 +5,14 @@
     python tools/bench_attention.py --cp 4 --rounds 1        more ranks than cores: the bytes still mean something
 
 Both sides do the same work, forward and backward of causal attention with grouped heads: one process with cp threads
-on the whole pack, and cp processes with one thread each on their zigzag shards. They take turns, so that a
-disturbance of the machine hits both; run it on an idle machine all the same.
+on the whole pack, and cp processes with one thread each on their zigzag shards. They run in turn, so that a
+disturbance of the machine affects both; run it on an idle machine all the same.
 
 How to read it. `speed` is the time of the one process over the time of the ranks, by medians; 1.00 means that
 splitting the sequence costs nothing, and 0.90 is the target for p2p at 16K. `cpu` is the same of processor seconds,
 summed over threads and ranks: it stays meaningful when others use the machine, but does not see waiting. `sent` are
-the bytes that a rank wrote to its sockets, forward + backward, as counted by Linux; `formula` is what the back end's
-docstring promises. They have to agree within 1 %. B is the bytes of a rank's own keys and values.
+the bytes that a rank wrote to its sockets, forward + backward, as counted by Linux; `formula` is the one of the back
+end's docstring. They must agree within 1 %. B is the bytes of a rank's own keys and values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.context import CONTEXT_ATTENTION
+from megatron_v2pe.parallel.attention.context_parallel import CONTEXT_PARALLEL_ATTENTION
 from megatron_v2pe.parallel.zigzag import shard_indices
 
 TARGET_SPEED, TARGET_BYTES = 0.90, 0.01
@@ -106,12 +106,12 @@ def forward_and_backward(problem: Problem, tensors: list[Tensor], *, comm: str, 
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
     lengths = [length // cp for length in problem.documents]
     scale = problem.head_dim**-0.5
-    out = CONTEXT_ATTENTION[comm](*leaves, lengths=lengths, scale=scale, group=group)
+    out = CONTEXT_PARALLEL_ATTENTION[comm](*leaves, lengths=lengths, scale=scale, group=group)
     out.backward(tensors[3])
 
 
 def rank_main(rank: int, cp: int, folder: str, problem: Problem, orders: Any) -> None:
-    """A rank: waits for the name of a back end, runs it once, answers with its cost."""
+    """A rank: waits for the name of a back end, runs it once, sends its cost."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=cp)
     tensors = problem.tensors(rank, cp)
@@ -200,7 +200,7 @@ def report(problem: Problem, comm: str, cp: int, alone: list[Pass], ranks: list[
 
 
 def main() -> int:
-    """Parse the command line, compare, say whether the targets were met."""
+    """Parse the command line, compare, print whether the targets were met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[16384], help="tokens of each document")
     parser.add_argument("--heads", type=int, default=4, help="query heads")
@@ -208,7 +208,12 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=128, help="channels of a head")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cp", type=int, default=2, help="ranks, and threads of the one process")
-    parser.add_argument("--comm", nargs="+", choices=list(CONTEXT_ATTENTION), default=list(CONTEXT_ATTENTION))
+    parser.add_argument(
+        "--comm",
+        nargs="+",
+        choices=list(CONTEXT_PARALLEL_ATTENTION),
+        default=list(CONTEXT_PARALLEL_ATTENTION),
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side after one to warm up")
     options = parser.parse_args()
     problem = Problem(

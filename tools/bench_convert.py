@@ -3,6 +3,7 @@
     python tools/bench_convert.py --size 2B                    4.4 GB, four times on the disk at most
     python tools/bench_convert.py --size 8B --folder /data     where there is room
     python tools/bench_convert.py --size 26B --layout-only     files, offsets and memory, without a byte of weights
+    python tools/bench_convert.py --size my/config.json        a model of other sizes
 
     random weights -> HF folder --copy, sync----> copy
                                 --import-hf-----> checkpoint
@@ -56,9 +57,22 @@ HF_SHARD_BYTES = 5 * 10**9
 MIB = 2**20
 
 
+def hf_config(size: str) -> dict[str, Any]:
+    """config.json of a published size, or the one at a path.
+
+    Raises:
+        SystemExit: neither of both.
+    """
+    if size in PUBLISHED:
+        return PUBLISHED[size]
+    if Path(size).is_file():
+        return json.loads(Path(size).read_text(encoding="utf-8"))
+    raise SystemExit(f"--size is {size!r}, but must be a config.json or one of {', '.join(PUBLISHED)}")
+
+
 def shapes(size: str) -> dict[str, TensorInfo]:
-    """Hugging Face tensors of a published size, in the order of their names."""
-    names = name_map(parse_architecture(PUBLISHED[size]))
+    """Hugging Face tensors of a model, in the order of their names."""
+    names = name_map(parse_architecture(hf_config(size)))
     return {name: TensorInfo(torch.bfloat16, names.hf_shape(name)) for name in sorted(names.by_hf)}
 
 
@@ -78,7 +92,7 @@ def make_folder(folder: Path, size: str) -> list[WeightFile]:
     """A Hugging Face folder with random weights, written block by block."""
     folder.mkdir(parents=True)
     files = plan_weight_files(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
-    (folder / "config.json").write_text(json.dumps(PUBLISHED[size], indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hf_config(size), indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text("{}\n")
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(index_text(files))
@@ -217,7 +231,7 @@ def run(size: str, folder: Path, cache: list[str], repeats: int) -> bool:
     files = make_folder(folder / "hf", size)
     num_bytes = sum(file.num_bytes for file in files)
     print(
-        f"InternVL2-{size} shapes: {num_bytes / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} cores",
+        f"{size}: {num_bytes / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} cores",
         flush=True,
     )
     rows = []
@@ -240,7 +254,7 @@ def run(size: str, folder: Path, cache: list[str], repeats: int) -> bool:
 def layout(size: str) -> bool:
     """Check and print files, offsets and memory of a conversion, without weights."""
     tensors = shapes(size)
-    names = name_map(parse_architecture(PUBLISHED[size]))
+    names = name_map(parse_architecture(hf_config(size)))
     plan = plan_import(names.by_ours.values(), tensors, dtype="keep")
     stored = sum(shard.info.num_bytes for shards in plan.files.values() for shard in shards)
     expected = sum(info.num_bytes for info in tensors.values())
@@ -250,9 +264,7 @@ def layout(size: str) -> bool:
     buffers = NUM_BUFFERS * max(BLOCK_BYTES, row) + 2 * BLOCK_BYTES  # and a block that is cut or cast
     base = PeakMemory._private()
     hf_files = plan_weight_files(tensors, max_shard_bytes=HF_SHARD_BYTES)
-    print(
-        f"InternVL2-{size}: {names.num_parameters:,} parameters in {len(tensors)} tensors, {expected / 1e9:.2f} GB"
-    )
+    print(f"{size}: {names.num_parameters:,} parameters in {len(tensors)} tensors, {expected / 1e9:.2f} GB")
     print(f"largest tensor {largest[0]} {largest[1].shape}, {largest[1].num_bytes / MIB:.0f} MiB")
     print(f"state: {len(plan.files)} files, {plan.num_bytes / 1e9:.2f} GB, {len(plan.file_of)} shards")
     print(
@@ -273,7 +285,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=sorted(PUBLISHED), default="2B")
+    parser.add_argument(
+        "--size", default="2B", metavar="SIZE|CONFIG_JSON", help=f"{', '.join(PUBLISHED)} or a config.json"
+    )
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
     )
@@ -288,7 +302,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.layout_only:
         return 0 if layout(options.size) else 1
-    folder = Path(tempfile.mkdtemp(prefix=f"bench_convert_{options.size}_", dir=options.folder))
+    folder = Path(tempfile.mkdtemp(prefix=f"bench_convert_{Path(options.size).stem}_", dir=options.folder))
     states = ["cold", "warm"] if options.cache == "both" else [options.cache]
     try:
         is_met = run(options.size, folder, states, options.repeats)

@@ -4,9 +4,9 @@ python tools/bench_data.py index              records per second of processor ti
 python tools/bench_data.py loader             the training loader against bare Pillow, 1 and 2 workers, shares at cp 4
 python tools/bench_data.py plan               1.5 million samples with the release's repeats; time, fill and imbalance
 
-All three make their own data and together take under three minutes on two idle cores. Each target is a line that begins
-with `pass` or `FAIL`. Processor time is the measure where it can be, as it depends little on who else is busy; wall
-time (2 workers against 1) means something on idle cores only, so the load is printed first.
+All three make their own data and together need under three minutes on two idle cores. Each target is a line that begins
+with `pass` or `FAIL`. Processor time represents speed where it can, as it depends little on who else is busy; wall time
+(2 workers against 1) means something on idle cores only, so the load is printed first.
 """
 
 from __future__ import annotations

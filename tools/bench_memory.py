@@ -26,14 +26,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_support.step import Sizes, Step, best_seconds, machine, on_ranks, peak_bytes
+from bench_support.step import best_seconds, machine, on_ranks
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.batch.packed_batch import tile_share
 from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.parallel.feature_router import FeatureRouter, feature_route
 from megatron_v2pe.parallel.topology import ParallelPlan
-from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges_of_ranks
+from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes, peak_bytes
 from megatron_v2pe.v2pe.positions import visual_rows
 
 MIB = 2**20
@@ -46,12 +47,12 @@ def run_config(dtype: str, *, cp: int = 1, **sections: Any) -> RunConfig:
     return RunConfig(parallel=ParallelConfig(cp=cp), runtime=RuntimeConfig(dtype=dtype), **sections)
 
 
-def step_peak(sizes: Sizes, config: RunConfig) -> int:
+def step_peak(sizes: StepSizes, config: RunConfig) -> int:
     """Peak of one step on this rank."""
-    return peak_bytes(Step(config=config, sizes=sizes))
+    return peak_bytes(MeasuredStep(config=config, sizes=sizes))
 
 
-def activations(sizes: Sizes, options: argparse.Namespace) -> bool:
+def activations(sizes: StepSizes, options: argparse.Namespace) -> bool:
     """Peak of a step at cp 1, 2, 4, the largest over ranks."""
     print(f"one step, {sizes.tokens} tokens, {sizes.tiles} tiles, no recompute, {options.dtype}")
     met, whole = True, 0
@@ -103,13 +104,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None]] = {
 }
 
 
-def measure_option(sizes: Sizes, config: RunConfig, change: Any, repeats: int) -> tuple[int, float]:
+def measure_option(sizes: StepSizes, config: RunConfig, change: Any, repeats: int) -> tuple[int, float]:
     """Peak and best time of a step."""
-    step = Step(config=config, sizes=sizes, change=change)
+    step = MeasuredStep(config=config, sizes=sizes, change=change)
     return peak_bytes(step), best_seconds(step, repeats)
 
 
-def option_table(sizes: Sizes, options: argparse.Namespace) -> bool:
+def option_table(sizes: StepSizes, options: argparse.Namespace) -> bool:
     """Each option alone, then together."""
     print(f"one step on one rank, {sizes.tokens} tokens, {sizes.tiles} tiles, {options.dtype}")
     print("| option | peak MiB | of the first | step s | of the first |\n|---|---|---|---|---|")
@@ -123,7 +124,7 @@ def option_table(sizes: Sizes, options: argparse.Namespace) -> bool:
     return True
 
 
-def tile_table(sizes: Sizes, options: argparse.Namespace) -> bool:
+def tile_table(sizes: StepSizes, options: argparse.Namespace) -> bool:
     """Peak of a step by number of tiles."""
     print(
         f"one step on one rank, tower of {sizes.vision_layers} layers, hidden {sizes.vision_hidden}, {options.dtype}"
@@ -143,38 +144,46 @@ def tile_table(sizes: Sizes, options: argparse.Namespace) -> bool:
     return True
 
 
-def loss_table(sizes: Sizes, options: argparse.Namespace) -> bool:
+def loss_table(sizes: StepSizes, options: argparse.Namespace) -> bool:
     """Chunked against plain cross entropy, forward and backward, by number of supervised tokens."""
     hidden, vocab, chunk = options.loss_hidden, options.loss_vocab, options.loss_chunk
-    print(f"cross entropy, forward + backward, hidden {hidden}, {vocab} words, chunks of {chunk}, float32")
+    print(
+        f"cross entropy, forward + backward, hidden {hidden}, vocabulary {vocab}, loss chunks of {chunk}, float32"
+    )
     met, beyond = True, []
     for rows in (1024, 2048, 4096):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, hidden, generator=generator, requires_grad=True)
-        words = (torch.randn(vocab, hidden, generator=generator) * 0.02).requires_grad_()
+        head = (torch.randn(vocab, hidden, generator=generator) * 0.02).requires_grad_()
         labels = torch.randint(0, vocab, (rows,), generator=generator)
         weights = torch.rand(rows, generator=generator)
 
-        def clear(x: torch.Tensor = x, words: torch.Tensor = words) -> None:
-            x.grad = words.grad = None
+        def clear(x: torch.Tensor = x, head: torch.Tensor = head) -> None:
+            x.grad = head.grad = None
 
-        def plain(x: Any = x, words: Any = words, labels: Any = labels, weights: Any = weights) -> None:
-            (F.cross_entropy(x @ words.t(), labels, reduction="none") * weights).sum().backward()
+        def plain(x: Any = x, head: Any = head, labels: Any = labels, weights: Any = weights) -> None:
+            (F.cross_entropy(x @ head.t(), labels, reduction="none") * weights).sum().backward()
 
-        def chunked(x: Any = x, words: Any = words, labels: Any = labels, weights: Any = weights) -> None:
+        def chunked(x: Any = x, head: Any = head, labels: Any = labels, weights: Any = weights) -> None:
             total, _ = weighted_cross_entropy(
-                x, words, labels, row_weights=weights, vocab_size=vocab, chunk=chunk, ports=HeadPorts()
+                x,
+                head,
+                labels,
+                row_weights=weights,
+                vocab_size=vocab,
+                loss_chunk_tokens=chunk,
+                ports=HeadPorts(),
             )
             total.backward()
 
-        gradients = (x.numel() + words.numel()) * 4
+        gradients = (x.numel() + head.numel()) * 4
         peaks, times = {}, {"plain": [], "chunked": []}
         for name, action in (("plain", plain), ("chunked", chunked)):
             peaks[name] = peak_bytes(action) - gradients
             clear()
         for turn in range(
             options.repeats + 1
-        ):  # in turns, so that a disturbance hits both; the first warms up
+        ):  # in turns, so that a disturbance affects both; the first warms up
             for name, action in (("plain", plain), ("chunked", chunked)):
                 start = time.process_time()
                 action()
@@ -191,7 +200,7 @@ def loss_table(sizes: Sizes, options: argparse.Namespace) -> bool:
             flush=True,
         )
     growth = (beyond[-1] - beyond[0]) / (3072 * vocab * 4)
-    print(f"  growth of the chunked peak: {growth:.4f} of tokens x words x 4 bytes (0 is independent)")
+    print(f"  growth of the chunked peak: {growth:.4f} of tokens x vocabulary x 4 bytes (0 is independent)")
     return met and growth < 0.02
 
 
@@ -201,13 +210,14 @@ def written_bytes() -> int:
         return int(dict(line.split(": ") for line in file.read().splitlines())["wchar"])
 
 
-def routed(sizes: Sizes, hidden: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Bytes to other ranks, forward and backward: handed to all_to_all_single, and written to sockets."""
+def routed(sizes: StepSizes, hidden: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Bytes to other ranks, forward and backward: given to all_to_all_single, and written to sockets."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plan = ParallelPlan(cp=world_size)
     layout = sizes.layout(pad_to_multiple=plan.pad_to_multiple)
-    route = feature_route(layout, plan=plan, tile_rank=rank, device=torch.device("cpu"))
-    first, stop = deal_tiles(layout.num_tiles, world_size, rank)
+    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+    route = feature_route(layout, shards, plan=plan, tile_rank=rank, device=torch.device("cpu"))
+    first, stop = tile_share(layout.num_tiles, world_size, rank)
     features = torch.randn((stop - first) * layout.tokens_per_tile, hidden, dtype=dtype, requires_grad=True)
     router, calls = FeatureRouter(dist.group.WORLD), []
     real = dist.all_to_all_single
@@ -231,7 +241,7 @@ def routed(sizes: Sizes, hidden: int, dtype: torch.dtype) -> tuple[int, int, int
     return calls[0], calls[1], between - before, after - start
 
 
-def moving_rows(sizes: Sizes, cp: int) -> np.ndarray:
+def moving_rows(sizes: StepSizes, cp: int) -> np.ndarray:
     """[encoder, owner] feature rows, counted from the whole pack: who encodes a row's tile, who owns its token."""
     layout = sizes.layout(pad_to_multiple=ParallelPlan(cp=cp).pad_to_multiple)
     _, rows = visual_rows(layout, np.array([[0, layout.num_tokens]], dtype=np.int64))
@@ -240,14 +250,14 @@ def moving_rows(sizes: Sizes, cp: int) -> np.ndarray:
     for rank in range(cp):
         owner_of_token[shard_indices(layout.cu_seqlens, cp=cp, cp_rank=rank)] = rank
     encoder_of_tile = np.concatenate(
-        [np.full(np.diff(deal_tiles(layout.num_tiles, cp, rank)), rank) for rank in range(cp)]
+        [np.full(np.diff(tile_share(layout.num_tiles, cp, rank)), rank) for rank in range(cp)]
     )
     moves = np.zeros((cp, cp), dtype=np.int64)
     np.add.at(moves, (encoder_of_tile[rows // layout.tokens_per_tile], owner_of_token[slots]), 1)
     return moves
 
 
-def router_table(sizes: Sizes, options: argparse.Namespace) -> bool:
+def router_table(sizes: StepSizes, options: argparse.Namespace) -> bool:
     """Bytes that the router sends against rows that change rank x hidden x bytes of an element."""
     met, hidden, dtype = True, 2048, torch.bfloat16
     for cp in (2, 4):
@@ -284,7 +294,7 @@ def main() -> int:
     """Parse the command line, measure the parts, say whether their targets were met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; nothing means all")
-    defaults = Sizes()
+    defaults = StepSizes()
     for name in ("tokens", "tiles", "hidden", "layers", "vocab", "vision_hidden", "vision_layers"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
@@ -294,8 +304,8 @@ def main() -> int:
     parser.add_argument("--loss-vocab", type=int, default=16384)
     parser.add_argument("--loss-chunk", type=int, default=512)
     options = parser.parse_args()
-    names = {field.name for field in dataclasses.fields(Sizes)}
-    sizes = Sizes(**{name: value for name, value in vars(options).items() if name in names})
+    names = {field.name for field in dataclasses.fields(StepSizes)}
+    sizes = StepSizes(**{name: value for name, value in vars(options).items() if name in names})
     # For the ranks: the profiler announces itself, and warns of tensors that are older than it, at every pass.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

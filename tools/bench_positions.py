@@ -27,7 +27,7 @@ TARGET_MS, TARGET_RATIO = 5.0, 4.0
 
 
 def spread_tiles(num_tokens: int, num_tiles: int) -> PackLayout:
-    """One sample whose tiles are images of their own, evenly spread, with strides drawn at random."""
+    """One sample whose tiles are images of their own, spread evenly, with random strides."""
     text = num_tokens - num_tiles * TOKENS_PER_TILE
     if text < num_tiles + 1:
         raise SystemExit(f"{num_tiles} tiles of {TOKENS_PER_TILE} tokens do not fit {num_tokens} tokens")

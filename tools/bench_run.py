@@ -1,4 +1,4 @@
-"""What a run costs beside training: checkpoints, logging and guards, and the start.
+"""What a run costs besides training: checkpoints, logging and guards, and the start.
 
     python tools/bench_run.py saves       stall of a save that training waits for and of one in the background, every 10
                                           steps of about a second, against steps without saves; --ranks 2 for dp 2
@@ -8,9 +8,9 @@
 
 How to read it. `saves` gives wall time and the processor time of the training thread; shares are of the time of ten
 steps (the target, under 5 %) and of one. `guards` gives processor time of all threads, and wall time, as shares of a
-step of one second (target: under 1 %); where a run has several ranks, three small collectives per step come on top.
+step of one second (target: under 1 %); a run on several ranks has three small collectives per step more.
 `start-up` reads start_up.json, which every run writes; a fresh run measures its data, a resumed one loads a checkpoint.
-Shares of processor time hold on a machine that others use too; take wall times on an idle one.
+Shares of processor time hold on a machine that others use too; measure wall times on an idle one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def saves(work: Path, options: argparse.Namespace) -> bool:
 
 
 def run_overrides(work: Path, run_dir: str) -> list[str]:
-    """The quickstart's run on one rank, with all that watches and logs."""
+    """The quickstart's run on one rank, with everything that monitors and logs."""
     return [
         f"model.checkpoint={work / 'imported'}",
         f"data.meta={work / 'data' / 'train_meta.json'}",
@@ -90,7 +90,7 @@ PARTS = {"saves": saves, "guards": guards, "start-up": start_up}
 def main() -> int:
     """Parse the command line, measure, print; 1 when a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=PARTS, help="one of the three; all when left out")
+    parser.add_argument("what", nargs="?", choices=PARTS, help="one of the three; all when omitted")
     parser.add_argument("--ranks", type=int, default=1, help="saves: data parallel ranks")
     parser.add_argument("--hidden", type=int, default=512, help="saves: width of the decoder")
     parser.add_argument("--layers", type=int, default=8, help="saves: layers of the decoder")

@@ -9,7 +9,7 @@ floor: the same text tokenised once and the same images read once. Columns: wall
 command (start of Python and reading of the sources included), of the making alone, of the floor, and the peak of
 resident memory.
 
-Targets for a sample of 1M tokens: 5 s (with images), 500 MB. --qwen2-size takes a byte-level tokenizer with 151,643
+Targets for a sample of 1M tokens: 5 s (with images), 500 MB. --qwen2-size uses a byte-level tokenizer with 151,643
 made-up entries, because a tokenizer needs memory for its vocabulary; a text-only sample of that family needs most.
 """
 

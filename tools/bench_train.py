@@ -1,11 +1,11 @@
 """Training tokens per second of the quickstart's model: one rank against two that share each sequence.
 
     python tools/bench_train.py                  12 steps of 4096-token packs on 1 rank and on cp 2, about two minutes
-    python tools/bench_train.py --steps 30 --work FOLDER      keeps checkpoint, data and runs for another look
+    python tools/bench_train.py --steps 30 --work FOLDER      keeps checkpoint, data and runs
 
 Makes the quickstart's checkpoint and a small set of its data, then calls `megatron-v2pe train` as a user would: data
 loading, optimizer and metrics included. Both sides compute with one thread per rank, so cp 2 has twice the cores; 2.0x
-would be perfect. The ratio of the median step is what to look at, on an idle machine; the first steps warm up.
+would be perfect. The result is the ratio of the median step, on an idle machine; the first steps warm up.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def rate(lines: list[dict[str, float]]) -> float:
 
 @contextlib.contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
-    """The folder asked for, or one that goes away."""
+    """The given folder, or a temporary one."""
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         yield given.resolve()

@@ -93,7 +93,7 @@ def parallel_config(options: argparse.Namespace) -> ParallelConfig:
 
 def check(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> int:
     """Build every rank, then say what was found."""
-    from megatron_v2pe.assembly.rank_shapes import rank_model
+    from megatron_v2pe.assembly.rank_model import rank_model
     from megatron_v2pe.checkpoint.layout_check import Tiling, rank_shards
 
     names = name_map(arch)
@@ -129,7 +129,7 @@ def print_stages(
     config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan, held: list[tuple[int, int]]
 ) -> None:
     """A line for each pipeline rank; its tensor parallel ranks hold equal amounts, which shows here."""
-    from megatron_v2pe.assembly.rank_shapes import build_rank_bytes
+    from megatron_v2pe.assembly.rank_model import build_rank_bytes
 
     per_stage = plan.world_size // plan.pp
     print(

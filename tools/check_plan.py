@@ -1,4 +1,4 @@
-"""The planner against reality: state of ranks to the byte, activation peaks of real steps, on CPU.
+"""The planner against real ranks and steps: state of ranks to the byte, activation peaks of real steps, on CPU.
 
     python tools/check_plan.py state          ranks of published sizes built without memory, up to 76B on 256 ranks
     python tools/check_plan.py activations    peak of a small step by length and option, measured and predicted
@@ -17,8 +17,9 @@ import os
 import time
 from typing import Any
 
-from bench_support.step import Sizes, Step, machine, on_ranks, peak_bytes, run_schedule
+from bench_support.step import machine, on_ranks
 
+from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import (
@@ -31,7 +32,8 @@ from megatron_v2pe.config.schema import (
 )
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.memory.activations import Setting
+from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes, peak_bytes
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.planner_check import compare_rank
 from megatron_v2pe.planning.request.workload import Pack
 
@@ -76,9 +78,9 @@ STATES = (
 )
 
 
-def measured_peak(sizes: Sizes, config: RunConfig, micro_batches: int) -> int:
+def measured_peak(sizes: StepSizes, config: RunConfig, micro_batches: int) -> int:
     """Peak of a step on this rank."""
-    step = Step(config=config, sizes=sizes)
+    step = MeasuredStep(config=config, sizes=sizes)
     if micro_batches == 1:
         return peak_bytes(step)
     step.wrapped[0].zero_grad_buffer()
@@ -87,8 +89,8 @@ def measured_peak(sizes: Sizes, config: RunConfig, micro_batches: int) -> int:
     return peak_bytes(lambda: run_schedule(step.wrapped, step.runner.forward_step, batches))
 
 
-def predicted_peaks(sizes: Sizes, config: RunConfig, world_size: int, micro_batches: int) -> list[float]:
-    """The planner's answer for each pipeline rank."""
+def predicted_peaks(sizes: StepSizes, config: RunConfig, world_size: int, micro_batches: int) -> list[float]:
+    """The planner's peak of each pipeline rank."""
     plan = resolve(config.parallel, world_size)
     pack = Pack(
         document_lengths=(sizes.tokens,),
@@ -110,7 +112,9 @@ def predicted_peaks(sizes: Sizes, config: RunConfig, world_size: int, micro_batc
     ]
 
 
-def compare(name: str, sizes: Sizes, config: RunConfig, *, world_size: int, micro_batches: int = 1) -> bool:
+def compare(
+    name: str, sizes: StepSizes, config: RunConfig, *, world_size: int, micro_batches: int = 1
+) -> bool:
     """One row for each pipeline rank; the fullest of its copies is measured."""
     peaks = on_ranks(measured_peak, world_size, sizes, config, micro_batches)
     stages = config.parallel.pp
@@ -132,7 +136,7 @@ def heading() -> None:
     print("| step | tokens | measured MiB | predicted MiB | off |\n|---|---|---|---|---|")
 
 
-def activations(sizes: Sizes, dtype: str) -> bool:
+def activations(sizes: StepSizes, dtype: str) -> bool:
     """Lengths, then options at one length, on one rank."""
     heading()
     runtime, met = RuntimeConfig(dtype=dtype), True
@@ -149,11 +153,13 @@ def activations(sizes: Sizes, dtype: str) -> bool:
         RunConfig(runtime=runtime, **OPTIONS["model.recompute=full"]),
         world_size=1,
     )
-    words = dataclasses.replace(sizes, tokens=1024, tiles=8, layers=1, vocab=32768)
-    return met and compare("32768 words, 1 layer", words, RunConfig(runtime=runtime, **FULL), world_size=1)
+    large_vocab = dataclasses.replace(sizes, tokens=1024, tiles=8, layers=1, vocab=32768)
+    return met and compare(
+        "vocabulary of 32768, 1 layer", large_vocab, RunConfig(runtime=runtime, **FULL), world_size=1
+    )
 
 
-def ranks(sizes: Sizes, dtype: str) -> bool:
+def ranks(sizes: StepSizes, dtype: str) -> bool:
     """Layouts of two ranks."""
     heading()
     met, sizes = True, dataclasses.replace(sizes, tokens=2048, tiles=16, layers=2)
@@ -164,7 +170,7 @@ def ranks(sizes: Sizes, dtype: str) -> bool:
     return met
 
 
-def state(sizes: Sizes, dtype: str) -> bool:
+def state(sizes: StepSizes, dtype: str) -> bool:
     """First, middle and last rank of layouts of published sizes."""
     print(
         "| size | ranks | rank | weights GiB | gradients GiB | optimizer GiB | | s |\n|---|---|---|---|---|---|---|---|"
@@ -197,7 +203,7 @@ def main() -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print(machine())
-    missed = [name for name in options.parts or PARTS if not PARTS[name](Sizes(), options.dtype)]
+    missed = [name for name in options.parts or PARTS if not PARTS[name](StepSizes(), options.dtype)]
     print(f"MISSED: {', '.join(missed)}" if missed else "everything agreed")
     return 1 if missed else 0
 

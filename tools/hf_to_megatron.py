@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the target layout, convert, say how to train with it."""
     from megatron_v2pe.checkpoint.convert.import_hf import import_hf
-    from megatron_v2pe.cli.progress import shared_progress
+    from megatron_v2pe.cli.arguments import shared_progress
     from megatron_v2pe.core.env import launcher
 
     layout = target_layout(args.load_dir, tp=args.tp, pp=args.pp, vpp=args.vpp)

@@ -1,4 +1,4 @@
-"""Write docs/mcore_symbols.txt: `python tools/list_mcore_symbols.py [--check]`.
+"""Write docs/mcore_symbols.txt: `python tools/list_mcore_symbols.py [--check | --of FILE]`.
 
 megatron-core moves fast. The list shows at a glance which of its symbols an upgrade has to keep, and in
 which file of ours each is touched.
@@ -42,7 +42,12 @@ def main() -> int:
     """Write the list, or say whether it is current."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 when the list is out of date")
-    if parser.parse_args().check:
+    parser.add_argument("--of", type=Path, metavar="FILE", help="print the symbols of one file instead")
+    options = parser.parse_args()
+    if options.of:
+        print("\n".join(sorted(imported_symbols(options.of.read_text(encoding="utf-8")))))
+        return 0
+    if options.check:
         return int(not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render())
     write_atomic(TARGET, render())
     return 0

@@ -49,7 +49,7 @@ def sections() -> dict[str, type]:
 
 
 def type_text(annotation: object) -> str:
-    """How a value may look, in words of YAML."""
+    """How a value may look, in terms of YAML."""
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
@@ -71,8 +71,24 @@ def default_text(value: object) -> str:
     return "(empty)" if value in ("", ()) else f"`{value}`"
 
 
+def undocumented() -> list[str]:
+    """Fields without a doc string under them."""
+    return [
+        f"{name}.{field.name}"
+        for name, section in sections().items()
+        for field in dataclasses.fields(section)
+        if not field_docs(section).get(field.name, "").strip()
+    ]
+
+
 def render() -> str:
-    """The whole page."""
+    """The whole page.
+
+    Raises:
+        SystemExit: a field has no doc string.
+    """
+    if missing := undocumented():
+        raise SystemExit(f"config/schema.py: no doc string under {', '.join(missing)}")
     parts = [HEADER]
     for name, section in sections().items():
         hints, docs = typing.get_type_hints(section), field_docs(section)

@@ -59,13 +59,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.files.folder import read_info
     from megatron_v2pe.checkpoint.listing import find_checkpoint
     from megatron_v2pe.checkpoint.retention import step_path
-    from megatron_v2pe.cli.conversion import refuse_ranks
-    from megatron_v2pe.cli.progress import shared_progress
-    from megatron_v2pe.cli.sizes import parse_size
+    from megatron_v2pe.cli.arguments import parse_size, require_one_process, shared_progress
     from megatron_v2pe.core.env import launcher
 
     if args.check:
-        refuse_ranks("megatron_to_hf --check")
+        require_one_process("megatron_to_hf --check")
     folder = (
         find_checkpoint(args.load_dir) if args.iteration is None else step_path(args.load_dir, args.iteration)
     )

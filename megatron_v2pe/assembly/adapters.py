@@ -1,4 +1,4 @@
-"""Where adapters meet the parallel plan: for each part and role of a layer, what is fused and what ranks exchange.
+"""Adapters under the parallel plan: for each part and role of a layer, what is fused and what ranks exchange.
 
 config.lora + names of the architecture -> LinearAdapters of each role -> BackendModules whose linears have adapters
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, adapted_names, linear_names
@@ -33,7 +34,7 @@ class PartSplit:
         inputs_differ: ranks of the tensor parallel axis feed it different inputs (tiles).
     """
 
-    group: Any
+    group: ProcessGroup
     sequence_parallel: bool
     inputs_differ: bool
 
@@ -41,7 +42,7 @@ class PartSplit:
 def adapted_modules(
     modules: BackendModules, part: Part, *, lora: LoRAConfig, arch: InternVLArchitecture, split: PartSplit
 ) -> BackendModules:
-    """The kernels for a part of the model, with adapters on the linears that `lora` names."""
+    """The modules of a part of the model, with adapters on the linears that `lora` names."""
     chosen = adapted_names(lora, part, arch)
     linears = {}
     for role, names in linear_names(part, arch).items():
@@ -66,7 +67,7 @@ def adapted_modules(
 def fused_parts(
     part: Part, role: str, names: tuple[str, ...], arch: InternVLArchitecture
 ) -> tuple[tuple[FusedPart, ...], int]:
-    """How Hugging Face linears lie in one of ours, and the rows of a group (0 without groups)."""
+    """How Hugging Face linears are fused in one of ours, and the rows of a group (0 without groups)."""
     if part == "language" and role == "linear_fc1":  # gate above up, on every rank
         return tuple(FusedPart(name=name, blocks=2 // len(names)) for name in names), 0
     if len(names) == 1:
@@ -81,7 +82,7 @@ def _exchange(split: PartSplit, *, is_row: bool) -> Callable[[Tensor], Tensor]:
     """The collective between A and B; its backward is the other one of its pair."""
     group = split.group
     if group.size() == 1:
-        return _unchanged
+        return _identity
     if is_row and split.sequence_parallel:
         return partial(mappings.reduce_scatter_to_sequence_parallel_region, group=group)
     if is_row:
@@ -94,7 +95,7 @@ def _exchange(split: PartSplit, *, is_row: bool) -> Callable[[Tensor], Tensor]:
     return partial(mappings.copy_to_tensor_model_parallel_region, group=group)
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 

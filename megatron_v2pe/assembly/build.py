@@ -15,10 +15,11 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import PartSplit, adapted_modules
-from megatron_v2pe.assembly.kernels import choose_modules
+from megatron_v2pe.assembly.backend_modules import choose_modules
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
     projector_config,
@@ -26,50 +27,48 @@ from megatron_v2pe.assembly.mcore_config import (
     vision_config,
 )
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import PARTS, Part, parts_trained_whole
+from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import BackendModules
-from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
-from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.parallel.plan import padded_vocab_size
+from megatron_v2pe.parallel.topology import ParallelContext
 
 
-def build_model(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks
-) -> list[InternVL]:
+def build_model(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> list[InternVL]:
     """Build this rank's model chunks, without weights; the caller loads a checkpoint into them.
 
+    Args:
+        config: the run.
+        arch: architecture of the checkpoint.
+        context: sizes of the parallel axes and this rank's place on them.
+
     Returns:
-        One chunk for each virtual pipeline stage of this rank, one without virtual stages; on `ranks.device`.
+        One model chunk for each virtual pipeline stage of this rank, one without virtual stages; on the rank's device.
+
+    Raises:
+        ConfigError: the back end or an option of memory that the run asks for does not exist on this host.
     """
+    plan, ranks = context.plan, context.ranks
     plain = choose_modules(config.parallel, dtype=config.runtime.dtype)
-    modules = {part: part_kernels(plain, part, config, arch, plan=plan, ranks=ranks) for part in PARTS}
+    modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
-    chunks = []
-    for stage in stages_of_rank(plan, ranks):
-        language = _build_language(
-            config, arch, decoder_config, modules=modules["language"], plan=plan, ranks=ranks, stage=stage
-        )
-        _mark_split_over_tp(language)
+    model_chunks = []
+    for stage in stages_of_rank(context):
+        language = _build_language(config, arch, decoder_config, modules["language"], context, stage)
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, modules=modules["vision"], plan=plan, ranks=ranks)
-            projector = _build_projector(config, arch, modules=modules["projector"], plan=plan, ranks=ranks)
-            for part in (vision, projector):
-                if plan.vision == "tensor":
-                    _mark_split_over_tp(part)
-                else:
-                    _mark_replicated_over_tp(part, sum_over_tp=plan.sequence_parallel)
-        chunk = InternVL(
+            vision = _build_vision(config, arch, modules["vision"], context)
+            projector = _build_projector(config, arch, modules["projector"], context)
+        model_chunk = InternVL(
             decoder_config,
             vision=vision,
             projector=projector,
@@ -80,9 +79,9 @@ def build_model(
             replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
         )
         # mcore's and Transformer Engine's modules are on the GPU already; our norms, embeddings and scales are not.
-        chunks.append(chunk.to(ranks.device))
-    freeze(chunks, config)
-    return chunks
+        model_chunks.append(model_chunk.to(ranks.device))
+    freeze(model_chunks, config)
+    return model_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,52 +99,85 @@ class Stage:
     vp_stage: int | None
 
 
-def stages_of_rank(plan: ParallelPlan, ranks: Ranks) -> list[Stage]:
+def stages_of_rank(context: ParallelContext) -> list[Stage]:
     """Stages of this pipeline rank: virtual stage v of rank r is stage v * pp + r of the whole pipeline."""
+    vpp, ranks = context.plan.vpp, context.ranks
     return [
         Stage(
             pre_process=ranks.is_first_stage and virtual == 0,
-            post_process=ranks.is_last_stage and virtual == plan.vpp - 1,
-            vp_stage=virtual if plan.vpp > 1 else None,
+            post_process=ranks.is_last_stage and virtual == vpp - 1,
+            vp_stage=virtual if vpp > 1 else None,
         )
-        for virtual in range(plan.vpp)
+        for virtual in range(vpp)
     ]
 
 
 def _build_language(
     config: RunConfig,
     arch: InternVLArchitecture,
-    decoder_config: Any,
-    *,
+    decoder_config: TransformerConfig,
     modules: BackendModules,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    context: ParallelContext,
     stage: Stage,
 ) -> LanguageModel:
-    padded = padded_vocab_size(arch.language.vocab_size, plan.tp)
-    return LanguageModel(
+    padded = padded_vocab_size(arch.language.vocab_size, context.plan.tp)
+    language = LanguageModel(
         decoder_config,
         modules=modules,
         rope=rope_spec(config, arch),
         vocab_size=arch.language.vocab_size,
         padded_vocab_size=padded,
         memory=memory_savings(config.model),
-        head_ports=head_ports(plan, ranks, rows_per_rank=padded // plan.tp),
+        head_ports=head_ports(context, rows_per_rank=padded // context.plan.tp),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
-        groups=ranks.groups,
+        groups=context.ranks.groups,
         pre_process=stage.pre_process,
         post_process=stage.post_process,
         vp_stage=stage.vp_stage,
     )
+    _mark_split_over_tp(language)
+    return language
+
+
+def _build_vision(
+    config: RunConfig, arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext
+) -> InternViT:
+    vision = InternViT(
+        vision_config(config, arch, context.plan),
+        modules=modules,
+        image_size=arch.vision.image_size,
+        patch_size=arch.vision.patch_size,
+        drop_path_rate=config.vision.drop_path_rate,
+        qk_norm=_qk_norm(arch, modules, context),
+        mlp_chunks=1 if config.vision.recompute == "selective" else 0,
+        groups=tower_groups(context),
+    )
+    _mark_tower_part(vision, context)
+    return vision
+
+
+def _build_projector(
+    config: RunConfig, arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext
+) -> Projector:
+    projector = Projector(
+        projector_config(config, arch, context.plan),
+        modules=modules,
+        input_size=arch.projector_width,
+        ratio=arch.downsample_ratio,
+        version=arch.pixel_shuffle_version,
+        groups=tower_groups(context),
+    )
+    _mark_tower_part(projector, context)
+    return projector
 
 
 def memory_savings(model: ModelConfig) -> MemorySavings:
-    """What the run computes again, in pieces, or keeps on the host.
+    """What the run recomputes or keeps on the host, and its loss chunks and MLP chunks.
 
     Raises:
         ConfigError: activations are to move to host memory and are there already.
     """
-    # A layer that is recomputed whole has no use for recomputing an MLP that is in one piece.
+    # A layer that is recomputed whole need not recompute its MLP, unless in MLP chunks.
     is_recomputed = model.recompute == "selective" or model.mlp_chunks > 1
     savings = MemorySavings(
         loss_chunk_tokens=model.loss_chunk_tokens, mlp_chunks=model.mlp_chunks if is_recomputed else 0
@@ -160,40 +192,38 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
     return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
 
 
-def tower_groups(plan: ParallelPlan, ranks: Ranks) -> ProcessGroupCollection:
+def tower_groups(context: ParallelContext) -> ProcessGroupCollection:
     """Groups of tower and projector: of this rank alone, or tp where they are split over it."""
-    alone = ranks.singleton_groups
-    if plan.vision == "replicated":
-        return alone
-    return ProcessGroupCollection(tp=ranks.groups.tp, cp=alone.cp, pp=alone.pp, tp_cp=ranks.groups.tp)
+    singletons, tp_group = context.ranks.singleton_groups, context.ranks.groups.tp
+    if context.plan.vision == "replicated":
+        return singletons
+    return ProcessGroupCollection(tp=tp_group, cp=singletons.cp, pp=singletons.pp, tp_cp=tp_group)
 
 
-def part_kernels(
+def part_modules(
     modules: BackendModules,
     part: Part,
     config: RunConfig,
     arch: InternVLArchitecture,
-    *,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    context: ParallelContext,
 ) -> BackendModules:
-    """The kernels for a part, its linears with the adapters that the run asks for."""
+    """The modules of one part of the model, its linears with the adapters that the run asks for."""
     is_language = part == "language"
     split = PartSplit(
-        group=ranks.groups.tp if is_language else tower_groups(plan, ranks).tp,
-        sequence_parallel=is_language and plan.sequence_parallel,
-        inputs_differ=not is_language and plan.deals_tiles_over_tp,
+        group=context.ranks.groups.tp if is_language else tower_groups(context).tp,
+        sequence_parallel=is_language and context.plan.sequence_parallel,
+        inputs_differ=not is_language and context.plan.shares_tiles_over_tp,
     )
     return adapted_modules(modules, part, lora=config.lora, arch=arch, split=split)
 
 
-def _qk_norm(arch: InternVLArchitecture, *, modules: BackendModules, plan: ParallelPlan, ranks: Ranks) -> Any:
-    """Norm of the tower's queries and keys over all heads, which may lie on several ranks."""
+def _qk_norm(arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext) -> Any:
+    """Norm of the tower's queries and keys over all heads, which may be split over ranks."""
     if not arch.vision.qk_normalization:
         return None
-    if plan.vision == "replicated":
+    if context.plan.vision == "replicated":
         return modules.norm
-    group = ranks.groups.tp
+    group = context.ranks.groups.tp
     return partial(
         SplitRMSNorm,
         whole_size=arch.vision.hidden_size,
@@ -202,55 +232,25 @@ def _qk_norm(arch: InternVLArchitecture, *, modules: BackendModules, plan: Paral
     )
 
 
-def _sum_over_tp(x: Tensor, *, group: Any) -> Tensor:
+def _sum_over_tp(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """Sum in forward and, because every rank uses the sum in its own way, in backward."""
     summed = mappings.reduce_from_tensor_model_parallel_region(x, group=group)
     return mappings.copy_to_tensor_model_parallel_region(summed, group=group)
 
 
-def _build_vision(
-    config: RunConfig,
-    arch: InternVLArchitecture,
-    *,
-    modules: BackendModules,
-    plan: ParallelPlan,
-    ranks: Ranks,
-) -> InternViT:
-    return InternViT(
-        vision_config(config, arch, plan),
-        modules=modules,
-        image_size=arch.vision.image_size,
-        patch_size=arch.vision.patch_size,
-        drop_path_rate=config.vision.drop_path_rate,
-        qk_norm=_qk_norm(arch, modules=modules, plan=plan, ranks=ranks),
-        mlp_chunks=1 if config.vision.recompute == "selective" else 0,
-        groups=tower_groups(plan, ranks),
-    )
-
-
-def _build_projector(
-    config: RunConfig,
-    arch: InternVLArchitecture,
-    *,
-    modules: BackendModules,
-    plan: ParallelPlan,
-    ranks: Ranks,
-) -> Projector:
-    return Projector(
-        projector_config(config, arch, plan),
-        modules=modules,
-        vision_channels=arch.vision.hidden_size,
-        ratio=arch.downsample_ratio,
-        version=arch.pixel_shuffle_version,
-        groups=tower_groups(plan, ranks),
-    )
+def _mark_tower_part(part: torch.nn.Module, context: ParallelContext) -> None:
+    """Set mcore's marks on tower or projector, by how it lies on the tp ranks."""
+    if context.plan.vision == "tensor":
+        _mark_split_over_tp(part)
+    else:
+        _mark_replicated_over_tp(part, sum_over_tp=context.plan.sequence_parallel)
 
 
 def _mark_split_over_tp(part: torch.nn.Module) -> None:
-    """Tell mcore which weights tp ranks hold pieces of.
+    """Mark the weights that are split over tp ranks, as mcore expects.
 
-    mcore's local linears set this mark while they draw initial weights, which is switched off here; without it
-    a gradient norm counts the piece of tp rank 0 only. Transformer Engine's linears mark themselves.
+    mcore's local linears set this mark when they draw initial weights, which is switched off here; without it
+    a gradient norm counts the slice of tp rank 0 only. Transformer Engine's linears mark themselves.
     """
     for module in part.modules():
         dim = 1 if isinstance(module, RowParallelLinear) else 0
@@ -261,9 +261,9 @@ def _mark_split_over_tp(part: torch.nn.Module) -> None:
 
 
 def _mark_replicated_over_tp(part: torch.nn.Module, *, sum_over_tp: bool) -> None:
-    """Tell mcore that tp ranks hold copies of this part.
+    """Mark parameters of which each tp rank holds a copy, as mcore expects.
 
-    Its linears claim to be tensor parallel even at size 1, which would count their norm once per tp rank.
+    mcore's linears set the mark of split weights even at size 1, which would count their norm once per tp rank.
     With sequence parallelism the tp ranks encode different tiles, so their gradients are summed; without it
     they encode the same tiles and hold the same gradients.
     """
@@ -272,8 +272,9 @@ def _mark_replicated_over_tp(part: torch.nn.Module, *, sum_over_tp: bool) -> Non
         parameter.sequence_parallel = sum_over_tp  # type: ignore[attr-defined]
 
 
-def head_ports(plan: ParallelPlan, ranks: Ranks, *, rows_per_rank: int) -> HeadPorts:
+def head_ports(context: ParallelContext, *, rows_per_rank: int) -> HeadPorts:
     """Collectives of the vocabulary-parallel head; serial when tp is 1."""
+    plan, ranks = context.plan, context.ranks
     if plan.tp == 1:
         return HeadPorts()
     group = ranks.groups.tp
@@ -290,16 +291,16 @@ def head_ports(plan: ParallelPlan, ranks: Ranks, *, rows_per_rank: int) -> HeadP
     )
 
 
-def _all_reduce(x: Tensor, *, op: Any, group: Any) -> Tensor:
+def _all_reduce(x: Tensor, *, op: Any, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(x, op=op, group=group)
     return x
 
 
-def freeze(chunks: list[InternVL], config: RunConfig) -> None:
-    """Stop gradients of what the run keeps as it is: frozen parts, and what adapters are added to."""
+def freeze(model_chunks: list[InternVL], config: RunConfig) -> None:
+    """Switch off gradients of what is not trained: frozen parts, and the weights that adapters are added to."""
     trained = parts_trained_whole(config)
-    for chunk in chunks:
-        for name, part in chunk.parts().items():
+    for model_chunk in model_chunks:
+        for name, part in model_chunk.parts().items():
             for param_name, parameter in part.named_parameters():
-                if name not in trained and not is_adapter(param_name):
+                if name not in trained and not is_adapter_parameter(param_name):
                     parameter.requires_grad = False

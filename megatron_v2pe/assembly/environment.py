@@ -1,7 +1,7 @@
 """What this machine has, and what will therefore be used; `megatron-v2pe doctor` prints it.
 
-The choices are made where they are needed (`modules.py`, `optimizer.py`, `parallel/cpu_runtime.py`); this
-file asks the same questions and reports the answers.
+The choices are made where they are needed (`backend_modules.py`, `fused_adam.py`, `parallel/cpu_runtime.py`); this
+file makes the same checks and reports the results.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from megatron_v2pe.core.env import slurm_job
 from megatron_v2pe.parallel import cpu_runtime
 
-Line = tuple[str, str]
+Finding = tuple[str, str]
 
 
-def describe_environment() -> Iterator[Line]:
+def describe_environment() -> Iterator[Finding]:
     """What was found, as (name, finding)."""
     yield "python", platform.python_version()
     yield (
@@ -43,7 +43,7 @@ def describe_environment() -> Iterator[Line]:
     yield "slurm", _slurm()
 
 
-def describe_choices() -> Iterator[Line]:
+def describe_choices() -> Iterator[Finding]:
     """What will be used, as (name, choice and reason)."""
     on_gpu, engine = torch.cuda.is_available(), has_module("transformer_engine")
     importlib.import_module("megatron.core")  # the CPU runtime decides when this is first imported
@@ -117,7 +117,7 @@ def _slurm() -> str:
     if path is None:
         return "not found"
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip() or f"{path} does not answer: {done.stderr.strip()}"
+    return done.stdout.strip() or f"{path} --version printed nothing: {done.stderr.strip()}"
 
 
 def _version(distribution: str) -> str | None:

@@ -97,7 +97,7 @@ class FusedAdam(torch.optim.Optimizer):
 def install_fused_adam() -> bool:
     """Make megatron-core use `FusedAdam` if it fell back to torch's optimizers. Returns whether it had to.
 
-    mcore then takes the branches that it takes with apex, in building, saving and loading alike.
+    mcore then runs the branches that it runs with apex, in building, saving and loading alike.
     """
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer

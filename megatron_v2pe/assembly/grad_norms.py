@@ -3,10 +3,10 @@
     main gradients (this rank's shard) --squares--> vision, projector, language --one sum over the world--> norms
     their root sum of squares --clip_gradients--> scaled gradients, ready for `step_with_ready_grads`
 
-The optimizer's own `step` would prepare the gradients, sum up their squares and meet the other ranks once more.
+The optimizer's own `step` would prepare the gradients and reduce their squares over the ranks once more.
 
-A sum of squares is NaN or Inf as soon as one element is, so three numbers tell every rank the same. A finite element
-beyond 1.8e19 counts as Inf: its square leaves float32, where megatron-core computes its own norm too.
+A sum of squares is NaN or Inf as soon as one element is, so three numbers show every rank the same. A finite element
+beyond 1.8e19 counts as Inf: its square overflows float32, as in megatron-core's own norm.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch import Tensor
 
 from megatron_v2pe.models.internvl import InternVL
 
-PARTS = ("vision", "projector", "language")
+PART_ORDER = ("vision", "projector", "language")  # of the sums, and of the line of a step
 
 
 def grad_norms(
-    optimizer: MegatronOptimizer, chunks: Sequence[InternVL], *, device: torch.device
+    optimizer: MegatronOptimizer, model_chunks: Sequence[InternVL], *, device: torch.device
 ) -> dict[str, float]:
     """Norm of the reduced gradients of each part, before clipping. Collective.
 
     Args:
         optimizer: mcore's distributed optimizer; the gradients of its shards are set here (`prepare_grads`).
-        chunks: bare model chunks of this rank.
+        model_chunks: bare model chunks of this rank.
         device: where the numbers are summed.
 
     Returns:
@@ -42,18 +42,18 @@ def grad_norms(
     optimizer.prepare_grads()
     part_of = {
         id(parameter): part
-        for chunk in chunks
-        for part in PARTS
-        if (module := getattr(chunk, part)) is not None
+        for model_chunk in model_chunks
+        for part in PART_ORDER
+        if (module := getattr(model_chunk, part)) is not None
         for parameter in module.parameters()
     }
-    grads: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    grads: dict[str, list[Tensor]] = {part: [] for part in PART_ORDER}
     for weight, shard in _shards(optimizer):
         if shard.grad is not None and _is_counted(shard, optimizer):
             grads[part_of[id(weight)]].append(shard.grad)
-    squares = torch.stack([_sum_of_squares(grads[part], device) for part in PARTS])
+    squares = torch.stack([_sum_of_squares(grads[part], device) for part in PART_ORDER])
     dist.all_reduce(squares)
-    return dict(zip(PARTS, squares.sqrt().tolist(), strict=True))
+    return dict(zip(PART_ORDER, squares.sqrt().tolist(), strict=True))
 
 
 def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
@@ -70,7 +70,7 @@ def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def _trained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """The optimizers it is made of, but for those of stages on which nothing is trained."""
+    """The optimizers it is made of, except those of stages on which nothing is trained."""
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(single, "is_stub_optimizer", False):
             yield single

@@ -135,7 +135,7 @@ def projector_config(config: RunConfig, arch: InternVLArchitecture, plan: Parall
 
 
 def rope_spec(config: RunConfig, arch: InternVLArchitecture) -> RopeSpec:
-    """Rotary embedding of the run: V2PE takes the place of linear and dynamic scaling, as in the release."""
+    """Rotary embedding of the run: V2PE replaces linear and dynamic scaling, as in the release."""
     language = arch.language
     is_v2pe = config.position.mode != "default" or arch.position_mode != "default"
     is_scaled = language.rope_scaling.is_trained_in or not is_v2pe

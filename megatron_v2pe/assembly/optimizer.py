@@ -1,6 +1,6 @@
 """Data parallelism, optimizer and learning rate schedule around a built model.
 
-chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOptimizer(Adam) -> cosine schedule
+model chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOptimizer(Adam) -> cosine schedule
                                      groups of parameters: `param_groups`
 """
 
@@ -27,27 +27,27 @@ class Trainer:
     """What an optimizer step needs.
 
     Attributes:
-        chunks: bare model chunks, for checkpoints and logits.
-        wrapped: the same chunks under data parallelism, for the schedule.
+        model_chunks: bare model chunks, for checkpoints and logits.
+        wrapped: the same model chunks under data parallelism, for the schedule.
         optimizer: mcore's distributed optimizer.
         scheduler: learning rate and weight decay by step.
     """
 
-    chunks: list[InternVL]
+    model_chunks: list[InternVL]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
 
-def wrap_for_training(chunks: list[InternVL], config: RunConfig) -> Trainer:
+def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Trainer:
     """Wrap model chunks whose weights are loaded; master weights are copied from them here."""
-    install_fused_adam()  # where mcore fell back to torch's Adam, which cannot resume
-    wrapped = wrap_data_parallel(chunks, config, shard_gradients=True)
+    install_fused_adam()  # in place of torch's Adam, which cannot resume under mcore
+    wrapped = wrap_data_parallel(model_chunks, config, shard_gradients=True)
     optimizer = build_optimizer(wrapped, config)
-    for chunk in chunks:
-        chunk.config.grad_scale_func = optimizer.scale_loss
+    for model_chunk in model_chunks:
+        model_chunk.config.grad_scale_func = optimizer.scale_loss
     return Trainer(
-        chunks=chunks,
+        model_chunks=model_chunks,
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim),
@@ -55,12 +55,12 @@ def wrap_for_training(chunks: list[InternVL], config: RunConfig) -> Trainer:
 
 
 def wrap_data_parallel(
-    chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
+    model_chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
 ) -> list[DistributedDataParallel]:
     """Gradient buffers in float32, summed over data and context parallel ranks.
 
     Args:
-        chunks: bare model chunks.
+        model_chunks: bare model chunks.
         config: the run.
         shard_gradients: leave each rank its shard of the sum, for the distributed optimizer; otherwise every
             rank ends with whole gradients.
@@ -69,10 +69,14 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
     )
     wrapped = []
-    for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if config.runtime.dtype == "bfloat16" else chunk
-        wrapper = DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0)
-        wrapper.vp_stage = chunk.vp_stage  # the interleaved schedule asks the wrapper
+    for index, model_chunk in enumerate(model_chunks):
+        module = (
+            Float16Module(model_chunk.config, model_chunk)
+            if config.runtime.dtype == "bfloat16"
+            else model_chunk
+        )
+        wrapper = DistributedDataParallel(model_chunk.config, ddp_config, module, disable_bucketing=index > 0)
+        wrapper.vp_stage = model_chunk.vp_stage  # the interleaved schedule reads it from the wrapper
         wrapped.append(wrapper)
     return wrapped
 
@@ -93,7 +97,7 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         params_dtype=DTYPES[config.runtime.dtype],
         use_distributed_optimizer=True,
     )
-    # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state wants them.
+    # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state needs them.
     return get_megatron_optimizer(
         optimizer_config,
         wrapped,
@@ -103,10 +107,10 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Ready an optimizer to be saved. Collective.
+    """Prepare an optimizer to be saved. Collective.
 
-    Moments are zero where no update has been applied yet; mcore cannot save an optimizer without them. Every group has
-    the number of updates: mcore stores rank 0's groups for all, and a rank that trains nothing has not counted.
+    Makes zero moments where no update has been applied yet; mcore cannot save an optimizer without them. Sets the
+    number of updates in every group: mcore stores rank 0's groups for all, and a rank that trains nothing counts none.
     """
     groups = optimizer.param_groups
     steps: list[Any] = [None] * dist.get_world_size()

@@ -3,10 +3,10 @@
     name --part, vision layer--> learning rate      name, dimensions --optim.decay--> decays or not
     both = Treatment --one ParamKey each--> mcore's parameter groups --OptimizerParamScheduler--> lr, weight_decay
 
-mcore finds a group again in a checkpoint, and in itself, by (wd_mult, lr_mult) alone, although only max_lr and min_lr
-are scheduled. So `lr_mult` is set too: groups that agreed in both would end up with the learning rate of one of them.
+mcore identifies a group, in a checkpoint and in itself, by (wd_mult, lr_mult) only, although only max_lr and min_lr
+are scheduled. So `lr_mult` is set too: groups equal in both would get the learning rate of one of them.
 
-The tower is never cut by the pipeline, so the number of a vision layer is the same in every layout.
+The tower is never split over pipeline stages, so the number of a vision layer is the same in every layout.
 """
 
 from __future__ import annotations
@@ -71,26 +71,26 @@ def _layers_above(name: str, num_layers: int) -> int:
 
 
 def group_overrides(
-    chunks: Sequence[torch.nn.Module], optim: OptimConfig
+    model_chunks: Sequence[torch.nn.Module], optim: OptimConfig
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """What mcore makes its parameter groups of: one key for each treatment that differs from the plain one.
+    """The overrides that mcore makes parameter groups of: one key for each treatment that differs from the plain one.
 
     Args:
-        chunks: this rank's model chunks, wrapped or bare; ranks hold different parts, and mcore joins their groups.
+        model_chunks: those of this rank, wrapped or bare; ranks hold different parts, and mcore joins their groups.
         optim: section of the configuration.
     """
-    treated = dict(treated_parameters(chunks, optim))
+    treated = dict(treated_parameters(model_chunks, optim))
     plain = Treatment(lr=optim.lr, decays=True)
     return {_key(each, treated): _override(each, optim) for each in sorted(set(treated.values()) - {plain})}
 
 
 def treated_parameters(
-    chunks: Sequence[torch.nn.Module], optim: OptimConfig
+    model_chunks: Sequence[torch.nn.Module], optim: OptimConfig
 ) -> Iterator[tuple[str, Treatment]]:
-    """Every trained parameter of this rank with its treatment; names are those of the chunks as they are given."""
-    num_layers = _num_vision_layers(chunks)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+    """Every trained parameter of this rank with its treatment; names are those in the given model chunks."""
+    num_layers = _num_vision_layers(model_chunks)
+    for model_chunk in model_chunks:
+        for name, parameter in model_chunk.named_parameters():
             if parameter.requires_grad:
                 bare = _WRAPPERS.sub("", name)
                 yield (
@@ -99,9 +99,11 @@ def treated_parameters(
                 )
 
 
-def _num_vision_layers(chunks: Sequence[Any]) -> int:
+def _num_vision_layers(model_chunks: Sequence[Any]) -> int:
     """Layers of the tower where this rank has it, else 0."""
-    names = [_WRAPPERS.sub("", name) for chunk in chunks for name, _ in chunk.named_parameters()]
+    names = [
+        _WRAPPERS.sub("", name) for model_chunk in model_chunks for name, _ in model_chunk.named_parameters()
+    ]
     layers = {int(layer.group(1)) for name in names if (layer := _VISION_LAYER.match(name))}
     return len(layers)
 

@@ -11,14 +11,14 @@ ForwardStep = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def run_schedule(
-    chunks: list[Any], forward_step: ForwardStep, batches: Sequence[Any], *, forward_only: bool = False
+    model_chunks: list[Any], forward_step: ForwardStep, batches: Sequence[Any], *, forward_only: bool = False
 ) -> list[Any]:
     """Forward, and unless `forward_only` backward, over all micro batches. Collective over pipeline stages.
 
     Args:
-        chunks: this rank's model chunks, wrapped or bare.
-        forward_step: (iterator of batches, chunk) -> (output, loss function or None), called once for each
-            micro batch and chunk.
+        model_chunks: those of this rank, wrapped or bare.
+        forward_step: (iterator of batches, model chunk) -> (output, loss function or None), called once for each
+            micro batch and model chunk.
         batches: this data parallel rank's micro batches, the same on all stages.
         forward_only: leave out the backward pass; call it under `torch.no_grad()`.
 
@@ -26,13 +26,13 @@ def run_schedule(
         On the last stage, what the loss function reported for each micro batch, or the output itself where
         there was none; elsewhere nothing.
     """
-    iterators = [iter(batches) for _ in chunks]
+    iterators = [iter(batches) for _ in model_chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
+        data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
+        model=model_chunks if len(model_chunks) > 1 else model_chunks[0],
         num_microbatches=len(batches),
-        seq_length=1,  # real lengths travel between stages: variable_seq_lengths
+        seq_length=1,  # real lengths are sent between stages: variable_seq_lengths
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -1,1 +1,1 @@
-"""What travels between data, parallel and train."""
+"""What data, parallel, models and train pass on: packs and a rank's share of them."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_v2pe.batch.kv_cache import KeyValueCache
 
 
 @dataclass
@@ -20,10 +21,10 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
-        kv_cache: keys and values of earlier tokens (decoding), an `inference.kv_cache.KVCache`; None in training.
+        kv_cache: keys and values of earlier tokens (decoding); None in training.
     """
 
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
-    kv_cache: Any = None
+    kv_cache: KeyValueCache | None = None

@@ -1,6 +1,6 @@
 """A pack on its way from the loader to the model: global arrays first, a rank's share after.
 
-    data.loader --PackedBatch--> parallel.shard_batch --LocalBatch--> models.internvl
+    data.loader --PackedBatch--> parallel.batch_sharder --LocalBatch--> models.internvl
 
 Shape legend: t tokens of the pack (padding included), N documents, n tiles, S tile size in pixels,
 l local tokens (t / cp), r local rows of the embedding (l, or l / tp with sequence parallelism).
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, blank_layout
 
 IGNORE_INDEX = -100
@@ -37,9 +38,9 @@ class PackedBatch:
             pack in order of appearance.
         tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
         sample_ids: identity of each document, for error messages.
-        sources: number of each document's data set in the meta json; empty where nobody asks (prompts, tests).
+        sources: number of each document's data set in the meta json; empty where it is not needed (prompts, tests).
         damaged: (document, message) of each document one of whose images this rank could not read; its tiles
-            are black. Ranks that read other images do not know of it before they agree (`train.damaged`).
+            are black. Ranks that read other images do not know of it before they agree (`train.guards.damaged`).
         blank: those of `damaged` whose text this rank could not read either; see `blanked`.
     """
 
@@ -58,7 +59,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureRoute:
-    """How feature rows travel from the ranks that encode tiles to the ranks that own the tokens.
+    """How feature rows are sent from the ranks that encode tiles to the ranks that own the tokens.
 
     Attributes:
         send_rows: int64 [sent], rows of the local features (tile-major) in order of destination rank.
@@ -104,11 +105,11 @@ class LocalBatch:
     max_seqlen: int
     pixels: Tensor | None
     route: FeatureRoute | None
-    kv_cache: Any = None
+    kv_cache: KeyValueCache | None = None
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
-    """The pack with labels and loss weights of some documents taken away."""
+    """The pack with labels and loss weights of some documents removed."""
     if not documents:
         return batch
     labels, weights = batch.labels.copy(), batch.loss_weights.copy()
@@ -121,8 +122,8 @@ def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
 def blanked(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
     """The pack with some documents made blank: their lengths and tiles stay, all else is the same on every rank.
 
-    A rank that could not read a document's text does not know where its images stand, so ranks that share the pack
-    must all forget it, or features would be sent to places where nobody waits for them.
+    A rank that could not read a document's text does not know where its images are, so ranks that share the pack
+    must all drop it, or features would be sent to ranks that do not expect them.
     """
     if not documents:
         return batch
@@ -143,8 +144,8 @@ def _bounds(batch: PackedBatch, documents: Collection[int]) -> list[tuple[int, i
     return [(bounds[document], bounds[document + 1]) for document in documents]
 
 
-def deal_tiles(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
-    """Contiguous share of a rank when tiles are dealt evenly: counts differ by at most one.
+def tile_share(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """Contiguous share of a rank when tiles are split evenly: counts differ by at most one.
 
     Example: 7 tiles over 3 ranks are [0, 3), [3, 5), [5, 7).
     """
@@ -153,10 +154,9 @@ def deal_tiles(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
     return start, start + share + (rank < rest)
 
 
-def normalize_tiles(tiles: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize_tiles(tiles: Tensor, norm: PixelNorm) -> Tensor:
     """uint8 [n, 3, S, S] to float32 (x/255 - mean) / std, channel by channel, as the release's transform."""
     shape = (1, 3, 1, 1)
-    scaled = tiles.to(torch.float32).div_(255.0)
-    mean_t = torch.tensor(mean, dtype=torch.float32, device=tiles.device).view(shape)
-    std_t = torch.tensor(std, dtype=torch.float32, device=tiles.device).view(shape)
-    return scaled.sub_(mean_t).div_(std_t)
+    mean = torch.tensor(norm.mean, dtype=torch.float32, device=tiles.device).view(shape)
+    std = torch.tensor(norm.std, dtype=torch.float32, device=tiles.device).view(shape)
+    return tiles.to(torch.float32).div_(255.0).sub_(mean).div_(std)

@@ -18,16 +18,14 @@ from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.topology import ParallelContext, Ranks
 
 
 def load_model(
     checkpoint: str | Path,
     config: RunConfig,
     arch: InternVLArchitecture,
-    *,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    context: ParallelContext,
 ) -> list[InternVL]:
     """Build this rank's model chunks and load a checkpoint into them. Collective.
 
@@ -35,15 +33,14 @@ def load_model(
         checkpoint: folder of a whole model, or of adapters, whose base is loaded too.
         config: layout, positions, dtype; its adapters are replaced by the checkpoint's.
         arch: architecture of the model.
-        plan: sizes of the parallel axes.
-        ranks: this rank's place.
+        context: sizes of the parallel axes and this rank's place on them.
 
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded into this model.
     """
     config = replace(config, lora=checkpoint_lora(checkpoint))
-    model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
-    load_weights(checkpoint, model_chunks, ranks=ranks)
+    model_chunks = build_model(config, arch, context)
+    load_weights(checkpoint, model_chunks, ranks=context.ranks)
     return model_chunks
 
 

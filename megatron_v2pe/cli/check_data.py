@@ -1,4 +1,4 @@
-"""check-data: what of the published benchmarks is in a folder, and what to download."""
+"""`check-data`: what of the published benchmarks is in a folder, and what to download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 NAME = "check-data"
-HELP = """Look for the files of published benchmarks in a folder: what is there, how many questions against the
+HELP = """look for the files of published benchmarks in a folder: what is there, how many questions against the
 published number, and what to download and where it goes.
 
 Every record is read, every image and video looked for; a wrong one is named by file, line and key. Without --benchmark

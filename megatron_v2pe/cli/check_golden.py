@@ -1,13 +1,16 @@
-"""check-golden: this package against recorded cases of the V2PE release."""
+"""`check-golden`: this package against recorded cases of the V2PE release."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_v2pe.cli.arguments import add_parallel_sizes, parallel_config
+
 NAME = "check-golden"
-HELP = """Run every case of a golden folder through this package and print one line per case and quantity:
+HELP = """run every case of a golden folder through this package and print one line per case and quantity:
 name, quantity, max abs error, tolerance, status. The last line has the counts.
 Exit code: 0 all passed, 1 a case failed, 2 none failed but some could not be run.
 
@@ -20,9 +23,7 @@ Example: megatron-v2pe check-golden tests/golden --group model --tp 2 --cp 2"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder in the golden format")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline parallel size")
-    parser.add_argument("--cp", type=int, default=1, metavar="N", help="context parallel size")
+    add_parallel_sizes(parser)
     parser.add_argument("--sp", action="store_true", help="sequence parallelism (needs --tp 2 or more)")
     parser.add_argument("--group", help="run one group of cases only")
     parser.add_argument("--family", help="run checkpoints whose key starts with this only")
@@ -36,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.verification.golden.rows import exit_code, format_counts, format_row
     from megatron_v2pe.verification.golden.runner import check_family, run_groups, select_groups
 
-    parallel = ParallelConfig(tp=args.tp, pp=args.pp, cp=args.cp, sequence_parallel=args.sp)
-    here, is_parallel = launcher(), parallel != ParallelConfig()
+    parallel = replace(parallel_config(args), sequence_parallel=args.sp)
+    here = launcher()
+    is_parallel = parallel != ParallelConfig()
     groups = select_groups(args.folder, name=args.group, model_only=is_parallel or here.world_size > 1)
     check_family(args.folder, args.family)
     if is_parallel and here.world_size == 1:

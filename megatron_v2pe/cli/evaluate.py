@@ -1,4 +1,4 @@
-"""evaluate: published benchmarks, or retrieval over lengths and depths; once per stride, with tables and pictures."""
+"""`evaluate`: published benchmarks, or retrieval over lengths and depths; once per stride, with tables and pictures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint, check_files
-from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
+from megatron_v2pe.cli.arguments import (
+    add_parallel_sizes,
+    add_verify_checkpoint,
+    check_files,
+    parallel_config,
+)
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "evaluate"
-HELP = """Answer a benchmark's questions, once per stride, and score the answers.
+HELP = """answer a benchmark's questions, once per stride, and score the answers.
 
 --benchmark NAME asks a published benchmark, whose files are in --data-dir (`check-data` says what belongs there):
 mm-niah, mm-niah-1m, long-vqa, milebench, chartqa, docvqa, ai2d, infovqa, scienceqa, pope, mmmu-val, mmbench-en, seed-i,
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma list of 'default' and position units; default: the checkpoint's own",
     )
     parser.add_argument("--out", required=True, help="folder for answers, tables and pictures")
-    add_parallel_arguments(parser)
+    add_parallel_sizes(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     add_verify_checkpoint(parser)
     published = parser.add_argument_group("with --benchmark")
@@ -122,21 +126,30 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     from megatron_v2pe.evaluation.answerer import EngineAnswerer
     from megatron_v2pe.evaluation.engine_adapter import own_strides
     from megatron_v2pe.evaluation.retrieval import read_items
-    from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
+    from megatron_v2pe.evaluation.runner import (
+        claim_folder,
+        describe_subject,
+        run_strides,
+        write_evaluation,
+    )
 
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
-    data, parallel = DataConfig(max_dynamic_patch=args.max_dynamic_patch), parallel_config(args)
-    how = {"data": data, "parallel": parallel, "dtype": args.dtype, "max_new_tokens": args.max_new_tokens}
-    answerer = EngineAnswerer(args.checkpoint, **how)
+    answerer = EngineAnswerer(
+        args.checkpoint,
+        data=DataConfig(max_dynamic_patch=args.max_dynamic_patch),
+        parallel=parallel_config(args),
+        dtype=args.dtype,
+        max_new_tokens=args.max_new_tokens,
+    )
     settings = own_strides(answerer.arch, args.strides)
     items = read_items(args.data)
-    words = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
-    subject = describe_subject(args.checkpoint, args.data, options=words)
+    options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
+    subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
     if here.rank == 0:
-        text = write_report(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
+        text = write_evaluation(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
         sys.stdout.write(text + "\n")
     return 0

@@ -1,20 +1,26 @@
-"""`export-hf`: a checkpoint folder becomes a Hugging Face folder."""
+"""`export-hf`: a checkpoint folder becomes a Hugging Face folder, or its adapters a PEFT folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_dtype, add_verify_checkpoint, check_files
-from megatron_v2pe.cli.peft_folders import export_adapters
-from megatron_v2pe.cli.progress import shared_progress
-from megatron_v2pe.cli.sizes import parse_size
+from megatron_v2pe.cli.arguments import (
+    add_cast,
+    add_verify_checkpoint,
+    check_files,
+    parse_size,
+    require_one_process,
+    shared_progress,
+)
 from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.errors import ConfigError
 
 NAME = "export-hf"
 HELP = """write a checkpoint's weights, configuration and tokenizer as a Hugging Face folder
 
-Example:  megatron-v2pe export-hf run/checkpoints/step_00001000 InternVL2-2B-v2pe --max-shard-size 5GB
+A model:    megatron-v2pe export-hf run/checkpoints/step_00001000 InternVL2-2B-v2pe --max-shard-size 5GB
+Adapters:   megatron-v2pe export-hf run/checkpoints/step_00001000 my-lora --adapter
 
 Adapters (a run with lora.*) are merged into their base, W + alpha / rank * B A. With --adapter they are written alone,
 as a folder that PEFT loads onto the Hugging Face model of the base."""
@@ -29,23 +35,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         default="",
+        metavar="SIZE",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
-    add_dtype(parser)
+    add_cast(parser)
     add_verify_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export; errors are raised as CheckpointError or ConfigError."""
-    if args.adapter:
-        return export_adapters(args)
+    return _export_adapters(args) if args.adapter else _export_model(args)
+
+
+def _export_model(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 
     max_shard_bytes = parse_size(args.max_shard_size) if args.max_shard_size else 0
-    options = {"force": args.force, "dtype": args.dtype, "max_shard_bytes": max_shard_bytes}
     with shared_progress(NAME) as progress:
         check_files(args)
-        export_hf(args.checkpoint, args.hf_folder, progress=progress, expect=progress.expect, **options)
+        export_hf(
+            args.checkpoint,
+            args.hf_folder,
+            force=args.force,
+            dtype=args.dtype,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+            expect=progress.expect,
+        )
     if launcher().rank == 0:
         sys.stdout.write(f"{args.hf_folder}: exported\n")
+    return 0
+
+
+def _export_adapters(args: argparse.Namespace) -> int:
+    from megatron_v2pe.checkpoint.adapters.peft_export import export_peft
+
+    require_one_process("export-hf --adapter")
+    if args.dtype != "keep":
+        raise ConfigError(
+            "--dtype is for whole models; adapters (--adapter) keep the dtype that they were trained in"
+        )
+    if args.max_shard_size:
+        raise ConfigError("--max-shard-size is for whole models; a PEFT folder (--adapter) has one file")
+    check_files(args)
+    count = export_peft(args.checkpoint, args.hf_folder, force=args.force)
+    sys.stdout.write(f"{args.hf_folder}: {count} tensors for PEFT\n")
     return 0

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint, check_files
-from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
+from megatron_v2pe.cli.arguments import (
+    add_parallel_sizes,
+    add_verify_checkpoint,
+    check_files,
+    parallel_config,
+)
 from megatron_v2pe.core.env import launcher
 
 NAME = "generate"
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=1_000_000, help="longest prompt (default 1,000,000)"
     )
-    add_parallel_arguments(parser)
+    add_parallel_sizes(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute dtype")
     add_verify_checkpoint(parser)
 
@@ -46,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     limits = {"stride": args.stride, "dtype": args.dtype, "max_tokens": args.max_tokens}
     chat = Chat(args.checkpoint, parallel=parallel, **limits)
     is_shown = launcher().rank == 0
-    for piece in chat.answer(args.question, args.image, max_new_tokens=args.max_new_tokens):
+    for part in chat.answer(args.question, args.image, max_new_tokens=args.max_new_tokens):
         if is_shown:
-            sys.stdout.write(piece)
+            sys.stdout.write(part)
             sys.stdout.flush()
     if is_shown:
         sys.stdout.write("\n")

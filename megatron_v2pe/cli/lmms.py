@@ -1,4 +1,4 @@
-"""lmms: lmms-eval's tasks with this model, on one rank or many."""
+"""`lmms`: lmms-eval's tasks with this model, on one rank or many."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_v2pe.cli.conversion import add_verify_checkpoint, check_files
-from megatron_v2pe.cli.parallel_arguments import add_parallel_arguments, parallel_config
+from megatron_v2pe.cli.arguments import (
+    add_parallel_sizes,
+    add_verify_checkpoint,
+    check_files,
+    parallel_config,
+)
 
 NAME = "lmms"
-HELP = """Run tasks of lmms-eval (extra `lmms`) in process: a second judge of the same model.
+HELP = """run tasks of lmms-eval (extra `lmms`) in process: a second judge of the same model.
 
 Stock tasks, or v2pe_chartqa, v2pe_docvqa_val, v2pe_infovqa_val, v2pe_pope, v2pe_scienceqa_img, which ask as the V2PE
 release does. Under torchrun all processes are one replica (--tp, --pp, --cp). To share questions over replicas, or to
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="first N documents of each task")
     parser.add_argument("--out", required=True, help="folder for results.json and the task files")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
-    add_parallel_arguments(parser)
+    add_parallel_sizes(parser)
     add_verify_checkpoint(parser)
 
 

@@ -25,6 +25,7 @@ VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
     "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
     "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
+    "verify-numerics": "compare what a checkpoint computes with plain PyTorch, stage by stage",
     "index-data": "measure a run's data once, and show what it holds",
     "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
     "train": "fine-tune from a run's YAML file; also under torchrun",
@@ -90,7 +91,7 @@ def _load(verb: str) -> ModuleType:
 
 
 def _no_verb(arguments: Sequence[str]) -> int:
-    """Overview; asked for it is an answer, else an error."""
+    """The overview of verbs: to stdout and 0 when asked for, else to stderr and 2."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     usage = (

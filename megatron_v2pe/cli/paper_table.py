@@ -1,4 +1,4 @@
-"""paper-table: the paper's and the model card's numbers beside ours."""
+"""`paper-table`: the paper's and the model card's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 NAME = "paper-table"
-HELP = """Print the tables of the paper and of the model card with our numbers in them, in percent.
+HELP = """print the tables of the paper and of the model card with our numbers in them, in percent.
 
 Each O is a folder that `evaluate --benchmark` or `score --out` has written. Our settings are said in words, and for
 each number that cannot be matched exactly, why. With --out, table.txt and a picture of bars are written there.

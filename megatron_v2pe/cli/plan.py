@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+from megatron_v2pe.cli.arguments import add_run_config
+
+if TYPE_CHECKING:
+    from megatron_v2pe.planning.request.inputs import PlanRequest
 
 NAME = "plan"
 HELP = """work out, on this machine, whether a run fits its GPUs, how long a step takes and what to change
@@ -18,17 +24,94 @@ follow from the stated rates of a GPU (--rate NAME=VALUE replaces one). Exit cod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    from megatron_v2pe.planning import arguments
+    """What is planned, for which GPUs, and what a pack is made of."""
+    from megatron_v2pe.planning.request.hardware import GPUS
 
-    arguments.add_arguments(parser)
+    add_run_config(parser)
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    add("--gpu", choices=tuple(GPUS), default="h100", help="kind of GPU (default: h100)")
+    add(
+        "--gpu-memory",
+        type=float,
+        default=0.0,
+        metavar="GB",
+        help="memory of a GPU (default: the kind's own)",
+    )
+    add("--arch", metavar="SIZE|CONFIG_JSON", help="published size (2B) or config.json (default: the run's)")
+    add(
+        "--search",
+        nargs="?",
+        type=int,
+        const=10,
+        default=0,
+        metavar="N",
+        help="list the N best layouts (10 without N)",
+    )
+    add("--inference", type=int, default=0, metavar="TOKENS", help="plan answering a prompt of TOKENS")
+    add("--json", action="store_true", help="print json instead of text")
+    add("--rate", action="append", default=[], metavar="NAME=VALUE", help="replace a rate: gemm_share=0.6")
+    pack = parser.add_argument_group("what a pack is made of").add_argument
+    pack("--measure-data", action="store_true", help="read it from data.meta; measures the data if need be")
+    pack(
+        "--visual-share",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="share of visual tokens (default: 0.95)",
+    )
+    pack(
+        "--supervised-share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of tokens with a label (default: 0.05)",
+    )
+    pack(
+        "--documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of documents (default: as many of data.max_sample_tokens as fill a pack)",
+    )
+    pack(
+        "--tiles",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="number of tiles (default: what --visual-share gives)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
-    from megatron_v2pe.planning.arguments import request
+    """Print the plan; 0 when it fits, 1 when it does not."""
     from megatron_v2pe.planning.command import run_plan
 
-    text, fits = run_plan(request(args))
+    text, fits = run_plan(_request(args))
     sys.stdout.write(text)
     return 0 if fits else 1
+
+
+def _request(args: argparse.Namespace) -> PlanRequest:
+    from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.planning.request.inputs import PlanRequest
+    from megatron_v2pe.planning.request.workload import Assumptions
+
+    return PlanRequest(
+        config=load_run_config(args.config, args.overrides),
+        gpus=args.gpus,
+        arch=args.arch,
+        gpu=args.gpu,
+        gpu_memory=args.gpu_memory,
+        rates=tuple(args.rate),
+        assumptions=Assumptions(
+            visual_share=args.visual_share,
+            supervised_share=args.supervised_share,
+            documents=args.documents,
+            tiles=args.tiles,
+        ),
+        measure_data=args.measure_data,
+        inference=args.inference,
+        search=args.search,
+        as_json=args.json,
+    )

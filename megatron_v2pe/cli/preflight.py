@@ -6,11 +6,12 @@ import argparse
 import math
 import sys
 
+from megatron_v2pe.cli.arguments import add_run_config
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 
 NAME = "preflight"
-HELP = """look at everything that a run needs on these very machines, in under a minute
+HELP = """check everything that a run needs on these very machines, in under a minute
 
 Here:             megatron-v2pe preflight run.yaml
 Two ranks:        torchrun --standalone --nproc-per-node 2 -m megatron_v2pe preflight run.yaml parallel.cp=2
@@ -23,12 +24,12 @@ limit against the planned steps, and the run's attention against float64. Exit c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", help="run configuration (YAML)")
+    add_run_config(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's"
-    )
-    parser.add_argument(
-        "--free-gb", type=float, default=0.0, help="GB that must stay free beside the checkpoints (default 0)"
+        "--free-gb",
+        type=float,
+        default=0.0,
+        help="GB that must stay free beside the checkpoints (default: 0)",
     )
 
 

@@ -11,7 +11,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.text_table import text_table
 
 NAME = "recipes"
-HELP = """List the run files and cluster files that come with the package, or copy one of them.
+HELP = """list the run files and cluster files that come with the package, or copy one of them.
 
 Copy a run file, change its paths, and train with it; copy a cluster file, change what is special about your site, and
 give it to submit.py, whose place the last line of the list names.

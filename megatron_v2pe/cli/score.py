@@ -1,4 +1,4 @@
-"""score: answers in a folder again, or predictions that others recorded, without a model."""
+"""`score`: answers in a folder again, or predictions that others recorded, without a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 NAME = "score"
-HELP = """Score the answers of a benchmark again, from files alone.
+HELP = """score the answers of a benchmark again, from files alone.
 
 O is a folder of `evaluate --benchmark NAME`, or predictions as the benchmark's own scripts record them (MM-NIAH:
 TASK.jsonl files; MileBench: SET.jsonl files or SET/pred.json). Modes: `release` is the V2PE release's scorer,

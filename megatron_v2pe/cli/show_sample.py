@@ -1,25 +1,25 @@
-"""show-sample: one packed sample as a picture and a list."""
+"""`show-sample`: one packed sample as a picture and a list."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from megatron_v2pe.cli.data_arguments import add_data_arguments, data_config, tokenizer_folder
+from megatron_v2pe.cli.arguments import add_data_source, data_config, tokenizer_folder
 
 NAME = "show-sample"
-HELP = """draw what one micro batch of a run trains on, and list it run by run on stdout
+HELP = """draw what one micro batch of a run trains on, and list its texts and images on stdout
 
     megatron-v2pe show-sample run.yaml --step 1 --micro-batch 0 --cp 4 --out shown
 
-The picture has the kind and the owner rank of every token, its position, the words (supervised ones on orange) and the
+The picture has the kind and the owner rank of every token, its position, the text (supervised text on orange) and the
 images as the model sees them. Steps count from 1 as in metrics.jsonl; --micro-batch counts the packs of the step over
 all data parallel ranks from 0. Lengths are measured first where the run has not done so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_data_arguments(parser)
+    add_data_source(parser)
     parser.add_argument("--step", type=int, default=1, help="step, from 1 (default: 1)")
     parser.add_argument("--micro-batch", type=int, default=0, help="pack of the step, from 0 (default: 0)")
     parser.add_argument("--cp", type=int, help="context parallel ranks (default: parallel.cp)")

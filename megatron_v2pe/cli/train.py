@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_v2pe.cli.arguments import add_run_config
 from megatron_v2pe.core.env import launcher
 
 NAME = "train"
@@ -17,20 +18,17 @@ Growing batch:  megatron-v2pe train run.yaml optim.global_batch_size=32 'optim.b
 The run writes config.yaml, metrics.jsonl, tensorboard/ and checkpoints/ to runtime.run_dir, and continues from
 its newest checkpoint when it is started again. docs/configuration.md explains every field.
 
-SIGTERM, SIGUSR1, Ctrl-C, or a file RUN_DIR/stop end it behind the current step with a checkpoint and
+SIGTERM, SIGUSR1, Ctrl-C, or a file RUN_DIR/stop end it after the current step with a checkpoint and
 RUN_DIR/interrupted.json. The exit code is then 75; under torchrun it is 0, because torchrun would restart the ranks.
 A rank that dies or hangs ends all; `torchrun --max-restarts N` starts them again from the newest checkpoint.
-A file RUN_DIR/profile_now, or SIGUSR2 to a rank, traces the next steps into RUN_DIR/profile while the run goes on."""
+A file RUN_DIR/profile_now, or SIGUSR2 to a rank, traces the next steps into RUN_DIR/profile while the run continues."""
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: starting again continues
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", help="run configuration (YAML)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's"
-    )
+    add_run_config(parser)
     parser.add_argument(
         "--verify-checkpoint",
         choices=("sizes", "full"),
@@ -43,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.config.load import load_run_config
 
     verify = [f"checkpoint.verify={args.verify_checkpoint}"] if args.verify_checkpoint else []
-    # Before torch is imported: a typo is told in a blink.
+    # Before torch is imported: a typo is reported in a blink.
     config = load_run_config(args.config, [*args.overrides, *verify])
 
     import torch

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
 from megatron_v2pe.config.section import Section
 from megatron_v2pe.core.errors import CheckpointError
@@ -28,6 +29,11 @@ class VisionArchitecture:
     norm_eps: float
     qkv_bias: bool
     qk_normalization: bool
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding in the checkpoint: patches of `image_size` and the class token."""
+        return _patches(self.image_size, self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ class InternVLArchitecture:
     pixel_shuffle_version: Literal["v1", "v2"]
     select_layer: int
     template: str
-    position_mode: Literal["default", "v2pe_fixed", "v2pe_random"]
+    position_mode: PositionMode
     position_stride: int
     dtype: Literal["float32", "bfloat16", "float16"]
 
@@ -86,6 +92,21 @@ class InternVLArchitecture:
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Rows that the vision tower computes for one tile: 1,025 for 448 px and patch 14, class token included."""
+        return _patches(self.image_size, self.vision.patch_size)
+
+    @property
+    def projector_width(self) -> int:
+        """Channels after the pixel shuffle, the input of the projector."""
+        return self.vision.hidden_size * round(1 / self.downsample_ratio) ** 2
+
+
+def _patches(image_size: int, patch_size: int) -> int:
+    """Patches of a square image and the class token."""
+    return (image_size // patch_size) ** 2 + 1
 
 
 def read_architecture(folder: str | Path) -> InternVLArchitecture:
@@ -115,14 +136,7 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
         raise CheckpointError(
             f"{path}: model_type is {top.get('model_type', None)!r}, only 'internvl_chat' (InternVL2) is supported"
         )
-    mode_names = {
-        "default": "default",
-        "v2pe_fix": "v2pe_fixed",
-        "v2pe_rnd": "v2pe_random",
-        "v2pe_fixed": "v2pe_fixed",
-        "v2pe_random": "v2pe_random",
-    }
-    mode = mode_names[top.choice("rope_pos_id_version", "default", tuple(mode_names))]
+    mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
     vision = top.section("vision_config")
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
     return InternVLArchitecture(
@@ -134,7 +148,7 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
         # Of no InternVL2 the projector reads an inner layer of the tower.
         select_layer=top.choice("select_layer", -1, (-1,)),
         template=str(top.get("template", "")),
-        position_mode=mode,  # type: ignore[arg-type]
+        position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
         dtype=top.choice("torch_dtype", "bfloat16", ("float32", "bfloat16", "float16")),
     )

@@ -19,11 +19,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_v2pe.config.position_modes import POSITION_MODES
 from megatron_v2pe.config.schema import CurriculumStage, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
-# The release writes rope_pos_id_version; both spellings are taken, ours is stored.
-_RELEASE_MODES = {"v2pe_fix": "v2pe_fixed", "v2pe_rnd": "v2pe_random"}
 _COMMAND_LINE = "command line"
 
 
@@ -129,7 +128,7 @@ def _merge(base: Any, tree: dict[Any, Any], source: str) -> Any:
                 raise ConfigError(f"{source}: {section}.{key} is '???'; give a value")
     position = tree.get("position", {})
     if isinstance(position.get("mode"), str):
-        position["mode"] = _RELEASE_MODES.get(position["mode"], position["mode"])
+        position["mode"] = POSITION_MODES.get(position["mode"], position["mode"])
     _check_numbers(tree.get("optim", {}).get("batch_rampup"), f"{source}: optim.batch_rampup")
     try:
         return OmegaConf.merge(base, OmegaConf.create(tree))

@@ -16,6 +16,7 @@ from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
 LinearNames = dict[str, tuple[str, ...]]
+ADAPTERS = "lora"  # attribute of a linear that holds its adapters; part of their parameters' names
 
 _LLAMA: LinearNames = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -61,6 +62,11 @@ def adapted_names(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> t
         return ()
     names = [name for names in linear_names(part, arch).values() for name in names]
     return tuple(name for name in names if not lora.targets or name in lora.targets)
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter, or its key in a checkpoint, belongs to an adapter."""
+    return f".{ADAPTERS}." in name
 
 
 def parts_trained_whole(config: RunConfig) -> tuple[Part, ...]:

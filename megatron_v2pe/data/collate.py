@@ -4,7 +4,7 @@
     pack       tokens  a b c d p p    labels              . c d . . .     weights  0 w w 0 0 0
 
 Labels are shifted here, inside each document, so that whatever is cut later (context parallel shards) keeps
-every pair of token and target; the release shifts after the cut (its defect D36).
+every pair of token and target; the release shifts after the cut and loses the pair at each edge of a shard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.medium import load_tile_range
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, pack_layout
 
@@ -41,7 +41,7 @@ def token_weights(labels: Int64Array, *, loss_reduction: str) -> NDArray[np.floa
 
 
 def shift_left(values: NDArray, *, fill: float) -> NDArray:
-    """What stands at t+1 moves to t; the last place is filled. Same shape and dtype."""
+    """The value at t+1 moves to t; the last place is filled. Same shape and dtype."""
     return np.append(values[1:], np.asarray(fill, dtype=values.dtype))
 
 
@@ -108,15 +108,15 @@ def _tiles(
     damaged: dict[int, str] | None,
 ) -> NDArray[np.uint8]:
     """Pixels of the wanted tiles; images that cannot be read are noted by document in `damaged`, where it is given."""
-    refs = [ref for sample in samples for ref in sample.image_refs]
-    document_of = [number for number, sample in enumerate(samples) for _ in sample.image_refs]
+    media = [medium for sample in samples for medium in sample.media]
+    document_of = [number for number, sample in enumerate(samples) for _ in sample.media]
 
-    def note(image: int, error: DataError) -> None:
+    def note(medium: int, error: DataError) -> None:
         assert damaged is not None
-        damaged.setdefault(document_of[image], str(error))
+        damaged.setdefault(document_of[medium], str(error))
 
     on_damage = None if damaged is None else note
-    return load_tile_range(refs, image_size=image_size, tile_range=tile_range, on_damage=on_damage)
+    return load_tile_range(media, image_size=image_size, tile_range=tile_range, on_damage=on_damage)
 
 
 def _check_supervised(weights: NDArray[np.float32], sample_ids: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
     MixturePlan --PackRequest--> worker: lines -> encode -> collate, open this rank's images --> list[PackedBatch]
 
 Every rank reads tokens and spans of its data-parallel rank's packs; pixels are decoded only for the tiles that are
-dealt to it. Workers get complete requests (byte offsets, image sizes), so they hold no index and no state. Pixels
+assigned to it. Workers get complete requests (byte offsets, image sizes), so they hold no index and no state. Pixels
 come back as bytes in shared memory, and how many packs are under way follows from their size.
 """
 
@@ -27,7 +27,7 @@ from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, sample_settings
+from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
 _log = get_logger(__name__)
@@ -47,8 +47,11 @@ class _RequestSampler(Sampler[PackRequest]):
         dp_rank: int,
         dp: int,
     ) -> None:
-        self._plan, self._indexes, self._steps = plan, indexes, steps
-        self._dp_rank, self._dp = dp_rank, dp
+        self._plan = plan
+        self._indexes = indexes
+        self._steps = steps
+        self._dp_rank = dp_rank
+        self._dp = dp
 
     def __iter__(self) -> Iterator[PackRequest]:
         for step in self._steps:
@@ -62,7 +65,7 @@ def _unchanged(pack: Any) -> Any:
 
 
 def _start_worker(_worker_id: int) -> None:
-    """Torch's own watch looks at the fork server, which outlives a rank that is killed as long as a worker lives."""
+    """Torch's own check watches the fork server, which outlives a rank that is killed as long as a worker lives."""
     end_with_parent()
 
 
@@ -108,12 +111,12 @@ class TrainLoader:
 
     Iterating yields, for each optimizer step from `start_step` to `optim.steps` - 1, this data-parallel rank's
     micro batches. Order and content depend on the data, the configuration and the step, not on the number of
-    ranks or workers: only which data-parallel rank takes which pack of a step does.
+    ranks or workers: only the assignment of the packs of a step to data-parallel ranks does.
 
     Attributes:
         batches: packs of each step, over all data parallel ranks.
         fingerprint: digest of everything that decides the order of the packs.
-        facts: the same by name, to tell what changed.
+        facts: the same by name, to report what changed.
         num_bad: samples that are skipped as bad.
         num_samples: samples that may be drawn.
         source_names: names of the data sets, in the order that `PackedBatch.sources` counts them.
@@ -152,13 +155,16 @@ class TrainLoader:
             DataError: data that cannot be used; more bad samples than allowed.
         """
         check_batches(config, dp=dp)
-        self.batches, self._dp = batch_schedule(config), dp
+        self.batches = batch_schedule(config)
+        self._dp = dp
         settings = sample_settings(config, arch, hf_folder)
         indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
             plan.log_bad()
-        self.fingerprint, self.num_bad, self.num_samples = plan.fingerprint, plan.num_bad, plan.num_samples
+        self.fingerprint = plan.fingerprint
         self.facts = plan.facts
+        self.num_bad = plan.num_bad
+        self.num_samples = plan.num_samples
         self.source_names = tuple(index.entry.name for index in indexes)
         reader = PackReader(
             entries=tuple(index.entry for index in indexes),
@@ -180,7 +186,7 @@ class TrainLoader:
             yield [_opened(pack) for pack in own]
 
     def _received(self) -> Iterator[SentPack | V2PEError]:
-        """What the workers send, told apart from a worker that is killed while it hands over a pack's memory."""
+        """What the workers send; a worker that is killed while it hands over a pack's memory is an error of its own."""
         packs = iter(self._loader)
         while True:
             try:
@@ -263,7 +269,7 @@ def packs_under_way(pack_bytes: int, *, num_workers: int, budget: int) -> tuple[
 
 @contextmanager
 def explained_worker_deaths() -> Iterator[None]:
-    """A loader worker that was killed is reported by what to do about it; torch tells its number and signal.
+    """A loader worker that was killed is reported with what to do about it; torch names its number and signal only.
 
     Torch raises wherever the process is when the worker ends, so the whole loop belongs inside.
 
@@ -282,7 +288,7 @@ def _worker_death(error: Exception) -> DataError:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return DataError(
         f"a data loading process ended ({text}). The usual cause is memory: lower data.prefetch_mib or "
-        "data.num_workers, or give the container more shared memory (/dev/shm). Started again, the run goes on from "
+        "data.num_workers, or give the container more shared memory (/dev/shm). Started again, the run continues from "
         "its last checkpoint with the same samples"
     )
 

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_v2pe.batch.packed_batch import PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import PackedBatch, tile_share
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
+from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.plan.epoch_plan import PlannedPack
+from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.samples.encode import EncodedSample, blank_sample
-from megatron_v2pe.data.samples.sample_maker import Draw, SampleSettings, Size, read_sample
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.samples.split import Units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import read_line
@@ -29,7 +31,7 @@ from megatron_v2pe.data.sources.storage import read_line
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """Where one sample stands, and what was measured of it."""
+    """Where one sample is, and what was measured of it."""
 
     sample_id: str
     dataset: int
@@ -55,7 +57,7 @@ class TileShare:
 
     def __call__(self, num_tiles: int) -> tuple[int, int]:
         """Half-open tile range for a pack of `num_tiles`."""
-        return deal_tiles(num_tiles, self.num_ranks, self.rank) if self.holds_vision else (0, 0)
+        return tile_share(num_tiles, self.num_ranks, self.rank) if self.holds_vision else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

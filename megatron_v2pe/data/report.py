@@ -5,8 +5,10 @@ indexes --describe_datasets--> one row per data set        plan --describe_plan-
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_v2pe.config.batch_schedule import BatchSchedule
+from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
-from megatron_v2pe.data.plan.balance import deal_packs, imbalance, whole_steps
+from megatron_v2pe.data.plan.balance import assign_packs, imbalance, whole_steps
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.v2pe.layout import Int64Array
 
@@ -59,7 +62,7 @@ class PlanReport:
         max_pack_tiles: the budget of tiles.
         batches: packs of each step.
         imbalances: by data parallel size, max over mean cost of the ranks in each simulated step.
-        random_imbalances: the same for the same packs in random order, dealt in turn.
+        random_imbalances: the same for the same packs in random order, assigned in turn.
     """
 
     tokens: Int64Array
@@ -142,19 +145,21 @@ def describe_plan(
         max_pack_tokens=max_pack_tokens,
         max_pack_tiles=max_pack_tiles,
         batches=batches,
-        imbalances={size: step_imbalances(costs, step_sizes, size, dealt=balance) for size in sizes},
-        random_imbalances={size: step_imbalances(shuffled, step_sizes, size, dealt=False) for size in sizes},
+        imbalances={size: step_imbalances(costs, step_sizes, size, by_cost=balance) for size in sizes},
+        random_imbalances={
+            size: step_imbalances(shuffled, step_sizes, size, by_cost=False) for size in sizes
+        },
     )
 
 
-def step_imbalances(costs: Any, sizes: Int64Array, dp: int, *, dealt: bool) -> NDArray[np.float64]:
+def step_imbalances(costs: Any, sizes: Int64Array, dp: int, *, by_cost: bool) -> NDArray[np.float64]:
     """Cost of the slowest rank over the mean, for steps of consecutive packs.
 
     Args:
         costs: float [P], in order of the steps.
         sizes: int64 [k], packs of each step.
         dp: data parallel ranks.
-        dealt: packs are dealt by cost; false deals them in turn.
+        by_cost: packs are assigned by cost; false assigns them in turn.
     """
     num_steps, ends = len(sizes), np.cumsum(sizes)
     steps = np.unique(np.linspace(0, num_steps - 1, min(num_steps, _MAX_STEPS)).astype(int))
@@ -162,11 +167,11 @@ def step_imbalances(costs: Any, sizes: Int64Array, dp: int, *, dealt: bool) -> N
     for step in steps.tolist() if num_steps else []:
         own = costs[ends[step] - sizes[step] : ends[step]].tolist()
         in_turn = [list(range(rank, len(own), dp)) for rank in range(dp)]
-        found.append(imbalance(own, deal_packs(own, dp) if dealt else in_turn))
+        found.append(imbalance(own, assign_packs(own, dp) if by_cost else in_turn))
     return np.array(found)
 
 
-def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
+def data_table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
     """Data sets, their sum, and the packs, as text."""
     header = [
         "data set",
@@ -182,15 +187,7 @@ def table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
     ]
     header += ["images", "tiles", "x", "drawn", "share"]
     total = max(sum(row.drawn_tokens for row in rows), 1)
-    lines = [header, *(_cells(row, total) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = "\n".join(
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    text = "\n".join(text_table(header, [_cells(row, total) for row in rows]))
     sums = (
         f"{sum(row.samples for row in rows):,} samples, {sum(row.bad for row in rows):,} bad, "
         f"{sum(row.tokens for row in rows):,} tokens, {sum(row.tiles for row in rows):,} tiles; an epoch draws "
@@ -230,23 +227,19 @@ def _plan_text(report: PlanReport) -> str:
 
 
 def datasets_csv(rows: Sequence[DatasetRow]) -> str:
-    """The rows as comma separated values; names are quoted."""
+    """The rows as comma separated values."""
     names = list(DatasetRow.__dataclass_fields__)
-    lines = [",".join(names)]
-    for row in rows:
-        quoted = '"' + row.name.replace('"', '""') + '"'
-        lines.append(",".join([quoted, *(str(getattr(row, name)) for name in names[1:])]))
-    return "\n".join(lines) + "\n"
+    return _csv([names, *([getattr(row, name) for name in names] for row in rows)])
 
 
 def packs_csv(report: PlanReport) -> str:
     """Every pack of the epoch in order, as comma separated values."""
-    columns = zip(
-        report.tokens.tolist(),
-        report.tiles.tolist(),
-        report.samples.tolist(),
-        report.costs.tolist(),
-        strict=True,
-    )
-    lines = [f"{number},{t},{n},{s},{c:.0f}" for number, (t, n, s, c) in enumerate(columns)]
-    return "\n".join(["pack,tokens,tiles,samples,cost", *lines]) + "\n"
+    columns = (report.tokens, report.tiles, report.samples, report.costs.round().astype(np.int64))
+    packs = zip(range(len(report.tokens)), *(column.tolist() for column in columns), strict=True)
+    return _csv([["pack", "tokens", "tiles", "samples", "cost"], *packs])
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

@@ -24,7 +24,7 @@ from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, TileShare, pack_request
 from megatron_v2pe.data.plan.epoch_plan import PlannedPack, PlannedSample
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
 _log = get_logger(__name__)

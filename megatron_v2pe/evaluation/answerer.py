@@ -12,9 +12,11 @@ from typing import Literal
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
-from megatron_v2pe.data.media.images import NORMALIZATION
-from megatron_v2pe.data.samples.records import with_frames
-from megatron_v2pe.data.samples.sample_maker import image_refs, record_sizes, sample_settings
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.samples.draw import record_tiles
+from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.records import write_images
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt, prompt_with
@@ -51,14 +53,18 @@ class EngineAnswerer:
         parallel: ParallelConfig | None = None,
     ) -> None:
         read_info(checkpoint)
-        self._checkpoint, self._dtype, self._max_new_tokens = checkpoint, dtype, max_new_tokens
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))
         settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
         # A question about a video has one prompt: as many frames as there may be, the middle of each interval.
-        video = dataclasses.replace(settings.video, min_frames=settings.video.max_frames, sampling="middle")
-        self._settings = dataclasses.replace(settings, text=text, video=video)
+        video = settings.media.video
+        video = dataclasses.replace(video, min_frames=video.max_frames, sampling="middle")
+        media = dataclasses.replace(settings.media, video=video)
+        self._settings = dataclasses.replace(settings, text=text, media=media)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
         self._engine: Engine | None = None
@@ -76,17 +82,15 @@ class EngineAnswerer:
         mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
         if self._engine is None or self._mode != mode:
             self.close()  # one model in memory at a time
-            mean, std = NORMALIZATION[self._settings.normalize_type]
             self._engine = Engine.load(
                 self._checkpoint,
                 mode=mode,
-                mean=mean,
-                std=std,
+                norm=NORMALIZATION[self._settings.normalize_type],
                 dtype=self._dtype,
                 parallel=self._parallel,
             )
             self._mode = mode
-        plan, ranks = self._engine.plan, self._engine.ranks
+        plan, ranks = self._engine.context.plan, self._engine.context.ranks
         is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
         return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
 
@@ -108,10 +112,10 @@ class EngineAnswerer:
 
         Images are cut as in training, so limits of the data set come before those of the command.
         """
-        sizes = record_sizes(item.record, settings=self._settings)
-        record = with_frames(item.record, len(sizes))
-        refs = image_refs(record, sizes, entry=item.entry, settings=self._settings)
-        return prompt_with(record.turns, refs, settings=self._settings, stride=setting.stride)
+        sizes = probe_record(item.record, settings=self._settings)
+        media = record_tiles(item.record, sizes, entry=item.entry, settings=self._settings)
+        turns = write_images(item.record, sizes).turns
+        return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
         """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""

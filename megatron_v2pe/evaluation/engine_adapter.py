@@ -18,13 +18,13 @@ from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.data.media.frames import VideoSource
-from megatron_v2pe.data.media.images import NORMALIZATION, ImageRef, check_image
-from megatron_v2pe.data.media.tiling import choose_grid
+from megatron_v2pe.data.media.cut import CutRule
+from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, Medium, MediumTiles
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, with_frames
-from megatron_v2pe.data.samples.sample_maker import image_refs, record_sizes, sample_settings
-from megatron_v2pe.data.sources.meta import DatasetEntry
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from megatron_v2pe.evaluation.benchmark_runner import BrokenReplicaError
@@ -85,10 +85,11 @@ class ModelAnswerer:
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))
         settings = sample_settings(RunConfig(), self.arch, hf_path(checkpoint))
+        video = dataclasses.replace(settings.media.video, sampling="middle")
         self._settings = dataclasses.replace(
             settings,
             text=dataclasses.replace(settings.text, max_tokens=_NO_LIMIT),
-            video=dataclasses.replace(settings.video, sampling="middle"),
+            media=dataclasses.replace(settings.media, video=video),
         )
         self._tokenizer = settings.text.tokenizer
         self._stop_ids = {
@@ -109,12 +110,15 @@ class ModelAnswerer:
         mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
         if self._engine is None or self._mode != mode:
             self.close()  # one model in memory at a time
-            mean, std = NORMALIZATION[self._settings.normalize_type]
             self._engine = Engine.load(
-                self._checkpoint, mode=mode, mean=mean, std=std, dtype=self._dtype, parallel=self._parallel
+                self._checkpoint,
+                mode=mode,
+                norm=NORMALIZATION[self._settings.normalize_type],
+                dtype=self._dtype,
+                parallel=self._parallel,
             )
             self._mode = mode
-        plan, ranks = self._engine.plan, self._engine.ranks
+        plan, ranks = self._engine.context.plan, self._engine.context.ranks
         is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
         return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
 
@@ -197,42 +201,28 @@ class ModelAnswerer:
         Raises:
             DataError: a file cannot be read, or a text holds a mark that is reserved for images.
         """
-        refs: list[ImageRef] = []
+        media: list[MediumTiles] = []
         text = ""
         for part in request.parts:
             if part.kind == "text":
                 text += _plain(part.text, request.id)
-            elif part.kind == "image":
-                text += IMAGE_PLACEHOLDER
-                refs.append(self._image(part, request.max_tiles))
-            else:
-                lines, frames = self._video(part, request.id)
-                text += lines
-                refs += frames
+                continue
+            medium = _medium(part)
+            own = self._tiles(medium, part.max_tiles or request.max_tiles, name=request.id)
+            text += medium.text(len(own.images))
+            media.append(own)
         turns = [Turn(role="human", value=text)]
-        return prompt_with(turns, refs, settings=self._settings, stride=setting.stride)
+        return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
-    def _image(self, part: Part, max_tiles: int) -> ImageRef:
-        limit = part.max_tiles or max_tiles
-        rule = dataclasses.replace(self._settings.tiling, max_tiles=limit, dynamic=limit > 1)
-        size = check_image(part.path, max_pixels=self._settings.max_image_pixels)
-        return ImageRef(
-            path=part.path,
-            size=size,
-            grid=choose_grid(*size, rule=rule),
-            max_pixels=self._settings.max_image_pixels,
+    def _tiles(self, medium: Medium, max_tiles: int, *, name: str) -> MediumTiles:
+        """How a file is cut: at most so many tiles and a thumbnail, or one tile."""
+        rule = CutRule(
+            tiling=dataclasses.replace(self._settings.tiling, max_tiles=max_tiles, dynamic=max_tiles > 1)
         )
-
-    def _video(self, part: Part, name: str) -> tuple[str, Sequence[ImageRef]]:
-        """Text with a placeholder for each frame, and the frames."""
-        source = VideoSource(
-            path=part.path, clip=part.clip, fps=part.fps, min_frames=part.frames, max_frames=part.frames
-        )
-        turns = (Turn(role="human", value=VIDEO_PLACEHOLDER),)
-        record = Record(sample_id=name, where=name, turns=turns, images=(), video=source)
-        sizes = record_sizes(record, settings=self._settings)
-        refs = image_refs(record, sizes, entry=_no_data_set(), settings=self._settings)
-        return with_frames(record, len(sizes)).turns[0].value, refs
+        rules = self._settings.media
+        sizes = medium.probe(rules, sample_id=name, size_of=check_image)
+        images = medium.tiles(sizes, rule)
+        return MediumTiles(medium=medium, images=images, rules=rules, seed=DrawSeed(identity=name))
 
     def close(self) -> None:
         """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
@@ -262,15 +252,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
-def _no_data_set() -> DatasetEntry:
-    return DatasetEntry(
-        name="benchmark",
-        annotation="",
-        root="",
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
+def _medium(part: Part) -> Medium:
+    if part.kind == "image":
+        return ImageFile(path=part.path)
+    return VideoFile(
+        path=part.path, clip=part.clip, fps=part.fps, min_frames=part.frames, max_frames=part.frames
     )

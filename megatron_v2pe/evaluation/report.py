@@ -1,7 +1,6 @@
-"""Pictures and tables of a retrieval evaluation and of a training run.
+"""Tables and pictures of a retrieval evaluation.
 
     cells --> table on stdout, cells.csv, heatmap_<stride>.png, accuracy_by_length.png
-    metrics.jsonl --> loss.png
 
 Scales are fixed (accuracy 0..1), cells without answers are grey and never zero, and every picture says how
 many answers it rests on. matplotlib is imported when a picture is drawn: it belongs to the extra `eval`.
@@ -9,6 +8,8 @@ many answers it rests on. matplotlib is imported when a picture is drawn: it bel
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.evaluation.retrieval import Cell, by_length
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 
 
-def table(scores: Mapping[str, Sequence[Cell]], *, trained_length: int) -> str:
+def accuracy_table(scores: Mapping[str, Sequence[Cell]], *, trained_length: int) -> str:
     """Accuracy by stride and length as text, with the number of answers in the last row.
 
     Args:
@@ -35,22 +37,17 @@ def table(scores: Mapping[str, Sequence[Cell]], *, trained_length: int) -> str:
         for name, cells in totals.items()
     ]
     counts = ["answers", *(str(max(c[n].count for c in totals.values() if n in c)) for n in lengths)]
-    widths = [max(len(row[i]) for row in [header, *rows, counts]) for i in range(len(header))]
-    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    top, bottom = (
-        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
-        for row in (header, counts)
-    )
-    rule = "-" * len(top)
-    return "\n".join([top, rule, *lines, rule, bottom])
+    return "\n".join(text_table(header, [None, *rows, None, counts], align=">"))
 
 
 def cells_csv(scores: Mapping[str, Sequence[Cell]]) -> str:
     """All cells as comma separated values."""
-    lines = ["stride,length,depth,correct,count,accuracy"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["stride", "length", "depth", "correct", "count", "accuracy"])
     for name, cells in scores.items():
-        lines += [f"{name},{c.length},{c.depth},{c.correct},{c.count},{c.accuracy:.4f}" for c in cells]
-    return "\n".join(lines) + "\n"
+        writer.writerows([name, c.length, c.depth, c.correct, c.count, f"{c.accuracy:.4f}"] for c in cells)
+    return text.getvalue()
 
 
 def write_heat_map(
@@ -63,15 +60,15 @@ def write_heat_map(
         cells: scores of the stride.
         stride: its name, for the title.
         tokens_per_tile: visual tokens of one tile, for the title.
-        trained_length: a dashed line stands after the longest length within it.
+        trained_length: a dashed line follows the longest length within it.
     """
     plt = pyplot()
     lengths, depths = sorted({c.length for c in cells}), sorted({c.depth for c in cells})
     grid, counts = _grid(cells, lengths, depths)
     width, height = 2.4 + 1.15 * len(lengths), 2.0 + 0.55 * len(depths)
     figure, axes = plt.subplots(figsize=(max(width, 5.2), height), layout="constrained")
-    colours = _heat_colours()
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+    colors = _heat_colors()
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         label = "-" if np.isnan(value) else f"{value:.2f}\nn={counts[row, column]}"
         axes.text(column, row, label, ha="center", va="center", fontsize=9, color="black")
@@ -150,7 +147,12 @@ def _mean(cells: Sequence[Cell]) -> float:
 
 
 def _multiple(length: int, trained_length: int) -> str:
-    return f"{length / trained_length:g}x"
+    """A length as a multiple of the trained one, in few digits.
+
+    Example: of 512, lengths 40, 100, 512, 4096 are "<0.1x", "0.2x", "1x", "8x".
+    """
+    ratio = length / trained_length
+    return "<0.1x" if ratio < 0.1 else f"{ratio:.2g}x" if ratio < 1 else f"{ratio:.4g}x"
 
 
 def _stride_text(name: str, tokens_per_tile: int) -> str:
@@ -159,9 +161,9 @@ def _stride_text(name: str, tokens_per_tile: int) -> str:
     return f"stride {name}/{tokens_per_tile}"
 
 
-def _heat_colours() -> Any:
+def _heat_colors() -> Any:
     """Red, yellow, green, all light enough for black numbers; grey where nothing was asked."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("retrieval", ["#e8596f", "#f3cf63", "#3fbf8f"])
-    return colours.with_extremes(bad="0.85")
+    colors = LinearSegmentedColormap.from_list("retrieval", ["#e8596f", "#f3cf63", "#3fbf8f"])
+    return colors.with_extremes(bad="0.85")

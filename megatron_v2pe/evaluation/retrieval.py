@@ -98,7 +98,7 @@ class Share:
 
 
 class Answerer(Protocol):
-    """Whatever can answer: a model, or a stand-in in tests.
+    """Whatever can answer: a model, or a substitute in tests.
 
     `prepare` and `close` are collective when several processes evaluate together: all must call them alike.
     """
@@ -166,18 +166,12 @@ def _entries(path: Path) -> tuple[DatasetEntry, ...]:
         name=path.stem,
         annotation=str(path),
         root=str(path.parent),
-        root2="",
-        http_root="",
-        repeat_time=1.0,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     return (beside,)
 
 
 def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number: int) -> RetrievalItem:
-    """Check one record and take its expected answer out of the conversation."""
+    """Check one record and separate its expected answer from the conversation."""
     for key, kinds in (("id", (str, int)), ("length", (int,)), ("depth", (int, float))):
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, kinds):

@@ -32,9 +32,9 @@ from megatron_v2pe.evaluation.retrieval import (
     read_predictions,
     score,
 )
-from megatron_v2pe.inspection import figures
+from megatron_v2pe.inspection.run_curves import write_loss_curve
 
-_log = get_logger(__name__)
+logger = get_logger(__name__)
 MANIFEST = "evaluation.json"
 
 
@@ -131,7 +131,7 @@ def run_strides(
             if not pending:
                 continue
             share = answerer.prepare(setting)
-            # Dealt by length, so that all replicas get as many long documents.
+            # Assigned by length, so that all replicas get as many long documents.
             mine = sorted(pending, key=lambda item: item.length)[share.index :: share.count]
             with _progress(mine, setting, is_shown=share.is_writer and share.index == 0) as counter:
                 answer_items(
@@ -153,14 +153,16 @@ def _progress(
     with tqdm(total=len(share), desc=name, unit="answer", disable=None if is_shown else True) as bar:
         counter = _Counter(bar)
         yield counter
-    _log.info("%s: %d of this process's %d answers right", name, counter.correct, len(share))
+    logger.info("%s: %d of this process's %d answers right", name, counter.correct, len(share))
 
 
 class _Counter:
     """Advances a progress bar and shows the share of right answers so far."""
 
     def __init__(self, bar: Any) -> None:
-        self._bar, self.correct, self._count = bar, 0, 0
+        self._bar = bar
+        self.correct = 0
+        self._count = 0
 
     def __call__(self, prediction: Prediction) -> None:
         self.correct += prediction.correct
@@ -169,7 +171,7 @@ class _Counter:
         self._bar.update()
 
 
-def write_report(
+def write_evaluation(
     scores: dict[str, list[Cell]],
     *,
     folder: Path,
@@ -184,8 +186,9 @@ def write_report(
         arch: architecture of the checkpoint; its `max_position_embeddings` is the trained length.
         metrics_path: a run's metrics.jsonl for the loss curve; empty draws none.
     """
-    tokens_per_tile, trained_length = arch.tokens_per_tile, arch.language.max_position_embeddings
-    text = report.table(scores, trained_length=trained_length)
+    tokens_per_tile = arch.tokens_per_tile
+    trained_length = arch.language.max_position_embeddings
+    text = report.accuracy_table(scores, trained_length=trained_length)
     write_atomic(folder / "table.txt", text + "\n")
     write_atomic(folder / "cells.csv", report.cells_csv(scores))
     for name, cells in scores.items():
@@ -203,5 +206,5 @@ def write_report(
         trained_length=trained_length,
     )
     if metrics_path:
-        figures.write_loss_curve(folder / "loss.png", metrics_path)
+        write_loss_curve(folder / "loss.png", metrics_path)
     return text

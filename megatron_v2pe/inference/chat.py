@@ -11,8 +11,8 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import NORMALIZATION
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
@@ -55,14 +55,14 @@ class Chat:
         if not 0 <= stride <= arch.tokens_per_tile:
             raise ConfigError(
                 f"--stride is {stride}, but must lie in 1..{arch.tokens_per_tile} (visual tokens per tile of this "
-                "checkpoint); leave it away for the default spacing"
+                "checkpoint); omit it for the default spacing"
             )
         self.stride = stride or arch.tokens_per_tile
         config = RunConfig(data=DataConfig(max_sample_tokens=max_tokens))
         self.settings = sample_settings(config, arch, hf_folder)
-        mean, std = NORMALIZATION[config.data.normalize_type]
+        norm = NORMALIZATION[config.data.normalize_type]
         mode: Literal["default", "v2pe_fixed"] = "v2pe_fixed" if stride else "default"
-        self.engine = Engine.load(checkpoint, mode=mode, mean=mean, std=std, dtype=dtype, parallel=parallel)
+        self.engine = Engine.load(checkpoint, mode=mode, norm=norm, dtype=dtype, parallel=parallel)
 
     def answer(
         self, question: str, images: Sequence[str] = (), *, max_new_tokens: int = 256
@@ -78,13 +78,13 @@ class Chat:
         tokenizer = self.settings.text.tokenizer
         stops = {tokenizer.eos_id, tokenizer.token_id(self.settings.text.template.stop_token)}
         tokens: list[int] = []
-        told = ""
+        shown = ""
         for step in self.engine.stream(prompt, max_new_tokens=max_new_tokens, stop_ids=stops):
             tokens.append(step.token)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            if text.startswith(told) and not text.endswith("\ufffd"):  # a character may span several tokens
-                yield text[len(told) :]
-                told = text
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # a character may span several tokens
+                yield text[len(shown) :]
+                shown = text
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text != told:
-            yield text[len(told) :]
+        if text != shown:
+            yield text[len(shown) :]

@@ -9,7 +9,7 @@ them compute each new token (see `parallel.attention.cached`).
 
 A generated token is text: it advances the position by 1 from the prompt's last one, whatever the strides of
 the prompt's images. Dynamic NTK keeps the prompt's base for the whole answer, so that cached keys and new
-queries agree (the release changes the base in mid-generation, its defect D7).
+queries agree (the release changes the base in mid-generation).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
 from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
@@ -36,9 +37,9 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.inference.kv_cache import KVCache
 from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.collect import from_owner
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve
 from megatron_v2pe.parallel.zigzag import shard_indices
 from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
 
@@ -48,7 +49,7 @@ class Step:
     """One generated token.
 
     Attributes:
-        token: the most probable word.
+        token: the most probable one.
         position: whole position of the token that was fed to get it: the prompt's last, then one more each.
         logits: float32 [vocab_size].
     """
@@ -64,11 +65,9 @@ class Engine:
     Args:
         model: this rank's stage of the model, weights loaded.
         arch: its architecture.
-        plan: layout of ranks, without sequence parallelism.
-        ranks: this rank's groups.
+        context: layout of ranks, without sequence parallelism, and this rank's groups.
         dtype: compute dtype.
-        mean: channel means of the pixel normalisation.
-        std: channel standard deviations.
+        norm: pixel normalisation; None where tiles of prompts are normalised already.
     """
 
     def __init__(
@@ -76,16 +75,17 @@ class Engine:
         model: InternVL,
         arch: InternVLArchitecture,
         *,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        context: ParallelContext,
         dtype: torch.dtype,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        norm: PixelNorm | None,
     ) -> None:
-        self.model, self.arch = model.eval(), arch
-        self.plan, self.ranks = plan, ranks
-        self.dtype, self.mean, self.std = dtype, mean, std
-        self.device = next(model.parameters()).device
+        self.model = model.eval()
+        self.arch = arch
+        self.context = context
+        self.plan = context.plan
+        self.ranks = context.ranks
+        self.device = context.ranks.device
+        self.sharder = BatchSharder(context=context, dtype=dtype, norm=norm)
 
     @classmethod
     def load(
@@ -93,8 +93,7 @@ class Engine:
         checkpoint: str | Path,
         *,
         mode: Literal["default", "v2pe_fixed"],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        norm: PixelNorm | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         parallel: ParallelConfig | None = None,
     ) -> Engine:
@@ -104,8 +103,7 @@ class Engine:
             checkpoint: folder written by `import-hf` or by a run.
             mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
                 rotates by plain frequencies and takes any stride.
-            mean: channel means of the pixel normalisation.
-            std: channel standard deviations.
+            norm: pixel normalisation; None where tiles of prompts are normalised already.
             dtype: compute dtype.
             parallel: sizes of the parallel axes; one rank when None. Sequence parallelism is left out,
                 because a single decoded token cannot be split.
@@ -121,16 +119,16 @@ class Engine:
         runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora)
         plan = resolve(parallel, launcher().world_size)
-        ranks = init_distributed(plan, seed=config.runtime.seed)
-        chunks = build_model(config, arch, plan=plan, ranks=ranks)
-        load_weights(checkpoint, chunks, ranks=ranks)
-        return cls(chunks[0], arch, plan=plan, ranks=ranks, dtype=DTYPES[dtype], mean=mean, std=std)
+        context = init_distributed(plan, seed=config.runtime.seed)
+        model_chunks = build_model(config, arch, context)
+        load_weights(checkpoint, model_chunks, ranks=context.ranks)
+        return cls(model_chunks[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
 
     def _prefill_batch(self, prompt: Prompt) -> tuple[LocalBatch, Int64Array]:
         """This rank's share of the prompt, and its index into the prompt, int64 [l]; padding lies at its end."""
         layout = pack_layout([prompt.layout], pad_to_multiple=self.plan.pad_to_multiple)
         length = layout.num_tokens
-        start, stop = deal_tiles(len(prompt.tiles), self.plan.tile_ranks, self.ranks.tile_rank)
+        start, stop = tile_share(len(prompt.tiles), self.plan.tile_ranks, self.ranks.tile_rank)
         packed = PackedBatch(
             tokens=np.pad(prompt.tokens, (0, length - len(prompt.tokens))),
             labels=np.full(length, IGNORE_INDEX, dtype=np.int64),
@@ -141,15 +139,7 @@ class Engine:
             tiles=prompt.tiles[start:stop],  # type: ignore[arg-type]  # float tiles pass through unnormalised
             sample_ids=("prompt",),
         )
-        local = shard_batch(
-            packed,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.device,
-            dtype=self.dtype,
-            mean=self.mean,
-            std=self.std,
-        )
+        local = self.sharder.shard(packed)
         index = shard_indices(layout.cu_seqlens, cp=self.plan.cp, cp_rank=self.ranks.cp_rank)
         return replace(local, labels=None, loss_weights=None), index
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.media.images import ImageRef, check_image
-from megatron_v2pe.data.media.pixels import load_tile_range
-from megatron_v2pe.data.media.tiling import choose_grid, rule_for_sample
+from megatron_v2pe.data.media.cut import CutRule
+from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediumTiles, load_tile_range
+from megatron_v2pe.data.media.tiling import rule_for_sample
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
 
@@ -50,23 +50,23 @@ def build_prompt(
         DataError: an image cannot be read.
     """
     turns = _with_placeholders(turns, len(images))
-    rule = rule_for_sample(settings.tiling, len(images))
-    refs = []
+    rule = CutRule(tiling=rule_for_sample(settings.tiling, len(images)))
+    media = []
     for path in images:
-        size = check_image(path, max_pixels=settings.max_image_pixels)
-        grid = choose_grid(*size, rule=rule)
-        refs.append(ImageRef(path=path, size=size, grid=grid, max_pixels=settings.max_image_pixels))
-    return prompt_with(turns, refs, settings=settings, stride=stride)
+        file = ImageFile(path=path)
+        sizes = file.probe(settings.media, sample_id="", size_of=check_image)
+        media.append(MediumTiles(medium=file, images=file.tiles(sizes, rule), rules=settings.media))
+    return prompt_with(turns, media, settings=settings, stride=stride)
 
 
 def prompt_with(
-    turns: Sequence[Turn], refs: Sequence[ImageRef], *, settings: SampleSettings, stride: int
+    turns: Sequence[Turn], media: Sequence[MediumTiles], *, settings: SampleSettings, stride: int
 ) -> Prompt:
     """Encode a conversation that ends with a question, whose images are already cut; read them.
 
     Args:
         turns: messages, human and gpt in turn, the last one human, with a placeholder for each image.
-        refs: images or frames, in the order of their placeholders.
+        media: images and videos, in the order of their placeholders.
         settings: template and tokenizer of the checkpoint.
         stride: position units that a visual token advances.
 
@@ -74,7 +74,8 @@ def prompt_with(
         ConfigError: the prompt is too long.
         DataError: an image cannot be read.
     """
-    num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
+    grids = [image.grid for each in media for image in each.images]
+    num_tiles = np.array([grid.num_tiles for grid in grids], dtype=np.int64)
     encoded = encode_conversation(
         turns, num_tiles=num_tiles.tolist(), settings=settings.text, add_generation_prompt=True
     )
@@ -87,11 +88,11 @@ def prompt_with(
         num_tokens=len(encoded.tokens),
         image_starts=encoded.image_starts,
         num_tiles=num_tiles,
-        strides=np.full(len(refs), stride, dtype=np.int64),
+        strides=np.full(len(grids), stride, dtype=np.int64),
         tokens_per_tile=settings.text.tokens_per_tile,
     )
     total = int(num_tiles.sum())
-    tiles = load_tile_range(refs, image_size=settings.tiling.image_size, tile_range=(0, total))
+    tiles = load_tile_range(media, image_size=settings.tiling.image_size, tile_range=(0, total))
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
 
 

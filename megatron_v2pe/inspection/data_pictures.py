@@ -7,52 +7,33 @@ sees, so shares are those of an epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
-from megatron_v2pe.data.report import DatasetRow, PlanReport, datasets_csv, packs_csv, table
-from megatron_v2pe.inspection.figures import pyplot, save_figure
+from megatron_v2pe.data.report import DatasetRow, PlanReport
+from megatron_v2pe.inspection.figures import pyplot
 
 _MOST_SOURCES = 24  # rows of the picture of shares; smaller ones are joined
 
 
-def write_report(
-    out: str | Path, indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow], plan: PlanReport | None
-) -> list[Path]:
-    """Write all tables and pictures of a mixture.
+def draw_pictures(
+    indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow], plan: PlanReport | None
+) -> dict[str, Any]:
+    """Figures by the name of their file.
 
     Args:
-        out: folder; made when missing.
         indexes: measured data sets.
-        rows: see `report.describe_datasets`.
-        plan: see `report.describe_plan`; None leaves out what needs a plan.
-
-    Returns:
-        the files.
+        rows: see `data.report.describe_datasets`.
+        plan: see `data.report.describe_plan`; None leaves out what needs a plan.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    bad = [sample for index in indexes for sample in index.bad]
-    texts = {
-        "report.txt": table(rows, plan),
-        "datasets.csv": datasets_csv(rows),
-        "bad.txt": "".join(f"{sample.kind}\t{sample.sample_id}\t{sample.message}\n" for sample in bad),
-    }
-    texts |= {"packs.csv": packs_csv(plan)} if plan is not None else {}
-    for name, text in texts.items():
-        write_atomic(out / name, text)
     pictures = {"lengths.png": _lengths(indexes, rows), "tiles.png": _tiles(indexes)}
     if plan is not None:
         pictures |= {"sources.png": _sources(rows), "packing.png": _packing(plan)}
     if plan is not None and any(len(values) for values in plan.imbalances.values()):
         pictures["imbalance.png"] = _imbalance(plan)
-    for name, figure in pictures.items():
-        save_figure(figure, out / name)
-    return [out / name for name in (*texts, *pictures)]
+    return pictures
 
 
 def _k(number: float, _place: int = 0) -> str:
@@ -93,7 +74,7 @@ def _lengths(indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow]) -> Any
 
 
 def _tiles(indexes: Sequence[DatasetIndex]) -> Any:
-    """Samples by their number of tiles; text samples stand apart."""
+    """Samples by their number of tiles; text samples are counted in the title."""
     plt = pyplot()
     tiles = np.concatenate([np.asarray(index.num_tiles) for index in indexes])
     shown = tiles[tiles > 0]
@@ -137,12 +118,12 @@ def _sources(rows: Sequence[DatasetRow]) -> Any:
         tokens.insert(0, sum(row.drawn_tokens for row in small))
     figure, axis = plt.subplots(figsize=(8, 1.4 + 0.42 * len(names)), layout="constrained")
     places = np.arange(len(names))
-    for offset, values, what, colour in (
+    for offset, values, what, color in (
         (0.2, tokens, "tokens", "#4477aa"),
         (-0.2, draws, "samples", "#ccbb44"),
     ):
         shares = np.array(values) / max(sum(values), 1)
-        axis.barh(places + offset, shares, 0.38, label=what, color=colour)
+        axis.barh(places + offset, shares, 0.38, label=what, color=color)
         for place, share in zip(places, shares, strict=True):
             axis.text(share, place + offset, f" {share:.1%}", va="center", fontsize=8)
     axis.set_yticks(places, names)
@@ -200,8 +181,8 @@ def _imbalance(plan: PlanReport) -> Any:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.8, 4.2), layout="constrained")
     sizes = [size for size, values in plan.imbalances.items() if len(values)]
-    for found, name, colour, shift in (
-        (plan.random_imbalances, "same packs, random order, dealt in turn", "#bbbbbb", 0.04),
+    for found, name, color, shift in (
+        (plan.random_imbalances, "same packs, random order, assigned in turn", "#bbbbbb", 0.04),
         (plan.imbalances, "as planned", "#4477aa", -0.04),
     ):
         means = np.array([found[size].mean() for size in sizes])
@@ -209,7 +190,7 @@ def _imbalance(plan: PlanReport) -> Any:
             [np.quantile(found[size], (0.05, 0.95)) for size in sizes] - means[:, None]
         ).T  # [2, n]
         axis.errorbar(
-            np.arange(len(sizes)) + shift, means, spread, marker="o", capsize=3, label=name, color=colour
+            np.arange(len(sizes)) + shift, means, spread, marker="o", capsize=3, label=name, color=color
         )
     axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axis.set_xlabel("data parallel ranks")

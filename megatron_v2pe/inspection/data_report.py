@@ -1,6 +1,7 @@
 """A mixture from files to tables: measure, plan one epoch, describe; what is wrong is shown, then raised.
 
-meta.json --index_dataset, one by one--> indexes --MixturePlan--> epoch 0 --data.report--> text, --report--> pictures
+meta.json --index_dataset, one by one--> indexes --MixturePlan--> epoch 0 --data.report--> text
+--report: report.txt, datasets.csv, packs.csv, bad.txt and the pictures of data_pictures.py
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_lengths
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.core.files import writable_folder
+from megatron_v2pe.core.files import writable_folder, write_atomic
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.loader import plan_mixture
-from megatron_v2pe.data.report import describe_datasets, describe_plan, table
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.report import (
+    DatasetRow,
+    PlanReport,
+    data_table,
+    datasets_csv,
+    describe_datasets,
+    describe_plan,
+    packs_csv,
+)
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
-from megatron_v2pe.inspection.data_pictures import write_report
-from megatron_v2pe.inspection.figures import pyplot
+from megatron_v2pe.inspection.data_pictures import draw_pictures
+from megatron_v2pe.inspection.figures import pyplot, save_figure
 
 _SHOWN_BAD = 50
 
@@ -64,7 +73,7 @@ def overview(
     if workers < 1:
         raise ConfigError(f"--workers is {workers}, but must be at least 1")
     check_lengths(config.data)
-    if report_dir is not None:  # what a report needs is better known now than after an hour
+    if report_dir is not None:  # a missing library or folder is better known now than after an hour
         pyplot()
         writable_folder(report_dir, field="--report")
     settings = sample_settings(config, read_architecture(hf_folder), hf_folder)
@@ -88,11 +97,30 @@ def overview(
     except DataError as error:
         problem = error
     rows = describe_datasets(indexes, plan)
-    text = table(rows, report)
+    text = data_table(rows, report)
     if report_dir is not None:
-        files = write_report(report_dir, indexes, rows, report)
+        files = _write_report(Path(report_dir), indexes, rows, report)
         text += "".join(f"{path}\n" for path in files)
     return Overview(text=text, bad_text=_bad_text(indexes, report_dir), problem=problem)
+
+
+def _write_report(
+    out: Path, indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow], plan: PlanReport | None
+) -> list[Path]:
+    """Write all tables and pictures; returns the files."""
+    bad = [sample for index in indexes for sample in index.bad]
+    texts = {
+        "report.txt": data_table(rows, plan),
+        "datasets.csv": datasets_csv(rows),
+        "bad.txt": "".join(f"{sample.kind}\t{sample.sample_id}\t{sample.message}\n" for sample in bad),
+    }
+    texts |= {"packs.csv": packs_csv(plan)} if plan is not None else {}
+    for name, text in texts.items():
+        write_atomic(out / name, text)
+    pictures = draw_pictures(indexes, rows, plan)
+    for name, figure in pictures.items():
+        save_figure(figure, out / name)
+    return [out / name for name in (*texts, *pictures)]
 
 
 def _bad_text(indexes: Sequence[DatasetIndex], report_dir: str | None) -> str:

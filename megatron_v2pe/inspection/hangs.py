@@ -1,9 +1,9 @@
-"""Who waited for whom when a run hung, out of what its ranks' watchdogs left behind.
+"""Who waited for whom when a run hung, from what its ranks' watchdogs wrote.
 
     stacks/rank_*.jsonl --lines of one moment--> Hang --> "hang at step 7: ranks 0, 2 wait in all_reduce (...), ..."
 
 Ranks that hang together give up within seconds of each other. One that wrote nothing then was stopped or lost: its own
-watchdog did not run either, and its last heartbeat, which the others wrote down, tells in which step that was.
+watchdog did not run either, and its last heartbeat, which the others wrote down, says in which step that was.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Hang:
 
     Attributes:
         step: that was not done; the lowest where ranks differ.
-        waiting: collective and place, to the ranks that waited there; most ranks first.
-        elsewhere: line of source and place, to the ranks that were there.
+        waiting: collective and source line, to the ranks that waited there; most ranks first.
+        elsewhere: call and source line, to the ranks that were there.
         silent: ranks that wrote nothing, to what is known of them.
     """
 

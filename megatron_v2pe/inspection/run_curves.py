@@ -1,9 +1,10 @@
-"""Curves of a run, or of two on the same axes, on one page.
+"""Curves of a run, or of two on the same axes, on one page; and the loss curve of a metrics file alone.
 
-    RunSummary --> loss, by data set, gradient norms | learning rate, tokens/s, TFLOP/s | seconds, memory, padding
+    RunRecord --> loss, by data set, gradient norms | learning rate, tokens/s, TFLOP/s | seconds, memory, padding
 
-A panel is data: which numbers of metrics.jsonl it shows under which names. Of one run the series of a panel have
-colours; of two the runs have, and series are told by their dashes. Noisy numbers are drawn faint below their mean.
+A panel is data: which numbers of metrics.jsonl it shows under which names. The colors of one run are those of a
+panel's series; with two runs colors say which run, and dashes which series. Noisy numbers are drawn faint below their
+mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_v2pe.inspection.figures import pyplot, save_figure
-from megatron_v2pe.inspection.runs import RunSummary
+from megatron_v2pe.inspection.runs import RunRecord, read_metrics
 
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 4)))
 _SHOWN_SOURCES = 8
@@ -52,6 +53,7 @@ class Panel:
 
 LOSS = Panel(title="loss, nats per token", series={"loss": "loss"}, marks=("bad_steps", "steps not applied"))
 SOURCES = Panel(title="loss by data set", series={})
+LEARNING_RATE = Panel(title="learning rate", series={"lr": "lr"}, from_zero=True, is_noisy=False)
 PANELS = (
     Panel(
         title="gradient norm",
@@ -59,7 +61,7 @@ PANELS = (
         | {part: f"grad_norm_{part}" for part in ("language", "vision", "projector")},
         is_log=True,
     ),
-    Panel(title="learning rate", series={"lr": "lr"}, from_zero=True, is_noisy=False),
+    LEARNING_RATE,
     Panel(
         title="tokens/s",
         series={
@@ -96,7 +98,7 @@ PANELS = (
 )
 
 
-def draw_curves(runs: Sequence[RunSummary], out: Path) -> None:
+def draw_curves(runs: Sequence[RunRecord], out: Path) -> None:
     """Draw all panels as PNG; steps without a number are gaps, steps not applied are marked at the loss.
 
     Raises:
@@ -109,13 +111,35 @@ def draw_curves(runs: Sequence[RunSummary], out: Path) -> None:
     _draw_sources(by_source, runs)
     for axes, panel in zip(others, PANELS, strict=True):
         _draw_panel(axes, panel, runs)
+    _tidy_axes(figure, bottom_row=3)
+    _name_runs(figure, runs)
+    save_figure(figure, out)
+
+
+def write_loss_curve(path: str | Path, metrics_path: str | Path) -> None:
+    """Draw loss and learning rate over the steps of a run's `metrics.jsonl`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        DataError: no such file, no step in it, or a line without step, loss and lr.
+    """
+    lines = read_metrics(metrics_path, needed=("step", "loss", "lr"))
+    bad_steps = tuple(line["step"] for line in lines if line.get("is_applied") is False)
+    run = RunRecord(run_dir=Path(metrics_path).parent, lines=lines, bad_steps=bad_steps)
+    figure = pyplot().figure(figsize=(10, 4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, 2).flat, (LOSS, LEARNING_RATE), strict=True):
+        _draw_panel(axes, panel, [run])
+    _tidy_axes(figure, bottom_row=2)
+    _name_runs(figure, [run])
+    save_figure(figure, path)
+
+
+def _tidy_axes(figure: Any, *, bottom_row: int) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3, which="major")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in figure.axes[-3:]:
+    for axes in figure.axes[-bottom_row:]:
         axes.set_xlabel("step")
-    _name_runs(figure, runs)
-    save_figure(figure, out)
 
 
 def moving_mean(values: Values, *, window: int) -> Values:
@@ -130,8 +154,8 @@ def moving_mean(values: Values, *, window: int) -> Values:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _draw_panel(axes: Any, panel: Panel, runs: Sequence[RunSummary]) -> None:
-    """Series by colour, or by dashes where runs have the colours; then only the first run's are in the legend."""
+def _draw_panel(axes: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
+    """Series by color, or by dashes where colors say which run; then only the first run's are in the legend."""
     axes.set_title(panel.title, fontsize=11)
     largest = []
     for number, run in enumerate(runs):
@@ -139,17 +163,17 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[RunSummary]) -> None:
             values = panel.scale * _values(line.get(key) for line in run.lines)
             if not np.isfinite(values).any():
                 continue
-            one = len(runs) == 1
-            colour, dashes = f"C{place if one else number}", "-" if one else _DASHES[place]
+            is_single = len(runs) == 1
+            color, dashes = f"C{place if is_single else number}", "-" if is_single else _DASHES[place]
             shown = label if number == 0 and len(panel.series) > 1 else None
-            _draw(axes, run, values, colour=colour, dashes=dashes, label=shown, is_noisy=panel.is_noisy)
+            _draw(axes, run, values, color=color, dashes=dashes, label=shown, is_noisy=panel.is_noisy)
             largest.append(np.nanpercentile(values, _CUT_PERCENTILE))
     if panel.marks and largest:
         _mark(axes, panel.marks, runs)
     _finish(axes, panel, top=1.25 * max(largest, default=0.0))
 
 
-def _draw_sources(axes: Any, runs: Sequence[RunSummary]) -> None:
+def _draw_sources(axes: Any, runs: Sequence[RunRecord]) -> None:
     """Loss of each data set; those with the most weight where there are many."""
     names = sources(runs)
     more = f", {_SHOWN_SOURCES} of {len(names)}" if len(names) > _SHOWN_SOURCES else ""
@@ -158,11 +182,11 @@ def _draw_sources(axes: Any, runs: Sequence[RunSummary]) -> None:
         for number, run in enumerate(runs):
             values = _values(line.get("loss_by_source", {}).get(name) for line in run.lines)
             label = name if number == 0 else None
-            _draw(axes, run, values, colour=f"C{place}", dashes=_DASHES[number], label=label)
+            _draw(axes, run, values, color=f"C{place}", dashes=_DASHES[number], label=label)
     _finish(axes, SOURCES, top=0.0)
 
 
-def sources(runs: Sequence[RunSummary]) -> list[str]:
+def sources(runs: Sequence[RunRecord]) -> list[str]:
     """Data sets of all runs, by their weight in the loss."""
     weights: dict[str, float] = {}
     for line in (line for run in runs for line in run.lines):
@@ -173,10 +197,10 @@ def sources(runs: Sequence[RunSummary]) -> list[str]:
 
 def _draw(
     axes: Any,
-    run: RunSummary,
+    run: RunRecord,
     values: Values,
     *,
-    colour: str,
+    color: str,
     dashes: Any,
     label: str | None,
     is_noisy: bool = True,
@@ -186,22 +210,22 @@ def _draw(
     steps, values = np.array([line["step"] for line in run.lines])[known], values[known]
     window = int(_SMOOTHED_SHARE * len(values)) if is_noisy else 1
     if window > 1:
-        axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
     marker = "o" if len(values) <= _FEW else None
     means = moving_mean(values, window=max(1, window))
-    axes.plot(steps, means, linestyle=dashes, color=colour, linewidth=1.6, marker=marker, ms=3, label=label)
+    axes.plot(steps, means, linestyle=dashes, color=color, linewidth=1.6, marker=marker, ms=3, label=label)
 
 
-def _mark(axes: Any, marks: tuple[str, str], runs: Sequence[RunSummary]) -> None:
+def _mark(axes: Any, marks: tuple[str, str], runs: Sequence[RunRecord]) -> None:
     """Crosses at the lower edge, one row for each run."""
     attribute, label = marks
     for number, run in enumerate(runs):
         if steps := getattr(run, attribute):
             heights = np.full(len(steps), 0.02 + 0.03 * number)  # share of the axis
-            colour = "tab:red" if len(runs) == 1 else f"C{number}"
+            color = "tab:red" if len(runs) == 1 else f"C{number}"
             across = axes.get_xaxis_transform()
             shown = None if label in axes.get_legend_handles_labels()[1] else label
-            axes.plot(steps, heights, "x", color=colour, transform=across, label=shown, clip_on=False)
+            axes.plot(steps, heights, "x", color=color, transform=across, label=shown, clip_on=False)
 
 
 def _finish(axes: Any, panel: Panel, *, top: float) -> None:
@@ -220,8 +244,8 @@ def _finish(axes: Any, panel: Panel, *, top: float) -> None:
         axes.legend(fontsize=8, loc="best")
 
 
-def _name_runs(figure: Any, runs: Sequence[RunSummary]) -> None:
-    """Names above all panels; those of two with their colours, and with their dashes in the panel of the data sets."""
+def _name_runs(figure: Any, runs: Sequence[RunRecord]) -> None:
+    """Names above all panels; those of two with their colors, and with their dashes in the panel of the data sets."""
     names = [f"{run.run_dir.name}, steps {run.lines[0]['step']} to {run.lines[-1]['step']}" for run in runs]
     if len(runs) == 1:
         figure.suptitle(names[0], fontsize=13)

@@ -1,8 +1,8 @@
-"""A run in words: rows of a table, one column for each run; below it who waited for whom, and where two runs part.
+"""A run as text: rows of a table, one column for each run; below it who waited for whom, and where two runs differ.
 
-    RunSummary --rows--> {label: text} --table--> lines for a terminal
+    RunRecord --run_rows--> {label: text} --runs_table--> lines for a terminal
 
-Losses are told as means over the first and the last tenth of the steps, since one step alone says little.
+Losses are given as means over the first and the last tenth of the steps, since one step alone says little.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_v2pe.inspection.runs import RunSummary
+from megatron_v2pe.core.text_table import text_table
+from megatron_v2pe.inspection.runs import RunRecord
 from megatron_v2pe.train.metrics.stragglers import SlowRankFinder
 
 _SHOWN_SOURCES = 12
@@ -21,7 +22,7 @@ _NOT_RECORDED = "not recorded"
 Line = dict[str, Any]
 
 
-def rows(run: RunSummary) -> dict[str, str]:
+def run_rows(run: RunRecord) -> dict[str, str]:
     """Label to text, in the order of the table."""
     return {
         "steps": f"{run.lines[0]['step']} to {run.lines[-1]['step']}",
@@ -35,9 +36,9 @@ def rows(run: RunSummary) -> dict[str, str]:
         "positions": _positions(run.lines),
         "memory": _memory(run.lines),
         "time in steps": _time(run.lines),
-        "stood still for saves": _saves(run.lines),
+        "blocked by saves": _saves(run.lines),
         "stragglers": stragglers(run.lines),
-        "starts": _named(run.starts, "behind step"),
+        "starts": _named(run.starts, "after step"),
         "stalls": _named(run.stalls, "step"),
         "steps not applied": _named(run.bad_steps, "step"),
         "hangs": _named([hang.step for hang in run.hangs], "step"),
@@ -46,22 +47,22 @@ def rows(run: RunSummary) -> dict[str, str]:
     }
 
 
-def table(runs: Sequence[RunSummary]) -> str:
-    """One column for each run; below it who waited for whom in hangs, below two of them where their losses part."""
-    columns = [rows(run) for run in runs]
+def runs_table(runs: Sequence[RunRecord]) -> str:
+    """One column for each run; below it who waited for whom in hangs, below two of them where their losses differ."""
+    columns = [run_rows(run) for run in runs]
     names = [str(run.run_dir) for run in runs]
     labels = _joined_labels(columns)
     text = [
         ["run", *names],
         *([label, *(column.get(label, _absent(label, column)) for column in columns)] for label in labels),
     ]
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    lines = ["  ".join(f"{cell:<{size}}" for cell, size in zip(row, widths, strict=True)) for row in text]
+    lines = text_table(None, text, align="<")
     prefixes = [f"{name}: " if len(runs) == 2 else "" for name in names]
     lines += [f"{prefix}{hang}" for prefix, run in zip(prefixes, runs, strict=True) for hang in run.hangs]
     if len(runs) == 2:
-        lines.append(f"{'losses':<{widths[0]}}  {_parting(*runs)}")
-    return "".join(line.rstrip() + "\n" for line in lines)
+        width = max(len(row[0]) for row in text)
+        lines.append(f"{'losses':<{width}}  {_loss_difference(*runs)}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def stragglers(lines: Sequence[Line]) -> str:
@@ -75,12 +76,12 @@ def stragglers(lines: Sequence[Line]) -> str:
             lost[line["straggler"]].append(line["straggler_s"])
     slow = _slow_ranks(measured)
     ranked = sorted(lost.items(), key=lambda item: -sum(item[1]))
-    told = [
+    shown = [
         f"rank {rank} in {len(each)} of {len(measured)} steps, {sum(each):.1f} s{slow.get(rank, '')}"
         for rank, each in ranked[:_SHOWN_NUMBERS]
     ]
-    more = len(ranked) - len(told)
-    return "; ".join(told + ([f"{more} more ranks"] if more else [])) or "none"
+    more = len(ranked) - len(shown)
+    return "; ".join(shown + ([f"{more} more ranks"] if more else [])) or "none"
 
 
 def _slow_ranks(lines: Sequence[Line]) -> dict[int, str]:
@@ -209,9 +210,9 @@ def _saves(lines: Sequence[Line]) -> str:
     measured = [line for line in lines if "save_s" in line]
     if not measured:
         return _NOT_RECORDED
-    still = sum(line["save_s"] for line in measured)
-    wall = still + sum(line["data_s"] + line["step_s"] for line in measured)
-    return f"{still:,.1f} s, {_percent(still / wall)} of the time; without the last save"
+    blocked = sum(line["save_s"] for line in measured)
+    wall = blocked + sum(line["data_s"] + line["step_s"] for line in measured)
+    return f"{blocked:,.1f} s, {_percent(blocked / wall)} of the time; without the last save"
 
 
 def _absent(label: str, column: dict[str, str]) -> str:
@@ -220,7 +221,7 @@ def _absent(label: str, column: dict[str, str]) -> str:
 
 
 def _joined_labels(columns: Sequence[dict[str, str]]) -> list[str]:
-    """Labels of all columns in order; those that only a later one has stand behind the same neighbour."""
+    """Labels of all columns in order; those that only a later one has follow the same neighbour."""
     labels = list(columns[0])
     for column in columns[1:]:
         place = 0
@@ -231,8 +232,8 @@ def _joined_labels(columns: Sequence[dict[str, str]]) -> list[str]:
     return labels
 
 
-def _parting(first: RunSummary, second: RunSummary) -> str:
-    """Whether the losses of steps that both runs have are equal, and where and how far they part."""
+def _loss_difference(first: RunRecord, second: RunRecord) -> str:
+    """Whether the losses of steps that both runs have are equal, and where and by how much they differ."""
     other = {line["step"]: line["loss"] for line in second.lines}
     both = [
         (line["step"], line["loss"], other[line["step"]]) for line in first.lines if line["step"] in other

@@ -1,8 +1,8 @@
-"""A pack as one picture: what each token is, where it stands, who holds it, and what the documents say and show.
+"""A pack as one picture: each token's kind, position and owner, and the text and images of the documents.
 
 strip     kinds of tokens, and the context parallel rank that holds each
 line      position of every token; images climb by their stride, documents start again at 0
-document  its words, supervised ones on orange, and its images as the model sees them
+document  its text, supervised text on orange, and its images as the model sees them
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.data.media.pixels import load_tile_range
+from megatron_v2pe.data.media.medium import load_tile_range
 from megatron_v2pe.inspection.figures import pyplot, save_figure
-from megatron_v2pe.inspection.sample_view import DocumentView, PackView, Run
+from megatron_v2pe.inspection.sample_view import DocumentView, PackView, TokenRun
 
-KIND_COLOURS = {"text": "#bbbbbb", "supervised": "#ee8833", "image": "#4477aa", "padding": "#f4f4f4"}
+KIND_COLORS = {"text": "#bbbbbb", "supervised": "#ee8833", "image": "#4477aa", "padding": "#f4f4f4"}
 _MOST_DOCUMENTS, _MOST_IMAGES, _COLUMNS, _MOST_LINES = 6, 10, 128, 12
 _LINE_INCHES, _IMAGE_INCHES, _WIDTH = 0.19, 1.25, 13.0
 
@@ -39,7 +39,7 @@ def write_picture(path: str | Path, view: PackView) -> None:
     pages = [_wrapped(document) for document in shown]
     heights = [0.75, 2.1]
     for document, page in zip(shown, pages, strict=True):
-        heights += [_LINE_INCHES * (len(page) + 1.5), _IMAGE_INCHES if document.image_refs else 0.05]
+        heights += [_LINE_INCHES * (len(page) + 1.5), _IMAGE_INCHES if document.media else 0.05]
     figure = plt.figure(figsize=(_WIDTH, sum(heights) + 1.3), layout="constrained")
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     strip = figure.add_subplot(grid[0])
@@ -47,7 +47,7 @@ def write_picture(path: str | Path, view: PackView) -> None:
     _draw_positions(figure.add_subplot(grid[1], sharex=strip), view)
     for place, (document, page) in enumerate(zip(shown, pages, strict=True)):
         _draw_text(figure.add_subplot(grid[2 + 2 * place]), document, page, place)
-        if document.image_refs:
+        if document.media:
             _draw_images(figure, grid[3 + 2 * place], document, view)
     figure.suptitle(_title(view), fontsize=11, x=0.01, ha="left")
     save_figure(figure, path)
@@ -66,16 +66,16 @@ def _title(view: PackView) -> str:
 def _draw_strip(axis: Any, view: PackView) -> None:
     """Two bars over the tokens: kind above, owner below."""
     runs = [run for document in view.documents for run in document.runs]
-    for kind, colour in KIND_COLOURS.items():
+    for kind, color in KIND_COLORS.items():
         spans = [(run.start, run.end - run.start) for run in runs if run.kind == kind]
         axis.broken_barh(
-            spans, (1.1, 0.8), color=colour, label=kind, hatch="////" if kind == "padding" else None
+            spans, (1.1, 0.8), color=color, label=kind, hatch="////" if kind == "padding" else None
         )
-    colours = pyplot().get_cmap("Set2")
+    rank_colors = pyplot().get_cmap("Set2")
     edges = [0, *(np.flatnonzero(np.diff(view.owners)) + 1).tolist(), len(view.owners)]
     for rank in range(view.cp):
         spans = [(low, high - low) for low, high in pairwise(edges) if view.owners[low] == rank]
-        axis.broken_barh(spans, (0.1, 0.8), color=colours(rank % 8), label=f"cp rank {rank}")
+        axis.broken_barh(spans, (0.1, 0.8), color=rank_colors(rank % 8), label=f"cp rank {rank}")
     for start in view.batch.layout.cu_seqlens.tolist():
         axis.axvline(start, color="black", linewidth=1)
     axis.set_yticks([0.5, 1.5], ["owner", "kind"])
@@ -104,7 +104,7 @@ def _draw_positions(axis: Any, view: PackView) -> None:
         for run in document.runs:
             if run.image < 0:
                 continue
-            axis.axvspan(run.start, run.end, color=KIND_COLOURS["image"], alpha=0.18, linewidth=0)
+            axis.axvspan(run.start, run.end, color=KIND_COLORS["image"], alpha=0.18, linewidth=0)
             if run.end - run.start > num_tokens / 45:
                 axis.annotate(
                     f"{document.strides[run.image]}/{view.tokens_per_tile}",
@@ -121,7 +121,7 @@ def _draw_positions(axis: Any, view: PackView) -> None:
 
 
 def _wrapped(document: DocumentView) -> list[list[tuple[str, str]]]:
-    """Lines of (kind, text) pieces, at most `_COLUMNS` characters; a long middle is left out."""
+    """Lines of (kind, text) fragments, at most `_COLUMNS` characters; a long middle is left out."""
     lines: list[list[tuple[str, str]]] = [[]]
     used = 0
     for kind, word in _words(document):
@@ -149,7 +149,7 @@ def _words(document: DocumentView) -> Iterator[tuple[str, str]]:
                     yield run.kind, word[start : start + _COLUMNS]
 
 
-def _drawable(run: Run) -> str:
+def _drawable(run: TokenRun) -> str:
     """The text with a dot for what the font cannot draw; the listing has every character."""
     return "".join(letter if letter == "\n" or " " <= letter <= "\u024f" else "\u00b7" for letter in run.text)
 
@@ -165,28 +165,28 @@ def _draw_text(
         0,
         -0.6,
         f"document {number}: {document.sample_id}, tokens {runs[0].start}..{runs[-1].end - 1}, "
-        f"{len(document.image_refs)} images, {document.num_supervised} supervised",
+        f"{len(document.images)} images, {document.num_supervised} supervised",
         fontsize=9,
         weight="bold",
         va="center",
     )
     backgrounds = {"supervised": "#ffd9b3", "image": "#cfe0f2"}
-    for row, pieces in enumerate(lines):
+    for row, fragments in enumerate(lines):
         column = 0
-        for kind, text in _joined(pieces):
+        for kind, text in _joined(fragments):
             if kind in backgrounds:
                 axis.barh(row + 0.5, len(text), 0.92, left=column, color=backgrounds[kind], linewidth=0)
             for offset, letter in enumerate(text):
-                if letter != " ":  # one by one, so that colours and letters meet in every font
+                if letter != " ":  # one by one, so that colors and letters meet in every font
                     axis.text(column + offset + 0.5, row + 0.55, letter, family="monospace", fontsize=8.5,
                               ha="center", va="center")  # fmt: skip
             column += len(text)
 
 
-def _joined(pieces: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Neighbours of one kind as one piece."""
+def _joined(fragments: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Neighbours of one kind joined."""
     kind, text = "", ""
-    for next_kind, word in pieces:
+    for next_kind, word in fragments:
         if next_kind != kind and text:
             yield kind, text
             text = ""
@@ -197,7 +197,7 @@ def _joined(pieces: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView) -> None:
     """The whole image where it was cut with a thumbnail, else its first tile."""
-    shown = document.image_refs[:_MOST_IMAGES]
+    shown = document.images[:_MOST_IMAGES]
     axes = cell.subgridspec(1, _MOST_IMAGES).subplots(squeeze=False)[0]
     firsts = np.cumsum([0, *document.num_tiles])
     for number, axis in enumerate(axes):
@@ -205,16 +205,14 @@ def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView)
             axis.set_axis_off()
             continue
         axis.set(xticks=[], yticks=[])
-        axis.spines[:].set(color="0.6", linewidth=0.5)  # a white image can be told from the paper
-        ref = shown[number]
-        place = int(firsts[number + 1]) - 1 if ref.grid.has_thumbnail else int(firsts[number])
-        tile = load_tile_range(
-            document.image_refs, image_size=view.image_size, tile_range=(place, place + 1)
-        )[0]
+        axis.spines[:].set(color="0.6", linewidth=0.5)  # a white image has an edge on white paper
+        grid = shown[number][1].grid
+        place = int(firsts[number + 1]) - 1 if grid.has_thumbnail else int(firsts[number])
+        tile = load_tile_range(document.media, image_size=view.image_size, tile_range=(place, place + 1))[0]
         axis.imshow(tile.transpose(1, 2, 0))  # [3, S, S] -> [S, S, 3]
-        grid = f"{ref.grid.columns}x{ref.grid.rows}{'+1' if ref.grid.has_thumbnail else ''}"
+        text = f"{grid.columns}x{grid.rows}{'+1' if grid.has_thumbnail else ''}"
         stride = f"{document.strides[number]}/{view.tokens_per_tile}"
-        axis.set_title(f"image {number}: {grid}, {stride}", fontsize=7)
-    hidden = len(document.image_refs) - len(shown)
+        axis.set_title(f"image {number}: {text}, {stride}", fontsize=7)
+    hidden = len(document.images) - len(shown)
     if hidden > 0:
         axes[-1].text(1.05, 0.5, f"+{hidden}", transform=axes[-1].transAxes, fontsize=9, va="center")

@@ -21,9 +21,10 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.loader import plan_mixture
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.medium import MediumTiles
 from megatron_v2pe.data.pack_reader import PackReader, TileShare, pack_request
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.tokenizer import Tokenizer
 from megatron_v2pe.parallel.topology import resolve
 from megatron_v2pe.parallel.zigzag import shard_indices
@@ -35,13 +36,13 @@ _SHOWN_TEXT = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TokenRun:
     """Consecutive tokens of one kind.
 
     Attributes:
         kind: what they are; `supervised` text is what the loss asks for.
         start: first token in the pack.
-        end: behind the last token.
+        end: index after the last token.
         first_position: of the first token, in whole steps (a multiple of 1/tokens_per_tile).
         last_position: of the last token.
         owners: context parallel ranks that hold tokens of the run, in the order of the tokens.
@@ -66,18 +67,25 @@ class DocumentView:
     Attributes:
         sample_id: its identity.
         runs: everything in it, padding included.
-        image_refs: its images.
+        media: its images and videos.
         num_tiles: of each image.
         strides: of each image, in 1/tokens_per_tile.
         num_supervised: tokens that the loss asks for.
     """
 
     sample_id: str
-    runs: tuple[Run, ...]
-    image_refs: tuple[ImageRef, ...]
+    runs: tuple[TokenRun, ...]
+    media: tuple[MediumTiles, ...]
     num_tiles: tuple[int, ...]
     strides: tuple[int, ...]
     num_supervised: int
+
+    @property
+    def images(self) -> list[tuple[str, ImageTiles]]:
+        """File of each image, and how it is cut."""
+        return [
+            (each.medium.path if each.medium else "", image) for each in self.media for image in each.images
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +144,7 @@ def view_pack(
             f"--micro-batch is {micro_batch}, but step {step} has packs 0 to {num_packs - 1} "
             "(optim.global_batch_size, over all data parallel ranks)"
         )
-    batch, refs, tokenizer = _read_pack(config, arch, hf_folder, place=(step - 1, micro_batch), cp=cp)
+    batch, media, tokenizer = _read_pack(config, arch, hf_folder, place=(step - 1, micro_batch), cp=cp)
     owners = np.zeros(len(batch.tokens), dtype=np.int64)
     for rank in range(cp):
         owners[shard_indices(batch.layout.cu_seqlens, cp=cp, cp_rank=rank)] = rank
@@ -145,7 +153,7 @@ def view_pack(
         title=f"step {step}, micro batch {micro_batch} of {num_packs}",
         documents=tuple(
             _view_document(batch, number, positions, owners, tokenizer, own)
-            for number, own in enumerate(refs)
+            for number, own in enumerate(media)
         ),
         batch=batch,
         positions=positions,
@@ -158,8 +166,8 @@ def view_pack(
 
 def _read_pack(
     config: RunConfig, arch: InternVLArchitecture, hf_folder: Path, *, place: tuple[int, int], cp: int
-) -> tuple[PackedBatch, list[tuple[ImageRef, ...]], Tokenizer]:
-    """The pack at (0-based step, number) without pixels, the images of each document, and the tokenizer."""
+) -> tuple[PackedBatch, list[tuple[MediumTiles, ...]], Tokenizer]:
+    """The pack at (0-based step, number) without pixels, the media of each document, and the tokenizer."""
     parallel = replace(config.parallel, cp=cp, pp=1, vpp=1, pipeline_layout="")
     layout = resolve(parallel, parallel.tp * cp)
     settings = sample_settings(config, arch, hf_folder)
@@ -183,7 +191,7 @@ def _read_pack(
         image_size=arch.image_size,
         tile_range_of=lambda _: (0, 0),  # pixels are opened for the pictures only
     )
-    return batch, [sample.image_refs for sample in samples], tokenizer
+    return batch, [sample.media for sample in samples], tokenizer
 
 
 def _view_document(
@@ -192,7 +200,7 @@ def _view_document(
     positions: np.ndarray,
     owners: Int64Array,
     tokenizer: Tokenizer,
-    refs: Sequence[ImageRef],
+    media: tuple[MediumTiles, ...],
 ) -> DocumentView:
     low, high = batch.layout.cu_seqlens[number : number + 2].tolist()
     layout = batch.layout.documents[number]
@@ -205,25 +213,25 @@ def _view_document(
     ):
         code[start : start + tiles * layout.tokens_per_tile] = 3 + image
     runs = tuple(
-        _run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
-        for start, end in _constant_pieces(code)
+        _token_run(batch, int(code[start]), low + start, low + end, positions, owners, tokenizer)
+        for start, end in _constant_ranges(code)
     )
     return DocumentView(
         sample_id=batch.sample_ids[number],
         runs=runs,
-        image_refs=tuple(refs),
+        media=media,
         num_tiles=tuple(layout.num_tiles.tolist()),
         strides=tuple(layout.strides.tolist()),
         num_supervised=int(is_target.sum()),
     )
 
 
-def _constant_pieces(values: Int64Array) -> Iterator[tuple[int, int]]:
+def _constant_ranges(values: Int64Array) -> Iterator[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(values)) + 1
     yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True)
 
 
-def _run(
+def _token_run(
     batch: PackedBatch,
     code: int,
     start: int,
@@ -231,11 +239,11 @@ def _run(
     positions: np.ndarray,
     owners: Int64Array,
     tokenizer: Tokenizer,
-) -> Run:
+) -> TokenRun:
     kinds: tuple[Kind, ...] = ("text", "supervised", "padding", "image")
     kind = kinds[min(code, 3)]
-    held = [int(owners[start + low]) for low, _ in _constant_pieces(owners[start:end])]
-    return Run(
+    held = [int(owners[start + low]) for low, _ in _constant_ranges(owners[start:end])]
+    return TokenRun(
         kind=kind,
         start=start,
         end=end,
@@ -259,22 +267,22 @@ def listing(view: PackView) -> str:
         first, last = document.runs[0].start, document.runs[-1].end
         lines.append(
             f"\ndocument {number}: {document.sample_id}, tokens {first}..{last - 1}, "
-            f"{len(document.image_refs)} images, {document.num_supervised} supervised"
+            f"{len(document.images)} images, {document.num_supervised} supervised"
         )
         lines.append(f"  {'tokens':>17}  {'kind':10}  {'positions':>21}  {'owner ranks':11}  content")
         lines += [f"  {_run_line(run, document, view)}" for run in document.runs]
     return "\n".join(lines) + "\n"
 
 
-def _run_line(run: Run, document: DocumentView, view: PackView) -> str:
+def _run_line(run: TokenRun, document: DocumentView, view: PackView) -> str:
     content = run.text.replace("\n", "\\n")
     if len(content) > _SHOWN_TEXT:
         half = _SHOWN_TEXT // 2
         content = f"{content[:half]} ... {content[-half:]}"
     if run.image >= 0:
-        ref = document.image_refs[run.image]
+        path, image = document.images[run.image]
         content = (
-            f"image {run.image}: {ref.path} {ref.size[0]}x{ref.size[1]}, {document.num_tiles[run.image]} tiles, "
+            f"image {run.image}: {path} {image.size[0]}x{image.size[1]}, {document.num_tiles[run.image]} tiles, "
             f"stride {document.strides[run.image]}/{view.tokens_per_tile}"
         )
     span = f"{run.start}..{run.end - 1}"

@@ -6,7 +6,7 @@ Shape legend: n tiles of this rank, K visual tokens per tile, H hidden, r rows o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,6 +20,9 @@ from megatron_v2pe.models.memory import is_trained, recomputed
 from megatron_v2pe.models.projector import Projector, features_to_rows
 from megatron_v2pe.models.splice import splice
 from megatron_v2pe.models.vision import InternViT
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # noqa: TID251  # the name of the type; the model sends nothing
 
 
 def keep_rows(features: Tensor, route: FeatureRoute) -> Tensor:
@@ -36,7 +39,7 @@ class InternVL(MegatronModule):
         projector: projector of the first stage, None elsewhere.
         language: this stage's part of the decoder.
         tile_size: S, pixels of a tile's side.
-        micro_batch_tiles: tiles that are encoded at a time; 0 takes all at once and recomputes nothing.
+        micro_batch_tiles: tiles that are encoded at a time; 0 encodes all at once and recomputes nothing.
         route_features: port, (features [n*K, H], route) -> [v, H]; differentiable. All ranks of the
             routing group must call it for every micro batch, with or without tiles.
         replica_group: ranks that hold copies of the vision tower; checkpoints write one of them.
@@ -52,15 +55,19 @@ class InternVL(MegatronModule):
         tile_size: int,
         micro_batch_tiles: int = 0,
         route_features: Callable[[Tensor, FeatureRoute], Tensor] = keep_rows,
-        replica_group: Any = None,
+        replica_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(config)
-        self.vision, self.projector, self.language = vision, projector, language
-        self.tile_size, self.micro_batch_tiles = tile_size, micro_batch_tiles
+        self.vision = vision
+        self.projector = projector
+        self.language = language
+        self.tile_size = tile_size
+        self.micro_batch_tiles = micro_batch_tiles
         self.route_features = route_features
         self.replica_group = replica_group
         # What mcore's schedules, DDP and gradient finalisation ask of a top-level module.
-        self.pre_process, self.post_process = language.pre_process, language.post_process
+        self.pre_process = language.pre_process
+        self.post_process = language.post_process
         self.vp_stage = language.vp_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
@@ -69,8 +76,8 @@ class InternVL(MegatronModule):
         """Normalised tiles [n, 3, S, S] to feature rows [n*K, H].
 
         A rank without tiles encodes a blank one and keeps none of its rows: its parameters still get
-        (zero) gradients and its backward pass still meets the others' in the routing collective. Ranks
-        may have different numbers of slices: nothing in here waits for a rank with other tiles.
+        (zero) gradients and its backward pass still joins the routing collective. Ranks may have different
+        numbers of slices: nothing in here waits for a rank with other tiles.
         """
         if self.vision is None or self.projector is None:
             raise RuntimeError("this pipeline stage holds no vision tower")
@@ -81,7 +88,7 @@ class InternVL(MegatronModule):
         if len(slices) == 1:
             features = self._features(pixels)
         else:
-            features = torch.cat([self._slice_features(part) for part in slices])
+            features = torch.cat([self._recomputed_features(tiles) for tiles in slices])
         return features_to_rows(features[:num_tiles])
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -90,8 +97,8 @@ class InternVL(MegatronModule):
         assert self.projector is not None
         return self.projector(self.vision(pixels))
 
-    def _slice_features(self, pixels: Tensor) -> Tensor:
-        """`_features` that keeps what the first trained part starts from: pixels, or the tower's output."""
+    def _recomputed_features(self, pixels: Tensor) -> Tensor:
+        """`_features` that keeps only the input of the first trained part: pixels, or the tower's output."""
         assert self.vision is not None
         assert self.projector is not None
         if is_trained(self.vision):
@@ -115,7 +122,7 @@ class InternVL(MegatronModule):
         return self.language.logits(hidden)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the hidden states of the stage before (mcore's schedule calls this)."""
+        """Set the hidden states of the previous stage as input (mcore's schedule calls this)."""
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:

@@ -1,11 +1,11 @@
-"""The decoder-only language model: mcore's GPT with V2PE positions and a chunked head.
+"""The decoder-only language model: mcore's GPT with V2PE positions and a head that computes its loss in chunks.
 
     hidden = embedding(tokens)                              first stage; visual rows are spliced in by InternVL
     hidden = layer(hidden, angles(positions))  x num_layers
     total, losses = cross_entropy(head(norm(hidden)), labels, weights)      last stage
 
-Rotary angles are computed from the local tokens' positions on each stage and travel to the attention core
-inside the packed parameters; mcore itself is told that there are no position embeddings.
+Rotary angles are computed from the local tokens' positions on each stage and reach the attention core inside the
+packed parameters; mcore itself is configured without position embeddings.
 
 Shape legend: l local tokens (after the context parallel cut), r rows (l, or l / tp between layers with
 sequence parallelism), H hidden.
@@ -37,10 +37,11 @@ class LanguageModel(GPTModel):
         config: mcore's configuration of the decoder.
         modules: modules of the back end.
         rope: rotary embedding of the checkpoint.
-        vocab_size: words of the vocabulary.
+        vocab_size: entries of the vocabulary.
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
-        memory: what is computed again or in pieces.
+        memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
+        share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.
         stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
     """
@@ -71,8 +72,10 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             **stage,
         )
-        self.rope, self.head_ports = rope, head_ports
-        self.vocab_size, self.memory = vocab_size, memory
+        self.rope = rope
+        self.head_ports = head_ports
+        self.vocab_size = vocab_size
+        self.memory = memory
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -81,8 +84,8 @@ class LanguageModel(GPTModel):
     def attention_params(self, batch: LocalBatch) -> V2PEPackedSeqParams:
         """Documents and rotary angles of a micro batch, one object for all layers.
 
-        `cu_seqlens` equal the padded ones: padding counts as real tokens, which causal attention never
-        lets earlier tokens see. (Automatic padding detection is wrong in Transformer Engine 2.11.)
+        `cu_seqlens` equal the padded ones: padding counts as real tokens, which earlier tokens never attend to
+        under a causal mask. (Automatic padding detection is wrong in Transformer Engine 2.11.)
         """
         return V2PEPackedSeqParams(
             qkv_format="thd",
@@ -135,7 +138,7 @@ class LanguageModel(GPTModel):
             labels[supervised],
             row_weights=weights.squeeze(0)[supervised],
             vocab_size=self.vocab_size,
-            chunk=self.memory.loss_chunk_tokens,
+            loss_chunk_tokens=self.memory.loss_chunk_tokens,
             ports=self.head_ports,
         )
         return total, losses.new_zeros(len(labels)).index_copy(0, supervised, losses).unsqueeze(0)

@@ -1,7 +1,7 @@
 """Which module fills which role of a transformer layer: Transformer Engine's, or mcore's local ones.
 
-Both name their parameters alike (separate norms, no norm fused into a linear), so a checkpoint does not
-know which of the two wrote it. The attention core is an argument: it belongs to the parallel plan.
+Both name their parameters alike (separate norms, no norm fused into a linear), so checkpoints of the two are the
+same. The attention core is an argument: it belongs to the parallel plan.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _layer(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=modules.norm,
-            # The exact class MLP: mcore hands its tp group to no other (transformer_layer.py, "Module 8").
+            # The exact class MLP: mcore passes its tp group to no other (transformer_layer.py, "Module 8").
             mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(modules)),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -147,7 +147,7 @@ def vision_layer_spec(
     Args:
         modules: modules of the back end.
         layer: class of the layer, built with `params` (InternViT adds LayerScale and drop path).
-        attention: class of the attention; takes `qk_norm`, a norm or None.
+        attention: class of the attention, built with `qk_norm`.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: what normalises queries and keys, or None.
         **params: keyword arguments of `layer`.

@@ -4,10 +4,10 @@
     row linear      dropout(x) --A [r, in / tp]--> sum | reduce-scatter    --B [out, r]-->       add to the whole output
                                                    ^ `exchange`: without | with sequence parallelism
 
-What travels between tensor parallel ranks is r wide, and the factor on its narrow side is whole on every rank.
+What tensor parallel ranks exchange is r wide, and the factor on its narrow side is whole on every rank.
 
-mcore fuses linears that Hugging Face models have apart: queries, keys and values, gate and up. An adapter belongs to
-a linear of the Hugging Face model, so a fused linear has several pairs (A, B), each of which adds to its own rows.
+mcore fuses linears that are separate in Hugging Face models: queries, keys and values; gate and up. An adapter belongs
+to a linear of the Hugging Face model, so a fused linear has several pairs (A, B), each of which adds to its own rows.
 One shared A would be cheaper, but could not be written as a PEFT adapter.
 
 Shape legend: r rank, g kv groups of this rank (1 where rows are not grouped), b blocks of a part's rows.
@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-_ADAPTERS = "lora"  # attribute of a linear; part of every state key of an adapter
+from megatron_v2pe.config.lora import ADAPTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class LinearAdapters:
         scale: alpha / r.
         dropout: share of the input that is zeroed in training.
         is_row: the linear splits its input over tp, not its output.
-        group_rows: rows after which the parts begin anew (a kv group); 0 when they do not.
+        group_rows: rows after which the parts repeat (a kv group); 0 when they do not.
         exchange: what happens between A and B.
-        dropout_generator: context that draws other numbers on each rank, where ranks hold different inputs.
+        dropout_generator: context that draws different numbers on each rank, where ranks hold different inputs.
     """
 
     parts: tuple[FusedPart, ...]
@@ -76,14 +76,9 @@ def adapter_key(name: str) -> str:
     return name.replace(".", "_")
 
 
-def is_adapter(param_name: str) -> bool:
-    """Whether a parameter, or a state key, belongs to an adapter."""
-    return f".{_ADAPTERS}." in param_name
-
-
 def adapter_prefix(linear: str, name: str) -> str:
-    """State keys of the adapter `name` of one of our linears end in `lora_A` and `lora_B` behind this."""
-    return f"{linear}.{_ADAPTERS}.{adapter_key(name)}."
+    """State keys of the adapter `name` of one of our linears are this followed by `lora_A` or `lora_B`."""
+    return f"{linear}.{ADAPTERS}.{adapter_key(name)}."
 
 
 class Adapter(torch.nn.Module):
@@ -149,7 +144,7 @@ class FusedAdapters(torch.nn.ModuleDict):
         yield from (f"{key}.{'lora_A' if self.spec.is_row else 'lora_B'}" for key in self)
 
     def mark(self, *, sequence_parallel: bool) -> None:
-        """Tell mcore which factors tp ranks hold pieces of, and whose gradients they hold pieces of."""
+        """Set the attributes by which mcore knows split factors and gradients that are summed over tp."""
         split = set(self.split_names())
         for name, parameter in self.named_parameters():
             if name in split:
@@ -181,7 +176,7 @@ def with_adapters(linear: Any, spec: LinearAdapters) -> Any:
             shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             adapters = make_sharded_tensors_for_checkpoint(
                 self.lora.state_dict(keep_vars=True),
-                f"{prefix}{_ADAPTERS}.",
+                f"{prefix}{ADAPTERS}.",
                 dict.fromkeys(self.lora.split_names(), 1),
                 sharded_offsets,
                 tp_group=self._adapter_group,

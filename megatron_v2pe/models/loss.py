@@ -3,10 +3,11 @@
     loss = sum over all ranks and micro batches of weight * cross_entropy / sum of weight
 
 This is the release's formula with `loss_reduction_all_gather`; the division happens once, in the optimizer
-step, after the sums have met over context and data parallel ranks. Rows without a label never meet the
-output projection, and logits exist for `chunk` rows at a time, once.
+step, after the sums over context and data parallel ranks. Rows without a label are never multiplied with the
+output projection, and logits exist for one loss chunk of rows at a time, once.
 
-Shape legend: r supervised rows, H hidden, V vocabulary rows of this rank (the whole vocabulary when serial).
+Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank (the whole vocabulary
+when serial).
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Linear and weighted softmax cross entropy without [r, V] logits; see `weighted_cross_entropy`.
 
-    d total / d logits = (softmax - one_hot) * weight is known as soon as a chunk's logits are, because the
-    result is one number: so both products of the gradient are formed in the forward pass, while the logits are
-    there, and backward only scales them. Computing the logits again in backward would cost a third more.
+    d total / d logits = (softmax - one_hot) * weight is known as soon as the logits of a loss chunk are, because
+    the result is one number: so both products of the gradient are formed in the forward pass, while the logits exist,
+    and backward only scales them. Computing the logits again in backward would cost a third more.
     """
 
     @staticmethod
@@ -60,31 +61,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_weight: Tensor,
         labels: Tensor,
         weights: Tensor,
-        chunk: int,
+        loss_chunk_tokens: int,
         ports: HeadPorts,
         is_differentiated: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total [] and losses [r] of hidden [r, H] against vocab_weight [V, H], a chunk of rows at a time."""
+        """Total [] and losses [r] of hidden [r, H] against vocab_weight [V, H], one loss chunk at a time."""
         working = _working_dtype(hidden)
         weights = weights.to(working)
         losses = torch.empty(len(hidden), dtype=working, device=hidden.device)
         wanted = [is_differentiated and needed for needed in ctx.needs_input_grad[:2]]
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # float32 sums over chunks: a bf16 running sum would lose the small rows.
+        # float32 sums over loss chunks: a bf16 running sum would lose the small rows.
         grad_vocab_weight = torch.zeros_like(vocab_weight, dtype=working) if wanted[1] else None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = (hidden[part] @ vocab_weight.t()).to(working)  # [c, V]
-            losses[part], normalizers = _losses(logits, labels[part], ports)
-            if any(wanted):
-                grad_logits = _grad_logits(
-                    logits, labels[part], weights[part], normalizers, ports.vocab_start_index
-                )
-                grad_logits = grad_logits.to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad_logits @ vocab_weight
-                if grad_vocab_weight is not None:
-                    grad_vocab_weight += grad_logits.t() @ hidden[part]
+        for start in range(0, len(hidden), loss_chunk_tokens):
+            rows = slice(start, start + loss_chunk_tokens)
+            logits = (hidden[rows] @ vocab_weight.t()).to(working)  # [c, V]
+            losses[rows], normalizers = _losses(logits, labels[rows], ports)
+            if not any(wanted):
+                continue
+            grad_logits = _grad_logits(
+                logits, labels[rows], weights[rows], normalizers, ports.vocab_start_index
+            ).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ vocab_weight
+            if grad_vocab_weight is not None:
+                grad_vocab_weight += grad_logits.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_vocab_weight)
         ctx.dtype = vocab_weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -97,9 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grads[0]
         if grad_vocab_weight is not None:
-            grad_vocab_weight = grad_vocab_weight.mul_(grads[0]).to(
-                ctx.dtype
-            )  # in place: it is as large as the head
+            # In place: it is as large as the head.
+            grad_vocab_weight = grad_vocab_weight.mul_(grads[0]).to(ctx.dtype)
         return grad_hidden, grad_vocab_weight, None, None, None, None, None
 
 
@@ -124,7 +124,7 @@ def _grad_logits(
 
 
 def _row_max(logits: Tensor) -> Tensor:
-    """Maximum of each row; -inf for a rank without vocab_weight."""
+    """Maximum of each row; -inf on a rank without vocabulary rows."""
     if logits.shape[1] == 0:
         return logits.new_full((len(logits),), -torch.inf)
     return logits.amax(-1)
@@ -143,30 +143,36 @@ def _pick(values: Tensor, targets: Tensor, vocab_start_index: int) -> tuple[Tens
 
 def weighted_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    vocab_weight: Tensor,
     labels: Tensor,
     *,
     row_weights: Tensor,
     vocab_size: int,
-    chunk: int,
+    loss_chunk_tokens: int,
     ports: HeadPorts,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of supervised rows, summed with weights.
 
     Args:
         hidden: [r, H], final hidden states after `ports.gather_hidden`.
-        weight: [V_padded, H], output projection of this rank.
-        labels: int64 [r], global word ids.
+        vocab_weight: [V_padded, H], output projection of this rank.
+        labels: int64 [r], global token ids.
         row_weights: [r], weight of each row's loss.
-        vocab_size: vocab_weight of the whole vocabulary; rows beyond it are padding and get no probability.
-        chunk: rows whose logits exist at a time.
+        vocab_size: entries of the whole vocabulary; rows beyond it are padding and get no probability.
+        loss_chunk_tokens: rows whose logits exist at a time.
         ports: collectives over tp.
 
     Returns:
-        total: [], sum of weight * loss, differentiable once in `hidden` and `weight`.
+        total: [], sum of weight * loss, differentiable once in `hidden` and `vocab_weight`.
         losses: [r], for reports, without gradients. Both float32 (float64 for float64 input).
     """
-    vocab_size = min(max(vocab_size - ports.vocab_start_index, 0), len(weight))
+    rows_of_rank = min(max(vocab_size - ports.vocab_start_index, 0), len(vocab_weight))
     return _ChunkedCrossEntropy.apply(
-        hidden, weight[:vocab_size], labels, row_weights, chunk, ports, torch.is_grad_enabled()
+        hidden,
+        vocab_weight[:rows_of_rank],
+        labels,
+        row_weights,
+        loss_chunk_tokens,
+        ports,
+        torch.is_grad_enabled(),
     )

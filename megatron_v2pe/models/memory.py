@@ -1,14 +1,14 @@
-"""What a model keeps for its backward pass, and what it computes again instead.
+"""What a model keeps for its backward pass, and what it recomputes instead.
 
     recompute full        a layer's input is kept, the layer runs again in backward          (mcore)
     recompute selective   an MLP's input is kept, the MLP runs again
-    MLP chunks            ... for one piece of the tokens after the other, inside either of the two
+    MLP chunks            ... one chunk of tokens after the other, inside either of the two
     slices of tiles       tower and projector run again slice by slice, so that one slice's activations exist
 
 All of them use mcore's re-entrant checkpoint: backward runs the part again under the generator state of its
-forward pass, and the gradients of each piece go into the float32 gradient buffers one after the other. (Parts
-that run in pieces therefore reach a parameter's gradient hook several times in a micro batch, which mcore's
-`overlap_grad_reduce` does not allow.)
+forward pass, and the gradients of each MLP chunk or slice are added to the float32 gradient buffers in turn. (These
+parts therefore reach a parameter's gradient hook several times in a micro batch, which mcore's `overlap_grad_reduce`
+does not allow.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MemorySavings:
 
     Attributes:
         loss_chunk_tokens: supervised rows whose logits exist at a time.
-        mlp_chunks: pieces in which a decoder MLP is recomputed; 0 keeps its activations.
+        mlp_chunks: MLP chunks (of tokens) that are recomputed one by one; 0 keeps its activations.
         saved_tensors: context in which the decoder runs; it may move what is kept for backward elsewhere.
     """
 
@@ -44,7 +44,7 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x) that keeps only `x`, also when `x` itself needs no gradient but parameters inside do.
 
     A re-entrant checkpoint none of whose inputs needs a gradient gives its parameters none, silently; the empty
-    second input is there to need one.
+    second input needs one.
     """
     anchor = torch.empty(0, device=x.device, requires_grad=True)
     return checkpoint(lambda kept, _anchor: function(kept), False, x, anchor)
@@ -56,29 +56,29 @@ def is_trained(part: torch.nn.Module) -> bool:
 
 
 class RecomputingLayer(TransformerLayer):
-    """mcore's layer, whose MLP may be recomputed in backward, in pieces of its rows.
+    """mcore's layer, whose MLP may be recomputed in backward, in MLP chunks of its rows.
 
     mcore's own recomputation of the MLP (`recompute_modules`) returns the bias of the second linear out of the
     checkpoint, which turns that parameter into a computed tensor: towers with biases never finish backward.
     mcore gives its process group to the exact class `MLP` only, so the MLP stays one and its forward is wrapped.
 
     Args:
-        mlp_chunks: pieces that are recomputed one by one; 0 keeps the MLP's activations.
+        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations.
     """
 
     def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if mlp_chunks:
-            self.mlp.forward = partial(_in_pieces, self.mlp.forward, mlp_chunks)
+            self.mlp.forward = partial(_in_chunks, self.mlp.forward, mlp_chunks)
 
 
-def _in_pieces(
-    forward: Callable[..., tuple[Tensor, Tensor | None]], num_pieces: int, hidden: Tensor, **kwargs: Any
+def _in_chunks(
+    forward: Callable[..., tuple[Tensor, Tensor | None]], mlp_chunks: int, hidden: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An MLP's output [s, b, H], its bias added, for `num_pieces` runs of rows one after the other."""
+    """An MLP's output [s, b, H], its bias added, one MLP chunk of rows after the other."""
 
-    def biased(piece: Tensor) -> Tensor:
-        output, bias = forward(piece, **kwargs)
+    def biased(rows: Tensor) -> Tensor:
+        output, bias = forward(rows, **kwargs)
         return output if bias is None else output + bias
 
-    return torch.cat([checkpoint(biased, False, piece) for piece in hidden.chunk(num_pieces)]), None
+    return torch.cat([checkpoint(biased, False, rows) for rows in hidden.chunk(mlp_chunks)]), None

@@ -1,13 +1,13 @@
 """RMSNorm and LayerNorm that mcore's layer specs accept and that allow sequence parallelism.
 
-mcore's own torch norm refuses sequence parallelism. These carry the mark `sequence_parallel` on their
+mcore's own torch norm refuses sequence parallelism. These set the attribute `sequence_parallel` on their
 parameters, by which mcore sums their gradients over the tensor parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # noqa: TID251  # the name of the type; the model sends nothing
 
 
 class Norm(torch.nn.Module):
@@ -33,7 +36,8 @@ class Norm(torch.nn.Module):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused_by_local_norms: Any
     ) -> None:
         super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
+        self.hidden_size = hidden_size
+        self.eps = eps
         self.is_rms = config.normalization == "RMSNorm"
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = None
@@ -50,19 +54,19 @@ class Norm(torch.nn.Module):
         return F.rms_norm(working, (self.hidden_size,), None, self.eps).to(x.dtype) * self.weight
 
 
-def _itself(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 class SplitRMSNorm(torch.nn.Module):
-    """RMSNorm over a dimension of which each tp rank holds a piece.
+    """RMSNorm over a dimension that is split over tp ranks.
 
     Args:
         config: mcore's configuration (params_dtype).
-        hidden_size: size of this rank's piece; padding in it must be zero.
+        hidden_size: size of this rank's slice; padding in it must be zero.
         eps: added to the mean square.
         whole_size: size of the whole dimension, without padding.
-        sum_over_tp: port; differentiable sum of [..., 1] over the pieces. Its gradient is summed too.
+        sum_over_tp: port; differentiable sum of [..., 1] over the slices. Its gradient is summed too.
         tp_group: opaque to this module; mcore's checkpoints ask for it.
     """
 
@@ -73,12 +77,14 @@ class SplitRMSNorm(torch.nn.Module):
         eps: float,
         *,
         whole_size: int,
-        sum_over_tp: Callable[[Tensor], Tensor] = _itself,
-        tp_group: Any = None,
+        sum_over_tp: Callable[[Tensor], Tensor] = _identity,
+        tp_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.eps, self.whole_size = eps, whole_size
-        self.sum_over_tp, self.tp_group = sum_over_tp, tp_group
+        self.eps = eps
+        self.whole_size = whole_size
+        self.sum_over_tp = sum_over_tp
+        self.tp_group = tp_group
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
@@ -91,7 +97,7 @@ class SplitRMSNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The piece of this rank, split along dimension 0; the last pieces may end in padding."""
+        """The slice of this rank along dimension 0; the last slices may end in padding."""
         shards = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,

@@ -39,7 +39,7 @@ class Projector(MegatronModule):
     Args:
         config: mcore's configuration; `hidden_size` is the language model's H.
         modules: modules of the back end.
-        vision_channels: C.
+        input_size: channels after the pixel shuffle, C / ratio^2.
         ratio: downsample ratio of the pixel shuffle.
         version: order of the pixel shuffle.
         groups: singleton process groups.
@@ -50,15 +50,15 @@ class Projector(MegatronModule):
         config: TransformerConfig,
         *,
         modules: BackendModules,
-        vision_channels: int,
+        input_size: int,
         ratio: float,
         version: Literal["v1", "v2"],
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
         self.tp_group = groups.tp
-        self.ratio, self.version = ratio, version
-        input_size = vision_channels * round(1 / ratio) ** 2
+        self.ratio = ratio
+        self.version = version
         self.norm = modules.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(
             config,

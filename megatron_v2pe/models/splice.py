@@ -14,7 +14,7 @@ def splice(embedding_rbh: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
         slots: int64 [v], where each row belongs.
 
     Returns:
-        [r, 1, H]. With v = 0 the result still depends on `rows`, so that a rank without visual tokens takes
-        part in the backward pass of the routing collective.
+        [r, 1, H]. With v = 0 the result still depends on `rows`, so that a rank without visual tokens joins
+        in the backward pass of the routing collective.
     """
     return embedding_rbh.index_copy(0, slots, rows.to(embedding_rbh.dtype).unsqueeze(1))

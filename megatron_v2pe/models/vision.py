@@ -45,7 +45,7 @@ class InternViTAttention(SelfAttention):
     carry mcore's names (q_layernorm), by which it would sum their gradients over tp.
 
     A tower split over tp may have more heads than the checkpoint, so that they divide evenly; the added ones are
-    zero, get zero gradients, and are neither read from nor needed in a checkpoint.
+    zero, get zero gradients, and are not in checkpoints.
 
     Args:
         qk_norm: class of the norm, or None.
@@ -57,7 +57,8 @@ class InternViTAttention(SelfAttention):
         if self.has_padded_heads:
             for parameter in (*self.linear_qkv.parameters(), self.linear_proj.weight):
                 torch.nn.init.zeros_(parameter)
-        self.q_norm, self.k_norm = None, None
+        self.q_norm = None
+        self.k_norm = None
         if qk_norm is not None:
             width = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
             eps = config.layernorm_epsilon
@@ -108,7 +109,7 @@ class InternViTLayer(RecomputingLayer):
         self.mlp_bda = partial(self._scale_drop_add, "ls2")
 
     def _scale_drop_add(self, scale_name: str, training: bool, fused: bool) -> BiasDropoutAdd:
-        """What mcore calls instead of bias-dropout-add; `fused` is mcore's and has no meaning here."""
+        """What mcore calls instead of bias-dropout-add; `fused` is mcore's and is not used here."""
 
         def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
             x, bias = output_with_bias
@@ -131,7 +132,7 @@ class InternViT(MegatronModule):
         patch_size: pixels of a patch's side.
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
         qk_norm: what normalises queries and keys over the full width, or None.
-        mlp_chunks: pieces in which an MLP is recomputed; 0 keeps its activations.
+        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps an MLP's activations.
         groups: process groups; singletons for a whole tower.
     """
 
@@ -149,7 +150,8 @@ class InternViT(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = groups.tp
-        self.patch_size, self.grid = patch_size, image_size // patch_size
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
         channels, dtype = config.hidden_size, config.params_dtype
         self.patch_embedding = torch.nn.Conv2d(3, channels, patch_size, patch_size, dtype=dtype)
         self.class_embedding = torch.nn.Parameter(torch.zeros(1, 1, channels, dtype=dtype))

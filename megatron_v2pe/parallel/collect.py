@@ -1,4 +1,4 @@
-"""Put per-token results of all ranks together, for reports and comparisons; training never needs it."""
+"""Gather per-token and per-tile results of all ranks, for reports and comparisons; training never needs it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.batch.packed_batch import tile_share
+from megatron_v2pe.parallel.topology import ParallelContext, Ranks
 from megatron_v2pe.parallel.zigzag import shard_indices
 from megatron_v2pe.v2pe.layout import Int64Array
 
 
 def gather_tokens(
-    local: Tensor | None, *, cu_seqlens: Int64Array, width: tuple[int, ...], cp: int, ranks: Ranks
+    local: Tensor | None, *, cu_seqlens: Int64Array, width: tuple[int, ...], context: ParallelContext
 ) -> Tensor:
     """Rows of one stage's context parallel shards in token order, on every rank of the replica.
 
@@ -21,16 +21,16 @@ def gather_tokens(
         local: [l, *width] on the stage that has them (the same on its tp ranks), None elsewhere.
         cu_seqlens: int64 [N+1], padded documents of the pack.
         width: trailing shape of a row.
-        cp: context parallel size.
-        ranks: this rank's place.
+        context: context parallel size, and this rank's place.
 
     Returns:
         [t, *width] in the dtype of `local`, float32 where it is None.
     """
+    plan, ranks = context.plan, context.ranks
     whole = torch.zeros(int(cu_seqlens[-1]), *width, device=ranks.device)
     if local is not None:
         whole = whole.to(local.dtype)
-        index = torch.from_numpy(shard_indices(cu_seqlens, cp=cp, cp_rank=ranks.cp_rank))
+        index = torch.from_numpy(shard_indices(cu_seqlens, cp=plan.cp, cp_rank=ranks.cp_rank))
         whole[index.to(ranks.device)] = local
     dist.all_reduce(whole, group=ranks.groups.cp)
     dist.all_reduce(whole, group=ranks.groups.pp)  # other stages hold zeros
@@ -46,31 +46,31 @@ def gather_slices(local: Tensor, *, ranks: Ranks) -> Tensor:
 
 
 def gather_tiles(
-    local: Tensor | None, *, num_tiles: int, width: tuple[int, ...], tile_ranks: int, ranks: Ranks
+    local: Tensor | None, *, num_tiles: int, width: tuple[int, ...], context: ParallelContext
 ) -> Tensor:
     """What ranks of the first stage made of their tiles, in the order of the pack, on every rank of the replica.
 
     Args:
-        local: [n_local, *width] on the first stage, None elsewhere; rows behind this rank's share are left out.
+        local: [n_local, *width] on the first stage, None elsewhere; rows after this rank's share are left out.
         num_tiles: tiles of the pack.
         width: trailing shape of a tile's result.
-        tile_ranks: ranks that the tiles are dealt to.
-        ranks: this rank's place.
+        context: ranks that share the tiles, and this rank's place.
 
     Returns:
         float32 [num_tiles, *width].
     """
+    ranks = context.ranks
     whole = torch.zeros(num_tiles, *width, device=ranks.device)
     if local is not None:
-        start, stop = deal_tiles(num_tiles, tile_ranks, ranks.tile_rank)
+        start, stop = tile_share(num_tiles, context.plan.tile_ranks, ranks.tile_rank)
         whole[start:stop] = local[: stop - start].float()
     dist.all_reduce(whole, group=ranks.tile_group)
     dist.all_reduce(whole, group=ranks.groups.pp)  # other stages hold zeros
     return whole
 
 
-def worst_over_ranks(error: float, *, ranks: Ranks) -> float:
-    """Largest of all ranks' errors; nan wins over every number."""
+def max_error_over_ranks(error: float, *, ranks: Ranks) -> float:
+    """Largest of all ranks' errors; NaN where one is NaN. Collective over the world."""
     value = torch.tensor(
         [error != error, error if error == error else 0.0], dtype=torch.float64, device=ranks.device
     )

@@ -1,19 +1,19 @@
-"""How long this rank stands in communication, read off torch.distributed itself, so megatron-core's calls count too.
+"""How long this rank waits in communication, measured in torch.distributed itself, so megatron-core's calls count too.
 
     within `measured`:   group.allreduce(...)  ->  Work     issue        (timed on CUDA)
                          Work.wait()                        wait         (timed)
     outside of it torch is untouched
 
 Every collective, send and receive of Python ends in `Work.wait`, also megatron-core's and those that return a handle;
-that one method is replaced while a step is measured. What the number means depends on the device:
+that method is replaced while a step is measured. What the number means depends on the device:
 
-- CPU (gloo): seconds of the main thread inside `Work.wait`: until the other ranks had come and the bytes had moved. All
-  of the work is done by other threads, so a rank that comes last to every call waits for next to nothing.
+- CPU (gloo): seconds of the main thread inside `Work.wait`: until the other ranks have called and the bytes have
+  moved. Other threads do the work, so a rank that is last in every call waits for almost nothing.
 - CUDA (NCCL): `Work.wait` only makes the stream wait, and newer torch runs a blocking collective on the current stream,
   so host time says nothing. Instead an event is recorded on the current stream before and after each call and each
-  wait; the time between the two on the device is how long that stream stood there: waiting for the other ranks'
-  kernels, then moving bytes. What overlaps with computation is not in it; what two streams wait for at once is in it
-  twice. Events cost microseconds each and reading them waits for the device, so only one step in `CUDA_EVERY` is
+  wait; the time between the two on the device is how long that stream waited: for the other ranks' kernels, then for
+  the bytes. Communication that overlaps with computation is not counted; a wait of two streams at once counts twice.
+  Events cost microseconds each and reading them waits for the device, so only one step in `CUDA_EVERY` is
   measured. This has not been run on several GPUs yet.
 """
 
@@ -42,7 +42,7 @@ _ISSUING = (  # names of torch 2.6 and those of 2.13
 
 
 class CommClock:
-    """Adds up the communication wait of one step after the other.
+    """Sums the communication wait of a step.
 
     Args:
         device: of this rank; decides what is measured, see the module.
@@ -54,7 +54,7 @@ class CommClock:
 
     @contextmanager
     def measured(self, step: int) -> Iterator[None]:
-        """Measure what is called within the block; `seconds` tells it afterwards."""
+        """Measure the calls within the block; read `seconds` after it."""
         self._spans.clear()
         if self._is_cuda and step % CUDA_EVERY:
             yield
@@ -62,7 +62,7 @@ class CommClock:
         methods: list[tuple[type, str]] = [(dist.Work, "wait")]
         if self._is_cuda:
             methods += [(dist.ProcessGroup, name) for name in _ISSUING if name in vars(dist.ProcessGroup)]
-        # As the class holds them: what getattr returns of a compiled class would not bind when it is put back.
+        # From the class's own dictionary: what getattr returns of a compiled class would not bind when put back.
         originals = [(owner, name, vars(owner)[name]) for owner, name in methods]
         around = self._around_on_device if self._is_cuda else self._around_on_host
         for owner, name, original in originals:
@@ -74,7 +74,7 @@ class CommClock:
                 setattr(owner, name, original)
 
     def seconds(self) -> float:
-        """Wait of the step that was measured last; NaN where it was not. On CUDA this waits for the device."""
+        """Wait of the last step; NaN where it was not measured. On CUDA this waits for the device."""
         if not self._is_cuda:
             return math.fsum(self._spans)
         if not self._spans:

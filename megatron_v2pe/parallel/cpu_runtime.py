@@ -9,9 +9,9 @@
 
 megatron-core asks for CUDA in three ways: functions of `torch.cuda`, the literal device "cuda", and the
 methods `Tensor.type()` and `Tensor.cuda()`. The first two are answered by the proxy; the methods belong to a
-class that everybody shares, so their replacements look at the calling module and act for megatron.core alone.
+class that everybody shares, so their replacements check the calling module and act for megatron.core only.
 A `TorchFunctionMode` would do the same without the hook, but it costs 2.6 us per operator instead of 1.3 and
-lies to user code too.
+would change what user code sees too.
 
 Standard library only at the top of this file: the package imports it before anything else.
 """
@@ -83,7 +83,7 @@ def _activate() -> bool:
 
 
 class _McoreFinder(importlib.abc.MetaPathFinder):
-    """Finds megatron.core modules by the other finders and patches them after they ran."""
+    """Finds megatron.core modules by the other finders and patches them after they have run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
@@ -111,7 +111,7 @@ class _McoreFinder(importlib.abc.MetaPathFinder):
 
 
 class _PatchingLoader(importlib.abc.Loader):
-    """Runs a module by its own loader, then swaps its global `torch`; everything else is the own loader's."""
+    """Runs a module by its own loader, then replaces its global `torch`; all else is left to the own loader."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -141,7 +141,7 @@ def _patch_module(module: types.ModuleType) -> None:
 
 
 def _patch_random(module: types.ModuleType) -> None:
-    """The tracked "CUDA" generator is the host's; both helpers of the module reach into torch._C."""
+    """The tracked "CUDA" generator is the host's; both functions replaced here use torch._C."""
     import torch
 
     def get_state(*args: Any, clone: bool = False, **kwargs: Any) -> Any:
@@ -153,14 +153,14 @@ def _patch_random(module: types.ModuleType) -> None:
     module.__dict__.update(_get_cuda_rng_state=get_state, _set_cuda_rng_state=set_state)
 
     # mcore warns when the host's generator moved inside a forked region; here it is the one that is forked.
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_unexpected(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
 
-    logging.getLogger(module.__name__).addFilter(is_news)
+    logging.getLogger(module.__name__).addFilter(is_unexpected)
 
 
 class _Proxy(types.ModuleType):
-    """A module that answers some names itself and passes the others to the real one."""
+    """A module with some names of its own; the others are those of the real one."""
 
     def __init__(self, real: types.ModuleType, overrides: dict[str, Any]) -> None:
         super().__init__(f"{real.__name__}(cpu)")
@@ -172,7 +172,7 @@ class _Proxy(types.ModuleType):
 
 
 class _NoStream:
-    """A stream or an event where work is synchronous: waiting for it is nothing, its result is there."""
+    """A stream or an event where work is synchronous: there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -263,10 +263,10 @@ def _patch_tensor_methods() -> None:
     real_type, real_cuda = torch.Tensor.type, torch.Tensor.cuda
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = real_type(self, *args, **kwargs)
+        name = real_type(self, *args, **kwargs)
         if args or kwargs or not _called_by_mcore():
-            return answer
-        return "torch.cuda." + answer.rsplit(".", 1)[-1]
+            return name
+        return "torch.cuda." + name.rsplit(".", 1)[-1]
 
     def to_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_mcore() else real_cuda(self, *args, **kwargs)

@@ -1,11 +1,11 @@
 """One process as any rank of a world that was never started: for planning and for checking layouts.
 
-    with fake_world(plan, rank=37) as ranks:      # 256 ranks, one process, seconds
+    with fake_world(plan, rank=37) as context:     # 256 ranks, one process, seconds
         ...                                       # build on the meta device; nothing is computed or sent
 
-torch's `fake` back end answers every collective at once with whatever is in the buffers, so groups, ranks and shapes
-are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside one, and
-where megatron-core would find a CUDA device to allocate on.
+torch's `fake` back end returns from every collective at once with whatever is in the buffers: groups, ranks and
+shapes are right and numbers are not. Nothing here may be mixed with a real world: the block refuses to start inside
+one, and where megatron-core would find a CUDA device to allocate on.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 
 from megatron_v2pe.parallel.cpu_runtime import device_of_mcore
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.parallel.topology import Ranks, init_distributed
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed
 
 
 @contextmanager
-def fake_world(plan: ParallelPlan, *, rank: int) -> Iterator[Ranks]:
-    """Be rank `rank` of `plan`; tensors made inside the block are on the meta device and take no memory.
+def fake_world(plan: ParallelPlan, *, rank: int) -> Iterator[ParallelContext]:
+    """Be rank `rank` of `plan`; tensors made inside the block are on the meta device and use no memory.
 
     The default generator of this process keeps its state.
 
@@ -38,16 +38,16 @@ def fake_world(plan: ParallelPlan, *, rank: int) -> Iterator[Ranks]:
         raise RuntimeError("a fake world cannot be made inside a process group; use a process of its own")
     if torch.cuda.is_available():
         raise RuntimeError(
-            "a fake world allocates nothing, but megatron-core would take this GPU; hide it: CUDA_VISIBLE_DEVICES="
+            "a fake world allocates nothing, but megatron-core would use this GPU; hide it: CUDA_VISIBLE_DEVICES="
         )
     if not 0 <= rank < plan.world_size:
         raise ValueError(f"rank {rank} of a plan for {plan.world_size} ranks")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.world_size)
     try:
         with torch.random.fork_rng(devices=[]):
-            ranks = init_distributed(plan, seed=0)
+            context = init_distributed(plan, seed=0)
         with device_of_mcore("meta"), torch.device("meta"):
-            yield replace(ranks, device=torch.device("meta"))
+            yield ParallelContext(plan, replace(context.ranks, device=torch.device("meta")))
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Image features travel once: from the rank that encoded a tile to the ranks that own its tokens.
+"""Image features are sent once: from the rank that encoded a tile to the ranks that own its tokens.
 
-    tiles dealt in contiguous shares ---> features [n_local * K, H] --all-to-all--> rows of my tokens --> splice
-                                          (row = tile * K + offset)                  (in token order)
+    tiles in contiguous shares --encode--> features [n_local * K, H] --all-to-all--> rows of my tokens --> splice
+                                           (row = tile * K + offset)                 (in token order)
 
 All ranks work out the same route from the layout, so nothing but features is sent. Feature rows are numbered in
-token order and every shard keeps documents and chunks in that order, so the rows a rank receives, rank by rank,
-are in the order of its slots already. Backward is the mirror image: gradients travel back to the encoder.
+token order and every shard keeps documents and zigzag chunks in that order, so the rows a rank receives, rank by
+rank, are in the order of its slots already. Backward is the mirror image: gradients are sent back to the encoder.
 
 Every rank of the group must call the router for every micro batch, with rows or without; a collective that one
 rank skips hangs the others, in forward or in backward.
@@ -13,6 +13,7 @@ rank skips hangs the others, in forward or in backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,41 +21,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import FeatureRoute, deal_tiles
+from megatron_v2pe.batch.packed_batch import FeatureRoute, tile_share
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.parallel.zigzag import shard_ranges
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
 from megatron_v2pe.v2pe.positions import visual_rows
 
+SlotsAndRows = tuple[Int64Array, Int64Array]
 
-def owned_rows(layout: PackLayout, plan: ParallelPlan, tile_rank: int) -> tuple[Int64Array, Int64Array]:
-    """Visual tokens of a rank of the tile group.
+
+def owned_rows(layout: PackLayout, shards: Sequence[Int64Array], *, plan: ParallelPlan) -> list[SlotsAndRows]:
+    """Visual tokens of each rank of the tile group.
 
     Args:
         layout: documents of the pack.
+        shards: token ranges of each context parallel rank (`zigzag.shard_ranges_of_ranks`).
         plan: sizes of the parallel axes.
-        tile_rank: cp_rank * tp + tp_rank where tiles are dealt over tp, else cp_rank.
 
     Returns:
-        slots: int64 [v], rows of the rank's local embedding, ascending.
-        rows: int64 [v], feature row of each, ascending.
+        For each tile rank (cp_rank * tp + tp_rank where tp ranks encode different tiles, else cp_rank):
+        slots, int64 [v], rows of the rank's local embedding, ascending; and the feature row of each, int64 [v],
+        ascending.
     """
-    slices = plan.tp if plan.deals_tiles_over_tp else 1
-    cp_rank, tp_slice = divmod(tile_rank, slices)
-    ranges = shard_ranges(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
-    slots, rows = visual_rows(layout, ranges)
-    length = layout.num_tokens // plan.cp // slices
-    keep = slice(*np.searchsorted(slots, [tp_slice * length, (tp_slice + 1) * length]))
-    return slots[keep] - tp_slice * length, rows[keep]
+    num_slices = plan.tp if plan.shares_tiles_over_tp else 1
+    length = layout.num_tokens // plan.cp // num_slices
+    owned = []
+    for ranges in shards:
+        slots, rows = visual_rows(layout, ranges)
+        owned += [_slice(slots, rows, tp_rank, length) for tp_rank in range(num_slices)]
+    return owned
+
+
+def _slice(slots: Int64Array, rows: Int64Array, number: int, length: int) -> SlotsAndRows:
+    """Slots and rows of the `number`-th slice of `length` embedding rows; slots count from the slice's start."""
+    kept = slice(*np.searchsorted(slots, [number * length, (number + 1) * length]))
+    return slots[kept] - number * length, rows[kept]
 
 
 def feature_route(
-    layout: PackLayout, *, plan: ParallelPlan, tile_rank: int, tp_rank: int = 0, device: torch.device
+    layout: PackLayout,
+    shards: Sequence[Int64Array],
+    *,
+    plan: ParallelPlan,
+    tile_rank: int,
+    tp_rank: int = 0,
+    device: torch.device,
 ) -> FeatureRoute:
     """What this rank sends to and receives from each rank of the tile group.
 
     Args:
         layout: documents of the pack.
+        shards: token ranges of each context parallel rank (`zigzag.shard_ranges_of_ranks`).
         plan: sizes of the parallel axes.
         tile_rank: this rank in the tile group.
         tp_rank: this rank's slice of the sequence, where tp ranks share tiles and sequence parallelism is on.
@@ -62,23 +78,20 @@ def feature_route(
     """
     num_ranks = plan.tile_ranks
     # first_rows[s]..first_rows[s+1] are the feature rows that rank s encodes.
-    starts = [deal_tiles(layout.num_tiles, num_ranks, rank)[0] for rank in range(num_ranks)]
-    first_rows = np.array([*starts, layout.num_tiles], dtype=np.int64) * layout.tokens_per_tile
-    mine = slice(int(first_rows[tile_rank]), int(first_rows[tile_rank + 1]))
-    sent: list[Int64Array] = []
-    for rank in range(num_ranks):
-        _, rows = owned_rows(layout, plan, rank)
-        sent.append(rows[slice(*np.searchsorted(rows, [mine.start, mine.stop]))] - mine.start)
-    slots, rows = owned_rows(layout, plan, tile_rank)
-    received, kept = rows, None
-    if plan.sequence_parallel and not plan.deals_tiles_over_tp:
-        length = layout.num_tokens // plan.cp // plan.tp
-        first, last = np.searchsorted(slots, [tp_rank * length, (tp_rank + 1) * length])
-        kept = torch.arange(int(first), int(last), device=device)
-        slots = slots[first:last] - tp_rank * length
+    first_tiles = [tile_share(layout.num_tiles, num_ranks, rank)[0] for rank in range(num_ranks)]
+    first_rows = np.array([*first_tiles, layout.num_tiles], dtype=np.int64) * layout.tokens_per_tile
+    start, stop = first_rows[tile_rank : tile_rank + 2]
+    owned = owned_rows(layout, shards, plan=plan)
+    sent = [rows[slice(*np.searchsorted(rows, [start, stop]))] - start for _, rows in owned]
+    slots, received = owned[tile_rank]
+    kept = None
+    if plan.sequence_parallel and not plan.shares_tiles_over_tp:
+        numbers = np.arange(len(slots), dtype=np.int64)
+        slots, own = _slice(slots, numbers, tp_rank, layout.num_tokens // plan.cp // plan.tp)
+        kept = torch.from_numpy(own).to(device)
     return FeatureRoute(
         send_rows=torch.from_numpy(np.concatenate(sent)).to(device),
-        send_splits=tuple(len(part) for part in sent),
+        send_splits=tuple(len(rows) for rows in sent),
         receive_splits=tuple(np.diff(np.searchsorted(received, first_rows)).tolist()),
         slots=torch.from_numpy(slots).to(device),
         kept=kept,
@@ -90,10 +103,12 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Any
+        ctx: Any, rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
         """[sum(send), H] to [sum(receive), H]."""
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
         return received
@@ -112,10 +127,11 @@ class _KeepSlice(torch.autograd.Function):
     """A tp rank's rows out of rows that all tp ranks hold; backward gives all of them every rank's gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, kept: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kept: Tensor, group: dist.ProcessGroup) -> Tensor:
         """[received, H] to [v, H]."""
         ctx.save_for_backward(kept)
-        ctx.num_rows, ctx.group = len(rows), group
+        ctx.num_rows = len(rows)
+        ctx.group = group
         return rows[kept]
 
     @staticmethod
@@ -136,8 +152,9 @@ class FeatureRouter:
         tp_group: ranks that share a split tower's tiles; needed where routes keep a slice.
     """
 
-    def __init__(self, group: Any, tp_group: Any = None) -> None:
-        self.group, self.tp_group = group, tp_group
+    def __init__(self, group: dist.ProcessGroup, tp_group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.tp_group = tp_group
 
     def __call__(self, features: Tensor, route: FeatureRoute) -> Tensor:
         """Features [n_local * K, H] of this rank's tiles to rows [v, H] of this rank's slots."""

@@ -1,6 +1,6 @@
 """Sizes of the parallel axes and what follows from them: numbers only, no ranks, no groups, no torch.
 
-    ParallelConfig + world size --resolve--> ParallelPlan --init_distributed (topology)--> Ranks
+    ParallelConfig + world size --resolve--> ParallelPlan --init_distributed (topology)--> ParallelContext
 
 Planning a run and rendering its batch script read these numbers on machines without torch.
 """
@@ -46,13 +46,13 @@ class ParallelPlan:
     def pad_to_multiple(self) -> int:
         """Every document is padded to a multiple of this many tokens.
 
-        2*cp equal chunks for the zigzag, whose local part splits over tp when sequence parallelism does.
+        2*cp equal zigzag chunks, and a rank's share of them splits over tp under sequence parallelism.
         """
-        chunks = 2 * self.cp if self.cp > 1 else 1
-        return chunks * (self.tp if self.sequence_parallel else 1)
+        zigzag_chunks = 2 * self.cp if self.cp > 1 else 1
+        return zigzag_chunks * (self.tp if self.sequence_parallel else 1)
 
     @property
-    def deals_tiles_over_tp(self) -> bool:
+    def shares_tiles_over_tp(self) -> bool:
         """Whether tp ranks encode different tiles.
 
         They do under sequence parallelism, where each owns a slice of the tokens. Without it all of them need all
@@ -63,7 +63,7 @@ class ParallelPlan:
     @property
     def tile_ranks(self) -> int:
         """Ranks of the first stage that share the tiles of a pack."""
-        return self.cp * (self.tp if self.deals_tiles_over_tp else 1)
+        return self.cp * (self.tp if self.shares_tiles_over_tp else 1)
 
     @property
     def tower_tp(self) -> int:

@@ -1,10 +1,10 @@
-"""Which rank does what: sizes of the parallel axes, this rank's place on each, and the process groups.
+"""Which rank does what: this rank's place on each parallel axis, and the process groups.
 
 Ranks are one grid, tp innermost: rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank. megatron-core
 makes the groups as slices of that grid; this file asks for them once, so that nothing else has to.
 
-    ParallelConfig + world size --resolve--> ParallelPlan --init_distributed--> Ranks
-                                             (pure numbers)                     (this process, groups)
+    ParallelConfig + world size --resolve--> ParallelPlan --init_distributed--> ParallelContext
+                                             (pure numbers)                     (the plan, and Ranks: this process)
 
 Example: 8 ranks as tp2 cp2 dp1 pp2. Rank 5 is pp 1, dp 0, cp 0, tp 1; its tp group is 4, 5, its cp group
 5, 7, its pp group 1, 5.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +48,7 @@ class Ranks:
         singleton_groups: collection of groups of this rank alone, for parts that are whole on every rank.
         tile_rank: which share of a pack's tiles this rank encodes, 0..plan.tile_ranks-1.
         tile_group: ranks that exchange image features: tp x cp (rank = cp_rank * tp + tp_rank) where tiles are
-            dealt over tp, else cp alone.
+            shared over tp, else cp alone.
         vision_replica_group: ranks of this stage that hold copies of the vision tower: tp x cp x dp.
     """
 
@@ -65,11 +64,24 @@ class Ranks:
     groups: ProcessGroupCollection
     singleton_groups: ProcessGroupCollection
     tile_rank: int
-    tile_group: Any
-    vision_replica_group: Any
+    tile_group: dist.ProcessGroup
+    vision_replica_group: dist.ProcessGroup
 
 
-def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30) -> Ranks:
+@dataclass(frozen=True, eq=False)
+class ParallelContext:
+    """The sizes of all parallel axes and this rank's place on them.
+
+    Attributes:
+        plan: sizes, the same on every rank.
+        ranks: this process.
+    """
+
+    plan: ParallelPlan
+    ranks: Ranks
+
+
+def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30) -> ParallelContext:
     """Join the other ranks, make the groups, seed the generators. Collective: every rank must call it.
 
     One rank needs no launcher; more are found through torchrun's environment. A default process group that
@@ -80,6 +92,10 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
         plan: sizes of the axes; their product must be the world size.
         seed: seed of the default generator (equal on all ranks of a stage) and of mcore's tracked ones.
         timeout_minutes: how long a collective may wait for its peers, also while groups are made.
+
+    Raises:
+        ConfigError: the plan is for another number of ranks.
+        RuntimeError: this process has joined groups of other sizes.
     """
     device = _local_device()
     if not dist.is_initialized():
@@ -100,7 +116,7 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
             create_gloo_process_groups=False,
         )
     seed_generators(seed)
-    return _ranks(plan, device, timeout_minutes)
+    return ParallelContext(plan, _ranks(plan, device, timeout_minutes))
 
 
 def seed_generators(seed: int) -> None:
@@ -160,11 +176,11 @@ def _join_world(device: torch.device, timeout_minutes: int) -> None:
 
 def _ranks(plan: ParallelPlan, device: torch.device, timeout_minutes: int) -> Ranks:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    # Made by its one member alone: asking the whole world for a group of each rank takes minutes at scale.
+    # Made by its one member alone: making a group of each rank with the whole world needs minutes at scale.
     alone = dist.new_group(
         [dist.get_rank()], timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True
     )
-    tile_group = groups.tp_cp if plan.deals_tiles_over_tp else groups.cp
+    tile_group = groups.tp_cp if plan.shares_tiles_over_tp else groups.cp
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -1,1 +1,1 @@
-"""What a run needs and how long a step takes, worked out on a laptop: memory, FLOPs, traffic, time, layouts."""
+"""What a run needs and the time of a step, worked out on a laptop: memory, FLOPs, traffic, time, layouts."""

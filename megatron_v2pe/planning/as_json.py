@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.planning.changes import Advice, override_text
+from megatron_v2pe.planning.changes import Variant, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
 from megatron_v2pe.planning.memory.inference import InferenceMemory
 from megatron_v2pe.planning.request.hardware import GIB
@@ -18,7 +18,7 @@ def rank_data(rank: RankMemory) -> dict[str, Any]:
     """Memory of a pipeline rank."""
     return {
         "stage": rank.pp_rank,
-        "decoder_layers": sum(chunk.num_layers for chunk in rank.chunks),
+        "decoder_layers": sum(model_chunk.num_layers for model_chunk in rank.model_chunks),
         "weights_bytes": rank.state.weights_bytes,
         "gradients_bytes": rank.state.gradients_bytes,
         "optimizer_bytes": rank.state.optimizer_bytes,
@@ -62,26 +62,26 @@ def estimate_data(estimate: Estimate, name: str) -> dict[str, Any]:
     }
 
 
-def advice_data(advice: Advice | None) -> dict[str, Any] | None:
+def variant_data(variant: Variant | None) -> dict[str, Any] | None:
     """Overrides and what they lead to."""
-    if advice is None:
+    if variant is None:
         return None
     return {
-        "overrides": [override_text(override) for override in advice.overrides],
-        "total_bytes": advice.estimate.fullest.total_bytes,
-        "step_seconds": advice.estimate.time.seconds,
-        "fits": advice.estimate.fits,
+        "overrides": [override_text(override) for override in variant.overrides],
+        "total_bytes": variant.estimate.fullest.total_bytes,
+        "step_seconds": variant.estimate.time.seconds,
+        "fits": variant.estimate.fits,
     }
 
 
-def search_data(found: Sequence[Advice], config: RunConfig, *, count: int) -> list[dict[str, Any]]:
+def search_data(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[dict[str, Any]]:
     """The best layouts."""
     rows = []
-    for advice in found[:count]:
-        estimate = advice.estimate
+    for variant in found[:count]:
+        estimate = variant.estimate
         rows.append(
             {
-                "overrides": [override_text(override) for override in shown_overrides(advice, config)],
+                "overrides": [override_text(override) for override in shown_overrides(variant, config)],
                 "fits": estimate.fits,
                 "total_bytes": estimate.fullest.total_bytes,
                 "step_seconds": estimate.time.seconds,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, VisionConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.planning.estimate import Estimate
 
@@ -24,7 +24,7 @@ MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advice:
+class Variant:
     """Overrides, and the run with them."""
 
     overrides: tuple[Override, ...]
@@ -43,7 +43,7 @@ def override_text(override: Override) -> str:
 
 
 def changed(config: RunConfig, overrides: tuple[Override, ...]) -> RunConfig:
-    """A configuration with overrides, all of a section at once, because its rules look at several fields.
+    """A configuration with overrides, all of a section at once, because its rules read several fields.
 
     Raises:
         ConfigError: a rule of a section.
@@ -55,9 +55,14 @@ def changed(config: RunConfig, overrides: tuple[Override, ...]) -> RunConfig:
     return config
 
 
-def candidates(config: RunConfig) -> Iterator[tuple[Override, ...]]:
+def memory_savings(config: RunConfig) -> Iterator[tuple[Override, ...]]:
     """Single steps towards less memory from a configuration."""
-    model, vision, parallel = config.model, config.vision, config.parallel
+    yield from _decoder_savings(config.model)
+    yield from _tower_savings(config.vision)
+    yield from _layout_savings(config.parallel)
+
+
+def _decoder_savings(model: ModelConfig) -> Iterator[tuple[Override, ...]]:
     if model.recompute == "none":
         yield (("model", "recompute", "selective"),)
     if model.recompute != "full":
@@ -68,10 +73,16 @@ def candidates(config: RunConfig) -> Iterator[tuple[Override, ...]]:
         yield (("model", "offload_activations", True),)
     if model.loss_chunk_tokens > 1024:
         yield (("model", "loss_chunk_tokens", 1024),)
+
+
+def _tower_savings(vision: VisionConfig) -> Iterator[tuple[Override, ...]]:
     if vision.recompute == "none":
         yield (("vision", "recompute", "full"),)
     if vision.micro_batch_tiles == 0 or vision.micro_batch_tiles > 8:
         yield (("vision", "micro_batch_tiles", 16 if vision.micro_batch_tiles == 0 else 8),)
+
+
+def _layout_savings(parallel: ParallelConfig) -> Iterator[tuple[Override, ...]]:
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield (("parallel", "sequence_parallel", True),)
     if parallel.tp > 1 and parallel.vision == "replicated":
@@ -82,7 +93,7 @@ def candidates(config: RunConfig) -> Iterator[tuple[Override, ...]]:
         yield (("parallel", "pp", parallel.pp * 2),)
 
 
-def relaxations(config: RunConfig) -> Iterator[tuple[Override, ...]]:
+def time_savings(config: RunConfig) -> Iterator[tuple[Override, ...]]:
     """Single steps towards less time, where there is memory to spare."""
     model, vision = config.model, config.vision
     if model.offload_activations:
@@ -100,12 +111,14 @@ def relaxations(config: RunConfig) -> Iterator[tuple[Override, ...]]:
         yield (("vision", "recompute", "none"),)
 
 
-def try_changes(config: RunConfig, steps: Iterator[tuple[Override, ...]], evaluate: Evaluate) -> list[Advice]:
+def try_changes(
+    config: RunConfig, steps: Iterator[tuple[Override, ...]], evaluate: Evaluate
+) -> list[Variant]:
     """Estimates of a configuration after each of some changes; invalid ones are left out."""
     found = []
     for overrides in steps:
         try:
-            found.append(Advice(overrides=overrides, estimate=evaluate(changed(config, overrides))))
+            found.append(Variant(overrides=overrides, estimate=evaluate(changed(config, overrides))))
         except ConfigError:
             continue
     return found
@@ -117,41 +130,41 @@ def merged(first: tuple[Override, ...], second: tuple[Override, ...]) -> tuple[O
     return tuple((section, key, value) for (section, key), value in values.items())
 
 
-def advise(config: RunConfig, evaluate: Evaluate) -> Advice | None:
+def advise(config: RunConfig, evaluate: Evaluate) -> Variant | None:
     """Changes after which a run fits: each round the fastest that does, or else the one that saves most for its time.
 
     Returns:
         None when no sequence of up to 8 changes fits.
     """
-    current = Advice(overrides=(), estimate=evaluate(config))
+    current = Variant(overrides=(), estimate=evaluate(config))
     for _ in range(MAX_ROUNDS):
         here = changed(config, current.overrides)
         found = [
-            Advice(overrides=merged(current.overrides, advice.overrides), estimate=advice.estimate)
-            for advice in try_changes(here, candidates(here), evaluate)
+            Variant(overrides=merged(current.overrides, variant.overrides), estimate=variant.estimate)
+            for variant in try_changes(here, memory_savings(here), evaluate)
         ]
-        fitting = [advice for advice in found if advice.estimate.fits]
+        fitting = [variant for variant in found if variant.estimate.fits]
         if fitting:
-            return min(fitting, key=lambda advice: advice.estimate.time.seconds)
-        smaller = [advice for advice in found if advice.estimate.room_bytes > current.estimate.room_bytes]
+            return min(fitting, key=lambda variant: variant.estimate.time.seconds)
+        smaller = [variant for variant in found if variant.estimate.room_bytes > current.estimate.room_bytes]
         if not smaller:
             return None
         before = current.estimate
-        current = max(smaller, key=lambda advice: _worth(advice.estimate, before))
+        current = max(smaller, key=lambda variant: _worth(variant.estimate, before))
     return None
 
 
 def _worth(after: Estimate, before: Estimate) -> float:
-    """Bytes saved for each unit of time that a step then takes."""
+    """Bytes saved, divided by how much longer a step then is."""
     return (after.room_bytes - before.room_bytes) * before.time.seconds / after.time.seconds
 
 
-def relax(config: RunConfig, evaluate: Evaluate) -> Advice | None:
+def relax(config: RunConfig, evaluate: Evaluate) -> Variant | None:
     """The single change that makes a fitting run at least 3 % faster and still fit, if there is one."""
     now = evaluate(config).time.seconds
     found = [
-        advice
-        for advice in try_changes(config, relaxations(config), evaluate)
-        if advice.estimate.fits and advice.estimate.time.seconds < 0.97 * now
+        variant
+        for variant in try_changes(config, time_savings(config), evaluate)
+        if variant.estimate.fits and variant.estimate.time.seconds < 0.97 * now
     ]
-    return min(found, key=lambda advice: advice.estimate.time.seconds, default=None)
+    return min(found, key=lambda variant: variant.estimate.time.seconds, default=None)

@@ -5,75 +5,31 @@ arguments --inputs--> config, architecture, pack, hardware --estimate / search /
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
-from megatron_v2pe.planning.as_json import advice_data, estimate_data, inference_data, search_data
+from megatron_v2pe.planning.as_json import estimate_data, inference_data, search_data, variant_data
 from megatron_v2pe.planning.changes import advise, relax
 from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
-from megatron_v2pe.planning.memory.activations import Setting
 from megatron_v2pe.planning.memory.inference import inference_memory
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.report import estimate_text, heading_lines, inference_lines, search_lines
-from megatron_v2pe.planning.request.hardware import GPUS, Hardware, with_rates
-from megatron_v2pe.planning.request.inputs import check_run, find_architecture, hf_folder
-from megatron_v2pe.planning.request.stages import chunks_of_rank
-from megatron_v2pe.planning.request.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
+from megatron_v2pe.planning.request.hardware import Hardware
+from megatron_v2pe.planning.request.inputs import (
+    PlanRequest,
+    check_run,
+    chosen_hardware,
+    find_architecture,
+    hf_folder,
+)
+from megatron_v2pe.planning.request.stages import model_chunks_of_rank
+from megatron_v2pe.planning.request.workload import Pack, assumed_pack, fullest_pack, mean_pack
 from megatron_v2pe.planning.search import search
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What is asked.
-
-    Attributes:
-        config: the run.
-        gpus: ranks.
-        arch: size, config.json or folder; None takes the run's model.
-        gpu: key of `hardware.GPUS`.
-        gpu_memory: device memory in GB as the vendor writes it; 0 takes the GPU's own.
-        rates: replaced fields of the hardware, `name=value`.
-        assumptions: what a pack is made of.
-        measure_data: read it from data.meta instead.
-        inference: prompt tokens; 0 plans training.
-        search: number of layouts to list; 0 plans the run's own.
-        as_json: machine-readable answer.
-    """
-
-    config: RunConfig
-    gpus: int
-    arch: str | None = None
-    gpu: str = "h100"
-    gpu_memory: float = 0.0
-    rates: tuple[str, ...] = ()
-    assumptions: Assumptions = dataclasses.field(default_factory=Assumptions)
-    measure_data: bool = False
-    inference: int = 0
-    search: int = 0
-    as_json: bool = False
-
-
-def chosen_hardware(request: PlanRequest) -> Hardware:
-    """The GPU with the request's memory and rates. An "80 GB" GPU shows a little less in GiB than 80.
-
-    Raises:
-        ConfigError: unknown rate, or a memory that is not positive.
-    """
-    hardware = GPUS[request.gpu]
-    if request.gpu_memory < 0:
-        raise ConfigError(f"--gpu-memory is {request.gpu_memory}, but must be positive (GB)")
-    if request.gpu_memory:
-        nominal = float(hardware.name.split()[-2])
-        share = hardware.memory_gib / nominal
-        name = hardware.name.replace(f"{nominal:g} GB", f"{request.gpu_memory:g} GB")
-        hardware = replace(hardware, name=name, memory_gib=request.gpu_memory * share)
-    return with_rates(hardware, request.rates)
 
 
 def packs_of(request: PlanRequest, arch: InternVLArchitecture) -> tuple[Pack, Pack]:
@@ -112,7 +68,7 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
     ask = partial(evaluate, arch=arch, packs=packs_of(request, arch), gpus=request.gpus, hardware=hardware)
     if request.search:
         found = search(request.config, arch, ask, gpus=request.gpus, hardware=hardware)
-        fits = any(advice.estimate.fits for advice in found)
+        fits = any(variant.estimate.fits for variant in found)
         if request.as_json:
             return _json(
                 {"model": name, "search": search_data(found, request.config, count=request.search)}
@@ -125,7 +81,7 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
     result = ask(request.config)
     change = (relax if result.fits else advise)(request.config, ask)
     if request.as_json:
-        return _json({**estimate_data(result, name), "advice": advice_data(change)}), result.fits
+        return _json({**estimate_data(result, name), "advice": variant_data(change)}), result.fits
     return estimate_text(result, name, change), result.fits
 
 
@@ -150,8 +106,10 @@ def _inference(
         backend=backend_of(config),
     )
     layers = arch.language.num_layers
-    stages = [chunks_of_rank(config.parallel, layers, setting.plan, rank) for rank in range(setting.plan.pp)]
-    memories = [inference_memory(setting, chunks, hardware) for chunks in stages]
+    stages = [
+        model_chunks_of_rank(config.parallel, layers, setting.plan, rank) for rank in range(setting.plan.pp)
+    ]
+    memories = [inference_memory(setting, model_chunks, hardware) for model_chunks in stages]
     fits = max(memory.total_bytes for memory in memories) <= hardware.memory_gib * 2**30
     if request.as_json:
         return _json({"model": name, "fits": fits, "stages": inference_data(memories)}), fits

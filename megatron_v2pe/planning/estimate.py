@@ -9,23 +9,35 @@ from dataclasses import dataclass
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.flops import step_flops
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.models.flops import step_flops
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
-from megatron_v2pe.planning.memory.activations import ChunkMemory, Phase, Setting, chunk_memory, chunk_phases
-from megatron_v2pe.planning.memory.rank_state import TrainedNumbers, frozen_parts, rank_state, trained_numbers
-from megatron_v2pe.planning.memory.state import GRADIENT_BYTES, StateBytes
+from megatron_v2pe.planning.memory.activations import (
+    ModelChunkMemory,
+    Phase,
+    model_chunk_memory,
+    model_chunk_phases,
+)
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.memory.state import (
+    GRADIENT_BYTES,
+    StateBytes,
+    TrainedNumbers,
+    frozen_parts,
+    rank_state,
+    trained_numbers,
+)
 from megatron_v2pe.planning.request.hardware import GIB, H100, Hardware
-from megatron_v2pe.planning.request.stages import Chunk, chunks_in_flight, chunks_of_rank
+from megatron_v2pe.planning.request.stages import ModelChunk, forwards_in_flight, model_chunks_of_rank
 from megatron_v2pe.planning.request.workload import Pack
-from megatron_v2pe.planning.time.compute import chunk_flops
+from megatron_v2pe.planning.time.compute import model_chunk_flops
 from megatron_v2pe.planning.time.step_time import (
     StepTime,
     micro_batch_seconds,
     once_a_step_seconds,
     step_time,
 )
-from megatron_v2pe.planning.time.traffic import StepTraffic, chunk_traffic, step_traffic
+from megatron_v2pe.planning.time.traffic import StepTraffic, model_chunk_traffic, step_traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +46,17 @@ class RankMemory:
 
     Attributes:
         pp_rank: which.
-        chunks: its model chunks.
+        model_chunks: its model chunks.
         state: weights, gradients, optimizer.
         phases: a micro batch's phases, with what other micro batches in flight keep.
-        in_flight: micro batches (forward passes of chunks) held at a time.
+        in_flight: micro batches (forward passes of model chunks) held at a time.
         host_bytes: activations that were moved to host memory.
         reserved_bytes: context, libraries.
         fragmentation_share: of the activations.
     """
 
     pp_rank: int
-    chunks: tuple[Chunk, ...]
+    model_chunks: tuple[ModelChunk, ...]
     state: StateBytes
     phases: tuple[Phase, ...]
     in_flight: int
@@ -151,15 +163,23 @@ def estimate(
     step_packs = batch_schedule(config).full_size
     micro_batches = step_packs // plan.dp
     stages = [
-        chunks_of_rank(config.parallel, arch.language.num_layers, plan, rank) for rank in range(plan.pp)
+        model_chunks_of_rank(config.parallel, arch.language.num_layers, plan, rank) for rank in range(plan.pp)
     ]
-    known = {chunk: chunk_memory(setting, chunk) for chunks in stages for chunk in chunks}
+    known = {
+        model_chunk: model_chunk_memory(setting, model_chunk)
+        for model_chunks in stages
+        for model_chunk in model_chunks
+    }
     ranks = tuple(
-        rank_memory(setting, rank, chunks, known, micro_batches, hardware)
-        for rank, chunks in enumerate(stages)
+        rank_memory(setting, rank, model_chunks, known, micro_batches, hardware)
+        for rank, model_chunks in enumerate(stages)
     )
     packs = [setting.pack.counts] * step_packs
-    per_pack = sum(chunk_flops(setting, chunk).total for chunks in stages for chunk in chunks)
+    per_pack = sum(
+        model_chunk_flops(setting, model_chunk).total
+        for model_chunks in stages
+        for model_chunk in model_chunks
+    )
     time, traffic = _time(setting, stages, known, ranks, micro_batches, hardware)
     return Estimate(
         setting=setting,
@@ -177,64 +197,66 @@ def estimate(
 def rank_memory(
     setting: Setting,
     pp_rank: int,
-    chunks: tuple[Chunk, ...],
-    known: dict[Chunk, ChunkMemory],
+    model_chunks: tuple[ModelChunk, ...],
+    known: dict[ModelChunk, ModelChunkMemory],
     micro_batches: int,
     hardware: Hardware,
 ) -> RankMemory:
-    """Memory of a pipeline rank: state, and its chunks' phases on top of what is in flight."""
+    """Memory of a pipeline rank: state, and its model chunks' phases on top of what is in flight."""
     plan, arch = setting.plan, setting.arch
     state = rank_state(setting.config, arch, plan, pp_rank * plan.tp * plan.cp * plan.dp)
-    held = in_flight_chunks(plan, pp_rank, micro_batches)
-    kept = {index: known[chunk].kept_bytes for index, chunk in enumerate(chunks)}
+    held = forwards_by_model_chunk(plan, pp_rank, micro_batches)
+    kept = {index: known[model_chunk].kept_bytes for index, model_chunk in enumerate(model_chunks)}
     hidden = setting.rows * arch.language.hidden_size * setting.element_bytes
     phases = []
-    for index, chunk in enumerate(chunks):
+    for index, model_chunk in enumerate(model_chunks):
         others = sum(count * kept[other] for other, count in held.items()) - kept[index]
-        for phase in chunk_phases(known[chunk], hidden):
+        for phase in model_chunk_phases(known[model_chunk], hidden):
             parts = {**phase.parts, "other micro batches in flight": max(0.0, others)}
             phases.append(Phase(name=phase.name, parts=parts if plan.pp > 1 else phase.parts))
     summed = trained_numbers(
-        arch, plan, chunks, frozen_parts(setting.config), setting.config.lora
+        arch, plan, model_chunks, frozen_parts(setting.config), setting.config.lora
     ).summed_over_tp
     if summed:
         parts = {"copy of gradients summed over tp": float(summed * GRADIENT_BYTES)}
         phases.append(Phase(name="reduce", parts=parts))
     return RankMemory(
         pp_rank=pp_rank,
-        chunks=chunks,
+        model_chunks=model_chunks,
         state=state,
         phases=tuple(phases),
         in_flight=sum(held.values()),
-        host_bytes=sum(count * known[chunks[index]].layers.host_bytes for index, count in held.items()),
+        host_bytes=sum(count * known[model_chunks[index]].layers.host_bytes for index, count in held.items()),
         reserved_bytes=hardware.reserved_gib * GIB,
         fragmentation_share=hardware.fragmentation_share,
     )
 
 
-def in_flight_chunks(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> dict[int, int]:
-    """Forward passes held, by chunk: the first ones of the schedule, pp micro batches of each chunk in turn."""
+def forwards_by_model_chunk(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> dict[int, int]:
+    """Forward passes held, by model chunk: the first ones of the schedule, pp micro batches of each in turn."""
     counts: dict[int, int] = {}
-    for number in range(chunks_in_flight(plan, pp_rank, micro_batches)):
-        chunk = number // plan.pp % plan.vpp if plan.vpp > 1 else 0
-        counts[chunk] = counts.get(chunk, 0) + 1
+    for number in range(forwards_in_flight(plan, pp_rank, micro_batches)):
+        model_chunk = number // plan.pp % plan.vpp if plan.vpp > 1 else 0
+        counts[model_chunk] = counts.get(model_chunk, 0) + 1
     return counts
 
 
 def _time(
     setting: Setting,
-    stages: list[tuple[Chunk, ...]],
-    known: dict[Chunk, ChunkMemory],
+    stages: list[tuple[ModelChunk, ...]],
+    known: dict[ModelChunk, ModelChunkMemory],
     ranks: tuple[RankMemory, ...],
     micro_batches: int,
     hardware: Hardware,
 ) -> tuple[StepTime, dict[str, float]]:
     """Time of a step, and the busiest stage's traffic."""
     per_stage = []
-    for chunks in stages:
+    for model_chunks in stages:
         terms: dict[str, float] = {}
-        for chunk in chunks:
-            for name, value in micro_batch_seconds(setting, chunk, known[chunk], hardware).items():
+        for model_chunk in model_chunks:
+            for name, value in micro_batch_seconds(
+                setting, model_chunk, known[model_chunk], hardware
+            ).items():
                 terms[name] = terms.get(name, 0.0) + value
         per_stage.append(terms)
     once = _once(setting, stages, ranks)
@@ -249,13 +271,13 @@ def _time(
 
 
 def _once(
-    setting: Setting, stages: list[tuple[Chunk, ...]], ranks: tuple[RankMemory, ...]
+    setting: Setting, stages: list[tuple[ModelChunk, ...]], ranks: tuple[RankMemory, ...]
 ) -> list[tuple[TrainedNumbers, StepTraffic]]:
     """Trained numbers and once-a-step traffic of every stage."""
     frozen = frozen_parts(setting.config)
     found = []
-    for chunks, rank in zip(stages, ranks, strict=True):
-        trained = trained_numbers(setting.arch, setting.plan, chunks, frozen, setting.config.lora)
+    for model_chunks, rank in zip(stages, ranks, strict=True):
+        trained = trained_numbers(setting.arch, setting.plan, model_chunks, frozen, setting.config.lora)
         traffic = step_traffic(
             setting,
             gradients_bytes=rank.state.gradients_bytes,
@@ -267,10 +289,10 @@ def _once(
 
 
 def _sent(
-    setting: Setting, chunks: tuple[Chunk, ...], once: StepTraffic, micro_batches: int
+    setting: Setting, model_chunks: tuple[ModelChunk, ...], once: StepTraffic, micro_batches: int
 ) -> dict[str, float]:
     """Bytes that a rank of a stage sends in a step, by kind."""
-    each = [chunk_traffic(setting, chunk) for chunk in chunks]
+    each = [model_chunk_traffic(setting, model_chunk) for model_chunk in model_chunks]
     return {
         "tensor parallel": micro_batches * sum(part.tp_bytes for part in each),
         "context parallel": micro_batches
@@ -292,6 +314,6 @@ def activation_peak(setting: Setting, *, pp_rank: int = 0, micro_batches: int = 
         micro_batches: of a step.
     """
     plan, layers = setting.plan, setting.arch.language.num_layers
-    chunks = chunks_of_rank(setting.config.parallel, layers, plan, pp_rank)
-    known = {chunk: chunk_memory(setting, chunk) for chunk in chunks}
-    return rank_memory(setting, pp_rank, chunks, known, micro_batches, H100).peak
+    model_chunks = model_chunks_of_rank(setting.config.parallel, layers, plan, pp_rank)
+    known = {model_chunk: model_chunk_memory(setting, model_chunk) for model_chunk in model_chunks}
+    return rank_memory(setting, pp_rank, model_chunks, known, micro_batches, H100).peak

@@ -1,4 +1,4 @@
-"""The planner against the real thing: ranks built by `build_model` and wrapped as for training, without memory.
+"""The planner against real ranks: built by `build_model` and wrapped as for training, without memory.
 
 predicted parameters, weights, gradients, optimizer bytes   ==   those of the rank on the meta device
 """
@@ -8,22 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_v2pe.assembly.optimizer import wrap_for_training
-from megatron_v2pe.assembly.rank_shapes import rank_model
+from megatron_v2pe.assembly.rank_model import rank_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.memory.adapters import Parameter
-from megatron_v2pe.planning.memory.parameters import chunk_parameters
-from megatron_v2pe.planning.memory.rank_state import rank_state
-from megatron_v2pe.planning.memory.state import MAIN_WEIGHT_BYTES, MOMENT_BYTES, StateBytes
-from megatron_v2pe.planning.request.stages import chunks_of_rank
+from megatron_v2pe.planning.memory.adapters import ParameterSize
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.state import MAIN_WEIGHT_BYTES, MOMENT_BYTES, StateBytes, rank_state
+from megatron_v2pe.planning.request.stages import model_chunks_of_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltRank:
-    """A rank as it was built: parameters of each chunk in order, and bytes of its buffers."""
+    """A rank as it was built: parameters of each model chunk in order, and bytes of its buffers."""
 
-    parameters: tuple[tuple[Parameter, ...], ...]
+    parameters: tuple[tuple[ParameterSize, ...], ...]
     state: StateBytes
 
 
@@ -45,13 +44,18 @@ class RankComparison:
 def built_rank(config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, rank: int) -> BuiltRank:
     """Build one rank of any layout on the meta device."""
     is_half = config.runtime.dtype == "bfloat16"
-    with rank_model(config, arch, plan=plan, rank=rank) as (chunks, _):
-        named = [[(name, p.numel()) for name, p in chunk.named_parameters()] for chunk in chunks]
+    with rank_model(config, arch, plan=plan, rank=rank) as (model_chunks, _):
+        named = [
+            [(name, p.numel()) for name, p in model_chunk.named_parameters()] for model_chunk in model_chunks
+        ]
         frozen = sum(
-            p.numel() * p.itemsize for chunk in chunks for p in chunk.parameters() if not p.requires_grad
+            p.numel() * p.itemsize
+            for model_chunk in model_chunks
+            for p in model_chunk.parameters()
+            if not p.requires_grad
         )
-        trainer = wrap_for_training(chunks, config)
-        buffers = [buffer for chunk in trainer.wrapped for buffer in chunk.buffers]
+        trainer = wrap_for_training(model_chunks, config)
+        buffers = [buffer for model_chunk in trainer.wrapped for buffer in model_chunk.buffers]
         shard = sum(
             parameter.numel()
             for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
@@ -76,8 +80,10 @@ def compare_rank(
     """One rank, predicted and built."""
     built = built_rank(config, arch, plan=plan, rank=rank)
     pp_rank = rank // (plan.tp * plan.cp * plan.dp)
-    chunks = chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank)
-    predicted = tuple(chunk_parameters(arch, plan, chunk, config.lora) for chunk in chunks)
+    model_chunks = model_chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank)
+    predicted = tuple(
+        model_chunk_parameters(arch, plan, model_chunk, config.lora) for model_chunk in model_chunks
+    )
     return RankComparison(
         rank=rank,
         predicted=rank_state(config, arch, plan, rank),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.planning.changes import Advice, override_text
+from megatron_v2pe.core.text_table import text_table
+from megatron_v2pe.planning.changes import Variant, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
-from megatron_v2pe.planning.memory.activations import Setting
 from megatron_v2pe.planning.memory.inference import InferenceMemory
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.request.hardware import GIB, Hardware
 from megatron_v2pe.planning.search import shown_overrides
 
@@ -37,24 +38,11 @@ def gib(number: float) -> str:
     return f"{number / GIB:,.1f}"
 
 
-def table(rows: Iterable[Sequence[str]], *, indent: str = "  ") -> list[str]:
-    """First column to the left, the others to the right."""
-    rows = [list(row) for row in rows]
-    widths = [
-        max(len(row[index]) for row in rows if index < len(row)) for index in range(max(map(len, rows)))
-    ]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(widths[i + 1]) for i, cell in enumerate(row[1:]))]
-        lines.append((indent + "  ".join(cells)).rstrip())
-    return lines
-
-
 def heading_lines(estimate: Estimate, name: str) -> list[str]:
     """Model, GPUs, layout, pack."""
     plan, pack, config = estimate.plan, estimate.setting.pack, estimate.setting.config
     saving = f"recompute {config.model.recompute}"
-    saving += f", MLP in {config.model.mlp_chunks} pieces" if config.model.mlp_chunks > 1 else ""
+    saving += f", MLP in {config.model.mlp_chunks} chunks" if config.model.mlp_chunks > 1 else ""
     saving += ", layer inputs in host memory" if config.model.offload_activations else ""
     tower = f"tower {plan.vision}, recompute {config.vision.recompute}"
     if config.vision.micro_batch_tiles:
@@ -109,7 +97,7 @@ def memory_lines(estimate: Estimate) -> list[str]:
         rows.append(["host memory for layer inputs", *(gib(rank.host_bytes) for rank in ranks)])
     verdict = "fits" if estimate.fits else "DOES NOT FIT"
     room = abs(estimate.room_bytes) / GIB
-    lines = table(rows, indent="")
+    lines = text_table(None, rows)
     lines.append(
         f"{verdict}: {gib(estimate.fullest.total_bytes)} of {estimate.hardware.memory_gib:.1f} GiB on stage "
         f"{estimate.fullest.pp_rank}, {room:.1f} {'to spare' if estimate.fits else 'too much'}"
@@ -135,14 +123,14 @@ def compute_lines(estimate: Estimate) -> list[str]:
     ):
         rate = flops / step / estimate.plan.world_size / 1e12
         rows.append([name, f"{flops / 1e15:,.2f}", f"{rate:,.0f}", f"{estimate.utilisation(flops):.1%}"])
-    return table(rows, indent="")
+    return text_table(None, rows)
 
 
 def traffic_lines(estimate: Estimate) -> list[str]:
     """Bytes sent by a rank."""
     rows = [["sent by a GPU in a step, GiB", ""]]
     rows += [[name, gib(sent)] for name, sent in estimate.traffic.items() if sent]
-    return table(rows, indent="") if len(rows) > 1 else ["sent by a GPU in a step: nothing"]
+    return text_table(None, rows) if len(rows) > 1 else ["sent by a GPU in a step: nothing"]
 
 
 def time_lines(estimate: Estimate) -> list[str]:
@@ -153,7 +141,7 @@ def time_lines(estimate: Estimate) -> list[str]:
         if seconds > 0.0005 * time.seconds:
             rows.append([name, f"{seconds:,.2f}", f"{seconds / time.seconds:.0%}"])
     rows.append(["total", f"{time.seconds:,.2f}", f"{estimate.tokens_per_s:,.0f} tokens/s per GPU"])
-    lines = table(rows, indent="")
+    lines = text_table(None, rows)
     lines.append(f"binds: {time.binding}: {MEANING.get(time.binding, '')}")
     return lines
 
@@ -174,54 +162,54 @@ def inference_lines(setting: Setting, memories: Sequence[InferenceMemory], hardw
     fullest = max(memory.total_bytes for memory in memories)
     verdict = "fits" if fullest <= limit else "DOES NOT FIT"
     return [
-        *table(rows, indent=""),
+        *text_table(None, rows),
         f"{verdict}: {gib(fullest)} of {hardware.memory_gib:.1f} GiB",
     ]
 
 
-def advice_lines(estimate: Estimate, advice: Advice | None) -> list[str]:
+def advice_lines(estimate: Estimate, variant: Variant | None) -> list[str]:
     """What to change."""
-    if advice is None and estimate.fits:
+    if variant is None and estimate.fits:
         return ["advice: nothing; --search compares other layouts"]
-    if advice is None:
+    if variant is None:
         return ["advice: no small change makes it fit; try --search, more GPUs, or shorter packs"]
-    after = advice.estimate
+    after = variant.estimate
     what = "to make it fit" if not estimate.fits else "to be faster with the memory to spare"
     return [
-        f"advice, {what}: {advice.text}",
+        f"advice, {what}: {variant.text}",
         f"  then {gib(after.fullest.total_bytes)} GiB and {after.time.seconds:,.2f} s a step "
         f"({after.time.seconds / estimate.time.seconds:.2f}x)",
     ]
 
 
-def search_lines(found: Sequence[Advice], config: RunConfig, *, count: int) -> list[str]:
+def search_lines(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[str]:
     """The best layouts."""
-    best = [advice for advice in found if advice.estimate.fits][:count]
+    best = [variant for variant in found if variant.estimate.fits][:count]
     if not best:
         lines = ["no layout fits; those that come nearest:"]
         best = list(found[:count])
     else:
-        fitting = sum(advice.estimate.fits for advice in found)
+        fitting = sum(variant.estimate.fits for variant in found)
         lines = [f"{fitting} splits fit; the fastest {len(best)} by predicted time:"]
-    rows = [["  step s", "tokens/s/GPU", "MFU", "GiB", "binds", "overrides"]]
-    for advice in best:
-        estimate = advice.estimate
+    header = ["step s", "tokens/s/GPU", "MFU", "GiB", "binds", "overrides"]
+    rows = []
+    for variant in best:
+        estimate = variant.estimate
         rows.append(
             [
-                f"  {estimate.time.seconds:,.2f}",
+                f"{estimate.time.seconds:,.2f}",
                 f"{estimate.tokens_per_s:,.0f}",
                 f"{estimate.utilisation(estimate.model_flops):.1%}",
                 gib(estimate.fullest.total_bytes),
                 estimate.time.binding,
-                " ".join(map(override_text, shown_overrides(advice, config))) or "(as it is)",
+                " ".join(map(override_text, shown_overrides(variant, config))) or "(as it is)",
             ]
         )
-    widths = [max(len(row[index]) for row in rows) for index in range(5)]
-    lines += ["  ".join([*(row[i].rjust(widths[i]) for i in range(5)), row[5]]) for row in rows]
+    lines += text_table(header, rows, align=">>>>><", indent="  ")
     return lines
 
 
-def estimate_text(estimate: Estimate, name: str, advice: Advice | None) -> str:
+def estimate_text(estimate: Estimate, name: str, variant: Variant | None) -> str:
     """The whole report."""
     blocks = [
         heading_lines(estimate, name),
@@ -230,6 +218,6 @@ def estimate_text(estimate: Estimate, name: str, advice: Advice | None) -> str:
         compute_lines(estimate),
         traffic_lines(estimate),
         time_lines(estimate),
-        advice_lines(estimate, advice),
+        advice_lines(estimate, variant),
     ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"

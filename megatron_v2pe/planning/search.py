@@ -1,6 +1,6 @@
 """The best layouts of a run on a number of GPUs: every split of the axes, each with the least saving that fits.
 
-    tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, pieces, slices, offload, cheapest first--> fits?
+    tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, MLP chunks, tile slices, offload--> fits?
                                             --> by predicted time
 
 What `config.validate` refuses is left out. Batch, data and frozen parts stay as the run has them.
@@ -16,16 +16,16 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.planning.changes import Advice, Evaluate, Override, changed
+from megatron_v2pe.planning.changes import Evaluate, Override, Variant, changed
 from megatron_v2pe.planning.request.hardware import Hardware
 
 DECODER_SAVINGS: tuple[tuple[Override, ...], ...] = tuple(
     (
         ("model", "recompute", recompute),
-        ("model", "mlp_chunks", chunks),
+        ("model", "mlp_chunks", model_chunks),
         ("model", "offload_activations", offload),
     )
-    for recompute, chunks, offload in (
+    for recompute, model_chunks, offload in (
         ("none", 1, False),
         ("selective", 1, False),
         ("selective", 4, False),
@@ -75,29 +75,29 @@ def splits(arch: InternVLArchitecture, gpus: int, hardware: Hardware) -> Iterato
 
 def search(
     config: RunConfig, arch: InternVLArchitecture, evaluate: Evaluate, *, gpus: int, hardware: Hardware
-) -> list[Advice]:
+) -> list[Variant]:
     """Layouts that fit, the fastest first; where none fits, the ones that come nearest, by what they lack.
 
     Raises:
         ConfigError: no layout is valid for this model, batch and number of GPUs.
     """
-    fitting: list[Advice] = []
-    lacking: list[Advice] = []
+    fitting: list[Variant] = []
+    lacking: list[Variant] = []
     for axes in splits(arch, gpus, hardware):
-        advice = best_savings(config, axes, evaluate)
-        if advice is not None:
-            (fitting if advice.estimate.fits else lacking).append(advice)
+        variant = best_savings(config, axes, evaluate)
+        if variant is not None:
+            (fitting if variant.estimate.fits else lacking).append(variant)
     if not fitting and not lacking:
         raise ConfigError(
             f"--search: no split of {gpus} GPUs is valid for this model with steps of {batch_schedule(config).text} "
             "(optim.global_batch_size); the data parallel size must divide it"
         )
     if not fitting:
-        return sorted(lacking, key=lambda advice: -advice.estimate.room_bytes)
-    return sorted(fitting, key=lambda advice: advice.estimate.time.seconds)
+        return sorted(lacking, key=lambda variant: -variant.estimate.room_bytes)
+    return sorted(fitting, key=lambda variant: variant.estimate.time.seconds)
 
 
-def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:
     """The fastest combination of savings that fits a split, or the smallest one; None for an invalid split.
 
     The largest savings are tried first: where they do not fit, nothing does.
@@ -108,28 +108,28 @@ def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evalua
     best = smallest
     for tower in TOWER_SAVINGS:
         for decoder in DECODER_SAVINGS:
-            advice = _evaluated(config, (*axes, *decoder, *tower), evaluate)
-            if advice is None or not advice.estimate.fits:
+            variant = _evaluated(config, (*axes, *decoder, *tower), evaluate)
+            if variant is None or not variant.estimate.fits:
                 continue
-            if advice.estimate.time.seconds < best.estimate.time.seconds:
-                best = advice
+            if variant.estimate.time.seconds < best.estimate.time.seconds:
+                best = variant
             break  # further savings cost more time
     return best
 
 
-def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Evaluate) -> Advice | None:
+def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:
     try:
-        return Advice(overrides=overrides, estimate=evaluate(changed(config, overrides)))
+        return Variant(overrides=overrides, estimate=evaluate(changed(config, overrides)))
     except ConfigError:
         return None
 
 
-def shown_overrides(advice: Advice, config: RunConfig) -> tuple[Override, ...]:
+def shown_overrides(variant: Variant, config: RunConfig) -> tuple[Override, ...]:
     """Those that differ from the run, and those that differ from the defaults, so that a row says its layout."""
     defaults = RunConfig()
     return tuple(
         (section, key, value)
-        for section, key, value in advice.overrides
+        for section, key, value in variant.overrides
         if getattr(getattr(defaults, section), key) != value
         or getattr(getattr(config, section), key) != value
     )

@@ -13,10 +13,9 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.files import sync_folder, writable_folder, write_atomic
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.memory.parameters import chunk_parameters
-from megatron_v2pe.planning.memory.rank_state import frozen_parts
-from megatron_v2pe.planning.memory.state import is_trained
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.state import frozen_parts, is_trained_name
+from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.preflight.findings import Finding, worst_over_ranks
 
 PROBE_BYTES = 32 * 2**20
@@ -81,9 +80,9 @@ def check_shared(run_dir: str) -> Finding:
 
 def checkpoint_bytes(config: RunConfig, arch: InternVLArchitecture) -> int:
     """Bytes of a checkpoint's tensors: stored weights, and of the trained ones the float32 copy and two moments."""
-    whole = Chunk(num_layers=arch.language.num_layers, is_first=True, is_last=True)
-    parameters = chunk_parameters(arch, ParallelPlan(), whole, config.lora)
-    trained = sum(size for name, size in parameters if is_trained(name, frozen_parts(config)))
+    whole = ModelChunk(num_layers=arch.language.num_layers, is_first=True, is_last=True)
+    parameters = model_chunk_parameters(arch, ParallelPlan(), whole, config.lora)
+    trained = sum(size for name, size in parameters if is_trained_name(name, frozen_parts(config)))
     stored = trained if config.lora.is_on else sum(size for _, size in parameters)
     element_bytes = 2 if config.runtime.dtype == "bfloat16" else 4
     return stored * element_bytes + trained * 12

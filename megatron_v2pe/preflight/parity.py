@@ -14,12 +14,12 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_v2pe.assembly.kernels import choose_modules
+from megatron_v2pe.assembly.backend_modules import choose_modules
 from megatron_v2pe.assembly.mcore_config import DTYPES, language_config, rope_spec
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks
+from megatron_v2pe.parallel.topology import ParallelContext, ParallelPlan
 from megatron_v2pe.parallel.zigzag import shard_indices
 from megatron_v2pe.preflight.findings import Finding
 from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, rope_angles
@@ -32,10 +32,9 @@ SHARES = (1, 3, 2)  # lengths of the documents, in units
 TOKENS = 192  # about; more where many ranks share a document
 
 
-def check_attention(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks
-) -> Finding:
+def check_attention(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> Finding:
     """Largest error of output, dq, dk, dv on this rank. Collective over its context parallel group."""
+    plan, ranks = context.plan, context.ranks
     unit = plan.pad_to_multiple * max(1, TOKENS // (sum(SHARES) * plan.pad_to_multiple))
     lengths = [share * unit for share in SHARES]
     dtype = DTYPES[config.runtime.dtype]
@@ -51,8 +50,7 @@ def check_attention(
         _packed(boundaries, units[index], spec, rope_length=length, device=ranks.device),
         config=config,
         arch=arch,
-        plan=plan,
-        ranks=ranks,
+        context=context,
     )
     angles = rope_angles(units, spec, rope_length=length)
     scale = spec.scaling.attention_factor
@@ -121,18 +119,17 @@ def _ours(
     *,
     config: RunConfig,
     arch: InternVLArchitecture,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    context: ParallelContext,
 ) -> list[Tensor]:
     """Output [l, h, d], dq, dk, dv of the module that training would use."""
     query, key, value = (x.requires_grad_() for x in local[:3])
     attention = choose_modules(config.parallel, dtype=config.runtime.dtype).language_attention(
-        config=language_config(config, arch, plan),
+        config=language_config(config, arch, context.plan),
         layer_number=1,
         attn_mask_type=AttnMaskType.padding_causal,
         attention_type="self",
         cp_comm_type=config.parallel.cp_comm_type,
-        pg_collection=ranks.groups,
+        pg_collection=context.ranks.groups,
     )
     out = attention(
         query, key, value, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=params

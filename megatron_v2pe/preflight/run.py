@@ -13,7 +13,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve, shutdown
 from megatron_v2pe.preflight import disk, inputs, limit, links, machine, parity
 from megatron_v2pe.preflight.findings import Finding, findings_table, guarded, worst_over_ranks, worst_verdict
 
@@ -42,8 +42,8 @@ def preflight(config: RunConfig, *, free_gb: float = 0.0) -> tuple[str, bool]:
     validate(config, arch, world_size)
     machine.check_gpu_count()
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=TIMEOUT_MINUTES)
-    findings = [layout, *_find(config, arch, plan=plan, ranks=ranks, free_gb=free_gb)]
+    context = init_distributed(plan, seed=config.runtime.seed, timeout_minutes=TIMEOUT_MINUTES)
+    findings = [layout, *_find(config, arch, context, free_gb=free_gb)]
     shutdown()
     seconds = time.monotonic() - start
     table = findings_table(findings, ranks=world_size, seconds=seconds)
@@ -66,10 +66,10 @@ def _layout(config: RunConfig) -> tuple[RunConfig, Finding]:
 
 
 def _find(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks, free_gb: float
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, *, free_gb: float
 ) -> list[Finding]:
-    run_dir, device = config.runtime.run_dir, ranks.device
-    estimate = limit.planned(config, arch, device, plan.world_size)
+    run_dir, device, world_size = config.runtime.run_dir, context.ranks.device, context.plan.world_size
+    estimate = limit.planned(config, arch, device, world_size)
     step_seconds = None if estimate is None else estimate.time.seconds
     local = [
         guarded("device", lambda: machine.check_device(device)),
@@ -81,7 +81,7 @@ def _find(
     ]
     findings = [worst_over_ranks(each) for each in local]
     findings += [machine.check_versions(), machine.check_clocks(device), *links.check_links(device)]
-    if plan.world_size > 1:
+    if world_size > 1:
         findings.append(disk.check_shared(run_dir))
-    findings.append(worst_over_ranks(parity.check_attention(config, arch, plan=plan, ranks=ranks)))
+    findings.append(worst_over_ranks(parity.check_attention(config, arch, context)))
     return findings

@@ -1,6 +1,6 @@
 """Finished parts of a run: which samples belong together, and how parts become the final files.
 
-    plan --chunks--> [(path of the part, its samples)] --worker--> unfinished/part-000012.jsonl --join--> KIND.jsonl
+    plan --parts_of--> [(path of the part, its samples)] --worker--> unfinished/part-000012.jsonl --join--> KIND.jsonl
 
 A part has about a million tokens, so an interruption loses little and a thousand short samples cost one file.
 """
@@ -17,8 +17,8 @@ from typing import IO
 
 from megatron_v2pe.config.schema import DataConfig
 from megatron_v2pe.core.files import sync_folder, write_atomic
+from megatron_v2pe.synthesis.document.records import MM_NIAH_TASKS, mm_niah_record
 from megatron_v2pe.synthesis.kinds import SampleSpec
-from megatron_v2pe.synthesis.records import MM_NIAH_TASKS, mm_niah_record
 from megatron_v2pe.synthesis.settings import META, WORK
 
 PART_TOKENS = 2**20
@@ -27,14 +27,14 @@ MM_NIAH = "mm_niah"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class OutputPart:
     """Consecutive samples of one kind and the file that they go to."""
 
     path: Path
     specs: tuple[SampleSpec, ...]
 
 
-def parts_of(specs: Sequence[SampleSpec], out: Path) -> list[Part]:
+def parts_of(specs: Sequence[SampleSpec], out: Path) -> list[OutputPart]:
     """Cut a plan into parts; the same plan is always cut alike."""
     groups: list[list[SampleSpec]] = []
     tokens = 0
@@ -46,12 +46,12 @@ def parts_of(specs: Sequence[SampleSpec], out: Path) -> list[Part]:
         groups[-1].append(spec)
         tokens += spec.tokens
     return [
-        Part(path=out / WORK / f"part-{number:06d}.jsonl", specs=tuple(group))
+        OutputPart(path=out / WORK / f"part-{number:06d}.jsonl", specs=tuple(group))
         for number, group in enumerate(groups)
     ]
 
 
-def join_parts(parts: Iterable[Part], out: Path, *, with_mm_niah: bool, data: DataConfig) -> None:
+def join_parts(parts: Iterable[OutputPart], out: Path, *, with_mm_niah: bool, data: DataConfig) -> None:
     """Write the final files, the meta json last.
 
     Args:
@@ -60,7 +60,7 @@ def join_parts(parts: Iterable[Part], out: Path, *, with_mm_niah: bool, data: Da
         with_mm_niah: also write MM-NIAH files.
         data: tiling that lengths were counted with; it goes into the meta json, so that training tiles alike.
     """
-    by_kind: dict[str, list[Part]] = {}
+    by_kind: dict[str, list[OutputPart]] = {}
     for part in parts:
         by_kind.setdefault(part.specs[0].kind, []).append(part)
     counts: dict[str, int] = {}
@@ -80,14 +80,14 @@ def join_parts(parts: Iterable[Part], out: Path, *, with_mm_niah: bool, data: Da
     write_atomic(out / META, _meta(counts, data))
 
 
-def _lines(parts: Iterable[Part]) -> Iterator[str]:
+def _lines(parts: Iterable[OutputPart]) -> Iterator[str]:
     for part in parts:
         with open(part.path, encoding="utf-8") as file:
             yield from file
 
 
 def _meta(counts: dict[str, int], data: DataConfig) -> str:
-    """The meta json that `data.meta` and `evaluate --data` take; paths in it are relative to it."""
+    """The meta json that `data.meta` and `evaluate --data` read; paths in it are relative to it."""
     entries = {
         f"synthetic-{kind}": {
             "annotation": f"{kind}.jsonl",

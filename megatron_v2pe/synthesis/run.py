@@ -1,9 +1,9 @@
-"""A whole run: read the sources, make what is not there yet in any number of processes, join, say what came of it.
+"""A whole run: read the sources, make what is not there yet in any number of processes, join, report what was made.
 
     sources -> manifest -> parts (workers) -> KIND.jsonl, mm_niah/, meta.json
 
-What a part contains depends on the plan and the sources only, so workers take whichever part is next, and a run that
-was killed goes on with the parts that are missing.
+What a part contains depends on the plan and the sources only, so workers make whichever part is next, and a run that
+was killed continues with the parts that are missing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.data.samples.sample_maker import SampleSettings, sample_settings
-from megatron_v2pe.synthesis.compose import GENERATOR_VERSION, Materials
+from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
+from megatron_v2pe.synthesis.document.compose import GENERATOR_VERSION, Materials
 from megatron_v2pe.synthesis.kinds import plan
 from megatron_v2pe.synthesis.parts import join_parts, parts_of
 from megatron_v2pe.synthesis.settings import LOCK, META, SKIPPED, WORK, SynthesisConfig, claim, open_folder

@@ -32,7 +32,7 @@ class SynthesisConfig:
         kinds: kinds of samples.
         lengths: tokens of samples.
         count: samples of each kind and length.
-        num_depths: bands of depth, taken in turn.
+        num_depths: bands of depth, used in turn.
         split: whose material.
         held_out: share of passages and images that belongs to the evaluation split.
         text_per_image: tokens of text after which a document has an image.
@@ -87,7 +87,7 @@ class SynthesisConfig:
             )
         if self.vqa and not need_vqa:
             raise ConfigError(
-                f"--vqa is {self.vqa!r}, but no Long-VQA kind is asked for; name one, or leave it out"
+                f"--vqa is {self.vqa!r}, but no Long-VQA kind is asked for; name one, or omit it"
             )
 
     def content(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def open_folder(out: Path, content: dict[str, Any]) -> None:
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Leave the manifest, or continue when the folder belongs to the same command and sources.
+    """Write the manifest, or continue when the folder belongs to the same command and sources.
 
     Args:
         out: see `open_folder`.

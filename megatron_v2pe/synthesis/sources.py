@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.synthesis.corpus import Corpus, build_corpus, text_files
-from megatron_v2pe.synthesis.pictures import PoolImage, image_files, inspect_all
+from megatron_v2pe.synthesis.material.corpus import Corpus, build_corpus, text_files
+from megatron_v2pe.synthesis.material.pictures import PoolImage, image_files, inspect_all
+from megatron_v2pe.synthesis.material.vqa import RawQuestion, VqaItem, read_questions
 from megatron_v2pe.synthesis.settings import SynthesisConfig
 from megatron_v2pe.synthesis.split import digest, split_of
-from megatron_v2pe.synthesis.vqa import RawQuestion, VqaItem, read_questions
 
 _log = get_logger(__name__)
 _SHOWN = 3
@@ -60,7 +60,7 @@ def read_sources(config: SynthesisConfig, *, store: Path, max_pixels: int, worke
     files = text_files(Path(config.texts))
     with tqdm(total=len(files), desc="texts", unit="file", disable=None) as bar:
         corpus = build_corpus(files, store=store, held_out=config.held_out, on_file=bar.update)
-    Corpus(store, config.split)  # a split without text is told here and not by every worker
+    Corpus(store, config.split)  # a split without text is an error here and not in every worker
     skipped = dict(corpus.skipped)
     pool: list[PoolImage] = []
     if config.images:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.processes import end_with_parent, worker_context
-from megatron_v2pe.synthesis.compose import Composer, Materials
-from megatron_v2pe.synthesis.parts import Part
-from megatron_v2pe.synthesis.pictures import SERVER_IMPORTS, ImageStore
+from megatron_v2pe.synthesis.document.compose import Composer, Materials
+from megatron_v2pe.synthesis.material.pictures import SERVER_IMPORTS, ImageStore
+from megatron_v2pe.synthesis.parts import OutputPart
 
 _IN_FLIGHT_PER_WORKER = 2
 
@@ -43,7 +43,7 @@ class PartMaker:
         self._store = ImageStore(out)
         self._composer = Composer(materials, self._store)
 
-    def make(self, part: Part, *, on_sample: Callable[[], object]) -> int:
+    def make(self, part: OutputPart, *, on_sample: Callable[[], object]) -> int:
         """Make and write all samples of a part; returns their number.
 
         Args:
@@ -59,7 +59,7 @@ class PartMaker:
         return len(lines)
 
 
-def make_parts(parts: Sequence[Part], materials: Materials, *, out: Path, workers: int) -> None:
+def make_parts(parts: Sequence[OutputPart], materials: Materials, *, out: Path, workers: int) -> None:
     """Make parts, with a progress bar.
 
     Args:
@@ -89,7 +89,9 @@ def make_parts(parts: Sequence[Part], materials: Materials, *, out: Path, worker
                 bar.update(made)
 
 
-def _results(executor: Executor, parts: Sequence[Part], *, in_flight: int, stop: Event) -> Iterator[int]:
+def _results(
+    executor: Executor, parts: Sequence[OutputPart], *, in_flight: int, stop: Event
+) -> Iterator[int]:
     """Numbers of records as parts finish; the first failure stops everything."""
     waiting = list(reversed(parts))
     running: set[Future[int]] = set()
@@ -116,12 +118,12 @@ _stop: Event | None = None
 
 
 def _start_worker(materials: Materials, out: Path, stop: Event) -> None:
-    global _maker, _stop  # noqa: PLW0603
+    global _maker, _stop
     end_with_parent()
     _maker, _stop = PartMaker(materials, out), stop
 
 
-def _make_in_worker(part: Part) -> int:
+def _make_in_worker(part: OutputPart) -> int:
     assert _maker is not None
     return _maker.make(part, on_sample=_raise_if_stopped)
 

@@ -1,6 +1,6 @@
 """What mcore's pipeline schedule calls for each micro batch: cut, run this stage, add the weights up.
 
-    PackedBatch --shard_batch--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
+    PackedBatch --BatchSharder--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
 
 The schedule does not see the weights: it counts in int32. The float weights are summed here and given to mcore's
 gradient finalisation instead of the schedule's count (`finalize`), which divides by their global sum once.
@@ -29,7 +29,7 @@ class MicroBatchRunner:
     """One optimizer step's view of the micro batches.
 
     Attributes:
-        shard: (pack, encodes_tiles) -> this rank's share; see `parallel.shard_batch`.
+        shard: (pack, encodes_tiles) -> this rank's share; `BatchSharder.shard`.
         device: where the weight sum is kept.
         source_names: data sets in the order of `PackedBatch.sources`, whose losses are also added up one by one
             (`by_source`); empty adds up the loss of all only.

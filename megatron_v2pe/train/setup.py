@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
-from megatron_v2pe.batch.packed_batch import LocalBatch
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.load import load_checkpoint
@@ -37,11 +35,18 @@ from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
 from megatron_v2pe.data.validation import ValidationPacks
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.topology import (
+    ParallelContext,
+    ParallelPlan,
+    Ranks,
+    init_distributed,
+    resolve,
+    shutdown,
+)
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
@@ -154,7 +159,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
         startup.done("checks")
-        ranks = stack.enter_context(_world(config, plan))
+        context = stack.enter_context(_world(config, plan))
+        ranks = context.ranks
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
         startup.done("process groups")
@@ -163,18 +169,18 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         logger.info("%s", _introduction(config, arch, plan=plan, resume_from=resume_from))
         resume_from = _verified(config, run_dir, resume_from, ranks=ranks)
         startup.done("checks")
-        trainer = _trainer(config, arch, plan=plan, ranks=ranks, resume_from=resume_from, startup=startup)
+        trainer = _trainer(config, arch, context, resume_from=resume_from, startup=startup)
         saved = _restored(resume_from, trainer, ranks=ranks)
         startup.done("checkpoint")
-        loader = _loader(config, arch, plan=plan, ranks=ranks, start_step=saved.step if saved else 0)
+        loader = _loader(config, arch, context, start_step=saved.step if saved else 0)
         state = _state(config, loader, saved, resume_from)
         if ranks.rank == 0:
             _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
-        shard = _shard(config, plan=plan, ranks=ranks)
+        sharder = _sharder(config, context)
         monitors = stack.enter_context(
             _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
         )
-        validation = _validation(config, arch, shard, monitors, plan=plan, ranks=ranks)
+        validation = _validation(config, arch, sharder, monitors)
         startup.done("data")
         return Run(
             config=config,
@@ -182,7 +188,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(loader, trainer, shard, ranks=ranks),
+            runner=_micro_batch_runner(loader, trainer, sharder),
             validation=validation,
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
@@ -210,7 +216,7 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
 
 
 @contextmanager
-def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[Ranks]:
+def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[ParallelContext]:
     """Process groups of the run. After an error they are left alone: other ranks may be anywhere in theirs."""
     timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
     yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
@@ -257,17 +263,16 @@ def _needs_initial_weights(config: RunConfig, resume_from: Path | None) -> bool:
 def _trainer(
     config: RunConfig,
     arch: InternVLArchitecture,
+    context: ParallelContext,
     *,
-    plan: ParallelPlan,
-    ranks: Ranks,
     resume_from: Path | None,
     startup: StartupTimer,
 ) -> Trainer:
     """Model, weights that no checkpoint of the run will bring, optimizer."""
-    model_chunks = build_model(config, arch, plan=plan, ranks=ranks)
+    model_chunks = build_model(config, arch, context)
     startup.done("model")
     if _needs_initial_weights(config, resume_from):
-        load_initial_weights(model_chunks, config, arch, ranks=ranks)
+        load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
     startup.done("optimizer")
@@ -284,8 +289,9 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
 
 
 def _loader(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, ranks: Ranks, start_step: int
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, *, start_step: int
 ) -> TrainLoader:
+    plan, ranks = context.plan, context.ranks
     return TrainLoader(
         config,
         arch,
@@ -330,50 +336,41 @@ def _record_start(
     append_json(run_dir / "starts.jsonl", {"step": state.step, "world_size": world_size, "time": time.time()})
 
 
-def _shard(config: RunConfig, *, plan: ParallelPlan, ranks: Ranks) -> Callable[..., LocalBatch]:
+def _sharder(config: RunConfig, context: ParallelContext) -> BatchSharder:
     """How a pack becomes this rank's share."""
-    mean, std = NORMALIZATION[config.data.normalize_type]
-    return partial(
-        shard_batch,
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
+    return BatchSharder(
+        context=context,
         dtype=DTYPES[config.runtime.dtype],
-        mean=mean,
-        std=std,
+        norm=NORMALIZATION[config.data.normalize_type],
     )
 
 
-def _micro_batch_runner(
-    loader: TrainLoader, trainer: Trainer, shard: Callable[..., LocalBatch], *, ranks: Ranks
-) -> MicroBatchRunner:
-    runner = MicroBatchRunner(shard=shard, device=ranks.device, source_names=tuple(loader.source_names))
+def _micro_batch_runner(loader: TrainLoader, trainer: Trainer, sharder: BatchSharder) -> MicroBatchRunner:
+    runner = MicroBatchRunner(
+        shard=sharder.shard,
+        device=sharder.context.ranks.device,
+        source_names=tuple(loader.source_names),
+    )
     attach(runner, trainer.wrapped)
     return runner
 
 
 def _validation(
-    config: RunConfig,
-    arch: InternVLArchitecture,
-    shard: Callable[..., LocalBatch],
-    monitors: Monitors,
-    *,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    config: RunConfig, arch: InternVLArchitecture, sharder: BatchSharder, monitors: Monitors
 ) -> Validation:
     """Held-out packs of this rank, and a runner that keeps their groups apart."""
+    plan, ranks = sharder.context.plan, sharder.context.ranks
     packs = None
     if config.data.validation:
-        tile_share = TileShare(
-            rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
-        )
         packs = ValidationPacks(
             config,
             arch,
             hf_folder_of(config),
             dp_rank=ranks.dp_rank,
             dp=plan.dp,
-            tile_share=tile_share,
+            tile_share=TileShare(
+                rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
+            ),
             pad_to_multiple=plan.pad_to_multiple,
             runs_multiple=plan.pp if config.parallel.vpp > 1 else 1,
         )
@@ -383,7 +380,7 @@ def _validation(
         packs=packs,
         every=config.runtime.validate_every,
         last_step=config.optim.steps,
-        runner=MicroBatchRunner(shard=shard, device=ranks.device, source_names=names),
+        runner=MicroBatchRunner(shard=sharder.shard, device=ranks.device, source_names=names),
         ranks=ranks,
         pp=plan.pp,
         on_progress=monitors.keep_alive,

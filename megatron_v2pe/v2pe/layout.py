@@ -53,7 +53,7 @@ class SampleLayout:
         ends = self.image_starts + self.num_tiles * self.tokens_per_tile
         starts_after = np.append(self.image_starts[1:], self.num_tokens)
         if len(ends) and (self.image_starts[0] < 0 or bool((ends > starts_after).any())):
-            raise ValueError(f"image spans overlap or leave the sample of {self.num_tokens} tokens")
+            raise ValueError(f"image spans overlap or exceed the sample of {self.num_tokens} tokens")
 
     @property
     def num_images(self) -> int:
@@ -104,7 +104,7 @@ def text_layout(num_tokens: int, *, tokens_per_tile: int) -> SampleLayout:
 
 
 def blank_layout(num_tokens: int, *, num_tiles: int, tokens_per_tile: int) -> SampleLayout:
-    """Layout of a sample of which nothing but its lengths is known: all its tiles stand at the start, as one image."""
+    """Layout of a sample of which nothing but its lengths is known: all its tiles are at the start, as one image."""
     if not num_tiles:
         return text_layout(num_tokens, tokens_per_tile=tokens_per_tile)
     return SampleLayout(

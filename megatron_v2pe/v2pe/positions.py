@@ -81,7 +81,7 @@ def position_units(layout: PackLayout, ranges: Int64Array | None = None) -> Int6
 
 
 def visual_rows(layout: PackLayout, ranges: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Which tokens of a shard are visual, and which feature row each of them takes.
+    """Which tokens of a shard are visual, and the feature row of each of them.
 
     Feature rows are numbered over the pack: row = tile * tokens_per_tile + offset, with tiles counted
     in order of appearance.

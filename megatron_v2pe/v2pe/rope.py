@@ -34,7 +34,7 @@ class RopeSpec:
         tokens_per_tile: the T of a position unit 1/T.
         precision: `exact` or `reference`.
         fractional: the module may be given positions between integers (V2PE). A module that may not
-            refuses them instead of flooring them, which the release does silently (its defect D6).
+            refuses them instead of flooring them, which the release does silently.
     """
 
     dim: int
@@ -95,7 +95,7 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
             same on every shard.
 
     Raises:
-        ValueError: fractional positions for a module that cannot take them, or a wrong dtype.
+        ValueError: fractional positions for a module without V2PE, or a wrong dtype.
     """
     if position_units.dtype != torch.int64:
         raise ValueError(
@@ -125,7 +125,7 @@ def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tab
         angles: float32 [t, d/2] from `rope_angles`.
         scale: attention factor, multiplies cos and sin (longrope).
         round_tables: round cos and sin to the dtype of `x_thd` first, as the release does in bf16
-            (`rope_precision: reference`; the release's defect D9).
+            (`rope_precision: reference`).
 
     Returns:
         [t, h, d] in the dtype of `x_thd`; computed in float32 (float64 for float64 input).

@@ -2,24 +2,17 @@
 
 The paper trains with delta drawn per image from {1, 1/2, ..., 1/256} (release: `v2pe_rnd`), and picks one
 delta at inference. A draw depends on (seed, epoch, sample id) only, so it is the same on every rank and in
-every loader worker, and a resumed run repeats it; the release draws from global state (its defect D13).
+every loader worker, and a resumed run repeats it; the release draws from global state, so ranks and restarts differ.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
 
 import numpy as np
 
+from megatron_v2pe.config.position_modes import PositionMode
 from megatron_v2pe.v2pe.layout import Int64Array
-
-PositionMode = Literal["default", "v2pe_fixed", "v2pe_random"]
-RELEASE_MODE_NAMES: dict[str, PositionMode] = {
-    "default": "default",
-    "v2pe_fix": "v2pe_fixed",
-    "v2pe_rnd": "v2pe_random",
-}
 
 
 def stride_choices(tokens_per_tile: int) -> Int64Array:

@@ -10,14 +10,14 @@ ROOT = Path(__file__).parents[2]
 FORBIDDEN = {
     r"behind": "after (time), or what is meant",
     r"told": "reported, given, named",
-    r"tells?": "says, shows, reports",
+    r"(?<!def )(?<!\.)tells?(?! <image>)": "says, shows, reports",  # not file.tell(), not "Tell <image>" of a test
     r"gone on with": "continued",
     r"go(?:es|ing)? on(?: with)?(?! (?:a|the) (?:GPU|CPU|machine))": "continue",
     r"settled?s?": "mask_damaged, record, merge",
     r"dealt": "assigned",
     r"leave it away": "omit",
     r"stands": "is",
-    r"colou?rs?(?<!color)(?<!colors)": "color",
+    r"colou?rs?(?<!color)(?<!colors)(?! is the signal flag)": "color",  # a stored question of `synthesize`
     r"standing_place|Homeward|Carrier": "locate_stall, GradReturn, KVTransport",
     r"first_word|num_words": "vocab_start_index, vocab_size",
     r"(?:tp|cp|pp|dp)_size": "tp, cp, pp, dp",

@@ -87,8 +87,9 @@ def resave(rank, world_size, checkpoint, target, sizes):
 
     config = RunConfig(parallel=ParallelConfig(**sizes), runtime=RuntimeConfig(dtype="float32"))
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    context = init_distributed(plan, seed=1, timeout_minutes=1)
+    ranks = context.ranks
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), context)
     load_model_weights(checkpoint, model_chunks, ranks=ranks)
     folder = tmp = Path(target)
     on_first_rank(lambda: state_path(tmp).mkdir(parents=True))

@@ -26,7 +26,7 @@ def masked(rank, world_size, folder, sizes, share):
     from megatron_v2pe.train.guards.damaged import DamagedSamples
 
     plan = ParallelPlan(**sizes)
-    ranks = init_distributed(plan, seed=0, timeout_minutes=1)
+    ranks = init_distributed(plan, seed=0, timeout_minutes=1).ranks
     mixture = Mixture(Path(folder))
     loader = mixture.loader(
         mixture.config(steps=2, batch=2, max_pack_tokens=256, max_sample_tokens=256, max_bad_samples=share),

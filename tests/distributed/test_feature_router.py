@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.batch.packed_batch import tile_share
 from megatron_v2pe.parallel.topology import ParallelPlan
 from tests.support.packs import TOKENS_PER_TILE, layout_of
 from tests.support.spawn import run_ranks
@@ -36,14 +36,16 @@ def route_case(rank, plan, name):
     import torch.distributed as dist
 
     from megatron_v2pe.parallel.feature_router import FeatureRouter, feature_route, owned_rows
+    from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks
 
     layout = layout_of(DOCUMENTS[name], pad_to_multiple=plan.pad_to_multiple)
-    route = feature_route(layout, plan=plan, tile_rank=rank, device=torch.device("cpu"))
-    start, stop = deal_tiles(layout.num_tiles, 2, rank)
+    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+    route = feature_route(layout, shards, plan=plan, tile_rank=rank, device=torch.device("cpu"))
+    start, stop = tile_share(layout.num_tiles, 2, rank)
     mine = slice(start * TOKENS_PER_TILE, stop * TOKENS_PER_TILE)
     local = features_of(layout)[mine].requires_grad_()
     rows = FeatureRouter(dist.group.WORLD)(local, route)
-    _, wanted = owned_rows(layout, plan, rank)
+    _, wanted = owned_rows(layout, shards, plan=plan)[rank]
     assert torch.equal(rows, features_of(layout)[wanted])
     assert rows.requires_grad  # also with zero rows, or the backward collective would miss this rank
     (rows * weights_of(layout)[wanted]).sum().backward()
@@ -64,12 +66,14 @@ def test_rows_and_gradients_equal_direct_indexing():
 
 def test_a_group_of_one_needs_no_communication():
     from megatron_v2pe.parallel.feature_router import FeatureRouter, feature_route
+    from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks
 
     class Alone:
         def size(self):
             return 1
 
     layout = layout_of(DOCUMENTS["odd number of tiles"], pad_to_multiple=1)
-    route = feature_route(layout, plan=ParallelPlan(), tile_rank=0, device=torch.device("cpu"))
+    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=1)
+    route = feature_route(layout, shards, plan=ParallelPlan(), tile_rank=0, device=torch.device("cpu"))
     features = features_of(layout)
     assert torch.equal(FeatureRouter(Alone())(features, route), features)

@@ -90,8 +90,6 @@ def answers(rank, world_size, checkpoints, layouts):
                 engine = Engine.load(
                     checkpoint,
                     mode="v2pe_fixed" if stride else "default",
-                    mean=(0.0, 0.0, 0.0),
-                    std=(1.0, 1.0, 1.0),
                     parallel=ParallelConfig(**layout, pipeline_layout=stages),
                 )
                 prompt = make_prompt(arch, stride)

@@ -33,9 +33,10 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
 
     config = RunConfig(parallel=ParallelConfig(**sizes), runtime=RuntimeConfig(dtype=dtype))
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=2)
+    context = init_distributed(plan, seed=1, timeout_minutes=2)
+    ranks = context.ranks
     arch = read_architecture(hf_path(checkpoint))
-    imported, direct = (build_model(config, arch, plan=plan, ranks=ranks) for _ in range(2))
+    imported, direct = (build_model(config, arch, context) for _ in range(2))
     for model_chunk in [*imported, *direct]:
         for parameter in model_chunk.parameters():
             parameter.data.fill_(float("nan"))

@@ -162,7 +162,7 @@ FIRST_VALUES = {
 
 
 def draw(rank, world_size, sizes):
-    """Adapters that a rank starts from, as pieces; the tower has five heads, which two ranks pad to six."""
+    """Adapters that a rank starts from, as slices; the tower has five heads, which two ranks pad to six."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.checkpoint.adapters.weights import draw_adapters
 
@@ -171,10 +171,11 @@ def draw(rank, world_size, sizes):
     found = {}
     for name, parallel in sizes.items():
         layout = Layout(parallel, INTERNLM2)
-        plan, ranks = parity.join(layout, world_size)
-        chunks = build_model(layout.config(SPREAD), arch, plan=plan, ranks=ranks)
-        draw_adapters(chunks, lora=EVERYWHERE, arch=arch, seed=7, ranks=ranks)
-        found[name] = [piece for piece in whole.pieces(chunks, ranks) if ".lora." in piece[0]]
+        context = parity.join(layout, world_size)
+        ranks = context.ranks
+        model_chunks = build_model(layout.config(SPREAD), arch, context)
+        draw_adapters(model_chunks, lora=EVERYWHERE, arch=arch, seed=7, ranks=ranks)
+        found[name] = [held for held in whole.slices_of(model_chunks, ranks) if ".lora." in held[0]]
     return found
 
 
@@ -189,8 +190,8 @@ def test_every_layout_starts_from_the_same_adapters():
     assert all(data.any() == key.endswith("lora_A") for key, data in wholes.items())
     held = dict.fromkeys(wholes, 0)
     for found in by_world[2]:
-        for pieces in found.values():
-            for key, slices, _, data in pieces:
+        for tensors in found.values():
+            for key, slices, _, data in tensors:
                 real = wholes[key][slices]
                 inside = data[tuple(slice(size) for size in real.shape)]
                 assert torch.equal(inside, real), key
@@ -200,11 +201,10 @@ def test_every_layout_starts_from_the_same_adapters():
 
 
 def train_with_dropout(rank, world_size, layouts):
-    """What each rank holds after two updates, as pieces."""
+    """What each rank holds after two updates, as slices."""
     found = {}
     for name, layout in layouts.items():
-        plan, ranks = parity.join(layout, world_size)
-        found[name] = parity.two_steps(layout, SPREAD, plan=plan, ranks=ranks)
+        found[name] = parity.two_steps(layout, SPREAD, parity.join(layout, world_size))
     return {name: (outcome.losses, outcome.weights[-1]) for name, outcome in found.items()}
 
 
@@ -217,9 +217,9 @@ def test_dropout_keeps_copies_equal_and_changes_the_loss():
     layouts["recomputed"] = Layout(sizes["tp2 sp"], dropout, recompute="full")
     layouts["plain"] = Layout(sizes["tp2"], plain)
     first, second = run_ranks(train_with_dropout, 2, layouts, timeout=120)
-    for name, (losses, pieces) in first.items():
+    for name, (losses, tensors) in first.items():
         other = {(key, str(slices)): data for key, slices, _, data in second[name][1]}
-        copies = [(key, data, other.get((key, str(slices)))) for key, slices, _, data in pieces]
+        copies = [(key, data, other.get((key, str(slices)))) for key, slices, _, data in tensors]
         compared = [key for key, data, copy in copies if copy is not None]
         assert [key for key, data, copy in copies if copy is not None and not torch.equal(data, copy)] == []
         assert any(".lora." in key for key in compared)

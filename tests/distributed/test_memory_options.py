@@ -2,7 +2,7 @@
 
 Two context parallel ranks encode 3 and 2 tiles (and, in a second pack, 1 and 0), so that slices differ in number.
 Everything is compared with the run that keeps all activations. float32; recomputation repeats the same operations,
-so only sums over slices and pieces are in another order: 2e-5 of a parameter's largest gradient.
+so only sums over slices, MLP chunks and loss chunks are in another order: 2e-5 of a parameter's largest gradient.
 """
 
 import collections
@@ -49,8 +49,8 @@ VARIANTS = {
     "selective": dict(model=ModelConfig(recompute="selective")),
     "full": dict(model=ModelConfig(recompute="full")),
     "full, offloaded": dict(model=ModelConfig(recompute="full")),
-    "selective in pieces": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
-    "full in pieces": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
+    "selective, MLP chunks": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
+    "full, MLP chunks": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
     "loss chunks": dict(model=ModelConfig(loss_chunk_tokens=5)),
     "vision selective": dict(vision=VisionConfig(recompute="selective")),
     "vision full": dict(vision=VisionConfig(recompute="full")),
@@ -76,12 +76,12 @@ VARIANTS = {
 
 def batches(tile_rank, tile_ranks, pad_to_multiple):
     """The packs with tiles of noise, of which a rank has its share."""
-    from megatron_v2pe.batch.packed_batch import deal_tiles
+    from megatron_v2pe.batch.packed_batch import tile_share
 
     found = []
     for number, documents in enumerate(PACKS):
         layout = layout_of(documents, pad_to_multiple=pad_to_multiple)
-        share = deal_tiles(layout.num_tiles, tile_ranks, tile_rank)
+        share = tile_share(layout.num_tiles, tile_ranks, tile_rank)
         pixels = np.random.default_rng(number).integers(0, 256, (layout.num_tiles, 3, 56, 56), dtype=np.uint8)
         batch = batch_of(layout, tile_range=share, tile_size=56)
         found.append(dataclasses.replace(batch, tiles=pixels[slice(*share)]))
@@ -115,38 +115,33 @@ class Kept:
         self.now -= 0 if self.users[place] else size
 
 
-def one_pass(config, plan, ranks, *, patch=None):
+def one_pass(config, context, *, patch=None):
     """One forward and backward pass; see `Pass`."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.assembly.optimizer import wrap_data_parallel
     from megatron_v2pe.assembly.schedule import run_schedule
-    from megatron_v2pe.parallel.shard_batch import shard_batch
+    from megatron_v2pe.batch.pixel_norm import PixelNorm
+    from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 
-    chunks = build_model(config, ARCH, plan=plan, ranks=ranks)
+    plan, ranks = context.plan, context.ranks
+    (model,) = build_model(config, ARCH, context)
     rows = {
-        "mlp": largest_input(chunks[0].language.decoder.layers[0].mlp.linear_fc1),
-        "tiles": largest_input(chunks[0].vision.patch_embedding),
+        "mlp": largest_input(model.language.decoder.layers[0].mlp.linear_fc1),
+        "tiles": largest_input(model.vision.patch_embedding),
     }
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in sorted(chunks[0].named_parameters()):
+        for name, parameter in sorted(model.named_parameters()):
             is_norm = name.endswith("norm.weight")
             parameter.normal_(1.0 if is_norm else 0.0, 0.08, generator=generator)
-    wrapped = wrap_data_parallel(chunks, config, shard_gradients=False)
+    wrapped = wrap_data_parallel([model], config, shard_gradients=False)
     wrapped[0].train()
     if patch is not None:
-        patch(chunks[0])
-    shard = functools.partial(
-        shard_batch,
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
-        dtype=torch.float32,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    )
-    runner = MicroBatchRunner(shard=shard, device=ranks.device)
+        patch(model)
+    norm = PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    sharder = BatchSharder(context=context, dtype=torch.float32, norm=norm)
+    runner = MicroBatchRunner(shard=sharder.shard, device=ranks.device)
     attach(runner, wrapped)
     torch.manual_seed(11)
     kept = Kept()
@@ -155,7 +150,7 @@ def one_pass(config, plan, ranks, *, patch=None):
         loss = run_schedule(wrapped, runner.forward_step, packs)
     gradients = {
         name: parameter.main_grad.clone()
-        for name, parameter in chunks[0].named_parameters()
+        for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
     return Pass([float(part["loss_sum"]) for part in loss], gradients, kept.peak, rows)
@@ -180,7 +175,7 @@ def largest_input(module):
 
 def keep_slices(model):
     """Slices as they are, without recomputation: what `recomputed` must agree with."""
-    model._slice_features = model._features
+    model._recomputed_features = model._features
 
 
 def offload(model):
@@ -199,11 +194,11 @@ def all_variants(rank, world_size):
 
     parallel = ParallelConfig(cp=world_size)
     plan = resolve(parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=1)
+    context = init_distributed(plan, seed=1, timeout_minutes=1)
     base = RunConfig(parallel=parallel, runtime=RuntimeConfig(dtype="float32"))
     results, gradients = {}, {}
     for name, sections in {"base": {}, **VARIANTS}.items():
-        done = one_pass(dataclasses.replace(base, **sections), plan, ranks, patch=PATCHES.get(name))
+        done = one_pass(dataclasses.replace(base, **sections), context, patch=PATCHES.get(name))
         gradients[name] = done.gradients
         error = worst(done.gradients, gradients[REFERENCES.get(name, "base")])
         results[name] = dataclasses.replace(done, gradients=error)
@@ -265,5 +260,5 @@ def test_parts_are_given_what_was_asked_for(results):
     assert [rank["slices of 2"].rows["tiles"][0] for rank in results] == [2, 2]
     assert [rank["slices of 1"].rows["tiles"][0] for rank in results] == [1, 1]
     whole = results[0]["base"].rows["mlp"][0]
-    for name in ("selective in pieces", "full in pieces"):
+    for name in ("selective, MLP chunks", "full, MLP chunks"):
         assert results[0][name].rows["mlp"][0] == -(-whole // 3)

@@ -1,4 +1,4 @@
-"""`verify --numerics`: every family at tp 2, pp 2, cp 2 against the plain PyTorch model, stage by stage."""
+"""`verify-numerics`: every family at tp 2, pp 2, cp 2 against the plain PyTorch model, stage by stage."""
 
 import json
 from pathlib import Path
@@ -26,10 +26,8 @@ LAYOUTS = {
 NUM_STAGES = 10  # 2 vision and 2 decoder layers: 4 of the tower, projector, input, 2, norm, logits
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def imported_families(root):
     """(Hugging Face folder, checkpoint) of each family; random weights where the golden folder has none."""
-    root = tmp_path_factory.mktemp("numerics")
     found = []
     for key in KEYS:
         source = CKPT / key
@@ -47,6 +45,11 @@ def folders(tmp_path_factory):
         import_hf(source, root / key)
         found.append((source, root / key))
     return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return imported_families(tmp_path_factory.mktemp("numerics"))
 
 
 def compare_all(rank, world_size, folders, layouts, stride):

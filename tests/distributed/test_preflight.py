@@ -70,10 +70,10 @@ def attention_finding(rank, world_size, checkpoint, swaps):
     overrides = [f"model.checkpoint={checkpoint}", "parallel.cp=2", "runtime.dtype=float32"]
     config = load_run_config(None, overrides)
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(plan, seed=0)
     if swaps:
-        ranks = replace(ranks, cp_rank=1 - ranks.cp_rank)
-    return parity.check_attention(config, inputs.read_model(config), plan=plan, ranks=ranks).verdict
+        context = replace(context, ranks=replace(context.ranks, cp_rank=1 - context.ranks.cp_rank))
+    return parity.check_attention(config, inputs.read_model(config), context).verdict
 
 
 def test_attention_over_wrong_shards_is_found(config):

@@ -24,7 +24,7 @@ def outcomes(rank, world_size, run_dir):
     from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
     from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed, shutdown
 
-    ranks = init_distributed(ParallelPlan(dp=world_size), seed=1, timeout_minutes=1)
+    ranks = init_distributed(ParallelPlan(dp=world_size), seed=1, timeout_minutes=1).ranks
 
     def attempt(act):
         try:

@@ -15,7 +15,7 @@ def places(rank, world_size, sizes):
     found = []
     for size in sizes:
         plan = ParallelPlan(**size)
-        ranks = init_distributed(plan, seed=0, timeout_minutes=1)
+        ranks = init_distributed(plan, seed=0, timeout_minutes=1).ranks
         members = {
             name: dist.get_process_group_ranks(getattr(ranks.groups, name))
             for name in ("tp", "cp", "pp", "dp", "tp_cp", "dp_cp", "tp_dp_cp")

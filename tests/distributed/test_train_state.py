@@ -49,8 +49,9 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
         runtime=RuntimeConfig(dtype=dtype),
     )
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    context = init_distributed(plan, seed=1, timeout_minutes=1)
+    ranks = context.ranks
+    model_chunks = build_model(config, read_architecture(hf_path(checkpoint)), context)
     newest = newest_checkpoint(run_dir)
     if newest is None:
         load_model_weights(checkpoint, model_chunks, ranks=ranks)
@@ -234,8 +235,9 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
 
     config = RunConfig(parallel=ParallelConfig(**sizes), runtime=RuntimeConfig(dtype="float32"))
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    (model,) = build_model(config, read_architecture(hf_path(checkpoint)), plan=plan, ranks=ranks)
+    context = init_distributed(plan, seed=1, timeout_minutes=1)
+    ranks = context.ranks
+    (model,) = build_model(config, read_architecture(hf_path(checkpoint)), context)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     load_model_weights(checkpoint, [model], ranks=ranks)
@@ -274,8 +276,9 @@ def load_expecting_refusal(rank, world_size, mine, other):
 
     config = RunConfig(parallel=ParallelConfig(pp=world_size))
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=1, timeout_minutes=1)
-    model_chunks = build_model(config, read_architecture(hf_path(mine)), plan=plan, ranks=ranks)
+    context = init_distributed(plan, seed=1, timeout_minutes=1)
+    ranks = context.ranks
+    model_chunks = build_model(config, read_architecture(hf_path(mine)), context)
     try:
         load_model_weights(other, model_chunks, ranks=ranks)
     except CheckpointError as error:

@@ -45,11 +45,11 @@ def test_other_data_and_another_model_need_a_flag_each(config, tmp_path):
     code, log = again(config)
     assert code == 2
     assert "data set tiny: content: " in log
-    assert "checkpoint.allow_changed_data=true to" in log
+    assert "checkpoint.allow_changed_data=true to continue with step 3" in log
     assert "Traceback" not in log
     code, log = again(config, "checkpoint.allow_changed_data=true")
     assert code == 0, log
-    assert "with step 3 of the new plan" in log
+    assert "continuing with step 3 of the new plan" in log
     assert "changed since the last start: optim.steps: 2 -> 4" in log
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

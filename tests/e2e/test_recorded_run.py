@@ -11,8 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from megatron_v2pe.checkpoint.convert.convert import import_hf
 
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.retention import step_path
 from megatron_v2pe.checkpoint.run_state import RunState

@@ -16,9 +16,9 @@ from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.data.media.images import NORMALIZATION
+from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.records import Turn
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import build_prompt
 from megatron_v2pe.parallel.topology import shutdown
@@ -115,8 +115,7 @@ def logits(checkpoint, image):
     settings = sample_settings(RunConfig(), arch, hf_path(checkpoint))
     turns = [Turn(role="human", value="What is on the page?")]
     prompt = build_prompt(turns, [str(image)], settings=settings, stride=4)
-    mean, std = NORMALIZATION["imagenet"]
-    engine = Engine.load(checkpoint, mode="v2pe_fixed", mean=mean, std=std)
+    engine = Engine.load(checkpoint, mode="v2pe_fixed", norm=NORMALIZATION["imagenet"])
     steps = list(engine.stream(prompt, max_new_tokens=3, stop_ids=()))
     shutdown()
     return torch.stack([step.logits for step in steps])
@@ -127,7 +126,7 @@ def test_merged_weights_answer_like_adapters(setup, tmp_path, capsys):
     root, _, _ = setup
     adapters, image = step_path(root / "run", 5), root / "data" / "0.png"
     assert main(["export-hf", str(adapters), str(tmp_path / "hf")]) == 0
-    assert main(["verify", str(tmp_path / "hf"), str(adapters), "--numerics"]) == 0
+    assert main(["verify-numerics", str(tmp_path / "hf"), str(adapters)]) == 0
     import_hf(tmp_path / "hf", tmp_path / "merged")
     one, other, base = (logits(path, image) for path in (adapters, tmp_path / "merged", root / "base"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -228,7 +227,7 @@ def test_a_base_that_is_gone_or_another_is_reported(setup, tmp_path, capsys):
         assert main([str(argument) for argument in export]) == 0
         info = tmp_path / "base" / "checkpoint.json"
         info.write_text(info.read_text() + "\n")
-        assert "is another checkpoint" in refused(capsys, *export, "--force")
+        assert "another checkpoint is there now" in refused(capsys, *export, "--force")
     finally:
         (root / "elsewhere").rename(root / "base")
     (adapters / RECORD_FILE).write_text("{}")

@@ -96,7 +96,7 @@ def test_a_folder_without_a_group_gives_no_rows_for_it(copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "model_only", "words"),
+    ("name", "model_only", "message"),
     [
         ("position", False, "--group is 'position', known groups are positions, rope"),
         ("tiling", False, "holds no cases to run"),
@@ -104,8 +104,8 @@ def test_a_folder_without_a_group_gives_no_rows_for_it(copy):
         (None, True, "holds no cases to run"),
     ],
 )
-def test_refused_selections(copy, name, model_only, words):
-    with pytest.raises(ConfigError, match=words):
+def test_refused_selections(copy, name, model_only, message):
+    with pytest.raises(ConfigError, match=message):
         select_groups(copy, name=name, model_only=model_only)
 
 
@@ -133,7 +133,7 @@ def test_command_line_refuses(copy, capsys):
     assert main(["check-golden", str(copy / "none")]) == 2
     assert "none is not a folder" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--tp", "0"]) == 2
-    assert "parallel.tp is 0, but must be at least 1" in capsys.readouterr().err
+    assert "--tp is 0, but must be at least 1" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--sp"]) == 2
     assert "parallel.sequence_parallel" in capsys.readouterr().err
     assert main(["check-golden", str(copy), "--family", "z"]) == 2

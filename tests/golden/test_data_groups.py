@@ -1,7 +1,9 @@
 """Groups text, tiling and packing: one altered number of the expected values fails, and only there."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,51 +13,154 @@ from megatron_v2pe.verification.golden.runner import run_groups, select_groups
 FOLDER = Path(__file__).parent
 
 
-def alter(case, path, value):
-    *keys, last = path
-    for key in keys:
-        case = case[key]
-    case[last] = value(case[last])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alteration:
+    """One number of one expected case.
+
+    Attributes:
+        file: json file of cases.
+        case: fields that only this case has with these values; a case that is a list has the file's columns.
+        path: keys from the case to the number.
+        change: old number to new.
+        quantity: what has to fail.
+    """
+
+    file: str
+    case: dict
+    path: tuple
+    change: Callable
+    quantity: str
+
+    @property
+    def group(self):
+        return "packing" if self.file == "text/dataset_items.json" else self.file.partition("/")[0]
+
+    def __str__(self):
+        return "-".join([self.file, *map(str, self.case.values()), self.quantity])
+
+    def apply(self, folder):
+        values = json.loads((folder / self.file).read_text())
+        (case,) = [case for case in values["cases"] if self._is_meant(case, values.get("columns"))]
+        *keys, last = self.path
+        for key in keys:
+            case = case[key]
+        if isinstance(case, list) and isinstance(last, str):
+            last = values["columns"].index(last)
+        case[last] = self.change(case[last])
+        (folder / self.file).write_text(json.dumps(values))
+
+    def _is_meant(self, case, columns):
+        fields = dict(zip(columns, case, strict=True)) if isinstance(case, list) else case
+        return all(_field(fields, name) == value for name, value in self.case.items())
+
+
+def _field(fields, name):
+    """Value of a dotted name, None where a part of it is missing."""
+    for key in name.split("."):
+        fields = fields.get(key) if fields is not None else None
+    return fields
+
+
+def plus_one(old):
+    return old + 1
+
+
+GRID = {"width": 896, "height": 448, "setting_index": 0}
+OLD_MILL = {"ckpt": "a_internlm2_vit300m", "text": "The river runs past the old mill"}
+ITEM = {"ckpt": "a_internlm2_vit300m", "version": "v2pe_fix", "item.image": "image_1.png"}
+
+
+def conversation(ckpt):
+    return {"ckpt": ckpt, "record": "single_image_prefix", "pad_to_max_length": False}
+
+
+def pixels(**fields):
+    return {"image": "image_0.png", "normalize": "imagenet", **fields}
 
 
 ALTERATIONS = [
-    ("tiling", "tiling/grids.json", ("cases", 5, 3), lambda old: old + 1, "grid"),
-    ("tiling", "tiling/pixels.json", ("cases", 0, "sha256_float32"), lambda _: "0" * 64, "sha256"),
-    (
-        "tiling",
-        "tiling/pixels.json",
-        ("cases", 8, "mean_per_tile_channel", 0, 0),
-        lambda x: x + 1,
-        "mean_and_std",
+    Alteration(file="tiling/grids.json", case=GRID, path=("grid_cols",), change=plus_one, quantity="grid"),
+    Alteration(
+        file="tiling/pixels.json",
+        case=pixels(image_size=56),
+        path=("sha256_float32",),
+        change=lambda _: "0" * 64,
+        quantity="sha256",
     ),
-    (
-        "text",
-        "text/tokenizer.json",
-        ("cases", 7, "ids_with_special", 3),
-        lambda old: old + 1,
-        "ids_with_special",
+    Alteration(
+        file="tiling/pixels.json",
+        case=pixels(image_size=448),
+        path=("mean_per_tile_channel", 0, 0),
+        change=plus_one,
+        quantity="mean_and_std",
     ),
-    ("text", "text/tokenizer.json", ("cases", 7, "decoded"), lambda old: old + " ", "decoded"),
-    ("text", "text/conversations.json", ("cases", 1, "input_ids", 9), lambda old: old + 1, "tokens"),
-    ("text", "text/conversations.json", ("cases", 1, "label_spans", 0, 1), lambda old: old - 1, "labels"),
+    Alteration(
+        file="text/tokenizer.json",
+        case=OLD_MILL,
+        path=("ids_with_special", 3),
+        change=plus_one,
+        quantity="ids_with_special",
+    ),
     *(
-        (
-            "text",
-            "text/conversations.json",
-            ("cases", number, "label_spans", 0, 0),
-            lambda old: old + 1,
-            "labels",
+        Alteration(
+            file="text/tokenizer.json",
+            case=case,
+            path=("decoded",),
+            change=lambda old: old + " ",
+            quantity="decoded",
         )
-        for number in (43, 61, 79)  # Hermes-2 twice, phi3-chat
+        for case in (
+            OLD_MILL,
+            {"ckpt": "c_qwen2_vit300m", "text": " <img> "},
+            {"ckpt": "d_llama_vit6b", "text": " <img> "},  # Llama as in Yi
+            {"ckpt": "e_phi3_vit300m", "text": " <img> "},  # Llama as in Phi-3
+        )
+    ),
+    Alteration(
+        file="text/conversations.json",
+        case=conversation("a_internlm2_vit300m"),
+        path=("input_ids", 9),
+        change=plus_one,
+        quantity="tokens",
     ),
     *(
-        ("text", "text/tokenizer.json", ("cases", number, "decoded"), lambda old: old + " ", "decoded")
-        for number in (120, 170, 220)  # Qwen2, Llama as in Yi, Llama as in Phi-3
+        Alteration(
+            file="text/conversations.json",
+            case=conversation(ckpt),
+            path=("label_spans", 0, 0),
+            change=plus_one,
+            quantity="labels",
+        )
+        for ckpt in ("a_internlm2_vit300m", "c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
     ),
-    ("packing", "packing/packs.json", ("cases", 0, "packs", 3, "tokens"), lambda old: old + 1, "packs"),
-    ("packing", "text/dataset_items.json", ("cases", 7, "position_runs", 1, 0), lambda x: x + 1, "positions"),
-    ("packing", "text/dataset_items.json", ("cases", 7, "label_spans", 0, 0), lambda x: x + 1, "labels"),
-    ("packing", "text/dataset_items.json", ("cases", 7, "image_flags", 0), lambda _: 0, "num_tiles"),
+    Alteration(
+        file="packing/packs.json",
+        case={"name": "basic"},
+        path=("packs", 3, "tokens"),
+        change=plus_one,
+        quantity="packs",
+    ),
+    Alteration(
+        file="text/dataset_items.json",
+        case=ITEM,
+        path=("position_runs", 1, 0),
+        change=plus_one,
+        quantity="positions",
+    ),
+    Alteration(
+        file="text/dataset_items.json",
+        case=ITEM,
+        path=("label_spans", 0, 0),
+        change=plus_one,
+        quantity="labels",
+    ),
+    Alteration(
+        file="text/dataset_items.json",
+        case=ITEM,
+        path=("image_flags", 0),
+        change=lambda _: 0,
+        quantity="num_tiles",
+    ),
 ]
 
 
@@ -71,18 +176,12 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("group", "file", "path", "value", "quantity"),
-    ALTERATIONS,
-    ids=[f"{row[1]}-{row[4]}-{row[2][1]}" for row in ALTERATIONS],
-)
-def test_one_altered_number_fails(copy, group, file, path, value, quantity):
-    values = json.loads((copy / file).read_text())
-    alter(values, path, value)
-    (copy / file).write_text(json.dumps(values))
-    groups = select_groups(copy, name=group, model_only=False)
+@pytest.mark.parametrize("alteration", ALTERATIONS, ids=str)
+def test_one_altered_number_fails(copy, alteration):
+    alteration.apply(copy)
+    groups = select_groups(copy, name=alteration.group, model_only=False)
     failed = [row for row in run_groups(copy, groups, family=None) if row.status == "fail"]
-    assert quantity in {row.quantity for row in failed}
+    assert alteration.quantity in {row.quantity for row in failed}
     assert len({row.name for row in failed}) == 1
 
 

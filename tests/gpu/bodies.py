@@ -31,11 +31,9 @@ def te_attention(rank, world_size, port, cases):
     start(rank, world_size, port)
     from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed
 
-    plan = ParallelPlan(cp=world_size)
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(ParallelPlan(cp=world_size), seed=0)
     return [
-        te_bodies.adapter_errors(plan, ranks, documents, comm, False, torch.bfloat16)
-        for documents, comm in cases
+        te_bodies.adapter_errors(context, documents, comm, False, torch.bfloat16) for documents, comm in cases
     ]
 
 
@@ -47,21 +45,21 @@ def native_attention(rank, world_size, port, cases):
     start(rank, world_size, port)
     from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed
 
-    ranks = init_distributed(ParallelPlan(cp=world_size), seed=0)
+    ranks = init_distributed(ParallelPlan(cp=world_size), seed=0).ranks
     return [native_errors(rank, world_size, ranks, *case) for case in cases]
 
 
 def native_errors(rank, world_size, ranks, comm, lengths, heads, key_heads, dtype):
     import numpy as np
 
-    from megatron_v2pe.parallel.attention.context import context_attention
+    from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention
     from megatron_v2pe.parallel.zigzag import shard_indices
 
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     index = torch.from_numpy(shard_indices(boundaries, cp=world_size, cp_rank=rank))
     local = [x[index].to(ranks.device) for x in inputs(lengths, heads, key_heads, dtype)]
     leaves = [x.requires_grad_() for x in local[:3]]
-    out = context_attention(comm)(
+    out = context_parallel_attention(comm)(
         *leaves,
         lengths=[length // world_size for length in lengths],
         scale=leaves[0].shape[-1] ** -0.5,
@@ -90,18 +88,18 @@ def distances(world_size, layout):
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     plan = resolve(ParallelConfig(**layout), world_size)
-    ranks = init_distributed(plan, seed=0)
-    exact = result(NATIVE, layout, plan, ranks, "float32")
+    context = init_distributed(plan, seed=0)
+    exact = result(NATIVE, layout, context, "float32")
     return {
-        backend: distance(result(backend, layout, plan, ranks, "bfloat16"), exact) for backend in (TE, NATIVE)
+        backend: distance(result(backend, layout, context, "bfloat16"), exact) for backend in (TE, NATIVE)
     }
 
 
-def result(backend, layout, plan, ranks, dtype):
+def result(backend, layout, context, dtype):
     """Loss, and gradients in float64 by parameter name."""
-    model = te_bodies.build(backend, layout, plan, ranks, dtype)
+    model = te_bodies.build(backend, layout, context, dtype)
     te_bodies.fill(model)
-    loss = te_bodies.run(model, plan, ranks, getattr(torch, dtype))
+    loss = te_bodies.run(model, context, getattr(torch, dtype))
     return loss, {name: x.grad.double() for name, x in model.named_parameters()}
 
 

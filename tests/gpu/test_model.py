@@ -2,7 +2,7 @@
 
 Strategy: one micro batch with images and V2PE positions in bfloat16 by both back ends, each measured against the native
 model in float32; Transformer Engine may be at most twice as far away as native bfloat16 is. Then the command line:
-golden cases in float32, five steps whose losses follow the CPU's, and a bfloat16 run that is taken up again.
+golden cases in float32, five steps whose losses follow the CPU's, and a bfloat16 run that is resumed.
 """
 
 import json

@@ -23,75 +23,74 @@ CASE = parity_cases.Case("packed", "spread", "v2pe_random")
 
 @contextlib.contextmanager
 def labels_shifted_after_the_cut():
-    """Each rank takes its own next token as target: wrong at the end of every chunk."""
-    from megatron_v2pe.parallel import shard_batch as module
+    """Each rank's next token is its target: wrong at the end of every zigzag chunk."""
+    from megatron_v2pe.parallel.batch_sharder import BatchSharder
 
-    right = module.shard_batch
+    right = BatchSharder.shard
 
-    def wrong(batch, **kwargs):
+    def wrong(self, batch, **kwargs):
         late = dataclasses.replace(
             batch, labels=np.roll(batch.labels, 1), loss_weights=np.roll(batch.loss_weights, 1)
         )
-        local = right(late, **kwargs)
+        local = right(self, late, **kwargs)
         labels = local.labels.roll(-1)
         labels[0, -1] = IGNORE_INDEX
         weights = torch.where(labels >= 0, local.loss_weights.roll(-1), 0.0)
         return dataclasses.replace(local, labels=labels, loss_weights=weights)
 
-    with mock.patch.object(module, "shard_batch", wrong):
+    with mock.patch.object(BatchSharder, "shard", wrong):
         yield
 
 
 @contextlib.contextmanager
 def zigzag_over_the_whole_row():
-    """The pack is cut as one row, positions and features follow; attention takes the pieces for documents."""
-    from megatron_v2pe.parallel import feature_router, shard_batch, zigzag
+    """The pack is cut as one row, positions and features follow; attention treats the parts as documents."""
+    from megatron_v2pe.parallel import batch_sharder, zigzag
     from megatron_v2pe.v2pe.positions import position_units
 
-    def ranges(cu_seqlens, **cut):
-        return zigzag.shard_ranges(cu_seqlens[[0, -1]], **cut)
-
-    def indices(cu_seqlens, **cut):
-        return zigzag.shard_indices(cu_seqlens[[0, -1]], **cut)
+    def ranges(cu_seqlens, *, cp):
+        return zigzag.shard_ranges_of_ranks(cu_seqlens[[0, -1]], cp=cp)
 
     def units(layout, ranges):
         return np.concatenate([position_units(layout)[start:stop] for start, stop in ranges])
 
-    with (
-        mock.patch.multiple(shard_batch, shard_ranges=ranges, shard_indices=indices, position_units=units),
-        mock.patch.object(feature_router, "shard_ranges", ranges),
-    ):
+    with mock.patch.multiple(batch_sharder, shard_ranges_of_ranks=ranges, position_units=units):
         yield
 
 
 @contextlib.contextmanager
 def positions_sliced_contiguously():
-    """Rank r takes the r-th piece of the position table, as mcore does for a table of the local length."""
-    from megatron_v2pe.parallel import shard_batch
+    """Rank r gets the r-th slice of the position table, as mcore does for a table of the local length."""
+    from megatron_v2pe.parallel import batch_sharder
     from megatron_v2pe.v2pe.positions import position_units
 
     def units(layout, ranges):
         count = int((ranges[:, 1] - ranges[:, 0]).sum())
-        # Rank r's first chunk starts r chunks into the first document.
-        chunk = int(ranges[0, 1] - ranges[0, 0])
-        rank = int(ranges[0, 0]) // chunk
+        rank = rank_of(ranges)
         return position_units(layout)[rank * count : (rank + 1) * count]
 
-    with mock.patch.object(shard_batch, "position_units", units):
+    with mock.patch.object(batch_sharder, "position_units", units):
         yield
+
+
+def rank_of(ranges):
+    """The context parallel rank that holds these ranges: its first range starts that many zigzag chunks in."""
+    zigzag_chunk = int(ranges[0, 1] - ranges[0, 0])
+    return int(ranges[0, 0]) // zigzag_chunk
 
 
 @contextlib.contextmanager
 def positions_of_another_rank():
     """Tokens of one shard, positions of the next."""
-    from megatron_v2pe.parallel import shard_batch
+    from megatron_v2pe.parallel import batch_sharder, zigzag
+    from megatron_v2pe.v2pe.positions import position_units
 
-    right = shard_batch.shard_ranges
+    def units(layout, ranges):
+        cp = layout.num_tokens // int((ranges[:, 1] - ranges[:, 0]).sum())
+        others = zigzag.shard_ranges(layout.cu_seqlens, cp=cp, cp_rank=(rank_of(ranges) + 1) % cp)
+        return position_units(layout, others)
 
-    def ranges(cu_seqlens, *, cp, cp_rank):
-        return right(cu_seqlens, cp=cp, cp_rank=(cp_rank + 1) % cp)
-
-    with mock.patch.object(shard_batch, "shard_ranges", ranges):
+    with mock.patch.object(batch_sharder, "position_units", units):
         yield
 
 
@@ -112,7 +111,7 @@ def router_returns_rows_in_another_order():
 
 @contextlib.contextmanager
 def router_sends_no_gradients_back():
-    """Each rank keeps the gradients of its own tiles' rows on its own tokens and forgets the others'."""
+    """Each rank keeps the gradients of its own tiles' rows on its own tokens and drops the others'."""
     from megatron_v2pe.parallel.feature_router import FeatureRouter
 
     right = FeatureRouter.__call__
@@ -131,17 +130,17 @@ def router_sends_no_gradients_back():
 
 
 def with_changed_parameters(change):
-    """Build as ever, then `change` (name, parameter) of every chunk."""
+    """Build, then `change` (name, parameter) of every model chunk."""
     from megatron_v2pe.assembly import build
 
     right = build.build_model
 
     def wrong(*args, **kwargs):
-        chunks = right(*args, **kwargs)
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
+        model_chunks = right(*args, **kwargs)
+        for model_chunk in model_chunks:
+            for name, parameter in model_chunk.named_parameters():
                 change(name, parameter)
-        return chunks
+        return model_chunks
 
     return mock.patch.object(build, "build_model", wrong)
 
@@ -172,7 +171,7 @@ def vision_without_the_mark():
 
 @contextlib.contextmanager
 def vision_counted_once_per_tp_rank():
-    """Vision and projector claim to be tensor parallel: the gradient norm counts each of their copies."""
+    """Vision and projector are marked as tensor parallel: the gradient norm counts each of their copies."""
 
     def change(name, parameter):
         if name.startswith(("vision", "projector")):
@@ -184,7 +183,7 @@ def vision_counted_once_per_tp_rank():
 
 @contextlib.contextmanager
 def split_weights_counted_on_the_first_tp_rank():
-    """Decoder linears do not say that they are split: the gradient norm counts tp rank 0's pieces alone."""
+    """Decoder linears are not marked as split: the gradient norm counts tp rank 0's slices only."""
 
     def change(name, parameter):
         if name.startswith("language"):
@@ -206,8 +205,8 @@ def divided_by_own_weights():
 
         local = self.weight_sum.clone()
         finalize_model_grads(model, self.weight_sum, **kwargs)
-        for chunk in model:
-            chunk.scale_gradients(float(self.weight_sum / local / dist.get_world_size()))
+        for wrapper in model:
+            wrapper.scale_gradients(float(self.weight_sum / local / dist.get_world_size()))
 
     with mock.patch.object(MicroBatchRunner, "finalize", wrong):
         yield

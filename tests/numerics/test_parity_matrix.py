@@ -15,14 +15,13 @@ whole step; eps 1e-2 (`parity.Layout.config`) keeps its amplification below max 
 
 import os
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 
-from megatron_v2pe.data.index.annotation_index import locked
+from megatron_v2pe.data.index.cache import locked
 from megatron_v2pe.parallel.feature_router import owned_rows
 from megatron_v2pe.parallel.topology import resolve
+from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks
 from tests.numerics.layouts import EIGHT_RANKS, GROUPS
 from tests.support import parity, parity_cases
 
@@ -138,7 +137,8 @@ def test_the_cases_are_what_their_names_say(name):
             batch = parity_cases.pack(
                 case, micro_batch, pad_to_multiple=plan.pad_to_multiple, tile_range_of=lambda _: (0, 0)
             )
-            owned = [len(owned_rows(batch.layout, plan, rank)[0]) for rank in range(plan.tile_ranks)]
+            shards = shard_ranges_of_ranks(batch.layout.cu_seqlens, cp=plan.cp)
+            owned = [len(slots) for slots, _ in owned_rows(batch.layout, shards, plan=plan)]
             owners |= {rank for rank, count in enumerate(owned) if count}
             fewest.append(batch.num_tiles // plan.tile_ranks)
         assert len(owners) == {"text": 0, "one shard": 1, "spread": plan.tile_ranks}[case.images]
@@ -153,10 +153,3 @@ def test_three_cases_of_six_layouts_are_all_cases():
         assert {case.images for case in cases} == set(parity_cases.IMAGES)
         assert {case.mode for case in cases} == set(parity_cases.POSITIONS)
         assert {case.packing for case in cases} == set(parity_cases.PACKINGS)
-
-
-def test_the_table_of_the_documentation_has_every_layout():
-    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
-    rows = {match.strip() for match in re.findall(r"^\| ([^|]+)\|", page, flags=re.MULTILINE)}
-    names = {row.name for _, work in GROUPS.values() for row in work} | set(EIGHT_RANKS)
-    assert names - rows == set()

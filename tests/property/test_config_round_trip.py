@@ -18,7 +18,7 @@ from megatron_v2pe.config.schema import (
     RuntimeConfig,
 )
 
-# Strings that YAML could take for something else.
+# Strings that YAML could mistake for something else.
 TRICKY = [
     "",
     "null",

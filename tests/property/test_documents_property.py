@@ -5,12 +5,18 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_v2pe.synthesis.corpus import Corpus, build_corpus, text_files
-from megatron_v2pe.synthesis.counter import TokenCounter
-from megatron_v2pe.synthesis.document import DocumentBuilder, TooShort, realised_depths, resize, size_of
-from megatron_v2pe.synthesis.haystack import Haystack
-from megatron_v2pe.synthesis.pictures import Picture
-from megatron_v2pe.synthesis.task import Insertion
+from megatron_v2pe.synthesis.document.builder import (
+    DocumentBuilder,
+    TooShort,
+    realised_depths,
+    resize,
+    size_of,
+)
+from megatron_v2pe.synthesis.document.counter import TokenCounter
+from megatron_v2pe.synthesis.document.haystack import Haystack
+from megatron_v2pe.synthesis.material.corpus import Corpus, build_corpus, text_files
+from megatron_v2pe.synthesis.material.pictures import Picture
+from megatron_v2pe.synthesis.tasks.task import Insertion
 from tests.support.synthesis import settings_of, write_texts
 
 PICTURE = Picture(name="a.png", size=(112, 112))

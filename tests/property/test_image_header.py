@@ -1,7 +1,7 @@
-"""The header reader and Pillow agree on any bytes: what the reader takes, Pillow opens as the same format and size.
+"""The header reader and Pillow agree on any bytes: what the reader accepts, Pillow opens as the same format and size.
 
 Strategy: images of many kinds as Pillow writes them, then bytes changed, cut off, repeated or put in, with checksums of
-PNG chunks made right again in half of the cases, so that the chunks behind the first one are reached too. Exact.
+PNG chunks made right again in half of the cases, so that the chunks after the first one are reached too. Exact.
 """
 
 import io
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media import images
+from megatron_v2pe.data.media import image as image_module
+from megatron_v2pe.data.media.image import check_image
 from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
-from megatron_v2pe.data.media.images import check_image
 
 LIMIT = 10**6
 
@@ -58,7 +58,7 @@ ORDINARY = {
     "jpeg, restarts": written(noise(36, 26), format="JPEG", restart_marker_rows=1),
     "png": written(noise(30, 20), format="PNG"),
     "png, grey": written(noise(31, 21, "L"), format="PNG"),
-    "png, two colours": written(noise(32, 22, "1"), format="PNG"),
+    "png, two colors": written(noise(32, 22, "1"), format="PNG"),
     "png, palette": written(noise(33, 23, "P"), format="PNG"),
     "png, transparent": written(noise(34, 24, "RGBA"), format="PNG"),
     "png, 16 bits": written(Image.fromarray(np.zeros((25, 35), dtype=np.uint16)), format="PNG"),
@@ -73,7 +73,7 @@ ODD = {
     ),
     "jpeg, a long profile": written(noise(32, 22), format="JPEG", icc_profile=b"p" * LONG_HEADER_BYTES),
     "png, animated": written(noise(33, 23), format="PNG", save_all=True, append_images=[noise(33, 23, "L")]),
-    "png, a left out colour": written(noise(34, 24, "P"), format="PNG", transparency=3),
+    "png, a transparent color": written(noise(34, 24, "P"), format="PNG", transparency=3),
     "png, a profile": written(noise(35, 25), format="PNG", icc_profile=b"p" * 500),
     "gif": written(noise(36, 26), format="GIF"),
     "webp": written(noise(37, 27), format="WEBP"),
@@ -89,7 +89,7 @@ def by_pillow(content):
             patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
             with Image.open(io.BytesIO(content)) as image:
                 return image.format, image.size
-    except Exception:  # whatever it raises, it does not take the file
+    except Exception:  # whatever it raises, it does not accept the file
         return None
 
 
@@ -147,7 +147,7 @@ def damaged(draw):
 
 
 def jpeg(*segments):
-    """Segments (marker, content) behind the start of a JPEG."""
+    """Segments (marker, content) after the start of a JPEG."""
     return b"\xff\xd8" + b"".join(
         bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body for marker, body in segments
     )
@@ -195,11 +195,11 @@ def test_a_check_gives_what_pillow_alone_gives(tmp_path, content):
 
     found = outcome()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "plain_header", lambda head: None)
+        patch.setattr(image_module, "plain_header", lambda head: None)
         assert found == outcome()
 
 
-def test_a_header_with_a_colour_profile_is_read_on(tmp_path, monkeypatch):
+def test_a_header_with_a_color_profile_is_read_on(tmp_path, monkeypatch):
     content = written(noise(35, 25), format="JPEG", icc_profile=b"p" * 3144)
     assert plain_header(content[:HEADER_BYTES]) is None
     (tmp_path / "a").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Long texts are encoded in pieces: the ids are those of the whole text, whatever stands where it is cut. Exact."""
+"""Long texts are encoded in blocks: the ids are those of the whole text, whatever is at the cut. Exact."""
 
 import json
 
@@ -52,22 +52,22 @@ VOCABULARIES = {"qwen2": QWEN2, "llama3": llama3(), "qwen2 fast": described(norm
 @pytest.mark.parametrize("name", VOCABULARIES)
 @given(text=TEXTS)
 @settings(max_examples=400, deadline=None)
-def test_pieces_have_the_ids_of_the_whole(name, text):
+def test_blocks_have_the_ids_of_the_whole(name, text):
     vocabulary = VOCABULARIES[name]
     whole = vocabulary.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(byte_level, "_PIECE_CHARS", 0)
+        patch.setattr(byte_level, "_BLOCK_CHARS", 0)
         assert vocabulary.encode(text) == whole
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ordinary_texts_are_cut_at_their_lines(name, monkeypatch):
-    monkeypatch.setattr(byte_level, "_PIECE_CHARS", 20)
+    monkeypatch.setattr(byte_level, "_BLOCK_CHARS", 20)
     text = "A line of some words.\n" * 5 + "\u8fd9\u662f\u4e00\u884c\n" * 20
-    pieces = list(VOCABULARIES[name]._cut(text))
-    assert "".join(pieces) == text
-    assert len(pieces) > 5
-    assert max(map(len, pieces)) < 45
+    blocks = list(VOCABULARIES[name]._cut(text))
+    assert "".join(blocks) == text
+    assert len(blocks) > 5
+    assert max(map(len, blocks)) < 45
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_ordinary_texts_are_cut_at_their_lines(name, monkeypatch):
     ids=["another rule of words", "another normal form", "a limit of length"],
 )
 def test_what_is_not_known_is_not_cut(changes, monkeypatch):
-    monkeypatch.setattr(byte_level, "_PIECE_CHARS", 5)
+    monkeypatch.setattr(byte_level, "_BLOCK_CHARS", 5)
     assert list(described(**changes)._cut("one line\ntwo lines\nthree lines")) == [
         "one line\ntwo lines\nthree lines"
     ]

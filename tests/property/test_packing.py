@@ -27,7 +27,7 @@ def test_every_sample_is_in_exactly_one_pack_within_both_budgets(samples, window
 @given(samples=SAMPLES)
 @settings(max_examples=100, deadline=None)
 def test_no_two_packs_could_be_one(samples):
-    """Within a window best fit opens a pack only if none could take the sample."""
+    """Within a window best fit opens a pack only if none had room for the sample."""
     tokens = np.array([sample[0] for sample in samples], dtype=np.int64)
     packs = best_fit_packs(tokens, np.zeros_like(tokens), max_tokens=100, max_tiles=1)
     loads = sorted(int(tokens[pack].sum()) for pack in packs)
@@ -59,6 +59,6 @@ def test_the_releases_packer_keeps_its_budgets_and_drops_only_what_has_too_many_
         for number, (tokens, tiles) in enumerate(samples)
     ]
     packs = [pack for sample in arrivals for pack in packer.add(sample)] + packer.flush()
-    packed = sorted(part.sample.sample_id for pack in packs for part in pack.parts)
+    packed = sorted(part.sample.sample_id for pack in packs for part in pack.members)
     assert packed == [sample.sample_id for sample in arrivals if sample.num_tiles <= 8]
     assert all(pack.num_tokens <= 100 and pack.num_tiles <= 8 for pack in packs)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_v2pe.config.batch_schedule import constant_batches, ramped_batches
 from megatron_v2pe.config.schema import DataConfig
-from megatron_v2pe.data.plan.balance import deal_packs, imbalance, order_for_steps, whole_steps
+from megatron_v2pe.data.plan.balance import assign_packs, imbalance, order_for_steps, whole_steps
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.data.samples.cost import PackCost
 from tests.unit.data.plan.test_epoch_plan import index
@@ -102,7 +102,7 @@ def test_packs_keep_their_budgets_and_costs(mixture):
 @given(mixture=mixtures(), start=st.integers(0, 8), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_resumed_run_goes_on_at_any_number_of_ranks(mixture, start, data):
-    """Steps from a fresh plan, dealt to other ranks, are those that the first plan would have come to."""
+    """Steps from a fresh plan, assigned to other ranks, are those that the first plan would have come to."""
     indexes, values = mixture
     batches = values["batches"]
     sizes = [size for size in (1, 2, 3, 4, 6) if math.gcd(*batches.sizes) % size == 0]
@@ -114,9 +114,9 @@ def test_a_resumed_run_goes_on_at_any_number_of_ranks(mixture, start, data):
             first.packs_of_rank(step, dp_rank=rank, dp=before)
     for step in range(start, start + 3):
         continued = first.packs_of_step(step)
-        dealt = [second.packs_of_rank(step, dp_rank=rank, dp=after) for rank in range(after)]
-        assert {len(packs) for packs in dealt} == {batches.size(step) // after}
-        assert sorted(map(repr, continued)) == sorted(repr(pack) for packs in dealt for pack in packs)
+        assigned = [second.packs_of_rank(step, dp_rank=rank, dp=after) for rank in range(after)]
+        assert {len(packs) for packs in assigned} == {batches.size(step) // after}
+        assert sorted(map(repr, continued)) == sorted(repr(pack) for packs in assigned for pack in packs)
 
 
 COSTS = st.lists(st.floats(1, 1000), min_size=1, max_size=60)
@@ -125,7 +125,7 @@ COSTS = st.lists(st.floats(1, 1000), min_size=1, max_size=60)
 @given(batches=schedules(), first=st.integers(0, 150), count=st.integers(0, 60))
 @settings(max_examples=200, deadline=None)
 def test_whole_steps_are_those_that_begin_and_end_within(batches, first, count):
-    """Against every step looked at on its own."""
+    """Against every step computed on its own."""
     head, sizes = whole_steps(batches, first, count)
     spans = [(batches.packs_before(step), batches.packs_before(step + 1)) for step in range(300)]
     within = [(low, high) for low, high in spans if first <= low and high <= first + count]
@@ -145,17 +145,17 @@ def test_an_order_for_steps_holds_every_pack_once(costs, batches, first, seed):
 
 @given(each=st.integers(1, 5), ranks=st.integers(1, 6), data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_packs_are_dealt_once_in_equal_numbers(each, ranks, data):
+def test_packs_are_assigned_once_in_equal_numbers(each, ranks, data):
     costs = data.draw(st.lists(st.floats(1, 1000), min_size=each * ranks, max_size=each * ranks))
-    dealt = deal_packs(costs, ranks)
-    assert [len(places) for places in dealt] == [each] * ranks
-    assert sorted(place for places in dealt for place in places) == list(range(each * ranks))
+    assigned = assign_packs(costs, ranks)
+    assert [len(places) for places in assigned] == [each] * ranks
+    assert sorted(place for places in assigned for place in places) == list(range(each * ranks))
 
 
-def test_dealing_evens_out_what_a_step_holds():
+def test_assignment_evens_out_what_a_step_holds():
     costs = np.random.default_rng(0).lognormal(0, 0.5, 64).tolist()
     in_turn = [list(range(rank, 64, 8)) for rank in range(8)]
-    assert imbalance(costs, deal_packs(costs, 8)) < 1.03 < imbalance(costs, in_turn)
+    assert imbalance(costs, assign_packs(costs, 8)) < 1.03 < imbalance(costs, in_turn)
 
 
 def test_steps_hold_packs_of_about_equal_cost():

@@ -1,4 +1,4 @@
-"""Whatever stands in an annotation file, an image or a video, the answer is a result or a DataError."""
+"""Whatever is in an annotation file, an image or a video, the answer is a result or a DataError."""
 
 import json
 import posixpath
@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.frames import FrameDraw, VideoSource
-from megatron_v2pe.data.media.images import check_image
-from megatron_v2pe.data.media.video import probe_video, read_frames
-from megatron_v2pe.data.samples.records import Record, parse_line, with_frames
+from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.video_stream import probe_video, read_frames
+from megatron_v2pe.data.samples.records import Record, parse_line, write_images
 from megatron_v2pe.data.sources.storage import resolve_path
 from tests.support.mixture import entry, write_image
 from tests.support.videos import write_video
@@ -59,16 +58,17 @@ def test_any_record(values):
         assert record.startswith("a.jsonl:3: ")
     else:
         assert isinstance(record, Record)
-        assert sum(turn.value.count("<image>") for turn in record.turns) == len(record.images)
+        pictures = [medium for medium in record.media if isinstance(medium, ImageFile)]
+        assert sum(turn.value.count("<image>") for turn in record.turns) == len(pictures)
         assert record.turns[0].role == "human"
-        assert not any("\ud83d" in turn.value for turn in record.turns)  # no tokenizer takes it
-        paths = [*record.images, *([record.video.path] if record.video else [])]
+        assert not any("\ud83d" in turn.value for turn in record.turns)  # no tokenizer accepts it
+        paths = [medium.path for medium in record.media]
         assert all(path.startswith("images") and ".." not in path.split("/") for path in paths)
-        if record.video:
-            assert record.images == ()
-            shown = with_frames(record, 3)
+        if len(pictures) < len(record.media):
+            (video,) = record.media
+            shown = write_images(record, [(64, 48)] * 3)
             assert sum(turn.value.count("<image>") for turn in shown.turns) == 3
-            assert not record.video.clip or 0 <= record.video.clip[0] < record.video.clip[1]
+            assert not video.clip or 0 <= video.clip[0] < video.clip[1]
 
 
 @given(data=st.data())
@@ -95,7 +95,7 @@ def test_any_damage_to_an_image(tmp_path, data):
 )
 @settings(max_examples=300)
 def test_no_name_leaves_its_root(name):
-    """Whatever an annotation names is below the root, on disk and behind an address, or refused."""
+    """Whatever an annotation names is below the root, on disk and at an address, or refused."""
     for root in ("/data/images", "s3://bucket/images", "s3://bucket/images/"):
         try:
             path = resolve_path(root, name, where="a.jsonl:3")
@@ -121,11 +121,11 @@ def test_any_damage_to_a_video(tmp_path, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / name
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    source = VideoSource(path=str(path))
+    limits = {"clip": None, "max_seconds": 60.0, "max_pixels": 10**6}
     try:
-        size, count = probe_video(source, wanted=4, max_seconds=60.0, max_pixels=10**6)
-        draw = FrameDraw(source=source, max_seconds=60.0, places=(0.0,) * count)
-        frames = list(read_frames(draw, range(count), size=size, max_pixels=10**6))
+        size, count = probe_video(str(path), wanted=4, **limits)
+        places = (0.0,) * count
+        frames = list(read_frames(str(path), range(count), places=places, size=size, **limits))
         assert 0 < len(frames) == count <= 4
         assert all(frame.mode == "RGB" for frame in frames)
         message = str(path)

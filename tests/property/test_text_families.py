@@ -32,7 +32,7 @@ def test_decoding_gives_back_the_text(family, text):
     decoded = tokenizer.decode(tokenizer.encode(text, add_bos=False))
     wanted = unicodedata.normalize("NFC", text) if family == "qwen2" else text
     if family == "yi" and text.startswith(" "):
-        wanted = text[1:]  # the release's tokenizer takes a blank in front for a word mark of its own
+        wanted = text[1:]  # the release's tokenizer mistakes a blank in front for a word mark of its own
     assert decoded == wanted
 
 
@@ -50,7 +50,7 @@ def test_labels_cover_exactly_the_answers(family, rounds):
     text_settings = TextSettings(tokenizer=tokenizer, template=template, tokens_per_tile=3, max_tokens=10**6)
     encoded = encode_conversation(turns, num_tiles=[2] * num_images, settings=text_settings)
 
-    # Another way to the same spans: lengths of what stands before each answer's ends, visual tokens written out.
+    # Another way to the same spans: lengths of what precedes each answer's ends, visual tokens written out.
     spelled = [
         Turn(role=turn.role, value=turn.value.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 6 + "</img>"))
         for turn in turns

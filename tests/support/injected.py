@@ -3,7 +3,7 @@
 loss      weights of a pack become NaN before the step, so the loss of all ranks does
 spike     the rank's sum of losses is a hundred times larger than it is; gradients are as they were
 gradient  one element of a reduced gradient becomes Inf between backward and update; the loss stays finite
-slow      the rank takes a nap before it begins to compute
+slow      the rank sleeps before it computes
 hang      the rank falls asleep between forward and update, at the first start of the ranks only
 """
 
@@ -58,7 +58,7 @@ def fall_asleep():
 
 
 def run(arguments: list[str]) -> int:
-    """KIND RANK STEPS, then what `train` takes."""
+    """KIND RANK STEPS, then the arguments of `train`."""
     fault, where, when, *others = arguments
     inject(fault, int(where), {int(step) for step in when.split(",")})
     return main(["train", *others])

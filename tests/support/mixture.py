@@ -10,7 +10,8 @@ from PIL import Image
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.measure import LineMeasurer
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 
 HF_FOLDER = Path(__file__).parents[1] / "golden" / "ckpt" / "a_internlm2_vit300m"
@@ -22,6 +23,12 @@ def write_image(path, width, height, *, seed=0, mode="RGB"):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
+def measure(line, number, *, entry, settings):
+    """Lengths of the one sample that a line makes."""
+    (sample,) = LineMeasurer(entry, settings)(line, number)
+    return sample.measurement
+
+
 def record(question, answer, image=None):
     values = {
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
@@ -30,18 +37,7 @@ def record(question, answer, image=None):
 
 
 def entry(**changes):
-    values = {
-        "name": "set",
-        "annotation": "a.jsonl",
-        "root": "",
-        "root2": "",
-        "http_root": "",
-        "repeat_time": 1.0,
-        "data_augment": False,
-        "max_dynamic_patch": None,
-        "dynamic_image_size": None,
-    }
-    return DatasetEntry(**{**values, **changes})
+    return DatasetEntry(**{"name": "set", "annotation": "a.jsonl", **changes})
 
 
 @dataclass

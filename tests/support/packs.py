@@ -1,4 +1,4 @@
-"""Small packs with images, and what each of their tokens should be, found by plain loops."""
+"""Small packs with images, and what each of their tokens should be, by plain loops."""
 
 import numpy as np
 
@@ -9,14 +9,14 @@ TOKENS_PER_TILE = 4
 IMAGE_TOKEN = 9
 
 
-def sample(pieces):
-    """A document from pieces: 5 = five text tokens, "2@3" = an image of two tiles at stride 3."""
+def sample(spans):
+    """A document from spans: 5 = five text tokens, "2@3" = an image of two tiles at stride 3."""
     starts, tiles, strides, length = [], [], [], 0
-    for piece in pieces:
-        if isinstance(piece, int):
-            length += piece
+    for span in spans:
+        if isinstance(span, int):
+            length += span
             continue
-        count, stride = (int(part) for part in piece.split("@"))
+        count, stride = (int(part) for part in span.split("@"))
         starts.append(length)
         tiles.append(count)
         strides.append(stride)
@@ -31,8 +31,8 @@ def sample(pieces):
 
 
 def layout_of(documents, *, pad_to_multiple) -> PackLayout:
-    """Documents as lists of pieces; see `sample`."""
-    return pack_layout([sample(pieces) for pieces in documents], pad_to_multiple=pad_to_multiple)
+    """Documents as lists of spans; see `sample`."""
+    return pack_layout([sample(spans) for spans in documents], pad_to_multiple=pad_to_multiple)
 
 
 def feature_rows(layout):

@@ -4,9 +4,9 @@
     layout = sizes of the parallel axes, and options of the model                    (no data)
 
     one rank    (case, options) --train_step x 2--> losses, gradient norms, whole gradients and weights --> file
-    N ranks     (layout, case)  --train_step x 2--> every rank compares its pieces with the file --> largest errors
+    N ranks     (layout, case)  --train_step x 2--> every rank compares its slices with the file --> largest errors
 
-The steps are those of `train`: `build_model`, `wrap_for_training`, `shard_batch`, `train_step`. Cases are in
+The steps are those of `train`: `build_model`, `wrap_for_training`, `BatchSharder`, `train_step`. Cases are in
 `parity_cases`.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_v2pe.batch.packed_batch import deal_tiles
+from megatron_v2pe.batch.packed_batch import tile_share
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,
@@ -98,15 +98,16 @@ class Layout:
         )
 
 
-def packs_of_rank(case, plan, ranks):
-    """This data parallel rank's micro batches, every dp-th of the step's, as the loader deals them."""
+def packs_of_rank(case, context):
+    """This data parallel rank's micro batches, every dp-th of the step's, as the loader assigns them."""
+    plan, ranks = context.plan, context.ranks
     return [
         pack(
             case,
             micro_batch,
             pad_to_multiple=plan.pad_to_multiple,
             tile_range_of=lambda n: (
-                deal_tiles(n, plan.tile_ranks, ranks.tile_rank) if ranks.is_first_stage else (0, 0)
+                tile_share(n, plan.tile_ranks, ranks.tile_rank) if ranks.is_first_stage else (0, 0)
             ),
         )
         for micro_batch in range(ranks.dp_rank, len(DOCUMENTS[case.packing, case.images]), plan.dp)
@@ -115,7 +116,7 @@ def packs_of_rank(case, plan, ranks):
 
 @dataclasses.dataclass
 class Outcome:
-    """What two steps gave on this rank: `gradients` of the first, `weights` after each, as pieces."""
+    """What two steps gave on this rank: `gradients` of the first, `weights` after each, as slices."""
 
     losses: list
     norms: list
@@ -123,28 +124,23 @@ class Outcome:
     weights: list
 
 
-def two_steps(layout, case, *, plan, ranks):
+def two_steps(layout, case, context):
     """Build, place weights, run two updates."""
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.assembly.optimizer import wrap_for_training
-    from megatron_v2pe.parallel.shard_batch import shard_batch
+    from megatron_v2pe.batch.pixel_norm import PixelNorm
+    from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
     from megatron_v2pe.train.step import train_step
 
     config, arch = layout.config(case), layout.options.arch
-    chunks = build_model(config, arch, plan=plan, ranks=ranks)
-    whole.place(chunks, ranks, vocab_size=arch.language.vocab_size)
-    trainer = wrap_for_training(chunks, config)
-    shard = functools.partial(
-        shard_batch,
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
-        dtype=torch.float32,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.4),
-    )
-    runner = MicroBatchRunner(shard=shard, device=ranks.device)
+    ranks = context.ranks
+    model_chunks = build_model(config, arch, context)
+    whole.place(model_chunks, ranks, vocab_size=arch.language.vocab_size)
+    trainer = wrap_for_training(model_chunks, config)
+    norm = PixelNorm((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    sharder = BatchSharder(context=context, dtype=torch.float32, norm=norm)
+    runner = MicroBatchRunner(shard=sharder.shard, device=ranks.device)
     attach(runner, trainer.wrapped)
     outcome = Outcome([], [], [], [])
     prepare, norms_of_mcore = trainer.optimizer.prepare_grads, []
@@ -152,26 +148,30 @@ def two_steps(layout, case, *, plan, ranks):
     def keep_gradients_then_prepare():
         if not outcome.gradients:
             whole.gather_gradients(trainer.wrapped)
-            with whole.gradients_in_place(chunks):
-                outcome.gradients = [(*where, data.clone()) for *where, data in whole.pieces(chunks, ranks)]
+            with whole.gradients_in_place(model_chunks):
+                outcome.gradients = [
+                    (*where, data.clone()) for *where, data in whole.slices_of(model_chunks, ranks)
+                ]
         found_inf = prepare()
         norms_of_mcore.append(float(trainer.optimizer.get_grad_norm()))
         return found_inf
 
     trainer.optimizer.prepare_grads = keep_gradients_then_prepare
-    packs = packs_of_rank(case, plan, ranks)
+    packs = packs_of_rank(case, context)
     for _ in range(2):
         report = train_step(trainer, runner, packs, ranks=ranks)
         norm = norms_of_mcore.pop()  # shards and copies are counted by us as mcore does
         assert math.isclose(report.grad_norm, norm, rel_tol=1e-6), (report.grad_norm, norm)
         outcome.losses.append(report.loss)
         outcome.norms.append(report.grad_norm)
-        outcome.weights.append([(*where, data.clone()) for *where, data in whole.pieces(chunks, ranks)])
+        outcome.weights.append(
+            [(*where, data.clone()) for *where, data in whole.slices_of(model_chunks, ranks)]
+        )
     return outcome
 
 
 def join(layout, world_size):
-    """Plan and groups of a layout; groups of the one before are left."""
+    """The ranks of a layout; groups of the one before are destroyed."""
     from megatron.core import parallel_state
 
     from megatron_v2pe.parallel.topology import init_distributed, resolve
@@ -179,7 +179,7 @@ def join(layout, world_size):
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     plan = resolve(layout.parallel, world_size)
-    return plan, init_distributed(plan, seed=1, timeout_minutes=1)
+    return init_distributed(plan, seed=1, timeout_minutes=1)
 
 
 def run_reference(rank, world_size, wanted, path):
@@ -191,8 +191,7 @@ def run_reference(rank, world_size, wanted, path):
     results = {}
     for case, options in wanted:
         layout = Layout(ParallelConfig(), options)
-        plan, ranks = join(layout, 1)
-        outcome = two_steps(layout, case, plan=plan, ranks=ranks)
+        outcome = two_steps(layout, case, join(layout, 1))
         wholes = functools.partial(whole.whole_of, vocab_size=ARCH.language.vocab_size)
         gradients, weights = wholes(outcome.gradients), [wholes(found) for found in outcome.weights]
         first = {key: whole.draw(key, tensor.shape) for key, tensor in gradients.items()}
@@ -225,11 +224,11 @@ def compare(rank, world_size, work, path):
     references = torch.load(path, weights_only=False)
     found = {}
     for row in work:
-        plan, ranks = join(row.layout, world_size)
+        context = join(row.layout, world_size)
         for case in row.cases:
             sys.stderr.write(f"{row.name} [{case}]\n")  # shown when a rank fails
             with row.mutation():
-                outcome = two_steps(row.layout, case, plan=plan, ranks=ranks)
+                outcome = two_steps(row.layout, case, context)
             found[row.name, str(case)] = errors(outcome, references[str(case), row.layout.options])
     return found
 
@@ -297,7 +296,7 @@ def compare_ranks(world_size, work, reference, *, timeout):
 
 
 def check_all_held(held, keys):
-    """The distinct pieces of a key have as many elements as the whole tensor, so nothing went uncompared."""
+    """The distinct slices of a key have as many elements as the whole tensor, so nothing went uncompared."""
     parts = {}
     for key, slices, shape in itertools.chain(*held):
         parts.setdefault((key, shape), set()).add(tuple(slices))

@@ -105,7 +105,7 @@ def pack(case, micro_batch, *, pad_to_multiple, tile_range_of):
     """One micro batch; its contents do not depend on the layout, only its padding does."""
     strides = itertools.cycle(STRIDES[case.mode])
     documents = [
-        [piece if isinstance(piece, int) else f"{piece}@{next(strides)}" for piece in document]
+        [span if isinstance(span, int) else f"{span}@{next(strides)}" for span in document]
         for document in DOCUMENTS[case.packing, case.images][micro_batch]
     ]
     layout = layout_of(documents, pad_to_multiple=pad_to_multiple)
@@ -115,11 +115,11 @@ def pack(case, micro_batch, *, pad_to_multiple, tile_range_of):
     generator = np.random.default_rng([micro_batch, len(documents)])
     for document, start in zip(layout.documents, layout.cu_seqlens[:-1].tolist(), strict=True):
         length = document.num_tokens
-        words = generator.integers(10, ARCH.language.vocab_size, length + 1)
+        ids = generator.integers(10, ARCH.language.vocab_size, length + 1)
         shown = generator.random(length) < 0.7 if micro_batch < 3 else np.arange(length) >= length - 4
         shown[-1] = False  # nothing follows a document's last token
-        tokens[start : start + length] = words[:-1]
-        labels[start : start + length] = np.where(shown, words[1:], IGNORE_INDEX)  # shifted: the next word
+        tokens[start : start + length] = ids[:-1]
+        labels[start : start + length] = np.where(shown, ids[1:], IGNORE_INDEX)  # shifted: the next token
         weights[start : start + length] = np.where(shown, 0.2 + generator.random(length), 0.0)
     tokens[feature_rows(layout) >= 0] = IMAGE_TOKEN
     first, last = tile_range_of(layout.num_tiles)

@@ -1,6 +1,6 @@
-"""`train` on a rank that cannot read some lines any more: python -m tests.support.spoiled_lines RANK WORDS RUN.yaml ...
+"""`train` on a rank that can no longer read some lines: python -m tests.support.spoiled_lines RANK STRINGS RUN.yaml ...
 
-Lines that hold one of the words come as garbage on that rank alone, as from one node's bad cache; the file is sound.
+Lines that contain one of the strings are garbage on that rank only, as from one node's bad cache; the file is sound.
 """
 
 import sys
@@ -10,13 +10,13 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.data import pack_reader
 
 
-def spoil(words: list[bytes]) -> None:
+def spoil(strings: list[bytes]) -> None:
     """Wrap the reader of lines."""
     real = pack_reader.read_line
 
     def read_line(path, offset):
         line = real(path, offset)
-        return b"\xff" * len(line) if any(word in line for word in words) else line
+        return b"\xff" * len(line) if any(string in line for string in strings) else line
 
     pack_reader.read_line = read_line
 
@@ -24,5 +24,5 @@ def spoil(words: list[bytes]) -> None:
 if __name__ == "__main__":
     where, what, *arguments = sys.argv[1:]
     if launcher().rank == int(where):
-        spoil([word.encode() for word in what.split(",")])
+        spoil([string.encode() for string in what.split(",")])
     sys.exit(main(["train", *arguments]))

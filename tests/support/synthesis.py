@@ -8,7 +8,7 @@ from PIL import Image
 
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.synthesis.settings import SynthesisConfig
 from tests.support.tokenizers import FOLDERS
 

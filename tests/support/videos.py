@@ -1,4 +1,4 @@
-"""Small videos whose frames show their number by their brightness."""
+"""Small videos in which the brightness of a frame is its number."""
 
 from fractions import Fraction
 

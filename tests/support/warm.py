@@ -2,7 +2,7 @@
 
     server, imports once --fork--> rank 0, rank 1, ...          run_verb("train", "run.yaml", ranks=2)
 
-Importing takes each new process 4 s of a core, a launcher 3 s more, which is most of what a tiny run takes. A forked
+Importing costs each new process 4 s of a core, a launcher 3 s more, which is most of the time of a tiny run. A forked
 process gets its own environment, streams and launcher variables, and calls the entry point that `python -m` calls.
 Tests about launching, signals and restarts start real commands instead (`tiny.train_command`).
 """

@@ -1,10 +1,10 @@
-"""Whole tensors of a model that is spread over ranks: give each rank its parts, compare each rank's parts.
+"""Whole tensors of a model that is spread over ranks: give each rank its slices, compare each rank's slices.
 
-A rank's parameters are taken to pieces by the sharded state that checkpoints are written with: every piece knows
-the name of its whole tensor and where in it it lies. Weights are assigned and results are compared piece by piece on
-every rank, so nothing is gathered, copies on other ranks are compared too, and a wrong placement shows.
+A rank's parameters are cut into slices by the sharded state that checkpoints are written with: every slice has the
+name of its whole tensor and its place in it. Weights are set and results are compared slice by slice on every rank,
+so nothing is gathered, copies on other ranks are compared too, and a wrong placement shows.
 
-    whole {key: tensor} --place--> model --pieces--> [(key, slices, local tensor)] --errors--> {key: error}
+    whole {key: tensor} --place--> model --slices_of--> [(key, slices, local tensor)] --errors--> {key: error}
 """
 
 import contextlib
@@ -14,15 +14,15 @@ import zlib
 import torch
 
 
-def pieces(chunks, ranks):
-    """(key, slices of the whole tensor, its shape, local tensor) of everything this rank's chunks hold."""
+def slices_of(model_chunks, ranks):
+    """(key, slices of the whole tensor, its shape, local tensor) of everything this rank's model chunks hold."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
     from megatron_v2pe.checkpoint.state.model_state import model_sharded_state_dict
 
-    built, _, _ = load_preprocess(model_sharded_state_dict(chunks, ranks))  # gate and up become two pieces
+    built, _, _ = load_preprocess(model_sharded_state_dict(model_chunks, ranks))  # gate and up become two
     found = []
     for shard in nested_values(built):
         if isinstance(shard, ShardedTensor):
@@ -40,7 +40,7 @@ def draw(key, shape):
 
 
 def part_of(whole, slices):
-    """A piece of a whole tensor; rows beyond its end (vocabulary padding of this layout) are zero."""
+    """A slice of a whole tensor; rows beyond its end (vocabulary padding of this layout) are zero."""
     found = whole[slices]
     wanted = slices[0].stop - slices[0].start
     if len(found) == wanted:
@@ -52,19 +52,19 @@ def is_vocabulary(key):
     return key.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
-def place(chunks, ranks, *, vocab_size):
-    """Give every parameter its part of the drawn weights; vocabulary padding is zero."""
-    for key, slices, shape, local in pieces(chunks, ranks):
+def place(model_chunks, ranks, *, vocab_size):
+    """Give every parameter its slice of the drawn weights; vocabulary padding is zero."""
+    for key, slices, shape, local in slices_of(model_chunks, ranks):
         whole = draw(key, (vocab_size, *shape[1:]) if is_vocabulary(key) else shape)
         local.copy_(part_of(whole, slices))
 
 
 @contextlib.contextmanager
-def gradients_in_place(chunks):
-    """Gradients stand where weights are; zeros for parameters that are not trained."""
+def gradients_in_place(model_chunks):
+    """Within the block parameters hold their gradients; zeros for those that are not trained."""
     kept = {}
-    for chunk in chunks:
-        for parameter in chunk.parameters():
+    for model_chunk in model_chunks:
+        for parameter in model_chunk.parameters():
             kept[parameter] = parameter.data
             gradient = getattr(parameter, "main_grad", None)
             parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.view_as(parameter)
@@ -77,8 +77,8 @@ def gather_gradients(wrapped):
     """Make every rank's gradient buffers whole: the distributed optimizer leaves each its shard of the sum."""
     import torch.distributed as dist
 
-    for chunk in wrapped:
-        for group in chunk.bucket_groups:
+    for wrapper in wrapped:
+        for group in wrapper.bucket_groups:
             over = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
                 shard = bucket.grad_data.chunk(over.size())[over.rank()].clone()
@@ -86,7 +86,7 @@ def gather_gradients(wrapped):
 
 
 def whole_of(found, *, vocab_size):
-    """Whole tensors from the pieces of a single rank, vocabulary padding cut off."""
+    """Whole tensors from the slices of a single rank, vocabulary padding cut off."""
     wholes = {}
     for key, slices, shape, local in found:
         wholes.setdefault(key, torch.zeros(shape))[slices] = local
@@ -94,7 +94,7 @@ def whole_of(found, *, vocab_size):
 
 
 def errors(found, wholes, *, scales):
-    """Largest deviation of each key's pieces, divided by the key's scale; absolute where the scale is 0."""
+    """Largest deviation of each key's slices, divided by the key's scale; absolute where the scale is 0."""
     worst = {}
     for key, slices, _shape, local in found:
         deviation = float((local - part_of(wholes[key], slices)).abs().max()) / (scales[key] or 1.0)

@@ -17,19 +17,18 @@ def attention_cases(rank, world_size, folder, cases):
     engine.start(folder, kernels.references())
     from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed
 
-    plan = ParallelPlan(cp=world_size)
-    ranks = init_distributed(plan, seed=0)
-    return [adapter_errors(plan, ranks, *case) for case in cases], refusals(plan, ranks)
+    context = init_distributed(ParallelPlan(cp=world_size), seed=0)
+    return [adapter_errors(context, *case) for case in cases], refusals(context)
 
 
-def refusals(plan, ranks):
+def refusals(context):
     """What Transformer Engine says to packed sequences in the ways that `config.validate` refuses."""
     import torch.distributed as dist
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
 
     said = {}
     try:
-        adapter_errors(plan, ranks, [[8]], "all_gather", False)
+        adapter_errors(context, [[8]], "all_gather", False)
     except (AssertionError, ValueError) as error:
         said["all_gather"] = str(error)
     q, boundaries = torch.zeros(4, HEADS, DIM), torch.tensor([0, 8], dtype=torch.int32)
@@ -44,45 +43,37 @@ def refusals(plan, ranks):
     return said
 
 
-def adapter_errors(plan, ranks, documents, comm, real_boundaries, dtype=torch.float32):
+def adapter_errors(context, documents, comm, real_boundaries, dtype=torch.float32):
     """Our adapter on our shard, against full attention of the whole pack.
 
     Args:
-        plan: context parallel only.
-        ranks: this rank.
+        context: this rank, context parallel only.
         documents: as in `tests.support.packs`.
         comm: cp_comm_type.
-        real_boundaries: tell Transformer Engine where documents really end, as mcore would.
+        real_boundaries: give Transformer Engine the real ends of documents, as mcore would.
         dtype: of queries, keys and values.
     """
     from megatron_v2pe.models.language import LanguageModel
     from megatron_v2pe.parallel.attention import te
-    from megatron_v2pe.parallel.shard_batch import shard_batch
+    from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from megatron_v2pe.parallel.zigzag import shard_indices
     from tests.support.packs import batch_of, layout_of
 
+    plan, ranks = context.plan, context.ranks
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
-    local = shard_batch(
-        batch_of(layout, tile_range=(0, 0)),
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
-        dtype=dtype,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        encodes_tiles=False,
-    )
+    sharder = BatchSharder(context=context, dtype=dtype)
+    local = sharder.shard(batch_of(layout, tile_range=(0, 0)), encodes_tiles=False)
     params = LanguageModel.attention_params(types.SimpleNamespace(rope=rope()), local)
     if real_boundaries:
         real = [0, *np.cumsum([document.num_tokens for document in layout.documents])]
         boundaries = torch.tensor(real, dtype=torch.int32, device=ranks.device)
         params.cu_seqlens_q = params.cu_seqlens_kv = boundaries
-    core = te.RotaryTEAttention(**core_arguments(plan, comm, ranks))
+    core = te.RotaryTEAttention(**core_arguments(context, comm))
     kept = te.padding_counts_as_tokens
     if real_boundaries:
         te.padding_counts_as_tokens = plain_parameters
     wanted = full_attention(layout, dtype)
-    index = torch.from_numpy(shard_indices(layout.cu_seqlens, cp_size=plan.cp, cp_rank=ranks.cp_rank))
+    index = torch.from_numpy(shard_indices(layout.cu_seqlens, cp=plan.cp, cp_rank=ranks.cp_rank))
     *leaves, grad = (x[index].to(ranks.device) for x in inputs(layout, dtype))
     leaves = [x.requires_grad_() for x in leaves]
     out = core(*leaves, None, core_mask(), packed_seq_params=params)
@@ -111,7 +102,7 @@ def core_mask():
     return AttnMaskType.causal
 
 
-def core_arguments(plan, comm, ranks):
+def core_arguments(context, comm):
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
@@ -120,7 +111,7 @@ def core_arguments(plan, comm, ranks):
         num_attention_heads=HEADS,
         num_query_groups=KEY_HEADS,
         attention_dropout=0.0,
-        context_parallel_size=plan.cp,
+        context_parallel_size=context.plan.cp,
     )
     return dict(
         config=config,
@@ -128,7 +119,7 @@ def core_arguments(plan, comm, ranks):
         attn_mask_type=core_mask(),
         attention_type="self",
         cp_comm_type=comm,
-        pg_collection=ranks.groups,
+        pg_collection=context.ranks.groups,
     )
 
 
@@ -208,13 +199,13 @@ def model_cases(rank, world_size, folder, layouts):
         rank: this rank.
         world_size: number of ranks.
         folder: Transformer Engine's sources.
-        layouts: fields of ParallelConfig.
+        layouts: name -> fields of ParallelConfig.
     """
     engine.start(folder, kernels.references())
-    from megatron_v2pe.assembly import kernels as choice
+    from megatron_v2pe.assembly import backend_modules as choice
 
     choice.torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True))
-    return [compare_models(world_size, layout) for layout in layouts]
+    return {name: compare_models(world_size, layout) for name, layout in layouts.items()}
 
 
 def compare_models(world_size, layout):
@@ -226,14 +217,14 @@ def compare_models(world_size, layout):
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     plan = resolve(ParallelConfig(**layout), world_size)
-    ranks = init_distributed(plan, seed=0)
-    models = {name: build(name, layout, plan, ranks, "float32") for name in ("transformer_engine", "native")}
+    context = init_distributed(plan, seed=0)
+    models = {name: build(name, layout, context, "float32") for name in ("transformer_engine", "native")}
     theirs, ours = models.values()
     shapes = [{name: tuple(x.shape) for name, x in model.named_parameters()} for model in models.values()]
     for model in (ours, theirs):
         fill(model)
     kernels.compiled().calls.clear()
-    losses = [run(model, plan, ranks, torch.float32) for model in models.values()]
+    losses = [run(model, context, torch.float32) for model in models.values()]
     wanted = dict(ours.named_parameters())
     errors = {
         name: float((x.grad - wanted[name].grad).abs().max() / wanted[name].grad.abs().max().clamp_min(1e-6))
@@ -256,7 +247,7 @@ def fill(model):
         parameter.data.copy_(torch.empty(parameter.shape).normal_(mean, 0.08, generator=generator))
 
 
-def build(backend, layout, plan, ranks, dtype):
+def build(backend, layout, context, dtype):
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 
@@ -265,27 +256,23 @@ def build(backend, layout, plan, ranks, dtype):
         position=PositionConfig(mode="v2pe_random"),
         runtime=RuntimeConfig(dtype=dtype),
     )
-    (model,) = build_model(config, architecture(), plan=plan, ranks=ranks)
+    (model,) = build_model(config, architecture(), context)
     return model
 
 
-def run(model, plan, ranks, dtype):
+def run(model, context, dtype):
     """Loss of one micro batch; gradients are left in the parameters."""
-    from megatron_v2pe.batch.packed_batch import deal_tiles
-    from megatron_v2pe.parallel.shard_batch import shard_batch
+    from megatron_v2pe.batch.packed_batch import tile_share
+    from megatron_v2pe.batch.pixel_norm import PixelNorm
+    from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from tests.support.packs import batch_of, layout_of
 
+    plan, ranks = context.plan, context.ranks
     layout = layout_of(DOCUMENTS, pad_to_multiple=plan.pad_to_multiple)
-    tiles = deal_tiles(layout.num_tiles, plan.tile_ranks, ranks.tile_rank)
-    local = shard_batch(
-        batch_of(layout, tile_range=tiles, tile_size=TILE_SIZE),
-        plan=plan,
-        ranks=ranks,
-        device=ranks.device,
-        dtype=dtype,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-    )
+    tiles = tile_share(layout.num_tiles, plan.tile_ranks, ranks.tile_rank)
+    norm = PixelNorm((0.0,) * 3, (1.0,) * 3)
+    sharder = BatchSharder(context=context, dtype=dtype, norm=norm)
+    local = sharder.shard(batch_of(layout, tile_range=tiles, tile_size=TILE_SIZE))
     total, _ = model(local)
     total.backward()
     return float(total.detach())

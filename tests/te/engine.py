@@ -5,7 +5,7 @@
               from `kernels.py` or raises; the device, which says that it is a Hopper GPU; onnx, triton, pydantic
               and einops, which are imported but not needed
 
-Nothing is said about kernels, streams or cuDNN's support: that takes a GPU.
+Kernels, streams and cuDNN's support are not covered: they need a GPU.
 
 `start` changes the process for good, so tests call it in fresh ones only (`tests/support/spawn.py`).
 """
@@ -169,7 +169,7 @@ def _give_a_device(torch):
     halves = cpu_runtime._Proxy(device, {"bfloat16": torch.float32})
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{TE}.") and module.__dict__.get("torch") is torch:
-            # Attention takes half precision only, which would hide errors: here "bfloat16" is float32.
+            # Attention supports half precision only, which would hide errors: here "bfloat16" is float32.
             attention = name.endswith(("dot_product_attention.backends", "dot_product_attention.utils"))
             module.torch = halves if attention else device
     real = torch.Tensor.is_cuda

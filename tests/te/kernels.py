@@ -1,7 +1,7 @@
 """What the compiled functions of Transformer Engine that our layers need compute, by the plain formulas.
 
-Each takes the parameters it needs by their declared names. Attention takes packed tensors (thd) and tiles (sbhd).
-Rows of a packed document b are cu_padded[b] .. cu_padded[b] + (cu[b+1] - cu[b]); the rows behind them are padding,
+Each has the parameters it needs by their declared names. Attention supports packed tensors (thd) and tiles (sbhd).
+Rows of a packed document b are cu_padded[b] .. cu_padded[b] + (cu[b+1] - cu[b]); the rows after them are padding,
 which kernels leave alone.
 
 Shape legend: t tokens, s and t tokens of a document, b tiles, h query heads, k key heads, g = h / k, d head dimension.
@@ -164,7 +164,7 @@ def thd_grad_correction(*, grad, grad_per_step, cu_seqlens, first_half, second_h
         grad[rows] = step if mode == "copy" else grad[rows] + step
 
 
-def generic_gemm(*, A, transA, B, transB, D, bias, grad, accumulate, gelu, extra_output, **_):  # noqa: N803
+def generic_gemm(*, A, transA, B, transB, D, bias, grad, accumulate, gelu, extra_output, **_):
     """op(B) op(A), which is what cuBLAS's column-major A B is for row-major tensors."""
     assert not gelu
     a, b = A.flatten(0, -2), B.flatten(0, -2)

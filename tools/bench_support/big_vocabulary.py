@@ -36,7 +36,7 @@ def make_big(source: Path, folder: Path) -> None:
 
 
 def _shift_added(folder: Path, shift: int) -> None:
-    """Added tokens come after the vocabulary."""
+    """Added tokens follow the vocabulary."""
     path = folder / "added_tokens.json"
     if path.exists():
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.load import load_run_config
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.meta import read_meta
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 folder, hf = sys.argv[1:]
 config = load_run_config(None, ["data.max_sample_tokens=32768", "data.max_pack_tokens=32768"])
 settings = sample_settings(config, read_architecture(hf), hf)

@@ -27,11 +27,13 @@ from PIL import Image
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
-from megatron_v2pe.data.media import pixels
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.medium import MediumTiles
 
 HF_FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
 TARGET_RATIO, TARGET_SPEED = 1.10, 1.80
+OpenedImage = tuple[str, ImageTiles]
 HELP = "the loader against bare Pillow, with 1 and 2 workers, and the decoded pixels of each rank at cp 4"
 
 
@@ -116,19 +118,19 @@ def open_loader(
 
 def compare_with_pillow(work: Path, arch: InternVLArchitecture, *, rounds: int) -> None:
     """CPU time per tile: packs of the loader against opening, resizing and cropping the same images."""
-    refs: list[ImageRef] = []
-    restore = _spy(refs.append)
+    opened: list[OpenedImage] = []
+    restore = _spy(opened.append)
     try:
         num_tiles = sum(batch.num_tiles for step in open_loader(work, arch) for batch in step)
     finally:
         restore()
     loader_ms, pillow_ms = [], []
     for _ in range(rounds):
-        pillow_ms.append(_cpu_ms(lambda: [bare_tiles(ref, arch.image_size) for ref in refs]) / num_tiles)
+        pillow_ms.append(_cpu_ms(lambda: [bare_tiles(*each, arch.image_size) for each in opened]) / num_tiles)
         loader = open_loader(work, arch)
         loader_ms.append(_cpu_ms(lambda loader=loader: list(loader)) / num_tiles)  # type: ignore[misc]
     ratio = min(loader_ms) / min(pillow_ms)
-    print(f"\nCPU per tile, {num_tiles} tiles of {len(refs)} images, best of {rounds} rounds")
+    print(f"\nCPU per tile, {num_tiles} tiles of {len(opened)} images, best of {rounds} rounds")
     print(f"  bare Pillow (decode, resize, crop)   {min(pillow_ms):6.2f} ms")
     print(f"  loader (text, packing, pixels)       {min(loader_ms):6.2f} ms")
     verdict(
@@ -139,16 +141,17 @@ def compare_with_pillow(work: Path, arch: InternVLArchitecture, *, rounds: int) 
     )
 
 
-def bare_tiles(ref: ImageRef, size: int) -> list[Image.Image]:
+def bare_tiles(path: str, tiles_of: ImageTiles, size: int) -> list[Image.Image]:
     """What any loader must do for an image."""
-    with Image.open(ref.path) as opened:
+    with Image.open(path) as opened:
         image = opened.convert("RGB")
-    grid = image.resize((size * ref.grid.columns, size * ref.grid.rows), Image.Resampling.BICUBIC)
+    columns, rows = tiles_of.grid.columns, tiles_of.grid.rows
+    grid = image.resize((size * columns, size * rows), Image.Resampling.BICUBIC)
     tiles = []
-    for cell in range(ref.grid.columns * ref.grid.rows):
-        top, left = cell // ref.grid.columns * size, cell % ref.grid.columns * size
+    for cell in range(columns * rows):
+        top, left = cell // columns * size, cell % columns * size
         tiles.append(grid.crop((left, top, left + size, top + size)))
-    if ref.grid.has_thumbnail:
+    if tiles_of.grid.has_thumbnail:
         tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
     return tiles
 
@@ -188,8 +191,8 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
     whole_ms = _cpu_ms(lambda: list(open_loader(work, arch, steps=steps)))
     furthest = 0.0
     for rank in range(ranks):
-        refs: list[ImageRef] = []
-        restore = _spy(refs.append)
+        opened: list[OpenedImage] = []
+        restore = _spy(opened.append)
         try:
             batches: list[Any] = []
             loader = open_loader(work, arch, tile=(rank, ranks), steps=steps)
@@ -200,9 +203,9 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
         own, total = sum(len(pack.tiles) for pack in packs), sum(pack.num_tiles for pack in packs)
         worst = max(abs(len(pack.tiles) - pack.num_tiles / ranks) for pack in packs)
         furthest = max(furthest, worst)
-        source = sum(ref.size[0] * ref.size[1] for ref in refs) / 1e6
+        source = sum(image.size[0] * image.size[1] for _, image in opened) / 1e6
         print(
-            f"{rank:4}   {own:5}   {own / total:7.2%}   {worst:28.2f} tiles   {len(refs):13}   {source:17.1f}   "
+            f"{rank:4}   {own:5}   {own / total:7.2%}   {worst:28.2f} tiles   {len(opened):13}   {source:17.1f}   "
             f"{own_ms / whole_ms:.0%}"
         )
     verdict(
@@ -213,18 +216,18 @@ def show_shares(work: Path, arch: InternVLArchitecture, *, ranks: int = 4, steps
     )
 
 
-def _spy(note: Callable[[ImageRef], None]) -> Callable[[], None]:
+def _spy(note: Callable[[OpenedImage], None]) -> Callable[[], None]:
     """Report each image that is opened; returns what ends it."""
-    real = pixels.load_tiles
+    real = ImageFile.open_range
 
-    def load_tiles(ref: ImageRef, **rest: Any) -> Any:
-        note(ref)
-        return real(ref, **rest)
+    def open_range(file: ImageFile, own: MediumTiles, *rest: Any) -> None:
+        note((file.path, own.images[0]))
+        real(file, own, *rest)
 
-    pixels.load_tiles = load_tiles  # type: ignore[assignment]
+    ImageFile.open_range = open_range  # type: ignore[method-assign]
 
     def restore() -> None:
-        pixels.load_tiles = real  # type: ignore[assignment]
+        ImageFile.open_range = real  # type: ignore[method-assign]
 
     return restore
 

@@ -62,13 +62,8 @@ def _index(name: str, repeat: float, lengths: Any, tiles: Any) -> DatasetIndex:
     entry = DatasetEntry(
         name=name,
         annotation=f"{name}.jsonl",
-        root="",
-        root2="",
-        http_root="",
         repeat_time=repeat,
         data_augment=True,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     return DatasetIndex(
         entry=entry,

@@ -4,7 +4,7 @@ Lengths are drawn for the 45 data sets of the release's mixture, whose names, si
 lengths are not: sets of Long-MR are named 16_32 and uniform in 16K..32K tokens, Long-VQA sets log-uniform in 1K..32K,
 MileBench sets log-uniform in 1K..16K; 40 to 90 % of a sample's tokens are visual. Ranks are compared by the cost that
 `data.balance` uses (`megatron_v2pe/data/samples/cost.py`, for InternVL2-2B). The release's packer gets the same
-draws in random order; its packs are dealt in turn.
+draws in random order; its packs are assigned in turn.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
                 if batch == RANKS
                 else plan_of(indexes, pack_tokens=pack_tokens, batch_size=batch).epoch(0, 0)
             )
-            found = _imbalances(np.asarray(other.costs), batch, dealt=True)
+            found = _imbalances(np.asarray(other.costs), batch, by_cost=True)
             is_met = float(found.mean()) <= TARGET_IMBALANCE
             verdict(
                 f"{name}, {batch} a step", _imbalance(found), target=f"<= {TARGET_IMBALANCE}", is_met=is_met
@@ -78,16 +78,16 @@ def _release(indexes: Any, epoch: EpochPlan, pack_tokens: int) -> None:
     seconds = time.process_time() - started
     fill = pack_fill(packs, lengths, max_tokens=pack_tokens)
     in_order = np.array([costs[pack].sum() for pack in packs])
-    found = _imbalances(in_order, RANKS, dealt=False)
+    found = _imbalances(in_order, RANKS, by_cost=False)
     print(
         f"beside it the release's packer on {len(lengths):,} of the draws: {seconds:.1f} s, {fill:.2%} full, "
         f"{_imbalance(found)}"
     )
 
 
-def _imbalances(costs: Any, batch: int, *, dealt: bool) -> Any:
+def _imbalances(costs: Any, batch: int, *, by_cost: bool) -> Any:
     """Slowest rank over the mean in each whole step of `batch` packs."""
-    return step_imbalances(costs, np.full(len(costs) // batch, batch), RANKS, dealt=dealt)
+    return step_imbalances(costs, np.full(len(costs) // batch, batch), RANKS, by_cost=by_cost)
 
 
 def _imbalance(found: Any) -> str:

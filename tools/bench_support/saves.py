@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench_support.step import Sizes, Step
+import torch.distributed as dist
 
 from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
 from megatron_v2pe.checkpoint.files.weights_layout import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.step import train_step
 
@@ -58,7 +59,7 @@ def measure(work: str, hidden: int, layers: int, step_seconds: float, rounds: in
         step_seconds: about how long a step shall take.
         rounds: blocks of each mode.
     """
-    sizes = Sizes(hidden=hidden, layers=layers, vocab=4096, heads=8, kv_heads=4, tokens=256, tiles=2)
+    sizes = StepSizes(hidden=hidden, layers=layers, vocab=4096, heads=8, kv_heads=4, tokens=256, tiles=2)
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"), optim=OptimConfig(steps=10**6))
     once = _seconds(_Training(sizes, config))
     tokens = min(16384, max(128, int(sizes.tokens * step_seconds / once)))
@@ -71,15 +72,16 @@ def measure(work: str, hidden: int, layers: int, step_seconds: float, rounds: in
             block = _block(training, savers.get(mode), number=number)
             if number:  # the first round touches memory for the first time
                 blocks[mode].append(block)
-    gradients = sum(p.numel() for p in training.trainer.chunks[0].parameters())
+    gradients = sum(p.numel() for p in training.trainer.model_chunks[0].parameters())
     return {"tokens": tokens, "parameters": gradients, "blocks": blocks}
 
 
 class _Training:
     """A model, its optimizer and one pack."""
 
-    def __init__(self, sizes: Sizes, config: RunConfig) -> None:
-        self.config, self.step = config, Step(config=config, sizes=sizes)
+    def __init__(self, sizes: StepSizes, config: RunConfig) -> None:
+        self.config = config
+        self.step = MeasuredStep(config=config, sizes=sizes, dp=dist.get_world_size())
         wrapped = self.step.wrapped
         optimizer = build_optimizer(wrapped, config)
         scheduler = build_scheduler(optimizer, config.optim)
@@ -122,7 +124,7 @@ def _block(training: _Training, saver: Saver | None, *, number: int) -> Block:
     return Block(steps_s=steps_s, steps_cpu_s=steps_cpu_s, stall_s=stall_s, stall_cpu_s=stall_cpu_s)
 
 
-def _hugging_face_folder(folder: Path, sizes: Sizes) -> None:
+def _hugging_face_folder(folder: Path, sizes: StepSizes) -> None:
     """What a save copies from it: the model's config.json, and that no weights lie in files."""
     if not folder.exists():
         folder.mkdir(parents=True)

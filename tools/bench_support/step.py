@@ -1,11 +1,6 @@
-"""One training step of a small InternVL2 with random weights, and how much memory it takes; for bench_memory.py.
+"""How a step is measured by the benchmarks: the best time of several, on several ranks, on which machine.
 
-    Sizes --architecture--> build_model --> DDP, optimizer        (nothing is read from disk)
-    Pack of text and tiles --shard_batch--> schedule: forward and backward
-
-Memory is counted by torch's profiler, which sees every allocation and release of torch's CPU allocator, temporaries
-inside operators included. `peak_bytes` is the most that was allocated at a time beyond what was there at the start, so
-weights, gradient buffers and optimizer state, which stand before a step, do not count.
+The step itself is `megatron_v2pe/planning/measured_step.py`.
 """
 
 from __future__ import annotations
@@ -15,170 +10,12 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
-from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.assembly.optimizer import wrap_data_parallel
-from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, deal_tiles
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
-from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve, shutdown
-from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
-from megatron_v2pe.v2pe.layout import PackLayout, SampleLayout, pack_layout
-
-PATCH, PATCHES_PER_SIDE = 14, 8
-TILE_PIXELS = PATCH * PATCHES_PER_SIDE  # 112
-TOKENS_PER_TILE = (PATCHES_PER_SIDE // 2) ** 2  # 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A model and a pack: one document of text with tiles spread over it."""
-
-    tokens: int = 4096
-    tiles: int = 32
-    hidden: int = 256
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    vocab: int = 2048
-    vision_hidden: int = 128
-    vision_layers: int = 4
-    supervised: float = 0.25
-    """Share of the tokens that have a label, at the end of the document."""
-
-    def architecture(self) -> InternVLArchitecture:
-        """The model."""
-        return parse_architecture(self.hugging_face())
-
-    def hugging_face(self) -> dict[str, Any]:
-        """Its config.json."""
-        return {
-            "model_type": "internvl_chat",
-            "force_image_size": TILE_PIXELS,
-            "vision_config": {
-                "hidden_size": self.vision_hidden,
-                "num_hidden_layers": self.vision_layers,
-                "num_attention_heads": 4,
-                "intermediate_size": 4 * self.vision_hidden,
-                "patch_size": PATCH,
-                "image_size": TILE_PIXELS,
-            },
-            "llm_config": {
-                "architectures": ["InternLM2ForCausalLM"],
-                "hidden_size": self.hidden,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads,
-                "intermediate_size": 4 * self.hidden,  # the ratio of InternLM2-1.8B
-                "vocab_size": self.vocab,
-            },
-        }
-
-    def layout(self, *, pad_to_multiple: int) -> PackLayout:
-        """The pack's document."""
-        text = self.tokens - self.tiles * TOKENS_PER_TILE
-        if text <= self.tiles:
-            raise SystemExit(
-                f"{self.tiles} tiles of {TOKENS_PER_TILE} tokens leave no text in {self.tokens} tokens"
-            )
-        number = np.arange(self.tiles)
-        starts = number * TOKENS_PER_TILE + (number + 1) * text // (self.tiles + 1)
-        sample = SampleLayout(
-            num_tokens=self.tokens,
-            image_starts=starts.astype(np.int64),
-            num_tiles=np.ones(self.tiles, np.int64),
-            strides=np.full(self.tiles, TOKENS_PER_TILE, np.int64),
-            tokens_per_tile=TOKENS_PER_TILE,
-        )
-        return pack_layout([sample], pad_to_multiple=pad_to_multiple)
-
-    def pack(self, plan: ParallelPlan, tile_rank: int) -> PackedBatch:
-        """The pack as the loader would hand it to a rank: random tokens and pixels."""
-        layout = self.layout(pad_to_multiple=plan.pad_to_multiple)
-        generator = np.random.default_rng(0)
-        share = deal_tiles(self.tiles, plan.tile_ranks, tile_rank)
-        tokens = generator.integers(0, self.vocab, layout.num_tokens)
-        labels = np.roll(tokens, -1)
-        labels[: round((1 - self.supervised) * len(labels))] = IGNORE_INDEX
-        shape = (share[1] - share[0], 3, TILE_PIXELS, TILE_PIXELS)
-        return PackedBatch(
-            tokens=tokens,
-            labels=labels,
-            loss_weights=(labels != IGNORE_INDEX).astype(np.float32),
-            layout=layout,
-            num_tiles=self.tiles,
-            tile_range=share,
-            tiles=generator.integers(0, 256, shape, dtype=np.uint8),
-            sample_ids=("benchmark",),
-        )
-
-
-@dataclass(kw_only=True)
-class Step:
-    """Forward and backward of one rank, ready to be called again and again.
-
-    Attributes:
-        config: the run; `parallel` says how many ranks there are.
-        sizes: model and pack.
-        change: called with the model before it is wrapped.
-    """
-
-    config: RunConfig
-    sizes: Sizes
-    change: Callable[[Any], None] | None = None
-    plan: ParallelPlan = field(init=False)
-    ranks: Ranks = field(init=False)
-
-    def __post_init__(self) -> None:
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.plan = resolve(self.config.parallel, world_size)
-        self.ranks = init_distributed(self.plan, seed=0)
-        chunks = build_model(self.config, self.sizes.architecture(), plan=self.plan, ranks=self.ranks)
-        with torch.no_grad():
-            for parameter in chunks[0].parameters():
-                parameter.normal_(0.0, 0.02)
-        if self.change is not None:
-            self.change(chunks[0])
-        self.wrapped = wrap_data_parallel(chunks, self.config, shard_gradients=True)
-        self.wrapped[0].train()
-        self.batch = self.sizes.pack(self.plan, self.ranks.tile_rank)
-        is_half = self.config.runtime.dtype == "bfloat16"
-        shard = partial(
-            shard_batch,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
-            dtype=torch.bfloat16 if is_half else torch.float32,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        )
-        self.runner = MicroBatchRunner(shard=shard, device=self.ranks.device)
-        attach(self.runner, self.wrapped)
-
-    def __call__(self) -> None:
-        """Forward, backward, reduction of the gradients. Collective."""
-        self.wrapped[0].zero_grad_buffer()
-        self.runner.reset()
-        run_schedule(self.wrapped, self.runner.forward_step, [self.batch])
-
-
-def peak_bytes(action: Callable[[], Any]) -> int:
-    """Most bytes of torch tensors that `action` held at a time, beyond those that existed before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max(initial=0))
+from megatron_v2pe.parallel.topology import shutdown
 
 
 def best_seconds(action: Callable[[], Any], repeats: int) -> float:

@@ -27,9 +27,9 @@ from megatron_v2pe.checkpoint.state.model_state import (
 )
 from megatron_v2pe.checkpoint.state.private_api import shards_in
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import PARTS, Part, adapted_names, linear_names
+from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
-from megatron_v2pe.models.lora import adapter_prefix, is_adapter
+from megatron_v2pe.models.lora import adapter_prefix
 from megatron_v2pe.parallel.topology import Ranks
 
 
@@ -112,7 +112,7 @@ def draw_adapters(
     values. Padding of the heads of a split tower is zero.
     """
     shapes = {f"{linear.prefix}lora_A": linear.hf_shape for linear in adapted_linears(lora, arch)}
-    for shard in shards_in(model_sharded_state_dict(model_chunks, ranks, wanted=is_adapter)):
+    for shard in shards_in(model_sharded_state_dict(model_chunks, ranks, wanted=is_adapter_parameter)):
         with torch.no_grad():
             shard.data.zero_()
             if shard.key in shapes:

@@ -77,8 +77,9 @@ def _write_all_but_tensors(folder: Path, hf: Path, files: Sequence[WeightFile], 
     _write_index(folder, files)
     for file in files:
         with (folder / file.name).open("wb") as stream:
-            stream.write(file.header())
-            stream.truncate(stream.tell() + file.num_bytes)
+            header = file.header()
+            stream.write(header)
+            stream.truncate(len(header) + file.num_bytes)
 
 
 def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:

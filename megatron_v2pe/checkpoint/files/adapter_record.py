@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.checkpoint.files.folder import INFO_FILE, read_info
-from megatron_v2pe.config.lora import Part, parts_trained_whole
+from megatron_v2pe.config.lora import Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.models.lora import is_adapter
 
 RECORD_FILE = "adapter.json"
 _FORMAT_VERSION = 1
@@ -44,7 +43,7 @@ class AdapterRecord:
 
     def holds(self, name: str) -> bool:
         """Whether a parameter, or a state key, is stored with the adapters and not taken from the base."""
-        return is_adapter(name) or name.partition(".")[0] in self.trained_parts
+        return is_adapter_parameter(name) or name.partition(".")[0] in self.trained_parts
 
 
 def describe_adapters(config: RunConfig) -> AdapterRecord | None:

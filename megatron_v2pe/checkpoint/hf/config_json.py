@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_v2pe.config.position_modes import POSITION_MODES, RELEASE_NAMES
 from megatron_v2pe.core.files import write_atomic
-
-_RELEASE_MODES = {"default": "default", "v2pe_fixed": "v2pe_fix", "v2pe_random": "v2pe_rnd"}
 
 
 def update_positions(config_path: Path, *, mode: str, stride: int) -> None:
@@ -23,7 +22,7 @@ def update_positions(config_path: Path, *, mode: str, stride: int) -> None:
     """
     text = config_path.read_text(encoding="utf-8")
     values = json.loads(text)
-    wanted: dict[str, Any] = {"rope_pos_id_version": _RELEASE_MODES[mode]}
+    wanted: dict[str, Any] = {"rope_pos_id_version": RELEASE_NAMES[POSITION_MODES[mode]]}
     if mode == "v2pe_fixed":
         wanted["rope_pos_id_stride"] = stride
     if wanted == {"rope_pos_id_version": "default"} and "rope_pos_id_version" not in values:

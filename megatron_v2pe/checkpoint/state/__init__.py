@@ -1,1 +1,1 @@
-"""The sharded state in mcore's and torch's file format: read, written, saved in parts."""
+"""Sharded tensors in the file format of mcore and torch: saved in steps, loaded at any layout, read by rows."""

@@ -17,8 +17,8 @@ import torch
 from megatron_v2pe.checkpoint.files.adapter_record import require_whole
 from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.state.load import load_state
+from megatron_v2pe.config.lora import is_adapter_parameter
 from megatron_v2pe.core.errors import CheckpointError
-from megatron_v2pe.models.lora import is_adapter
 from megatron_v2pe.parallel.topology import Ranks
 
 SHARDED_STATE_METADATA: dict[str, Any] = {
@@ -44,7 +44,7 @@ def every_parameter(name: str) -> bool:
 
 def without_adapters(name: str) -> bool:
     """Parameters of the model itself, not of adapters that were added to it."""
-    return not is_adapter(name)
+    return not is_adapter_parameter(name)
 
 
 def model_sharded_state_dict(

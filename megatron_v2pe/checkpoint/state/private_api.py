@@ -127,7 +127,7 @@ def all_ranks() -> _DistWrapper:
 
 
 def failures_of(error: BaseException) -> list[BaseException]:
-    """The exceptions of the ranks that torch's CheckpointException stands for; of another error, that error."""
+    """The exceptions of the ranks in torch's CheckpointException; for another error, that error alone."""
     failures = getattr(error, "failures", {0: (error, None)})
     return [cause for cause, _ in failures.values()]
 

@@ -108,9 +108,6 @@ class _Window(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer)[: max(0, self._length - self._at)]
         got = os.preadv(self._file.fileno(), [room], self._start + self._at) if room else 0

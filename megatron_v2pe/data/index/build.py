@@ -2,40 +2,34 @@
 
     blocks of 1 MiB --pool--> rows, at most 2 s of work each --every 2 s--> parts/*.npz
 
-A part that is written is never measured again: after a kill the pass goes on with what no part covers, so less than
-five seconds are lost. Parts are kept under the hash of the file's content; of a file that changed they are not found.
+After a kill the pass continues with what no part covers, so less than five seconds are lost.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from zipfile import BadZipFile
+
+from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.core.processes import end_with_parent, worker_context
-from megatron_v2pe.data.index.rows import (
-    BadSample,
-    IndexRows,
-    RowCollector,
-    concatenate,
-    read_part,
-    write_part,
-)
-from megatron_v2pe.data.index.scan import ByteRange, byte_range
+from megatron_v2pe.data.index.parts import PartFolder, remaining
+from megatron_v2pe.data.index.rows import BadSample, IndexRows, RowCollector
+from megatron_v2pe.data.index.scan import ByteRange
 from megatron_v2pe.data.samples.measure import LineMeasurer, LongSampleError
-from megatron_v2pe.data.samples.sample_maker import SampleSettings
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import open_binary
 
 _log = get_logger(__name__)
-_SLICE_S = 2.0  # a worker's longest turn, and the time between parts
+_TURN_S = 2.0  # longest turn of a worker
+_LOG_EVERY_S = 10.0
 Progress = Callable[[int, int], None]
 
 
@@ -56,7 +50,7 @@ def measure_range(
     try:
         with open_binary(entry.annotation) as file:
             file.seek(offset)
-            while offset < lines.end and (offset == lines.start or time.monotonic() - started < _SLICE_S):
+            while offset < lines.end and (offset == lines.start or time.monotonic() - started < _TURN_S):
                 line = file.readline()
                 if not line:
                     raise DataError(f"{entry.annotation}: became shorter while it was measured; try again")
@@ -90,93 +84,6 @@ def measure_into(
         )
 
 
-class PartFolder:
-    """Rows of a pass that is under way, safe from a kill."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._waiting: list[tuple[IndexRows, ByteRange]] = []
-        self._done: list[tuple[IndexRows, ByteRange]] = self._read()
-        self._last = time.monotonic()
-
-    @property
-    def finished(self) -> list[tuple[IndexRows, ByteRange]]:
-        """What is on the disk."""
-        return list(self._done)
-
-    def add(self, rows: IndexRows, done: ByteRange) -> None:
-        """Take rows; they are on the disk two seconds later, or at `flush`."""
-        self._waiting.append((rows, done))
-        if time.monotonic() - self._last >= _SLICE_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what waits."""
-        if self._waiting:
-            ranges = [[done.start, done.end, done.first_line, done.num_lines] for _, done in self._waiting]
-            counts = [[len(rows), len(rows.bad)] for rows, _ in self._waiting]
-            rows = concatenate([rows for rows, _ in self._waiting])
-            self._folder.mkdir(exist_ok=True)
-            name = f"part-{ranges[0][0]:016d}-{len(ranges)}.npz"
-            write_part(self._folder / name, rows, {"ranges": ranges, "counts": counts})
-            self._done += self._waiting
-            self._waiting = []
-        self._last = time.monotonic()
-
-    def rows(self) -> IndexRows:
-        """Everything, in the order of the file."""
-        self.flush()
-        return concatenate([rows for rows, _ in sorted(self._done, key=lambda each: each[1].start)])
-
-    def remove(self) -> None:
-        """Delete the parts, which are not needed once the whole is written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _read(self) -> list[tuple[IndexRows, ByteRange]]:
-        found: list[tuple[IndexRows, ByteRange]] = []
-        for path in sorted(self._folder.glob("part-*.npz")):
-            try:
-                rows, facts = read_part(path)
-                found += list(_pieces(rows, facts["ranges"], facts["counts"]))
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                _log.warning("%s: damaged (%s); its lines are measured again", path, error)
-                path.unlink(missing_ok=True)
-        return found
-
-
-def _pieces(
-    rows: IndexRows, ranges: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]
-) -> Iterator[tuple[IndexRows, ByteRange]]:
-    """Rows of a part, range by range."""
-    row = image = bad = 0
-    for (start, end, first_line, num_lines), (num_rows, num_bad) in zip(ranges, counts, strict=True):
-        images = int(rows.arrays["num_images"][row : row + num_rows].sum())
-        arrays = {
-            name: values[image : image + images] if name == "sizes" else values[row : row + num_rows]
-            for name, values in rows.arrays.items()
-        }
-        yield (
-            IndexRows(arrays=arrays, bad=rows.bad[bad : bad + num_bad]),
-            ByteRange(start=start, end=end, first_line=first_line, num_lines=num_lines),
-        )
-        row, image, bad = row + num_rows, image + images, bad + num_bad
-
-
-def remaining(blocks: Sequence[ByteRange], done: Sequence[ByteRange]) -> list[ByteRange]:
-    """What of the blocks no finished range covers."""
-    left: list[ByteRange] = []
-    for block in blocks:
-        position, line = block.start, block.first_line
-        inside = [each for each in done if block.start <= each.start < block.end]
-        for each in sorted(inside, key=lambda each: each.start):
-            if position < each.start:
-                left.append(byte_range(position, each.start, line, each.first_line))
-            position, line = each.end, each.first_line + each.num_lines
-        if position < block.end:
-            left.append(byte_range(position, block.end, line, block.first_line + block.num_lines))
-    return left
-
-
 def build_rows(
     entry: DatasetEntry,
     settings: SampleSettings,
@@ -192,7 +99,7 @@ def build_rows(
         entry: the data set.
         settings: of the run.
         blocks: what is to be covered.
-        parts: finished ones are taken from here, new ones go here.
+        parts: holds finished ones, new ones go here.
         workers: processes; below 2 this one does it.
         progress: called with numbers of lines and of bad lines that were done.
     """
@@ -202,7 +109,7 @@ def build_rows(
     try:
         if (
             workers < 2 or len(todo) < 2
-        ):  # one block is one worker's; starting it would take longer than most blocks
+        ):  # one block is one worker's; starting it would last longer than most blocks
             _measure_here(entry, settings, todo, parts=parts, progress=progress)
         else:
             _measure_in_pool(entry, settings, todo, parts=parts, workers=workers, progress=progress)
@@ -290,3 +197,37 @@ def _measure_in_pool(
                 queue += _rest(lines, done)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def measuring_progress(entry: DatasetEntry, total: int, show: bool) -> Iterator[Progress]:
+    """A bar with records per second and time left on a terminal; a log line every ten seconds elsewhere."""
+    started = last = time.monotonic()
+    num_done = num_bad = 0
+    bar = tqdm(total=total, unit="rec", desc=entry.name[:40], disable=None if show else True)
+
+    def update(lines: int, bad: int) -> None:
+        nonlocal last, num_done, num_bad
+        num_done, num_bad = num_done + lines, num_bad + bad
+        bar.update(lines)
+        bar.set_postfix(bad=num_bad, refresh=False)
+        now = time.monotonic()
+        if bar.disable and now - last > _LOG_EVERY_S:
+            last, rate = now, num_done / (now - started)
+            left = (total - num_done) / max(rate, 1e-9)
+            _log.info(
+                "%s: %d of %d lines, %d bad, %.0f/s, %.0f s left",
+                entry.annotation,
+                num_done,
+                total,
+                num_bad,
+                rate,
+                left,
+            )
+
+    try:
+        yield update
+    finally:
+        bar.close()
+    seconds = time.monotonic() - started
+    _log.info("%s: measured %d lines in %.1f s, %d bad", entry.annotation, num_done, seconds, num_bad)

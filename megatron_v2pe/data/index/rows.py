@@ -83,7 +83,7 @@ class IndexRows:
         )
 
     def without_bad(self, offsets: set[int]) -> IndexRows:
-        """The same rows, with some of the bad lines taken off the list."""
+        """The same rows, with some of the bad lines removed from the list."""
         return IndexRows(arrays=self.arrays, bad=tuple(bad for bad in self.bad if bad.offset not in offsets))
 
 
@@ -95,7 +95,7 @@ class RowCollector:
         self.bad: list[BadSample] = []
 
     def add(self, offset: int, line_number: int, samples: Sequence[MeasuredSample]) -> None:
-        """Take the samples of one line."""
+        """Add the samples of one line."""
         self._rows += [(offset, line_number, sample) for sample in samples]
 
     def rows(self) -> IndexRows:
@@ -125,12 +125,12 @@ def no_rows() -> IndexRows:
     return RowCollector().rows()
 
 
-def concatenate(pieces: Sequence[IndexRows]) -> IndexRows:
+def concatenate(ranges: Sequence[IndexRows]) -> IndexRows:
     """Rows of consecutive byte ranges as one."""
-    pieces = [no_rows(), *pieces]
+    ranges = [no_rows(), *ranges]
     return IndexRows(
-        arrays={name: np.concatenate([piece.arrays[name] for piece in pieces]) for name in _TYPES},
-        bad=tuple(bad for piece in pieces for bad in piece.bad),
+        arrays={name: np.concatenate([rows.arrays[name] for rows in ranges]) for name in _TYPES},
+        bad=tuple(bad for rows in ranges for bad in rows.bad),
     )
 
 
@@ -205,7 +205,7 @@ def read_part(path: Path) -> tuple[IndexRows, dict[str, Any]]:
 
 
 def _checked(arrays: Mapping[str, NDArray], facts: dict[str, Any], path: Path) -> IndexRows:
-    """Rows of arrays that fit together; `bad` is taken out of the facts."""
+    """Rows of arrays that fit together; `bad` is removed from the facts."""
     for name, kind in _TYPES.items():
         if arrays[name].dtype != kind:
             raise ValueError(f"{path}: {name} holds {arrays[name].dtype}, not {np.dtype(kind)}")

@@ -1,6 +1,6 @@
 """An annotation file in one quick look: the hash of its content, its lines, and where it can be cut.
 
-The hash tells a file that only grew (what was measured of its beginning stays good) from one that was edited.
+The hash distinguishes a file that only grew (what was measured of its beginning stays good) from an edited one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ByteRange:
 
     Attributes:
         start: byte offset of the first line.
-        end: byte offset behind the last line.
+        end: byte offset after the last line.
         first_line: 1-based number of the first line.
         num_lines: how many lines, empty ones included.
     """
@@ -64,20 +64,20 @@ def scan_file(path: str, *, prefix: int = 0) -> FileScan:
     first_line = 1
     try:
         with open_binary(path) as file:
-            while chunk := file.read(_BLOCK_BYTES):
-                if read < prefix <= read + len(chunk):
-                    hasher.update(chunk[: prefix - read])
+            while block := file.read(_BLOCK_BYTES):
+                if read < prefix <= read + len(block):
+                    hasher.update(block[: prefix - read])
                     prefix_digest = hasher.hexdigest()
-                    hasher.update(chunk[prefix - read :])
+                    hasher.update(block[prefix - read :])
                 else:
-                    hasher.update(chunk)
-                last_break = chunk.rfind(b"\n")
+                    hasher.update(block)
+                last_break = block.rfind(b"\n")
                 if last_break >= 0:
-                    line += chunk.count(b"\n")
+                    line += block.count(b"\n")
                     covered, covered_lines = read + last_break + 1, line
                     blocks.append(byte_range(start, covered, first_line, line + 1))
                     start, first_line = covered, line + 1
-                read += len(chunk)
+                read += len(block)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the annotation file cannot be read") from None
     if start < read:
@@ -93,5 +93,5 @@ def scan_file(path: str, *, prefix: int = 0) -> FileScan:
 
 
 def byte_range(start: int, end: int, first_line: int, next_line: int) -> ByteRange:
-    """A range by the number of its first line and of the line behind it."""
+    """A range by the number of its first line and of the line after it."""
     return ByteRange(start=start, end=end, first_line=first_line, num_lines=next_line - first_line)

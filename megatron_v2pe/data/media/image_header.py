@@ -1,11 +1,11 @@
 """Size of a plain JPEG or PNG from its first bytes; whatever is not plain is left to Pillow.
 
     JPEG   SOI, segments that only carry data, one SOF of 1, 3 or 4 layers of 8 bits, segments, SOS
-    PNG    signature, IHDR, chunks that only carry data, IDAT
+    PNG    signature, IHDR, PNG chunks that only carry data, IDAT
 
-A mixture shows millions of images, and to open one by Pillow takes longer than all the rest that the index does for it,
+A mixture shows millions of images, and opening one by Pillow lasts longer than all the rest that the index does for it,
 most of it for Pillow's own objects. So headers are read here where nothing in them can make Pillow think otherwise:
-every segment is of a kind, and of a length, that Pillow takes without an error. The rest (Exif, several pictures,
+every segment is of a kind, and of a length, that Pillow accepts without an error. The rest (Exif, several pictures,
 animations, broken checksums, a header longer than what was read) is None, and Pillow decides. That both agree on any
 bytes is a property test.
 """
@@ -16,7 +16,7 @@ from struct import Struct
 from zlib import crc32
 
 HEADER_BYTES = 1024  # enough for nearly all
-LONG_HEADER_BYTES = 16384  # colour profiles, texts
+LONG_HEADER_BYTES = 16384  # color profiles, texts
 Header = tuple[str, tuple[int, int]]
 
 _read_segment, _read_frame, _read_header = (
@@ -29,8 +29,8 @@ _SEGMENTS = {0xE0: 16, 0xEE: 14} | dict.fromkeys((0xC4, 0xDD, 0xFE, *range(0xE3,
 _PROFILE = b"ICC_PROFILE\0"
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
-# Length of a chunk between IHDR and IDAT; -1 is any.
+_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by color type
+# Length of a PNG chunk between IHDR and IDAT; -1 is any.
 _CHUNKS = {b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"PLTE": -1, b"tEXt": -1}
 
 
@@ -59,22 +59,29 @@ def _jpeg_size(head: bytes) -> tuple[int, int] | None:
         start, place = place + 4, place + 2 + length
         if fill != 0xFF or length < 2 or place > end:
             return None
-        if marker in _SEGMENTS:
-            if length < _SEGMENTS[marker]:
-                return None
-        elif marker == _DQT:
-            tables = head[start:place]
-            if not tables or len(tables) % _TABLE_BYTES or max(tables[::_TABLE_BYTES]) > 15:
-                return None
-        elif marker in _FRAMES and size is None:
+        if marker == _SOS:
+            return size
+        if marker in _FRAMES and size is None:
             size = _frame_size(head, start, length)
             if size is None:
                 return None
-        elif marker == _SOS:
-            return size
-        elif marker != _APP2 or length < 16 or not head.startswith(_PROFILE, start):
+        elif not _is_plain_segment(marker, length, head[start:place]):
             return None
     return None
+
+
+def _is_plain_segment(marker: int, length: int, content: bytes) -> bool:
+    """Whether Pillow would read over a segment without an error, whatever else it does with it."""
+    if marker in _SEGMENTS:
+        return length >= _SEGMENTS[marker]
+    if marker == _DQT:
+        return _is_plain_quantization(content)
+    return marker == _APP2 and length >= 16 and content.startswith(_PROFILE)
+
+
+def _is_plain_quantization(tables: bytes) -> bool:
+    """Whether a segment holds whole tables of 8 bits."""
+    return bool(tables) and not len(tables) % _TABLE_BYTES and max(tables[::_TABLE_BYTES]) <= 15
 
 
 def _frame_size(head: bytes, start: int, length: int) -> tuple[int, int] | None:
@@ -102,6 +109,6 @@ def _png_size(head: bytes) -> tuple[int, int] | None:
 
 
 def _is_sound(head: bytes, place: int, length: int) -> bool:
-    """Whether a chunk lies within `head` and its checksum is right."""
+    """Whether a PNG chunk lies within `head` and its checksum is right."""
     end = place + 8 + length
     return end + 4 <= len(head) and crc32(head[place + 4 : end]) == int.from_bytes(head[end : end + 4], "big")

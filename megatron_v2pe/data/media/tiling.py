@@ -52,7 +52,7 @@ class TileGrid:
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) of min_tiles..max_tiles tiles, by area.
 
-    Grids of the same area stand in the order of a Python set filled by rising size, because that order
+    Grids of the same area are in the order of a Python set filled by rising size, because that order
     decides the release's ties between grids of equal area (500 x 400 at exactly 2 tiles). Tuples of small
     integers hash the same in every CPython process.
     """

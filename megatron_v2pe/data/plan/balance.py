@@ -5,7 +5,7 @@
 
 The slowest rank decides a step's time. With one pack per rank only packs of equal cost help, so what a step holds is
 chosen by cost, with 1 % of noise, and which step comes when is random. That does not depend on the number of ranks;
-only the dealing does.
+only the assignment to ranks does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def order_for_steps(
     Args:
         costs: float [n], cost of each pack.
         head: packs at the beginning that fill up a step of the epoch before.
-        sizes: int64 [k], packs of the whole steps behind them.
+        sizes: int64 [k], packs of the whole steps after them.
         generator: of the epoch.
 
     Returns:
@@ -78,7 +78,7 @@ def order_for_steps(
     return np.concatenate([loose[:head], grouped, loose[head:]]).astype(np.int64)
 
 
-def deal_packs(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+def assign_packs(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Equally many packs to each rank, of about equal cost.
 
     Args:
@@ -89,17 +89,17 @@ def deal_packs(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
         for each rank, the places of its packs in rising order.
     """
     each = len(costs) // num_ranks
-    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     lightest = [(0.0, rank) for rank in range(num_ranks)]  # of the ranks that want more, a heap
     for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
         cost, rank = heapq.heappop(lightest)
-        dealt[rank].append(place)
-        if len(dealt[rank]) < each:
+        assigned[rank].append(place)
+        if len(assigned[rank]) < each:
             heapq.heappush(lightest, (cost + costs[place], rank))
-    return [sorted(places) for places in dealt]
+    return [sorted(places) for places in assigned]
 
 
-def imbalance(costs: Any, dealt: Sequence[Sequence[int]]) -> float:
+def imbalance(costs: Any, assigned: Sequence[Sequence[int]]) -> float:
     """Cost of the slowest rank of a step over the mean of all."""
-    sums = [float(sum(costs[place] for place in places)) for places in dealt]
+    sums = [float(sum(costs[place] for place in places)) for places in assigned]
     return max(sums) / (sum(sums) / len(sums))

@@ -2,9 +2,9 @@
 
     stage (curriculum) -> epoch 0, 1, 2, ... -> repeats drawn, shuffled, packed, packs ordered for steps -> pack g
 
-A step takes the next packs of its stage, as many as `BatchSchedule` says, and the stream runs on over epochs without
-dropping anything. What a step holds depends on no number of ranks or loader workers, so a run resumes from its step
-number; which rank gets which pack of a step is dealt by cost.
+A step consists of the next packs of its stage, as many as `BatchSchedule` says; the stream continues over epochs and
+drops nothing. What a step holds depends on no number of ranks or loader workers, so a run resumes from its step
+number; the packs of a step are assigned to the ranks by cost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
 from megatron_v2pe.data.index.rows import BadSample
-from megatron_v2pe.data.plan.balance import deal_packs, order_for_steps, whole_steps
+from megatron_v2pe.data.plan.balance import assign_packs, order_for_steps, whole_steps
 from megatron_v2pe.data.plan.packing import best_fit_packs, pack_fill, release_packs
 from megatron_v2pe.data.plan.store import EpochPlan, stored_plan
 from megatron_v2pe.data.samples.cost import NO_COST, PackCost
@@ -86,8 +86,12 @@ class MixturePlan:
         cost: PackCost = NO_COST,
         cache_dir: str | Path | None = None,
     ) -> None:
-        self._indexes, self._data, self._seed = tuple(indexes), data, seed
-        self._batches, self._cost, self._cache_dir = batches, cost, cache_dir
+        self._indexes = tuple(indexes)
+        self._data = data
+        self._seed = seed
+        self._batches = batches
+        self._cost = cost
+        self._cache_dir = cache_dir
         self._stages = data.curriculum or (CurriculumStage(),)
         self._first_rows = np.concatenate([[0], np.cumsum([len(index) for index in indexes])])
         self._num_tokens = np.concatenate([index.num_tokens for index in indexes]).astype(np.int64)
@@ -96,7 +100,8 @@ class MixturePlan:
         self._is_fit = np.ones(len(self._num_tokens), dtype=bool)
         self._is_fit[[row for row, _ in unfit]] = False
         self.bad = [*(bad for index in indexes for bad in index.bad), *(bad for _, bad in unfit)]
-        self.num_bad, self.num_samples = len(self.bad), int(self._is_fit.sum())
+        self.num_bad = len(self.bad)
+        self.num_samples = int(self._is_fit.sum())
         self._check_bad()
         self.facts = self._facts()
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -108,12 +113,12 @@ class MixturePlan:
         return [self._pack(*place) for place in self._places(step)]
 
     def packs_of_rank(self, step: int, *, dp_rank: int, dp: int) -> list[PlannedPack]:
-        """The packs of a step that one data parallel rank takes; `dp` must divide the step."""
+        """The packs of a step that one data parallel rank trains on; `dp` must divide the step."""
         places = self._places(step)
         if not self._data.balance:
             return [self._pack(*place) for place in places[dp_rank::dp]]
         costs = [float(self.epoch(stage, epoch).costs[local]) for stage, epoch, local in places]
-        return [self._pack(*places[place]) for place in deal_packs(costs, dp)[dp_rank]]
+        return [self._pack(*places[place]) for place in assign_packs(costs, dp)[dp_rank]]
 
     def pack_totals(self, plan: EpochPlan) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Tokens, tiles and samples of each pack of an epoch, int64 [P] each."""
@@ -248,7 +253,7 @@ class MixturePlan:
         return np.concatenate(rows).astype(np.int64), np.concatenate(occurrences).astype(np.int64)
 
     def _unfit_rows(self) -> list[tuple[int, BadSample]]:
-        """Samples that no pack can take."""
+        """Samples that fit no pack."""
         data = self._data
         is_unfit = (self._num_tokens > data.max_pack_tokens) | (self._num_tiles > data.max_pack_tiles)
         found: list[tuple[int, BadSample]] = []

@@ -2,7 +2,7 @@
 
     samples in drawn order --windows of 8192--> spread: largest first, each into the emptiest of as many packs as the
     window can fill (attention costs length squared: long samples apart make packs of equal cost)
-    --last 15 %--> best fit: each into the fullest pack that still takes it (this closes the gaps)
+    --last 15 %--> best fit: each into the fullest pack that has room for it (this closes the gaps)
 
 No sample is lost, repeated or split. What fits nowhere, and packs that stay far from full, go to the next window, so
 that only the last window leaves gaps. Packs of samples longer than half a pack cannot be alike; `balance` puts those
@@ -60,7 +60,7 @@ class _OpenPacks:
         self._free_tiles[pack] -= tiles
 
     def spread(self, samples: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """Put samples (number, tokens, tiles) into the emptiest pack each; those that it cannot take are returned."""
+        """Put samples (number, tokens, tiles) into the emptiest pack each; those that do not fit are returned."""
         emptiest = [(-free, pack) for pack, free in enumerate(self.free_tokens)]
         heapq.heapify(emptiest)
         left: list[tuple[int, int, int]] = []
@@ -78,7 +78,7 @@ class _OpenPacks:
         self._order = sorted((free, pack) for pack, free in enumerate(self.free_tokens))
 
     def put(self, sample: int, tokens: int, tiles: int, *, may_open: bool) -> bool:
-        """Put a sample into the fullest pack that takes it, perhaps into a new one; whether there was one."""
+        """Put a sample into the fullest pack that has room, perhaps into a new one; whether there was one."""
         place = bisect_left(self._order, (tokens, -1))
         while place < len(self._order) and self._free_tiles[self._order[place][1]] < tiles:
             place += 1
@@ -103,7 +103,7 @@ def best_fit_packs(
         num_tiles: int64 [n], tiles of each sample, none above `max_tiles`.
         max_tokens: token budget of a pack.
         max_tiles: tile budget of a pack.
-        window: samples that are looked at together.
+        window: samples that are distributed together.
 
     Returns:
         indices of the samples of each pack, in rising order within a pack.
@@ -157,7 +157,7 @@ def _fill(
 
 
 def _split_off(packs: _OpenPacks, left: list[int], budget: Budget) -> tuple[list[list[int]], list[int]]:
-    """Finished packs, and what the next window takes up again: leftovers and the samples of the emptiest packs."""
+    """Finished packs, and what the next window distributes again: leftovers and the samples of the emptiest packs."""
     emptiest = sorted(range(len(packs.members)), key=lambda pack: -packs.free_tokens[pack])
     dissolved: set[int] = set()
     carried = list(left)
@@ -183,8 +183,8 @@ def release_packs(
     packs: list[list[int]] = []
     for number, (tokens, tiles) in enumerate(zip(num_tokens.tolist(), num_tiles.tolist(), strict=True)):
         sample = GreedySample(sample_id=number, num_tokens=tokens, num_tiles=max(tiles, 1))
-        packs += [[part.sample.sample_id for part in pack.parts] for pack in packer.add(sample)]
-    return packs + [[part.sample.sample_id for part in pack.parts] for pack in packer.flush()]
+        packs += [[each.sample.sample_id for each in pack.members] for pack in packer.add(sample)]
+    return packs + [[each.sample.sample_id for each in pack.members] for pack in packer.flush()]
 
 
 def pack_fill(packs: Sequence[Sequence[int]], num_tokens: Int64Array, *, max_tokens: int) -> float:

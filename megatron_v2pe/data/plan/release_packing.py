@@ -1,9 +1,9 @@
 """The release's own packer, for comparisons with it: greedy, one sample at a time, through a short buffer.
 
-    sample -> first buffered pack that takes it -> merged (cut, if it overflows) -> full or oldest packs leave
+    sample -> first buffered pack with room -> merged (cut, if it overflows) -> full or oldest packs leave
 
 Training uses `packing.best_fit_packs`, which fills packs better and loses nothing. This one drops samples with too
-many tiles and discards text at a cut, as the release does (its defects D17, D20). A text sample counts as one
+many tiles and discards text at a cut, as the release does. A text sample counts as one
 tile, because the release gives it a blank one.
 """
 
@@ -31,7 +31,7 @@ class GreedySample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PackedSlice:
     """Tokens start..end-1 of a sample; `document` numbers the samples merged into one buffer from 0."""
 
     sample: GreedySample
@@ -44,38 +44,40 @@ class Part:
 class GreedyPack:
     """A pack that is being filled or has left."""
 
-    parts: list[Part] = field(default_factory=list)
+    members: list[PackedSlice] = field(default_factory=list)
     num_tiles: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all parts."""
-        return sum(part.end - part.start for part in self.parts)
+        """Tokens of all slices."""
+        return sum(each.end - each.start for each in self.members)
 
     def image_spans(self) -> list[tuple[int, int]]:
         """Token ranges of all images, counted over the pack."""
         spans: list[tuple[int, int]] = []
         base = 0
-        for part in self.parts:
-            inside = [span for span in part.sample.image_spans if part.start <= span[0] < part.end]
-            spans += [(base + start - part.start, base + end - part.start) for start, end in inside]
-            base += part.end - part.start
+        for each in self.members:
+            inside = [span for span in each.sample.image_spans if each.start <= span[0] < each.end]
+            spans += [(base + start - each.start, base + end - each.start) for start, end in inside]
+            base += each.end - each.start
         return spans
 
     def cut(self, start: int, end: int) -> GreedyPack:
         """The tokens start..end-1 of this pack as a pack of their own."""
-        parts: list[Part] = []
+        members: list[PackedSlice] = []
         base = 0
-        for part in self.parts:
-            low, high = max(start, base), min(end, base + part.end - part.start)
+        for each in self.members:
+            low, high = max(start, base), min(end, base + each.end - each.start)
             if low < high:
-                offset = part.start - base
-                parts.append(
-                    Part(sample=part.sample, start=low + offset, end=high + offset, document=part.document)
+                offset = each.start - base
+                members.append(
+                    PackedSlice(
+                        sample=each.sample, start=low + offset, end=high + offset, document=each.document
+                    )
                 )
-            base += part.end - part.start
+            base += each.end - each.start
         spans = self.image_spans()
-        return GreedyPack(parts=parts, num_tiles=sum(start <= span[0] < end for span in spans))
+        return GreedyPack(members=members, num_tiles=sum(start <= span[0] < end for span in spans))
 
 
 class ReleaseGreedyPacker:
@@ -98,33 +100,35 @@ class ReleaseGreedyPacker:
         allow_overflow: bool = False,
         strict: bool = False,
     ) -> None:
-        self._max_tiles, self._max_tokens = max_tiles, max_tokens
-        self._max_buffer_size, self._allow_overflow = max_buffer_size, allow_overflow
+        self._max_tiles = max_tiles
+        self._max_tokens = max_tokens
+        self._max_buffer_size = max_buffer_size
+        self._allow_overflow = allow_overflow
         self._strict = strict
         self._buffer: list[GreedyPack] = []  # most tiles first
 
     def add(self, sample: GreedySample) -> list[GreedyPack]:
-        """Take a sample and return the packs that leave.
+        """Add a sample and return the packs that leave.
 
         Raises:
             ValueError: the merged pack must be cut, but holds a text sample or an image of several tiles; the
                 release fails there too.
         """
         pack = self._take_candidate(sample)
-        document = pack.parts[-1].document + 1 if pack.parts else 0
-        pack.parts.append(Part(sample=sample, start=0, end=sample.num_tokens, document=document))
+        document = pack.members[-1].document + 1 if pack.members else 0
+        pack.members.append(PackedSlice(sample=sample, start=0, end=sample.num_tokens, document=document))
         pack.num_tiles += sample.num_tiles
         leaving: list[GreedyPack] = []
-        for piece in self._split(pack):
-            if piece.num_tokens == self._max_tokens and piece.num_tiles <= self._max_tiles:
-                leaving.append(piece)
-            elif piece.num_tiles <= self._max_tiles:
-                self._insert(piece)
+        for share in self._split(pack):
+            if share.num_tokens == self._max_tokens and share.num_tiles <= self._max_tiles:
+                leaving.append(share)
+            elif share.num_tiles <= self._max_tiles:
+                self._insert(share)
         while self._buffer and self._buffer[0].num_tiles == self._max_tiles:
             leaving.append(self._buffer.pop(0))
         while len(self._buffer) > self._max_buffer_size:
             leaving.append(self._buffer.pop(0))
-        return [self._finished(piece) for piece in leaving]
+        return [self._finished(each) for each in leaving]
 
     def flush(self) -> list[GreedyPack]:
         """The packs that still wait, most tiles first."""
@@ -149,10 +153,10 @@ class ReleaseGreedyPacker:
         self._buffer.insert(fewer[0] if fewer else len(self._buffer), pack)
 
     def _split(self, pack: GreedyPack) -> list[GreedyPack]:
-        """Pieces of at most `max_tokens`; a cut through an image moves to its start, text up to the next is lost."""
+        """Packs of at most `max_tokens`; a cut through an image moves to its start, text up to the next is lost."""
         if pack.num_tokens <= self._max_tokens:
             return [pack]
-        pieces: list[GreedyPack] = []
+        cut: list[GreedyPack] = []
         rest: GreedyPack | None = pack
         while rest is not None and rest.num_tokens > self._max_tokens:
             spans = rest.image_spans()
@@ -165,9 +169,9 @@ class ReleaseGreedyPacker:
             left_end = hit[0] if hit else self._max_tokens
             later = [start for start, _ in spans if start >= left_end]
             left = rest.cut(0, left_end)
-            pieces += [left] if left.num_tiles else []
+            cut += [left] if left.num_tiles else []
             rest = rest.cut(later[0], rest.num_tokens) if later else None
-        return pieces + ([rest] if rest is not None else [])
+        return cut + ([rest] if rest is not None else [])
 
     def _finished(self, pack: GreedyPack) -> GreedyPack:
         if self._strict:

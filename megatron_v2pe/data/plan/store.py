@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import commit_folder
 from megatron_v2pe.core.logging import get_logger
-from megatron_v2pe.data.index.annotation_index import locked
+from megatron_v2pe.data.index.cache import locked
 
 _log = get_logger(__name__)
 _KEPT_PLANS = 8  # epochs; one of 3 million draws is 25 MB
@@ -50,7 +50,7 @@ def stored_plan(cache_dir: str | Path, name: str, make: Callable[[], EpochPlan])
 
     Args:
         cache_dir: folder of the measured lengths.
-        name: tells the plan from all others: fingerprint, stage, epoch.
+        name: unique to the plan: fingerprint, stage, epoch.
         make: computes it.
 
     Raises:

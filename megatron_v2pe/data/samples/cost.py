@@ -8,7 +8,7 @@ frozen tower has no backward), divided by those of the decoder's linears for one
     square = layers * heads * head_dim / P      1 / 30,720 for InternLM2-2B: attention costs as much at 30,720 tokens
     tile   = tower and projector / (6 * P)      about 207 tokens for InternViT-300M beside it
 
-Operations stand for time; kernels of different efficiency shift the weights, which `models.flops` does not know either.
+Operations stand for time; kernels of different efficiency shift the weights, which `config.flops` does not know either.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from typing import Any
 import numpy as np
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.flops import (
+    TRAINING,
+    attention_flops,
+    decoder_linear_parameters,
+    projector_flops,
+    tower_flops,
+)
 from megatron_v2pe.v2pe.layout import Int64Array
 
 
@@ -50,14 +57,7 @@ def pack_cost(arch: InternVLArchitecture, *, trains_vision: bool) -> PackCost:
         arch: of the checkpoint.
         trains_vision: gradients pass through the vision tower.
     """
-    language, vision = arch.language, arch.vision
-    hidden, kv = language.hidden_size, language.num_kv_heads * language.head_dim
-    weights = language.num_layers * (2 * hidden**2 + 2 * hidden * kv + 3 * hidden * language.ffn_size)
-    attention = language.num_layers * language.num_heads * language.head_dim
-    patches = (arch.image_size // vision.patch_size) ** 2 + 1
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
-    tower = vision.num_layers * patches * (2 * layer + 4 * patches * vision.hidden_size)
-    shuffled = vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    projector = 2 * (shuffled * hidden + hidden**2) * arch.tokens_per_tile
-    passes = 3 if trains_vision else 1  # forward, or forward and backward
-    return PackCost(square=attention / weights, tile=(passes * tower + 3 * projector) / (6 * weights))
+    token = 2 * TRAINING * decoder_linear_parameters(arch)
+    passes = TRAINING if trains_vision else 1.0
+    tile = passes * tower_flops(arch, 1) + TRAINING * projector_flops(arch, 1)
+    return PackCost(square=TRAINING * attention_flops(arch, [1]) / token, tile=tile / token)

@@ -14,9 +14,10 @@ import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediumTiles
 from megatron_v2pe.data.media.tiling import TileGrid
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, Record
+from megatron_v2pe.data.samples.records import Record
 from megatron_v2pe.data.text.masking import LabelRule, Span, make_labels, release_spans
 from megatron_v2pe.data.text.templates import ChatTemplate, Turn, render
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
@@ -32,7 +33,7 @@ class EncodedText:
     Attributes:
         tokens: int64 [t], visual tokens included, cut to the longest sample.
         labels: int64 [t], unshifted; IGNORE_INDEX where not supervised.
-        image_starts: int64 [I], index of the first visual token of each image; may lie behind the cut.
+        image_starts: int64 [I], index of the first visual token of each image; may lie after the cut.
         num_uncut_tokens: length before the cut.
         lengths_disagree: the release's rule found its lengths in disagreement and dropped all labels.
     """
@@ -52,7 +53,7 @@ class EncodedSample:
         tokens: int64 [t].
         labels: int64 [t], UNSHIFTED; IGNORE_INDEX where not supervised.
         layout: image spans and strides.
-        image_refs: how each image is cut, in order.
+        media: how the images of each medium are cut, in order.
         sample_id: identity for messages.
         damage: why the sample is blank, if its record could not be read.
     """
@@ -60,7 +61,7 @@ class EncodedSample:
     tokens: Int64Array
     labels: Int64Array
     layout: SampleLayout
-    image_refs: tuple[ImageRef, ...]
+    media: tuple[MediumTiles, ...]
     sample_id: str
     damage: str = ""
 
@@ -68,13 +69,14 @@ class EncodedSample:
 def blank_sample(
     sample_id: str, *, num_tokens: int, num_tiles: int, tokens_per_tile: int, damage: str
 ) -> EncodedSample:
-    """What stands for a planned sample whose record cannot be read: its lengths, black tiles, nothing to learn."""
-    nothing = ImageRef(path="", size=(1, 1), grid=TileGrid(columns=num_tiles, rows=1, has_thumbnail=False))
+    """Replaces a planned sample whose record cannot be read: its lengths, black tiles, nothing to learn."""
+    grid = TileGrid(columns=num_tiles, rows=1, has_thumbnail=False)
+    black = MediumTiles(medium=None, images=(ImageTiles(size=(1, 1), grid=grid),))
     return EncodedSample(
         tokens=np.zeros(num_tokens, dtype=np.int64),
         labels=np.full(num_tokens, IGNORE_INDEX, dtype=np.int64),
         layout=blank_layout(num_tokens, num_tiles=num_tiles, tokens_per_tile=tokens_per_tile),
-        image_refs=(nothing,) if num_tiles else (),
+        media=(black,) if num_tiles else (),
         sample_id=sample_id,
         damage=damage,
     )
@@ -88,7 +90,7 @@ class TextSettings:
         tokenizer: the checkpoint's.
         template: see `templates.get_template`.
         tokens_per_tile: visual tokens of one tile.
-        max_tokens: longest sample; what is behind is cut.
+        max_tokens: longest sample; what follows is cut.
         label_rule: `release` repeats the release's bookkeeping, for comparisons.
     """
 
@@ -108,7 +110,7 @@ def encode_conversation(
 ) -> EncodedText:
     """Tokenise a conversation.
 
-    The first placeholders take the images in order; further placeholders stay as text, as in the release
+    The first placeholders are those of the images in order; further placeholders stay as text, as in the release
     (`parse_record` refuses such records).
 
     Args:
@@ -154,12 +156,12 @@ def encode_conversation(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EncodedWords:
+class _TextTokens:
     """The text of a conversation as ids, before visual tokens are put in.
 
     Attributes:
         ids: text tokens.
-        gaps: for each image, how many text tokens stand before its visual tokens.
+        gaps: for each image, how many text tokens precede its visual tokens.
         answers: half-open ranges of `ids` that are supervised.
         rendered: the text.
         image_marks: character offset of each image's inside in `rendered`.
@@ -174,14 +176,14 @@ class _EncodedWords:
 
 def _encode_text(
     turns: Sequence[Turn], *, num_images: int, settings: TextSettings, add_generation_prompt: bool = False
-) -> _EncodedWords:
+) -> _TextTokens:
     turns, offsets = _mark_images(turns, num_images, settings.template)
     rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
     image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
     marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
     ids, places = settings.tokenizer.encode_marked(rendered.text, marks)
     place_of = dict(zip(marks, places, strict=True))
-    return _EncodedWords(
+    return _TextTokens(
         ids=ids,
         gaps=[place_of[mark] for mark in image_marks],
         answers=[(place_of[start], place_of[end]) for start, end in rendered.answers],
@@ -223,14 +225,13 @@ def _mark_images(
     offsets: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
         value = turn.value.strip() if template.strip_values else turn.value
-        pieces = value.split(IMAGE_PLACEHOLDER)
-        text = pieces[0]
-        for piece in pieces[1:]:
+        text, *rest = value.split(IMAGE_PLACEHOLDER)
+        for following in rest:
             if len(offsets) < num_images:
                 offsets.append((index, len(text) + len(IMAGE_START)))
-                text += _IMAGE_PAIR + piece
+                text += _IMAGE_PAIR + following
             else:
-                text += IMAGE_PLACEHOLDER + piece
+                text += IMAGE_PLACEHOLDER + following
         marked.append(Turn(role=turn.role, value=text))
     if len(offsets) < num_images:
         raise ValueError(f"{len(offsets)} times {IMAGE_PLACEHOLDER} for {num_images} images")
@@ -239,32 +240,33 @@ def _mark_images(
 
 def _expanded(text: str, image_marks: Sequence[int], lengths: Int64Array) -> str:
     """The text with its visual tokens spelled out, which only the release's label rule needs."""
-    pieces, last = [], 0
+    runs, last = [], 0
     for mark, length in zip(image_marks, lengths.tolist(), strict=True):
-        pieces += [text[last:mark], IMAGE_CONTEXT * length]
+        runs += [text[last:mark], IMAGE_CONTEXT * length]
         last = mark
-    return "".join([*pieces, text[last:]])
+    return "".join([*runs, text[last:]])
 
 
 def encode_record(
     record: Record,
     *,
-    refs: Sequence[ImageRef],
+    media: Sequence[MediumTiles],
     settings: TextSettings,
     strides: Int64Array,
 ) -> EncodedSample:
-    """Encode a record whose images have been measured.
+    """Encode a record whose images have been probed.
 
     Args:
-        record: see `records.parse_record`.
-        refs: its images with their grids, in order.
+        record: see `records.write_images`.
+        media: its media with the grids of their images, in order.
         settings: tokenizer, template and limits.
         strides: int64 [I], position units that a visual token of each image advances.
 
     Raises:
         DataError: the cut at `settings.max_tokens` goes through an image, or leaves nothing supervised.
     """
-    num_tiles = np.array([ref.grid.num_tiles for ref in refs], dtype=np.int64)
+    grids = [image.grid for each in media for image in each.images]
+    num_tiles = np.array([grid.num_tiles for grid in grids], dtype=np.int64)
     encoded = encode_conversation(record.turns, num_tiles=num_tiles.tolist(), settings=settings)
     ends = encoded.image_starts + num_tiles * settings.tokens_per_tile
     was_cut = encoded.num_uncut_tokens > settings.max_tokens
@@ -293,6 +295,6 @@ def encode_record(
         tokens=encoded.tokens,
         labels=encoded.labels,
         layout=layout,
-        image_refs=tuple(refs),
+        media=tuple(media),
         sample_id=record.sample_id,
     )

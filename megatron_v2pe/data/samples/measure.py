@@ -1,25 +1,27 @@
 """One annotation line to the samples it makes and their lengths: none, one, or the parts of a long one.
 
-    line --parse--> record --image headers--> sizes --text ids--> lengths --data.long_samples--> samples
+    line --parse--> record --probe: headers of its media--> sizes --text ids--> lengths --data.long_samples--> samples
 
 Sizes of the last images are remembered, because mixtures show the same image in many questions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.images import check_image
-from megatron_v2pe.data.samples.records import Record, parse_line
-from megatron_v2pe.data.samples.sample_maker import (
-    Measurement,
-    SampleSettings,
-    Size,
-    measure_record,
-    record_sizes,
-)
+from megatron_v2pe.data.media.cut import Size
+from megatron_v2pe.data.media.image import check_image
+from megatron_v2pe.data.media.medium import SizeOf
+from megatron_v2pe.data.samples.draw import record_tiles
+from megatron_v2pe.data.samples.encode import conversation_length, encode_record
+from megatron_v2pe.data.samples.records import Record, parse_line, write_images
+from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.samples.split import WHOLE, Units, part_of, split_units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 
@@ -32,11 +34,76 @@ class LongSampleError(DataError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Lengths of one sample, known without its pixels.
+
+    Attributes:
+        num_tokens: after the cut at the longest sample.
+        num_uncut_tokens: before it.
+        num_supervised: supervised tokens.
+        num_tiles: tiles of all images.
+        sizes: (width, height) of each image.
+    """
+
+    num_tokens: int
+    num_uncut_tokens: int
+    num_supervised: int
+    num_tiles: int
+    sizes: tuple[Size, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredSample:
     """A sample, or the part of one: which units of the record, and their lengths."""
 
     units: Units
     measurement: Measurement
+
+
+def probe_record(
+    record: Record, *, settings: SampleSettings, size_of: SizeOf = check_image
+) -> tuple[Size, ...]:
+    """(width, height) of each image that the media of a record show, from the files' headers.
+
+    Args:
+        record: see `records.parse_line`.
+        settings: of the run.
+        size_of: size of an image file; `image.check_image`, or the same with a memory.
+
+    Raises:
+        DataError: a medium is not usable.
+    """
+    return tuple(
+        size
+        for medium in record.media
+        for size in medium.probe(settings.media, sample_id=record.sample_id, size_of=size_of)
+    )
+
+
+def measure_record(
+    record: Record, sizes: Sequence[Size], *, entry: DatasetEntry, settings: SampleSettings
+) -> Measurement:
+    """Lengths of a record whose image sizes are known.
+
+    Raises:
+        DataError: see `encode.encode_record`.
+    """
+    media = record_tiles(record, sizes, entry=entry, settings=settings)
+    record = write_images(record, sizes)
+    num_tiles = [image.grid.num_tiles for each in media for image in each.images]
+    uncut, supervised = conversation_length(record.turns, num_tiles=num_tiles, settings=settings.text)
+    num_tokens = uncut
+    if uncut > settings.text.max_tokens or not supervised:  # the cut decides, and what is wrong is said there
+        strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)
+        sample = encode_record(record, media=media, settings=settings.text, strides=strides)
+        num_tokens, supervised = len(sample.tokens), int((sample.labels != IGNORE_INDEX).sum())
+    return Measurement(
+        num_tokens=num_tokens,
+        num_uncut_tokens=uncut,
+        num_supervised=supervised,
+        num_tiles=sum(num_tiles),
+        sizes=tuple(sizes),
+    )
 
 
 class LineMeasurer:
@@ -48,7 +115,8 @@ class LineMeasurer:
     """
 
     def __init__(self, entry: DatasetEntry, settings: SampleSettings) -> None:
-        self._entry, self._settings = entry, settings
+        self._entry = entry
+        self._settings = settings
         self._unlimited = replace(settings, text=replace(settings.text, max_tokens=_NO_LIMIT))
         self._size_of = lru_cache(maxsize=_REMEMBERED_IMAGES)(check_image)
 
@@ -60,24 +128,20 @@ class LineMeasurer:
             DataError: the line, an image or the sample is not usable.
         """
         record = parse_line(line, entry=self._entry, line_number=line_number)
-        sizes = record_sizes(record, settings=self._settings, size_of=self._size_of)
+        sizes = probe_record(record, settings=self._settings, size_of=self._size_of)
         if self._settings.long_samples == "cut":
             measured = measure_record(record, sizes, entry=self._entry, settings=self._settings)
             return [MeasuredSample(units=WHOLE, measurement=measured)]
         whole = self._measure(record, sizes, WHOLE)
         if self._fits(whole):
             return [MeasuredSample(units=WHOLE, measurement=whole)]
-        if self._settings.long_samples == "split" and record.video is None:
+        way_out = next((medium.way_to_shorten for medium in record.media if medium.way_to_shorten), "")
+        if self._settings.long_samples == "split" and not way_out:
             return self._split(record, sizes)
-        way_out = (
-            "or set data.long_samples to split or cut"
-            if record.video is None
-            else "or lower data.max_num_frame (a video is not split)"
-        )
         raise LongSampleError(
             f"{record.where}: {whole.num_tokens} tokens and {whole.num_tiles} tiles exceed data.max_sample_tokens = "
             f"{self._settings.text.max_tokens} or data.max_pack_tiles = {self._settings.max_pack_tiles}; raise the "
-            f"limit, shorten the sample, {way_out}"
+            f"limit, shorten the sample, or {way_out or 'set data.long_samples to split or cut'}"
         )
 
     def _split(self, record: Record, sizes: tuple[Size, ...]) -> list[MeasuredSample]:
@@ -95,7 +159,7 @@ class LineMeasurer:
 
     def _measure(self, record: Record, sizes: tuple[Size, ...], units: Units) -> Measurement:
         part, images = part_of(record, units)
-        own = sizes if units == WHOLE else [sizes[image] for image in images]  # a video lists no image
+        own = sizes if units == WHOLE else [sizes[image] for image in images]
         return measure_record(part, own, entry=self._entry, settings=self._unlimited)
 
     def _fits(self, measured: Measurement) -> bool:

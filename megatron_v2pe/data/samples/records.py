@@ -1,4 +1,4 @@
-"""One line of an annotation file: parsed, checked, paths resolved. Nothing is opened.
+"""One line of an annotation file: parsed, checked, its media named. Nothing is opened.
 
 Example: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, ...]}; a text
 record has no image, one with several has a list; {"video": "v.mp4", "clip": [3, 9.5]} has frames instead.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.frames import VideoSource, frame_lines
+from megatron_v2pe.data.media.cut import Size
+from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, Medium
+from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-
-IMAGE_PLACEHOLDER = "<image>"
-VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +30,64 @@ class Record:
     Attributes:
         sample_id: `data set:line`, the sample's identity in logs, plans and random draws.
         where: `file:line`, for messages.
-        turns: human and gpt in turn, human first; as many placeholders in all as there are images.
-        images: paths, in order of their placeholders.
-        video: instead of images; the turns then hold one `<video>`, see `with_frames`.
+        turns: human and gpt in turn, human first, with one placeholder for each medium.
+        media: in order of their placeholders.
     """
 
     sample_id: str
     where: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
-    video: VideoSource | None = None
+    media: tuple[Medium, ...]
 
 
-def with_frames(record: Record, count: int) -> Record:
-    """The record with one placeholder for each of `count` frames, if it has a video.
+def sizes_by_medium(record: Record, sizes: Sequence[Size]) -> list[Sequence[Size]]:
+    """Sizes of all images of a record, medium by medium.
 
-    The lines are those of the release's evaluation, `Frame1: <image>` and a line break each; its training code
-    wrote `Frame1:<image>` and no break before the question (its defect D23).
+    Raises:
+        DataError: the record does not have so many images.
     """
-    if record.video is None:
-        return record
-    turns = list(record.turns)
+    known = sum(medium.num_images or 0 for medium in record.media)
+    num_open = sum(medium.num_images is None for medium in record.media)
+    if num_open > 1 or len(sizes) < known or (len(sizes) > known and not num_open):
+        raise DataError(
+            f"{record.where}: has {known} images, but had {len(sizes)} when lengths were measured; "
+            "do not change annotation files during a run, and start it again"
+        )
+    found: list[Sequence[Size]] = []
+    start = 0
+    for medium in record.media:
+        end = start + (len(sizes) - known if medium.num_images is None else medium.num_images)
+        found.append(sizes[start:end])
+        start = end
+    return found
+
+
+def write_images(record: Record, sizes: Sequence[Size]) -> Record:
+    """The record with one `<image>` for each image of its media.
+
+    Args:
+        record: see `parse_line`.
+        sizes: (width, height) of each image.
+
+    Raises:
+        DataError: see `sizes_by_medium`.
+    """
+    turns = record.turns
+    for medium, own in zip(record.media, sizes_by_medium(record, sizes), strict=True):
+        if medium.placeholder != IMAGE_PLACEHOLDER:
+            turns = _replace_first(turns, medium.placeholder, medium.text(len(own)))
+    return record if turns is record.turns else replace(record, turns=turns)
+
+
+def _replace_first(turns: Sequence[Turn], placeholder: str, text: str) -> tuple[Turn, ...]:
+    """Turns with the first `placeholder` replaced; a line break after it belongs to it."""
+    changed = list(turns)
     for index, turn in enumerate(turns):
-        before, found, after = turn.value.partition(VIDEO_PLACEHOLDER)
+        before, found, after = turn.value.partition(placeholder)
         if found:
-            value = before + frame_lines(count) + after.removeprefix("\n")
-            turns[index] = Turn(role=turn.role, value=value)
-    return replace(record, turns=tuple(turns))
+            changed[index] = Turn(role=turn.role, value=before + text + after.removeprefix("\n"))
+            break
+    return tuple(changed)
 
 
 def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
@@ -89,20 +121,24 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     if video is not None:
         turns = _place_video(turns, where)
     num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
-    # The release puts a missing placeholder in front of a single image's conversation. It looks at the first
+    # The release puts a missing placeholder in front of a single image's conversation. It checks the first
     # message only and would leave a placeholder of a later message as plain text.
     if num_placeholders == 0 and isinstance(values.get("image"), str) and images:
-        first = Turn(role=turns[0].role, value=f"{IMAGE_PLACEHOLDER}\n{turns[0].value}")
-        turns, num_placeholders = (first, *turns[1:]), 1
+        turns, num_placeholders = _with_first_line(turns, IMAGE_PLACEHOLDER), 1
     if num_placeholders != len(images):
         raise DataError(
             f"{where}: {num_placeholders} times {IMAGE_PLACEHOLDER} for {len(images)} images; each image needs "
             "exactly one placeholder"
         )
-    return Record(sample_id=sample_id, where=where, turns=turns, images=images, video=video)
+    media = images if video is None else (video,)
+    return Record(sample_id=sample_id, where=where, turns=turns, media=media)
 
 
-def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tuple[str, ...]:
+def _with_first_line(turns: tuple[Turn, ...], line: str) -> tuple[Turn, ...]:
+    return (Turn(role=turns[0].role, value=f"{line}\n{turns[0].value}"), *turns[1:])
+
+
+def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tuple[Medium, ...]:
     image = values.get("image")
     if not image:
         return ()
@@ -112,10 +148,10 @@ def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tu
     for name in names:
         _check_text(name, "image", where)
     root = entry.root2 if isinstance(image, list) and entry.root2 else entry.root
-    return tuple(_image_path(name, root, entry, where) for name in names)
+    return tuple(ImageFile(path=_image_path(name, root, entry, where)) for name in names)
 
 
-def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> VideoSource | None:
+def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> VideoFile | None:
     name = values.get("video")
     if not name:
         return None
@@ -134,7 +170,7 @@ def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> Vid
             )
         clip = (float(clip[0]), float(clip[1]))
     # A slash at the end says that the video is a folder of frames; normalised paths have lost it.
-    return VideoSource(
+    return VideoFile(
         path=path.rstrip("/") + ("/" if name.endswith("/") else ""),
         clip=clip,
         fps=entry.video_fps,
@@ -156,7 +192,7 @@ def _place_video(turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
         )
     if count == 1:
         return turns
-    return (Turn(role=turns[0].role, value=f"{VIDEO_PLACEHOLDER}\n{turns[0].value}"), *turns[1:])
+    return _with_first_line(turns, VIDEO_PLACEHOLDER)
 
 
 def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:

@@ -1,11 +1,11 @@
 """Long samples in parts: cut between rounds and before images, never inside a text or an image.
 
     round     a question and its answer; stays whole unless it has several images
-    question  frame <image> page <image> page <image> frame  ->  parts with some of the images; the words before the
-              first and behind the last image frame the question and are repeated, and so is the answer
-    answer    text <image> text <image> text                 ->  runs of it, each behind the whole question
+    question  frame <image> page <image> page <image> frame  ->  parts with some of the images; the text before the
+              first and after the last image frames the question and is repeated, and so is the answer
+    answer    text <image> text <image> text                 ->  runs of it, each after the whole question
 
-A part is told by its first and last unit, which depend on the words of the record alone; so what was measured is found
+A part is named by its first and last unit, which depend on the text of the record alone; so what was measured is found
 again without measuring. A question about all images of a long round is asked of each part: where that would train
 wrong answers, `data.long_samples: refuse` or `bad` is the right policy.
 """
@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, Record
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.samples.records import Record
 from megatron_v2pe.data.text.templates import Turn
 
 Units = tuple[int, int]
@@ -25,7 +26,7 @@ WHOLE: Units = (0, 0)
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
-    """A question with its answer, and where its units and images stand in the record."""
+    """A question with its answer, and where its units and images are in the record."""
 
     turns: tuple[Turn, ...]
     first_unit: int
@@ -46,7 +47,7 @@ class _Round:
 
     @property
     def num_units(self) -> int:
-        """Pieces that it can be cut into."""
+        """Units that it can be cut into."""
         return 1 if self.cut_turn is None else self.counts[self.cut_turn]
 
 
@@ -60,7 +61,7 @@ def _rounds(record: Record) -> Iterator[_Round]:
 
 
 def num_units(record: Record) -> int:
-    """Smallest pieces of a record, numbered over its rounds."""
+    """Units of a record, its smallest parts, numbered over its rounds."""
     return sum(each.num_units for each in _rounds(record))
 
 
@@ -68,14 +69,14 @@ def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
     """Some consecutive units of a record as a record of its own.
 
     Args:
-        record: see `records.parse_line`.
+        record: see `records.parse_line`; each of its media is one image, unless `units` is `WHOLE`.
         units: half-open range; `WHOLE` is the record itself.
 
     Returns:
         the part, whose `sample_id` names the units, and the numbers of its images.
     """
     if units == WHOLE:
-        return record, list(range(len(record.images)))
+        return record, list(range(len(record.media)))
     turns: list[Turn] = []
     images: list[int] = []
     for each in _rounds(record):
@@ -89,7 +90,7 @@ def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
         record,
         sample_id=f"{record.sample_id}[{units[0]}:{units[1]}]",
         turns=tuple(turns),
-        images=tuple(record.images[image] for image in images),
+        media=tuple(record.media[image] for image in images),
     )
     return part, images
 
@@ -100,12 +101,12 @@ def _cut_round(each: _Round, low: int, high: int) -> tuple[list[Turn], list[int]
     if place is None or (low, high) == (0, each.num_units):
         return list(each.turns), list(range(each.first_image, each.first_image + sum(counts)))
     turn = each.turns[place]
-    before, *behind = turn.value.split(IMAGE_PLACEHOLDER)
-    middle = "".join(IMAGE_PLACEHOLDER + text for text in behind[low:high])
+    before, *after = turn.value.split(IMAGE_PLACEHOLDER)
+    middle = "".join(IMAGE_PLACEHOLDER + text for text in after[low:high])
     first = each.first_image + sum(counts[:place])
     images = list(range(first + low, first + high))
     if place == 0:
-        frame = "" if high == len(behind) else behind[-1]
+        frame = "" if high == len(after) else after[-1]
         return [replace(turn, value=before + middle + frame), *each.turns[1:]], images
     question = list(range(each.first_image, first))
     opening = before if low == 0 else ""

@@ -42,7 +42,7 @@ class DatasetEntry:
         annotation: path of the jsonl file.
         root: folder that image paths are relative to; empty means they are complete.
         root2: preferred to `root` by samples with a list of images; empty means absent.
-        http_root: prefix of the files that stand for web addresses (prefix + sha256 of the address).
+        http_root: prefix of the files that replace web addresses (prefix + sha256 of the address).
         repeat_time: how often a sample is drawn per epoch; the fraction is drawn anew each epoch.
         data_augment: re-encode tiles as JPEG of random quality.
         max_dynamic_patch: overrides `data.max_dynamic_patch`; None keeps it.
@@ -54,13 +54,13 @@ class DatasetEntry:
 
     name: str
     annotation: str
-    root: str
-    root2: str
-    http_root: str
-    repeat_time: float
-    data_augment: bool
-    max_dynamic_patch: int | None
-    dynamic_image_size: bool | None
+    root: str = ""
+    root2: str = ""
+    http_root: str = ""
+    repeat_time: float = 1.0
+    data_augment: bool = False
+    max_dynamic_patch: int | None = None
+    dynamic_image_size: bool | None = None
     min_num_frame: int | None = None
     max_num_frame: int | None = None
     video_fps: float | None = None
@@ -88,12 +88,12 @@ def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of json, where a name that stands there twice would silently replace a data set or a setting."""
+    """An object of json, where a name given twice would silently replace a data set or a setting."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object; rename or remove one")
+        raise ValueError(f"the name {twice!r} is given twice in one object; rename or remove one")
     return values
 
 
@@ -110,6 +110,23 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         if not isinstance(value, _KNOWN[key]) or is_bool_for_number:
             wanted = " or ".join(kind.__name__ for kind in _KNOWN[key])
             raise DataError(f"{where}: {key} is {value!r}, but must be {wanted}")
+    _check_values(entry, where)
+    annotation = _locate(entry["annotation"], path)
+    _require_file(annotation, entry["annotation"], where)
+    own = ("max_dynamic_patch", "dynamic_image_size", "min_num_frame", "max_num_frame", "video_fps")
+    return DatasetEntry(
+        name=name,
+        annotation=annotation,
+        root=_locate(entry.get("root"), path),
+        root2=_locate(entry.get("root2"), path),
+        http_root=storage.check_address(entry.get("http_root") or "", where=where),
+        repeat_time=float(entry["repeat_time"]),
+        data_augment=entry["data_augment"],
+        **{key: entry.get(key) for key in own},
+    )
+
+
+def _check_values(entry: dict[str, Any], where: str) -> None:
     for key in ("annotation", "repeat_time", "data_augment"):
         if key not in entry:
             raise DataError(f"{where}: key {key!r} is missing")
@@ -124,22 +141,6 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
     for key in ("min_num_frame", "max_num_frame", "video_fps"):
         if not 0 < entry.get(key, 1) < math.inf:
             raise DataError(f"{where}: {key} is {entry[key]}, but must be positive")
-    annotation = _locate(entry["annotation"], path)
-    _require_file(annotation, entry["annotation"], where)
-    return DatasetEntry(
-        name=name,
-        annotation=annotation,
-        root=_locate(entry.get("root"), path),
-        root2=_locate(entry.get("root2"), path),
-        http_root=storage.check_address(entry.get("http_root") or "", where=where),
-        repeat_time=float(entry["repeat_time"]),
-        data_augment=entry["data_augment"],
-        max_dynamic_patch=entry.get("max_dynamic_patch"),
-        dynamic_image_size=entry.get("dynamic_image_size"),
-        min_num_frame=entry.get("min_num_frame"),
-        max_num_frame=entry.get("max_num_frame"),
-        video_fps=entry.get("video_fps"),
-    )
 
 
 def _require_file(annotation: str, name: str, where: str) -> None:
@@ -153,7 +154,7 @@ def _require_file(annotation: str, name: str, where: str) -> None:
 
 
 def _locate(name: str | None, meta_path: Path) -> str:
-    """A path of the meta file: an address as it stands, a path beside the meta file if it exists there."""
+    """A path of the meta file: an address unchanged, a path beside the meta file if it exists there."""
     if not name:
         return ""
     if storage.is_remote(name):

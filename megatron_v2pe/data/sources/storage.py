@@ -4,7 +4,7 @@
     s3://bucket/a.jpg         fsspec + s3fs, endpoint and credentials from the environment, never from a data file
 
 Everything here raises OSError as a local file would, whatever the remote library raises, so that callers have one
-kind of failure to translate. Reads are bounded: no object is taken in whole before its size is known to be sane.
+kind of failure to translate. Reads are bounded: no object is read in whole before its size is known to be sane.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 
-MAX_OBJECT_BYTES = 512 * 2**20  # of an image or a line; a video is read piece by piece
+MAX_OBJECT_BYTES = 512 * 2**20  # of an image or a line; a video is read in blocks
 _SEPARATOR = "://"
 _BLOCK_BYTES = 2**20
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -57,7 +57,7 @@ def resolve_path(root: str, name: str, *, where: str, kind: str = "image") -> st
         root: folder or address of the data set's files; empty means that names are complete paths.
         name: path as the annotation gives it; an address must lie below `root`.
         where: place of the annotation, for the message.
-        kind: what the name stands for, for the message.
+        kind: what the name means, for the message.
 
     Raises:
         DataError: the name is absolute, climbs out of `root`, or is an address elsewhere.
@@ -182,7 +182,7 @@ def read_line(path: str, offset: int, *, max_bytes: int = MAX_OBJECT_BYTES) -> b
 
 
 def file_facts(path: str) -> list[str | int]:
-    """What tells one version of a file from another: address, size, and time or tag.
+    """What differs between versions of a file: address, size, and time or tag.
 
     Raises:
         OSError: there is no such file.

@@ -3,7 +3,7 @@
     text --NFC--> words (one regular expression) --UTF-8 bytes as letters--> merges --> ids
 
 Each byte has a letter of its own, so any text can be encoded and no text has an unknown token. The library keeps a few
-hundred bytes for every token of a text until it is done with it, so long texts are encoded piece by piece.
+hundred bytes for every token of a text until it is done with it, so long texts are encoded block by block.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _QWEN2_WORDS = (
 # Llama-3's differ in the digits. Both end a word at every line break that has no other blank beside it.
 _LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _LINE_END = re.compile(r"[\w!-~]\n(?=[\w!-~])")
-_PIECE_CHARS = 2**16
+_BLOCK_CHARS = 2**16
 
 
 class ByteLevelVocabulary:
@@ -47,7 +47,9 @@ class ByteLevelVocabulary:
     opening = ""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, composes: bool, digest: bytes) -> None:
-        self._backend, self._composes, self._digest = backend, composes, digest
+        self._backend = backend
+        self._composes = composes
+        self._digest = digest
         self._decoder = decoders.ByteLevel()
         self.size = int(backend.get_vocab_size(with_added_tokens=False))
         self._ends_at_lines = _ends_words_at_lines(backend)
@@ -75,11 +77,11 @@ class ByteLevelVocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         ids: list[int] = []
-        for piece in self._cut(text):
-            ids += self._backend.encode(self._composed(piece), add_special_tokens=False).ids
+        for block in self._cut(text):
+            ids += self._backend.encode(self._composed(block), add_special_tokens=False).ids
         return ids
 
-    def pieces(self, text: str) -> list[str]:
+    def entries(self, text: str) -> list[str]:
         """Entries of a text, one letter for each byte."""
         return list(self._backend.encode(self._composed(text), add_special_tokens=False).tokens)
 
@@ -92,10 +94,10 @@ class ByteLevelVocabulary:
         return list(self._backend.encode("").ids)
 
     def _cut(self, text: str) -> Iterator[str]:
-        """A long text in pieces whose ids are, one after the other, the ids of the text."""
+        """A long text in blocks whose ids are, one after the other, the ids of the text."""
         start = 0
-        while self._ends_at_lines and len(text) - start > _PIECE_CHARS:
-            found = _LINE_END.search(text, start + _PIECE_CHARS)
+        while self._ends_at_lines and len(text) - start > _BLOCK_CHARS:
+            found = _LINE_END.search(text, start + _BLOCK_CHARS)
             if found is None:
                 break
             yield text[start : found.end()]

@@ -1,9 +1,9 @@
 """Which tokens are supervised: each answer with its stop token, and nothing else.
 
 The rule used in training takes answer ranges from the rendering and carries them through the tokenizer, so it
-cannot lose a sample. The release re-tokenises pieces of the text and adds up their lengths; where the sum
+cannot lose a sample. The release tokenises parts of the text again and adds up their lengths; where the sum
 differs from the number of tokens that are not padding (a real `</s>` counts as padding, a dummy prefix adds
-tokens), it drops all supervision of the sample (its defect D25). That rule is kept for comparisons.
+tokens), it drops all supervision of the sample. That rule is kept for comparisons.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ def release_spans(
 
 
 def _internlm_spans(text: str, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[Span], int]:
-    """Lengths of the pieces between assistant roles, none with its beginning-of-sequence token."""
+    """Lengths of the texts between assistant roles, none with its beginning-of-sequence token."""
 
-    def length(piece: str) -> int:
-        return len(tokenizer.encode(piece, add_bos=False))
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text, add_bos=False))
 
     first, *rounds = text.split(template.assistant_role)
     position = 1 + length(first + template.assistant_role)
     spans: list[Span] = []
-    for index, piece in enumerate(rounds):
+    for index, following in enumerate(rounds):
         is_last = index == len(rounds) - 1
-        answer, question = (piece, "") if is_last else piece.split(template.user_role)
+        answer, question = (following, "") if is_last else following.split(template.user_role)
         spans.append((position, position + length(answer)))
         position = spans[-1][1]
         if not is_last:
@@ -86,7 +86,7 @@ def _internlm_spans(text: str, tokenizer: Tokenizer, template: ChatTemplate) -> 
 def _turn_spans(
     text: str, tokens: Int64Array, tokenizer: Tokenizer, template: ChatTemplate
 ) -> tuple[list[Span], int]:
-    """Lengths of whole rounds, minus their questions; the phi3 rule takes off what the tokenizer puts in front.
+    """Lengths of whole rounds, minus their questions; the phi3 rule subtracts what the tokenizer puts in front.
 
     That is one token (beginning of sequence) for the first round and two (also the word mark) for the others. The
     separator of each round counts as one token, whether it is there or not.
@@ -97,11 +97,11 @@ def _turn_spans(
     is_kept[:position] = False
     if is_phi3:
         is_kept[tokens == tokenizer.token_id("<|endoftext|>")] = False
-    pieces = text.split(template.separator)
-    rounds = [pieces[:3], *(pieces[start : start + 2] for start in range(3, len(pieces), 2))]
+    messages = text.split(template.separator)
+    rounds = [messages[:3], *(messages[start : start + 2] for start in range(3, len(messages), 2))]
     header = template.separator + template.assistant_role
-    for index, round_pieces in enumerate(rounds):
-        turn = template.separator.join(round_pieces)
+    for index, round_messages in enumerate(rounds):
+        turn = template.separator.join(round_messages)
         parts = turn.split(header)
         if len(parts) != 2:
             break

@@ -133,7 +133,7 @@ def get_template(name: str) -> ChatTemplate:
     if name not in TEMPLATES:
         raise ConfigError(
             f"data.template is {name!r}, but the templates are {', '.join(TEMPLATES)}; set data.template, "
-            "or leave it empty to take the checkpoint's own"
+            "or leave it empty to use the checkpoint's own"
         )
     return TEMPLATES[name]
 
@@ -141,7 +141,7 @@ def get_template(name: str) -> ChatTemplate:
 def render(
     template: ChatTemplate, turns: Sequence[Turn], *, add_generation_prompt: bool = False
 ) -> RenderedConversation:
-    """Render turns; values are taken as they are (see `ChatTemplate.strip_values` for who strips them).
+    """Render turns; values are not changed (see `ChatTemplate.strip_values` for who strips them).
 
     Args:
         template: see `get_template`.

@@ -29,7 +29,7 @@ from megatron_v2pe.data.text.vocabularies import (
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 _SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
-_NO_MARK = 2**62  # behind any text
+_NO_MARK = 2**62  # after any text
 SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 
 
@@ -52,7 +52,9 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, adds_bos: bool) -> None:
-        self._vocabulary, self._files, self._adds_bos = vocabulary, files, adds_bos
+        self._vocabulary = vocabulary
+        self._files = files
+        self._adds_bos = adds_bos
         self._added_by_id = {index: token for token, index in files.added.items()}
         self._known_parts: dict[
             str, list[int]
@@ -127,13 +129,13 @@ class Tokenizer:
         for part, num_stripped, added in self._cut(prepared):
             start += num_stripped
             end = start + len(part)
-            chunk = [added] if added is not None else self._encode_part(part) if part else []
+            own = [added] if added is not None else self._encode_part(part) if part else []
             while mark < end:
                 prefix = part[: max(0, mark - start)]
-                inside = _common_prefix(self._encode_part(prefix), chunk) if prefix else 0
+                inside = _common_prefix(self._encode_part(prefix), own) if prefix else 0
                 places.append(len(ids) + inside)
                 mark = next(waiting, _NO_MARK) + shift
-            ids += chunk
+            ids += own
             start = end
         places += [len(ids)] * (len(marks) - len(places))
         return ids, places
@@ -154,12 +156,12 @@ class Tokenizer:
 
         Args:
             ids: token ids, each in 0..vocab_size-1.
-            skip_special_tokens: leave special tokens out.
+            skip_special_tokens: omit special tokens.
 
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        groups: list[str] = []  # texts, and tokens that stand apart
+        groups: list[str] = []  # texts, and tokens that decoding sets apart
         run: list[str] = []
         for token in map(self._token, ids):
             if skip_special_tokens and token in self._files.special:
@@ -175,11 +177,11 @@ class Tokenizer:
         return self._vocabulary.joiner.join(groups)
 
     def tokenize(self, text: str) -> list[str]:
-        """Vocabulary entries of a text: added tokens, and pieces with their word marks."""
+        """Vocabulary entries of a text: added tokens, and the entries of the texts between them."""
         tokens: list[str] = []
         for part, _, added in self._cut(self._vocabulary.prepare(text)):
             if part:
-                tokens += [part] if added is not None else self._vocabulary.pieces(part)
+                tokens += [part] if added is not None else self._vocabulary.entries(part)
         return tokens
 
     def _cut(self, text: str) -> Iterator[tuple[str, int, int | None]]:
@@ -188,7 +190,7 @@ class Tokenizer:
         opening, known, strips_right = self._vocabulary.opening, self._files.added, self._files.strips_right
         strips = False
         if opening and parts[0] == opening and len(parts) > 1 and parts[1] in self._files.special:
-            # Nothing stands before a special token, so there is no word to open.
+            # No text precedes a special token, so no word mark is needed.
             yield "", len(opening), None
             parts = parts[1:]
         for part in filter(None, parts):  # two added tokens side by side have an empty text between them

@@ -26,7 +26,7 @@ class TokenizerFiles:
     Attributes:
         added: token -> id, everything that is cut out of the text before the vocabulary sees it. Special tokens
             that are entries of the vocabulary are not listed in every folder; `load_tokenizer` puts them in.
-        strips_right: added tokens that swallow the blanks and line breaks behind them.
+        strips_right: added tokens that swallow the blanks and line breaks after them.
         special: tokens that `skip_special_tokens` drops.
         additional: those of `special` that have no role.
         roles: `bos_token`, `eos_token`, ... -> token; a role that nobody has is absent.
@@ -97,7 +97,7 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def _right_strippers(path: Path, entries: Collection[Mapping[str, Any]]) -> frozenset[str]:
-    """Added tokens with `rstrip`; tokens that look at the text before them or at word borders are refused."""
+    """Added tokens with `rstrip`; tokens that depend on the text before them or on word borders are refused."""
     for entry in entries:
         if entry.get("lstrip") or entry.get("single_word"):
             raise CheckpointError(

@@ -53,11 +53,11 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text without added tokens."""
 
-    def pieces(self, text: str) -> list[str]:
+    def entries(self, text: str) -> list[str]:
         """Entries of a text without added tokens, with their word marks."""
 
     def to_text(self, tokens: Sequence[str], special: Container[str]) -> str:
-        """Text of entries, among which special tokens may stand."""
+        """Text of entries, among which special tokens may be."""
 
 
 class InternLM2Vocabulary:
@@ -84,25 +84,25 @@ class InternLM2Vocabulary:
         return text
 
     def token_id(self, token: str) -> int | None:
-        """Id of a piece."""
+        """Id of an entry."""
         index = int(self._processor.PieceToId(token))
         is_known = index != self._processor.unk_id() or token == self._processor.IdToPiece(index)
         return index if is_known else None
 
     def token(self, index: int) -> str:
-        """Piece of an id."""
+        """Entry of an id."""
         return str(self._processor.IdToPiece(index))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         return list(self._processor.EncodeAsIds(text))
 
-    def pieces(self, text: str) -> list[str]:
-        """Pieces of a text."""
+    def entries(self, text: str) -> list[str]:
+        """Entries of a text."""
         return list(self._processor.EncodeAsPieces(text))
 
     def to_text(self, tokens: Sequence[str], special: Container[str]) -> str:
-        """Text of pieces and special tokens."""
+        """Text of entries and special tokens."""
         text, after_special = "", False
         plain: list[str] = []
         for token in tokens:
@@ -115,28 +115,30 @@ class InternLM2Vocabulary:
             after_special = token in special
         return text + self._join(plain)
 
-    def _join(self, pieces: list[str]) -> str:
-        return str(self._processor.DecodePieces(pieces)) if pieces else ""
+    def _join(self, entries: list[str]) -> str:
+        return str(self._processor.DecodePieces(entries)) if entries else ""
 
 
 class LlamaVocabulary(InternLM2Vocabulary):
     """Sentencepiece as the Llama tokenizer uses it.
 
     With `legacy` the model's own dummy prefix acts at the start of every text between added tokens. Without it
-    the whole text gets one word mark in front, and a blank behind an added token stays a blank.
+    the whole text gets one word mark in front, and a blank after an added token stays a blank.
 
     Args:
         model: bytes of `tokenizer.model`.
         legacy: see above.
         adds_prefix: a word mark belongs in front (not legacy), and is dropped when decoding (both).
-        unknown: the unknown token; text that starts with a blank is encoded behind it, so that sentencepiece
-            does not take the blank for its own.
+        unknown: the unknown token; text that starts with a blank is encoded after it, so that sentencepiece
+            does not mistake the blank for its own.
     """
 
     def __init__(self, model: bytes, *, legacy: bool, adds_prefix: bool, unknown: str) -> None:
         super().__init__(model if legacy else model + _NO_DUMMY_PREFIX)
         self._options = (model, legacy, adds_prefix, unknown)
-        self._legacy, self._adds_prefix, self._guard = legacy, adds_prefix, unknown
+        self._legacy = legacy
+        self._adds_prefix = adds_prefix
+        self._guard = unknown
         self._guard_length = len(self._processor.EncodeAsIds(unknown))
         self.opening = WORD_MARK if adds_prefix and not legacy else ""
 
@@ -160,29 +162,29 @@ class LlamaVocabulary(InternLM2Vocabulary):
             return super().encode(text)
         return super().encode(self._guard + text)[self._guard_length :]
 
-    def pieces(self, text: str) -> list[str]:
-        """Pieces of a text."""
+    def entries(self, text: str) -> list[str]:
+        """Entries of a text."""
         if self._legacy or not text.startswith((WORD_MARK, " ")):
-            return super().pieces(text)
-        return super().pieces(self._guard + text)[self._guard_length :]
+            return super().entries(text)
+        return super().entries(self._guard + text)[self._guard_length :]
 
     def to_text(self, tokens: Sequence[str], special: Container[str]) -> str:
-        """Text of pieces and special tokens; the word mark in front is dropped."""
-        pieces = list(tokens)
-        if self._adds_prefix and pieces[0].startswith(WORD_MARK):
-            pieces[0] = pieces[0][1:]
+        """Text of entries and special tokens; the word mark in front is dropped."""
+        entries = list(tokens)
+        if self._adds_prefix and entries[0].startswith(WORD_MARK):
+            entries[0] = entries[0][1:]
         text, after_special = "", False
         plain: list[str] = []
-        for place, piece in enumerate(pieces):
-            if piece in special:
+        for place, entry in enumerate(entries):
+            if entry in special:
                 text += " " if self._legacy and place and not after_special else ""
-                text += self._join(plain) + piece
+                text += self._join(plain) + entry
                 plain = []
             else:
-                if after_special and place == 1 and self._adds_prefix and not piece.startswith(WORD_MARK):
+                if after_special and place == 1 and self._adds_prefix and not entry.startswith(WORD_MARK):
                     text += " "
-                plain.append(piece)
-            after_special = piece in special
+                plain.append(entry)
+            after_special = entry in special
         return text + self._join(plain)
 
 

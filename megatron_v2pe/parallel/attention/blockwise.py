@@ -1,10 +1,10 @@
 """Causal attention of documents, block by block as keys of other ranks arrive, forward and backward.
 
     forward     for each arrival: attend to its blocks, merge them by their log-sum-exp
-    backward    for each arrival: the blocks' share of the gradients; dK, dV go home through the same transport
+    backward    for each arrival: the blocks' share of the gradients; dK, dV return to the owner of the keys
 
 How keys arrive is a `KVTransport`: not at all (one rank), in a ring, or gathered at once. A block's dK, dV are
-rounded once to the keys' dtype for the journey and summed in float32 at home, so nothing accumulates error.
+rounded once to the keys' dtype to be sent and summed in float32 by the owner, so rounding errors do not accumulate.
 
 Shape legend: l local tokens, h query heads, k key heads, d head dimension.
 """
@@ -17,24 +17,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches
 from megatron_v2pe.parallel.attention.kernels import block_backward, block_forward
-from megatron_v2pe.parallel.attention.pieces import Piece, pieces
 
 Lengths = tuple[int, ...]
 
 
 class GradReturn(Protocol):
-    """Gradients of visitors' keys on their way to the owners, and mine on their way to me."""
+    """Sends gradients of remote keys to their owners, and adds what the others computed to mine."""
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
-        """Hand over gradients [2, rows, k, d] of each piece with keys of rank `source`, in order of arrival."""
+        """Send gradients [2, rows, k, d] of each block batch with keys of rank `source`, in order of arrival."""
 
     def finish(self, d_own: Tensor) -> None:
         """Wait until what the others computed is added to my gradients [2, l, k, d]."""
 
 
 class KVTransport(Protocol):
-    """How keys come to this rank, and gradients go home.
+    """How keys and values reach this rank, and gradients return to the owners.
 
     Attributes:
         size: ranks that share the documents.
@@ -48,11 +48,11 @@ class KVTransport(Protocol):
         """Yield (source rank, keys, values) of every rank once, my own first."""
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
-        """The way back of one backward pass; `like` gives shape, dtype and device of keys."""
+        """For one backward pass; `like` gives shape, dtype and device of keys."""
 
 
 class LocalKV:
-    """The transport of a rank that holds whole documents: nobody iter_kv."""
+    """The transport of a rank that holds whole documents: its own keys are all there are."""
 
     size = 1
     rank = 0
@@ -62,15 +62,15 @@ class LocalKV:
         yield 0, key, value
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
-        """Nothing travels."""
+        """Nothing is sent."""
         return self
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
-        """Never called: there are no visitors."""
-        raise AssertionError("a rank alone has no visitors")
+        """Never called: there are no remote keys."""
+        raise AssertionError("a rank that holds whole documents has no remote keys")
 
     def finish(self, d_own: Tensor) -> None:
-        """Nothing is under way."""
+        """Nothing was sent."""
 
 
 def attend(
@@ -82,12 +82,15 @@ def attend(
         query: [l, h, d], this rank's zigzag shard, documents one after the other.
         key: [l, k, d], rotated like `query`.
         value: [l, k, d].
-        lengths: local tokens of each document; on several ranks each must be even (two chunks).
+        lengths: local tokens of each document; on several ranks each must be even (two zigzag chunks).
         scale: factor of the scores.
         transport: brings the other ranks' keys.
 
     Returns:
         [l, h, d] in the dtype of `query`.
+
+    Raises:
+        ValueError: the documents' lengths do not sum to the number of queries.
     """
     if sum(lengths) != len(query):
         raise ValueError(f"documents of {sum(lengths)} local tokens, but {len(query)} queries")
@@ -95,7 +98,7 @@ def attend(
 
 
 class _Blockwise(torch.autograd.Function):
-    """Saves queries, own keys and values, output and log-sum-exp; visitors' keys are fetched again."""
+    """Saves queries, own keys and values, output and log-sum-exp; remote keys are fetched again."""
 
     @staticmethod
     def forward(
@@ -109,13 +112,21 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:
         merged = _Merged(query, exact=transport.size > 1)
         for source, keys, values in transport.iter_kv(key, value):
-            for piece in pieces(lengths, rank=transport.rank, source=source, device=query.device):
-                rows = query[piece.queries], keys[piece.keys], values[piece.keys]
-                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
-                merged.add(piece, *block_forward(*rows, **kind, scale=scale))
+            for batch in block_batches(lengths, rank=transport.rank, source=source, device=query.device):
+                block_out, block_lse = block_forward(
+                    query[batch.queries],
+                    keys[batch.keys],
+                    values[batch.keys],
+                    blocks=batch.blocks,
+                    causal=batch.causal,
+                    scale=scale,
+                )
+                merged.add(batch, block_out, block_lse)
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.lse)
-        ctx.lengths, ctx.scale, ctx.transport = lengths, scale, transport
+        ctx.lengths = lengths
+        ctx.scale = scale
+        ctx.transport = transport
         return out
 
     @staticmethod
@@ -128,14 +139,22 @@ class _Blockwise(torch.autograd.Function):
         grad_return = transport.grad_return(ctx.lengths, key)
         for source, keys, values in transport.iter_kv(key, value):
             blocks = []
-            for piece in pieces(ctx.lengths, rank=transport.rank, source=source, device=query.device):
-                rows = piece.queries
-                parts = query[rows], keys[piece.keys], values[piece.keys], out[rows], lse[rows]
-                kind: dict[str, Any] = dict(blocks=piece.blocks, causal=piece.causal)
-                dq_block, *dkv = block_backward(grad[rows], *parts, **kind, scale=ctx.scale)
-                if piece.causal:  # the diagonal, first to come: it fills every row
+            for batch in block_batches(ctx.lengths, rank=transport.rank, source=source, device=query.device):
+                rows = batch.queries
+                dq_block, *dkv = block_backward(
+                    grad[rows],
+                    query[rows],
+                    keys[batch.keys],
+                    values[batch.keys],
+                    out[rows],
+                    lse[rows],
+                    blocks=batch.blocks,
+                    causal=batch.causal,
+                    scale=ctx.scale,
+                )
+                if batch.causal:  # the diagonal arrives first and fills every row
                     dq[rows] = dq_block.to(working)
-                    d_own[:, piece.keys] = torch.stack(dkv).to(working)
+                    d_own[:, batch.keys] = torch.stack(dkv).to(working)
                 else:
                     dq[rows] += dq_block
                     blocks.append(torch.stack(dkv).to(key.dtype))
@@ -157,11 +176,12 @@ class _Merged:
         self.out = torch.empty_like(query, dtype=working if exact else query.dtype)
         self.lse = torch.empty(query.shape[:2], dtype=working, device=query.device)
 
-    def add(self, piece: Piece, block_out: Tensor, block_lse: Tensor) -> None:
-        """Merge a block [s, h, d], [s, h]; a diagonal block comes first and fills its rows."""
-        rows = piece.queries
-        if piece.causal:
-            self.out[rows], self.lse[rows] = block_out.to(self.out.dtype), block_lse
+    def add(self, batch: BlockBatch, block_out: Tensor, block_lse: Tensor) -> None:
+        """Merge a block [s, h, d], [s, h]; a diagonal block arrives first and fills its rows."""
+        rows = batch.queries
+        if batch.causal:
+            self.out[rows] = block_out.to(self.out.dtype)
+            self.lse[rows] = block_lse
             return
         out, lse = self.out[rows], self.lse[rows]
         share = torch.sigmoid(block_lse - lse).unsqueeze(-1)  # of the block in the sum of both

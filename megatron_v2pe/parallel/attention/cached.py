@@ -6,7 +6,7 @@
                cp ranks: it attends to each rank's keys; the parts are merged by their log-sum-exp
 
 Every rank computes the new token's query; only keys and values are spread, so that a document of a million tokens
-needs a cp-th of them on each rank. What travels for a new token is one output and log-sum-exp per layer.
+needs a cp-th of them on each rank. What is sent for a new token is one output and log-sum-exp per layer.
 
 Shape legend: t new tokens, T tokens seen, h query heads, k key heads, d head dimension.
 """
@@ -14,12 +14,12 @@ Shape legend: t new tokens, T tokens seen, h query heads, k key heads, d head di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.kv_cache import KeyValueCache
 from megatron_v2pe.parallel.attention.kernels import block_forward
 
 
@@ -28,7 +28,7 @@ def cached_attention(
     key: Tensor,
     value: Tensor,
     *,
-    cache: Any,
+    cache: KeyValueCache,
     layer_number: int,
     scale: float,
     attend_prompt: Callable[[], Tensor],
@@ -39,7 +39,7 @@ def cached_attention(
         query: [t, h, d], the newest tokens, rotated; on cp ranks the zigzag shard of the prompt, or one token.
         key: [t, k, d], rotated like `query`.
         value: [t, k, d].
-        cache: `inference.kv_cache.KVCache`.
+        cache: keys and values of earlier tokens.
         layer_number: its key.
         scale: factor of the scores.
         attend_prompt: attention over ranks of the whole prompt, [t, h * d]; called on cp ranks only.
@@ -77,7 +77,9 @@ def attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float) ->
     return out.to(query.dtype)
 
 
-def attend_over_ranks(query: Tensor, key: Tensor, value: Tensor, *, scale: float, group: Any) -> Tensor:
+def attend_over_ranks(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, group: dist.ProcessGroup
+) -> Tensor:
     """Attention of one token to the keys of all ranks, without gradients; the same bits on every rank.
 
     Args:

@@ -1,4 +1,4 @@
-"""What packed parameters say about the documents, in the form that each back end needs."""
+"""Document lengths and boundaries of packed parameters, in the form that each back end needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PLAIN_FIELDS = tuple(field.name for field in dataclasses.fields(PackedSeqParams
 def local_lengths(params: PackedSeqParams, cp: int) -> tuple[int, ...]:
     """Tokens of each document on this rank, on the host.
 
-    Read from the device once per micro batch: every layer is given the same object, which keeps the answer.
+    Read from the device once per micro batch: every layer is given the same object, which keeps the result.
     """
     known: tuple[int, tuple[int, ...]] | None = params.__dict__.get("_local_lengths")
     if known is None or known[0] != cp:

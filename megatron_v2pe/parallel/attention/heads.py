@@ -1,11 +1,11 @@
-"""a2a (Ulysses): ranks trade tokens for heads, attend to whole documents with few heads, and trade back.
+"""a2a (Ulysses): ranks exchange tokens for heads, attend to whole documents with few heads, and exchange back.
 
     q, k, v [l, h + 2k, d]  --all to all-->  [t, (h + 2k) / cp, d], zigzag undone: documents whole and in order
                                                causal attention on one rank
     out [l, h, d]           <--all to all--  [t, h / cp, d]
 
-Backward is the mirror. Every rank computes the same number of blocks whatever the documents are, and each block is
-whole, so kernels are at their best; but heads and KV heads of a tensor parallel rank must both be multiples of cp.
+Backward is the mirror image. Every rank computes whole documents, so work is balanced whatever their lengths and
+kernels run on the largest blocks; but heads and KV heads of a tensor parallel rank must both be multiples of cp.
 
 Bytes sent by a rank, l tokens of its own: (cp-1)/cp l (2h + 2k) d elements forward, the same backward.
 
@@ -28,7 +28,7 @@ from megatron_v2pe.parallel.zigzag import shard_indices
 
 
 def attend_by_heads(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, group: Any
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, group: dist.ProcessGroup
 ) -> Tensor:
     """Causal attention within documents, differentiable.
 
@@ -51,7 +51,7 @@ def attend_by_heads(
         if x.shape[1] % size:
             raise ConfigError(
                 f"parallel.cp_comm_type is 'a2a', but the {x.shape[1]} {what} of a tensor parallel rank do not divide "
-                f"by parallel.cp = {size}; make cp or tp smaller, or take p2p"
+                f"by parallel.cp = {size}; make cp or tp smaller, or use p2p"
             )
     heads = [x.shape[1] // size for x in (query, key, value)]
     # Heads of one destination side by side: [l, h, d] -> [l, cp, h / cp, d].
@@ -66,8 +66,9 @@ class _ToHeads(torch.autograd.Function):
     """[l, cp, n, d] -> [t, n, d]: my share of the heads of all tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Lengths, group: Any) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
+    def forward(ctx: Any, x: Tensor, lengths: Lengths, group: dist.ProcessGroup) -> Tensor:
+        ctx.lengths = lengths
+        ctx.group = group
         return tokens_to_heads(x, lengths, group)
 
     @staticmethod
@@ -79,8 +80,9 @@ class _ToTokens(torch.autograd.Function):
     """[t, n, d] -> [l, cp, n, d]: all heads of my tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Lengths, group: Any) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
+    def forward(ctx: Any, x: Tensor, lengths: Lengths, group: dist.ProcessGroup) -> Tensor:
+        ctx.lengths = lengths
+        ctx.group = group
         return heads_to_tokens(x, lengths, group)
 
     @staticmethod
@@ -88,7 +90,7 @@ class _ToTokens(torch.autograd.Function):
         return tokens_to_heads(grads[0], ctx.lengths, ctx.group), None, None
 
 
-def tokens_to_heads(x: Tensor, lengths: Lengths, group: Any) -> Tensor:
+def tokens_to_heads(x: Tensor, lengths: Lengths, group: dist.ProcessGroup) -> Tensor:
     """Send each rank its heads, [l, cp, n, d] -> [t, n, d] in the order of the pack."""
     send = x.transpose(0, 1).contiguous()
     received = torch.empty_like(send)
@@ -98,7 +100,7 @@ def tokens_to_heads(x: Tensor, lengths: Lengths, group: Any) -> Tensor:
     return in_order
 
 
-def heads_to_tokens(x: Tensor, lengths: Lengths, group: Any) -> Tensor:
+def heads_to_tokens(x: Tensor, lengths: Lengths, group: dist.ProcessGroup) -> Tensor:
     """Send each rank its tokens, the inverse of `tokens_to_heads`: [t, n, d] -> [l, cp, n, d]."""
     size = group.size()
     send = x[shard_order(lengths, size, x.device)].unflatten(0, (size, -1))
@@ -109,7 +111,7 @@ def heads_to_tokens(x: Tensor, lengths: Lengths, group: Any) -> Tensor:
 
 @lru_cache(maxsize=4)  # the same for all layers of a micro batch; 8 bytes a token
 def shard_order(lengths: Lengths, cp: int, device: torch.device) -> Tensor:
-    """Place in the pack of each token, when the ranks' shards stand one after the other, int64 [t]."""
+    """Index into the pack of each token, when the ranks' shards are one after the other, int64 [t]."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * cp])
     shards = [shard_indices(cu_seqlens, cp=cp, cp_rank=rank) for rank in range(cp)]
     return torch.from_numpy(np.concatenate(shards)).to(device)

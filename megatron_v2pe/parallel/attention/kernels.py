@@ -2,12 +2,12 @@
 
     out = softmax(scale * q k^T) v        lse = log sum exp(scale * q k^T)
 
-torch's fused kernels behind its private operators: flash for the CPU (any dtype), flash (bf16, fp16) or memory
+torch's fused kernels, called by its private operators: flash for the CPU (any dtype), flash (bf16, fp16) or memory
 efficient (float32) on CUDA. The public `scaled_dot_product_attention` hides the log-sum-exp.
 
-A call takes n blocks of equal shape, one after the other in dimension 0. Grouped heads (GQA) of one block are
+A call computes n blocks of equal shape, one after the other in dimension 0. Grouped heads (GQA) of one block are
 not repeated: queries become a batch of g = h / k members over k heads, and keys are given to that batch with
-stride 0. (Several blocks, which are short, are repeated. CUDA's flash kernel takes grouped heads itself.)
+stride 0. (Several blocks, which are short, are repeated. CUDA's flash kernel supports grouped heads itself.)
 
 Shape legend: n blocks, s queries and t keys of a block, h query heads, k key heads, g = h / k, d head dimension.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
 
-LSE_ROWS = 32  # the memory efficient kernel wants its log-sum-exp padded to a multiple of this
+LSE_ROWS = 32  # the memory efficient kernel needs its log-sum-exp padded to a multiple of this
 
 
 def block_forward(
@@ -98,7 +98,7 @@ def block_backward(
 
 
 def _op(name: str) -> Any:
-    """A private operator of torch, or an error that says what to do without it."""
+    """A private operator of torch; raises where this torch does not have it."""
     operator = getattr(torch.ops.aten, name, None)
     if operator is None:
         raise ConfigError(
@@ -189,7 +189,7 @@ def _efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_float64(q)
-    # Infinity, as the forward kernel pads: rows behind the last query get no probability.
+    # Infinity, as the forward kernel pads: rows after the last query get no probability.
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=float("inf"))
     no_seed = torch.zeros((), dtype=torch.int64)
     dq, dk, dv, _ = _op("_scaled_dot_product_efficient_attention_backward")(

@@ -1,10 +1,10 @@
 """Attention core on torch's own kernels: the CPU's, and a GPU's without Transformer Engine.
 
-    decoder   packed (thd): rotate -> per-document causal attention over context parallel ranks (see `context`)
+    decoder   packed (thd): rotate -> per-document causal attention over context parallel ranks (see `context_parallel`)
               decoding:     rotate -> extend the cache -> new queries attend to all keys (see `cached`)
     vision    sbhd, no mask: torch's scaled dot product attention, tile by tile
 
-It is what mcore calls a core attention: it has no parameters, and knows nothing of projections.
+It is what mcore calls a core attention: it has no parameters; projections are done outside.
 
 Shape legend: l local tokens, s sequence, b batch, h query heads, k key heads, d head dimension.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.cached import cached_attention
-from megatron_v2pe.parallel.attention.context import context_attention
+from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.rotary import rotate
 
@@ -36,7 +36,7 @@ class NativeContextAttention(torch.nn.Module):
         layer_number: 1-based, the key of the decoding cache.
         attn_mask_type: `causal` or `no_mask`; a call may override it.
         attention_type: "self".
-        cp_comm_type: how keys, or heads, travel; "p2p" (also None), "all_gather" or "a2a".
+        cp_comm_type: how keys, or heads, are exchanged; "p2p" (also None), "all_gather" or "a2a".
         softmax_scale: factor of the scores, 1/sqrt(d) when None.
         pg_collection: groups of the part; only `cp` is used, and only if the part has context parallelism.
     """
@@ -56,7 +56,7 @@ class NativeContextAttention(torch.nn.Module):
             raise ConfigError(
                 f"attention_dropout is {config.attention_dropout}, but native attention has no dropout; set it to 0"
             )
-        self.attend = context_attention(cp_comm_type)
+        self.attend = context_parallel_attention(cp_comm_type)
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.scale = softmax_scale or config.kv_channels**-0.5
@@ -83,7 +83,7 @@ class NativeContextAttention(torch.nn.Module):
             query: [l, h, d] packed, or [s, b, h, d].
             key: [l, k, d] packed, or [s, b, k, d].
             value: as `key`.
-            attention_mask: must be None; the kind of mask says it all.
+            attention_mask: must be None; `attn_mask_type` is the mask.
             attn_mask_type: overrides the layer's.
             attention_bias: must be None.
             packed_seq_params: boundaries of the documents (global, padded), angles and cache; None for sbhd.
@@ -92,7 +92,7 @@ class NativeContextAttention(torch.nn.Module):
             [l, h * d] packed, or [s, b, h * d].
         """
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("native attention takes no mask and no bias tensors, only attn_mask_type")
+            raise ValueError("native attention has no mask and no bias tensors, only attn_mask_type")
         causal = (attn_mask_type or self.attn_mask_type) in CAUSAL
         if packed_seq_params is None:
             return self._unpacked(query, key, value, causal=causal)

@@ -1,10 +1,10 @@
-"""p2p: keys travel in a ring, each hop under way while the keys that came before are computed with.
+"""p2p: keys are passed round a ring, each hop in flight while the keys received before are computed with.
 
     step 0    my keys
     step i    keys of the rank i places back, received while step i-1 was computed
 
-Backward sends the keys round once more, and returns the gradients of each block straight to the owner while
-the next block is computed.
+Backward passes the keys round once more, and sends the gradients of each block directly to the owner while the
+next block is computed.
 
 Bytes sent by a rank, B = bytes of its own K and V: forward (cp-1) B; backward (cp-1) B for the keys, and for
 gradients B for each higher and B/2 for each lower rank.
@@ -13,14 +13,13 @@ gradients B for each higher and B/2 for each lower rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.parallel.attention.block_batches import block_batches, num_key_rows
 from megatron_v2pe.parallel.attention.blockwise import Lengths
-from megatron_v2pe.parallel.attention.pieces import num_key_rows, pieces
 
 KEYS_TAG, GRADIENTS_TAG = 1, 2  # gloo matches messages of a pair by tag; NCCL by order, the same on all ranks
 
@@ -32,7 +31,7 @@ class Ring:
         group: context parallel ranks, at least two.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size: int = group.size()
         self.rank: int = group.rank()
@@ -40,37 +39,39 @@ class Ring:
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, then each lower rank's, wrapping around.
 
-        The next visitor is under way while the caller computes with the current one.
+        The next keys are in flight while the caller computes with the current ones.
         """
-        here = torch.stack([key, value])
+        current = torch.stack([key, value])
         for step in range(self.size):
-            coming = None
+            exchange = None
             if step < self.size - 1:
-                coming = self.exchange(here, to=1, receive=torch.empty_like(here), tag=KEYS_TAG)
-            yield (self.rank - step) % self.size, here[0], here[1]
-            if coming is not None:
-                here = coming.wait()
+                exchange = self.exchange(current, to=1, receive=torch.empty_like(current), tag=KEYS_TAG)
+            yield (self.rank - step) % self.size, current[0], current[1]
+            if exchange is not None:
+                current = exchange.wait()
 
-    def grad_return(self, lengths: Lengths, like: Tensor) -> _GradientsOfRing:
+    def grad_return(self, lengths: Lengths, like: Tensor) -> _RingGradReturn:
         """See `KVTransport`."""
-        return _GradientsOfRing(self, lengths, like)
+        return _RingGradReturn(self, lengths, like)
 
     def exchange(self, send: Tensor, *, to: int, receive: Tensor, tag: int) -> _Exchange:
         """Start sending to the rank `to` places on and receiving from the one `to` places back."""
-        peers = [(self.rank + to) % self.size, (self.rank - to) % self.size]
-        onward, back = (dist.get_global_rank(self.group, peer) for peer in peers)
+        destination = dist.get_global_rank(self.group, (self.rank + to) % self.size)
+        source = dist.get_global_rank(self.group, (self.rank - to) % self.size)
         operations = [
-            dist.P2POp(dist.isend, send, onward, group=self.group, tag=tag),
-            dist.P2POp(dist.irecv, receive, back, group=self.group, tag=tag),
+            dist.P2POp(dist.isend, send, destination, group=self.group, tag=tag),
+            dist.P2POp(dist.irecv, receive, source, group=self.group, tag=tag),
         ]
         return _Exchange(send, receive, dist.batch_isend_irecv(operations))
 
 
 class _Exchange:
-    """A send and a receive under way; keeps both buffers alive until `wait`, to be called once."""
+    """A send and a receive in flight; keeps both buffers alive until `wait`, to be called once."""
 
-    def __init__(self, send: Tensor, receive: Tensor, works: list[Any]) -> None:
-        self._send, self._receive, self._works = send, receive, works
+    def __init__(self, send: Tensor, receive: Tensor, works: list[dist.Work]) -> None:
+        self._send = send
+        self._receive = receive
+        self._works = works
 
     def wait(self) -> Tensor:
         """What was received."""
@@ -79,16 +80,18 @@ class _Exchange:
         return self._receive
 
 
-class _GradientsOfRing:
-    """One exchange under way at a time.
+class _RingGradReturn:
+    """A `GradReturn` with one exchange in flight at a time.
 
-    At step i I computed with the keys of the rank i places back, and the rank i places on computed with mine.
+    At step i this rank computed with the keys of the rank i places back, and the rank i places on with this rank's.
     """
 
     def __init__(self, ring: Ring, lengths: Lengths, like: Tensor) -> None:
-        self._ring, self._lengths, self._like = ring, lengths, like
+        self._ring = ring
+        self._lengths = lengths
+        self._like = like
         self._exchange: _Exchange | None = None
-        self._user = ring.rank
+        self._user = ring.rank  # the rank whose gradients of my keys are in flight
 
     def send(self, source: int, blocks: list[Tensor], d_own: Tensor) -> None:
         """See `GradReturn`."""
@@ -96,7 +99,7 @@ class _GradientsOfRing:
         ring, like = self._ring, self._like
         step = (ring.rank - source) % ring.size
         self._user = (ring.rank + step) % ring.size
-        mine = pieces(self._lengths, rank=self._user, source=ring.rank, device=like.device)
+        mine = block_batches(self._lengths, rank=self._user, source=ring.rank, device=like.device)
         receive = like.new_empty(2, num_key_rows(mine), *like.shape[1:])
         send = torch.cat(blocks, dim=1) if blocks else like.new_empty(2, 0, *like.shape[1:])
         self._exchange = ring.exchange(send, to=-step, receive=receive, tag=GRADIENTS_TAG)
@@ -106,8 +109,10 @@ class _GradientsOfRing:
         if self._exchange is None:
             return
         received, start = self._exchange.wait(), 0
-        for piece in pieces(self._lengths, rank=self._user, source=self._ring.rank, device=d_own.device):
-            stop = start + piece.num_keys
-            d_own[:, piece.keys] += received[:, start:stop]
+        for batch in block_batches(
+            self._lengths, rank=self._user, source=self._ring.rank, device=d_own.device
+        ):
+            stop = start + batch.num_keys
+            d_own[:, batch.keys] += received[:, start:stop]
             start = stop
         self._exchange = None

@@ -1,4 +1,4 @@
-"""Rotation of queries and keys inside the attention core, where the angles of the local tokens are at hand."""
+"""Rotation of queries and keys inside the attention core, where the angles of the local tokens are known."""
 
 from __future__ import annotations
 

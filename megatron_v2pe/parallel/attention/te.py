@@ -1,7 +1,7 @@
-"""Attention core of Transformer Engine behind our rotation. Import it only where Transformer Engine is.
+"""Attention core of Transformer Engine after our rotation. Import it only where Transformer Engine is installed.
 
 mcore's fused rotary for packed sequences starts its table anew in every document, so it cannot express a
-position per token. Here queries and keys are rotated by the local tokens' own angles, then handed on as plain
+position per token. Here queries and keys are rotated by the local tokens' own angles, then passed on as plain
 packed sequences whose padded boundaries are also the real ones: padding counts as tokens, which causal
 attention never shows to earlier ones. (Left to detect padding itself, Transformer Engine 2.11 is wrong by up to
 30 % when only the last document is padded.)
@@ -38,9 +38,9 @@ class RotaryTEAttention(TEDotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """See `NativeContextAttention.forward`; only packed sequences are taken."""
+        """See `NativeContextAttention.forward`; only packed sequences are supported."""
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
-            raise ValueError("the decoder's attention takes packed sequences (thd) only")
+            raise ValueError("the decoder's attention supports packed sequences (thd) only")
         query, key = rotate(query, key, packed_seq_params)
         cache = getattr(packed_seq_params, "kv_cache", None)
 

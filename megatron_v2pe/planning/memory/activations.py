@@ -3,7 +3,7 @@
     cut       the batch comes to the device
     encode    tower and projector forward                       (first stage)
     decode    decoder layers forward
-    loss      head, a chunk of logits, gradients of the head    (last stage)
+    loss      head, a loss chunk of logits, gradients of the head    (last stage)
     decode'   decoder layers backward, from the last
     encode'   projector and tower backward                      (first stage)
     embed'    gradient of the embedding                         (first stage)
@@ -17,88 +17,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import Part, parts_trained_whole
-from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
-from megatron_v2pe.planning.memory.adapters import adapters_of
+from megatron_v2pe.parallel.plan import padded_vocab_size
 from megatron_v2pe.planning.memory.attention import AttentionShape
-from megatron_v2pe.planning.memory.decoder_ops import DecoderSizes
-from megatron_v2pe.planning.memory.head import Head, HeadPeaks, head_peaks
-from megatron_v2pe.planning.memory.layers import FLOAT_BYTES, LayerCosts
-from megatron_v2pe.planning.memory.stacks import Recompute, Stack, decoder_layer, stack
-from megatron_v2pe.planning.memory.tower import TowerPeaks, TowerShape, tower_peaks
-from megatron_v2pe.planning.request.stages import Chunk
-from megatron_v2pe.planning.request.workload import Pack
+from megatron_v2pe.planning.memory.decoder import DecoderShape, decoder_layer_ops
+from megatron_v2pe.planning.memory.head import HeadPeaks, HeadShape, head_peaks
+from megatron_v2pe.planning.memory.operations import FLOAT_BYTES, LayerCosts
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.memory.stack import Recompute, Stack, stack
+from megatron_v2pe.planning.memory.vision import VisionPeaks, VisionShape, vision_peaks
+from megatron_v2pe.planning.request.stages import ModelChunk
 
 SHORT_TOKENS = 512  # documents up to this length share a call of a native kernel
 TOKEN_BYTES = 28  # token id, label, position units (8 each), loss weight (4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the memory of a rank depends on.
-
-    Attributes:
-        config: the run.
-        arch: its model.
-        plan: sizes of the axes.
-        pack: the micro batch, padded for the plan.
-        backend: `native` or `transformer_engine`.
-        on_cpu: torch's CPU costs.
-    """
-
-    config: RunConfig
-    arch: InternVLArchitecture
-    plan: ParallelPlan
-    pack: Pack
-    backend: str
-    on_cpu: bool = False
-
-    @property
-    def element_bytes(self) -> int:
-        """Of the compute dtype."""
-        return 2 if self.config.runtime.dtype == "bfloat16" else 4
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a rank after the context parallel cut (l)."""
-        return self.pack.num_tokens // self.plan.cp
-
-    @property
-    def rows(self) -> int:
-        """Rows between layers (r)."""
-        return self.tokens // (self.plan.tp if self.plan.sequence_parallel else 1)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
-        return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
-
-    def trains(self, part: Part) -> bool:
-        """Whether a part's own weights are trained."""
-        return part in parts_trained_whole(self.config)
-
-    def has_gradients(self, part: Part) -> bool:
-        """Whether a part, or its adapters, get gradients."""
-        return self.trains(part) or self.config.lora.rank_of(part) > 0
-
-    def costs(self, part: Part) -> LayerCosts:
-        """What the back end's modules allocate for a part."""
-        fused = self.backend == "transformer_engine"
-        return LayerCosts(
-            element_bytes=self.element_bytes,
-            fused_norm=fused,
-            float_attention=self.on_cpu,
-            expands_keys=not fused,
-            is_trained=self.trains(part),
-            adapters=adapters_of(self.config.lora, part, self.arch).pairs,
-            drops_inputs=self.config.lora.dropout > 0,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkMemory:
+class ModelChunkMemory:
     """Memory of one micro batch in one model chunk."""
 
     batch_bytes: float
@@ -107,7 +41,7 @@ class ChunkMemory:
     hidden_bytes: float
     visual_bytes: float
     embedding_gradient_bytes: float
-    tower: TowerPeaks | None
+    tower: VisionPeaks | None
     layers: Stack
     head: HeadPeaks | None
 
@@ -132,11 +66,11 @@ class Phase:
 
 
 def decoder_stack(setting: Setting, num_layers: int) -> Stack:
-    """Decoder layers of a chunk."""
+    """Decoder layers of a model chunk."""
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
     longest = max(setting.pack.document_lengths)
     gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
-    sizes = DecoderSizes(
+    sizes = DecoderShape(
         tokens=setting.tokens,
         rows=setting.rows,
         hidden=language.hidden_size,
@@ -172,7 +106,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
 
 @lru_cache(maxsize=1024)  # a search asks for the same layers again and again
 def _decoder_stack(
-    sizes: DecoderSizes,
+    sizes: DecoderShape,
     shape: AttentionShape,
     backend: str,
     costs: LayerCosts,
@@ -180,7 +114,7 @@ def _decoder_stack(
     saving: tuple[Recompute, bool],
 ) -> Stack:
     return stack(
-        decoder_layer(sizes, shape, backend=backend, costs=costs),
+        decoder_layer_ops(sizes, shape, backend=backend, costs=costs),
         num_layers=num_layers,
         input_bytes=sizes.rows * sizes.hidden * costs.element_bytes,
         recompute=saving[0],
@@ -188,60 +122,60 @@ def _decoder_stack(
     )
 
 
-def chunk_memory(setting: Setting, chunk: Chunk) -> ChunkMemory:
-    """Memory of one micro batch in a chunk."""
+def model_chunk_memory(setting: Setting, model_chunk: ModelChunk) -> ModelChunkMemory:
+    """Memory of one micro batch in a model chunk."""
     arch, e = setting.arch, setting.element_bytes
     language, plan = arch.language, setting.plan
     hidden = setting.rows * language.hidden_size * e
-    words = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp
+    vocab_rows = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp
     tokens = setting.tokens * (TOKEN_BYTES + language.head_dim // 2 * FLOAT_BYTES)
-    pixels = 3 * arch.image_size**2 * setting.tiles if chunk.is_first else 0
+    pixels = 3 * arch.image_size**2 * setting.tiles if model_chunk.is_first else 0
     visual_share = min(1.0, setting.pack.num_tiles * arch.tokens_per_tile / setting.pack.num_tokens)
     is_half = e < FLOAT_BYTES
-    return ChunkMemory(
+    return ModelChunkMemory(
         batch_bytes=tokens + pixels * e,
         # uint8 from the loader, float32 while it is normalised, then the compute dtype
         cut_bytes=tokens + pixels * ((0 if setting.on_cpu else 1) + FLOAT_BYTES + (e if is_half else 0)),
         gathered_bytes=setting.tokens * language.hidden_size * e if plan.sequence_parallel else 0.0,
         hidden_bytes=hidden if plan.pp > 1 else 0.0,
-        visual_bytes=hidden * visual_share if chunk.is_first else 0.0,
+        visual_bytes=hidden * visual_share if model_chunk.is_first else 0.0,
         embedding_gradient_bytes=0.0
-        if not (setting.trains("language") and chunk.is_first)
-        else words * language.hidden_size * e,
-        tower=_tower(setting) if chunk.is_first else None,
-        layers=decoder_stack(setting, chunk.num_layers),
-        head=_head(setting, words) if chunk.is_last else None,
+        if not (setting.trains("language") and model_chunk.is_first)
+        else vocab_rows * language.hidden_size * e,
+        tower=_tower(setting) if model_chunk.is_first else None,
+        layers=decoder_stack(setting, model_chunk.num_layers),
+        head=_head(setting, vocab_rows) if model_chunk.is_last else None,
     )
 
 
-def _tower(setting: Setting) -> TowerPeaks:
-    shape = TowerShape(
+def _tower(setting: Setting) -> VisionPeaks:
+    shape = VisionShape(
         tiles=setting.tiles,
         tower_tp=setting.plan.tower_tp,
         is_trained=setting.has_gradients("vision"),
         trains_projector=setting.has_gradients("projector"),
         projector=setting.costs("projector"),
     )
-    return tower_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
+    return vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
 
 
-def _head(setting: Setting, words: int) -> HeadPeaks:
+def _head(setting: Setting, vocab_rows: int) -> HeadPeaks:
     model = setting.config.model
-    head = Head(
+    head = HeadShape(
         rows=setting.rows,
         tokens=setting.tokens,
         supervised=min(setting.tokens, setting.pack.supervised_tokens),
-        chunk=model.loss_chunk_tokens,
+        loss_chunk=model.loss_chunk_tokens,
         hidden=setting.arch.language.hidden_size,
-        words=words,
+        vocab_rows=vocab_rows,
         is_trained=setting.trains("language"),
         gathers=setting.plan.sequence_parallel,
     )
     return head_peaks(head, setting.costs("language"))
 
 
-def chunk_phases(memory: ChunkMemory, hidden_bytes: float) -> list[Phase]:
-    """Phases of one micro batch in a chunk; `hidden_bytes` is [r, H]."""
+def model_chunk_phases(memory: ModelChunkMemory, hidden_bytes: float) -> list[Phase]:
+    """Phases of one micro batch in a model chunk; `hidden_bytes` is [r, H]."""
     held = {"batch": memory.batch_bytes}
     if memory.gathered_bytes:
         held["gathered rows"] = memory.gathered_bytes

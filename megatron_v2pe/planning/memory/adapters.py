@@ -15,7 +15,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 
-Parameter = tuple[str, int]
+ParameterSize = tuple[str, int]
 NO_LORA = LoRAConfig()
 
 
@@ -31,7 +31,7 @@ class Adapters:
     rank: int = 0
     roles: tuple[tuple[str, tuple[tuple[str, int, bool], ...]], ...] = ()
 
-    def parameters(self, linear: str, *, rows: int, columns: int) -> Iterator[Parameter]:
+    def parameters(self, linear: str, *, rows: int, columns: int) -> Iterator[ParameterSize]:
         """Pairs of the linear called `linear`, whose weight is [rows, columns] on this rank."""
         role = linear.rpartition(".")[2]
         parts = dict(self.roles).get(role, ())
@@ -52,7 +52,7 @@ class Adapters:
 NO_ADAPTERS = Adapters()
 
 
-def adapters_of(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> Adapters:
+def planned_adapters(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> Adapters:
     """Adapters of a part of the model."""
     chosen = adapted_names(lora, part, arch)
     if not chosen:
@@ -66,6 +66,6 @@ def adapters_of(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> Ada
     return Adapters(rank=lora.rank_of(part), roles=tuple(roles))
 
 
-def is_adapter(parameter: str) -> bool:
+def is_adapter_name(parameter: str) -> bool:
     """Whether a parameter belongs to an adapter."""
     return ".lora." in parameter

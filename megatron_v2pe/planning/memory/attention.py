@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.planning.memory.layers import FLOAT_BYTES, AttentionBytes, LayerCosts
+from megatron_v2pe.planning.memory.operations import FLOAT_BYTES, AttentionBytes, LayerCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class AttentionShape:
     comm_type: str
 
 
-def native_attention(shape: AttentionShape, costs: LayerCosts) -> AttentionBytes:
+def native_attention_bytes(shape: AttentionShape, costs: LayerCosts) -> AttentionBytes:
     """torch's costs, block by block, merged by log-sum-exp.
 
     Forward, beside the output: float32 copies of q, k, v (half precision on a CPU), a block's output Q, and where
@@ -88,7 +88,7 @@ def _visitors(shape: AttentionShape, element_bytes: int) -> float:
     return (shape.cp + 1) * pair if shape.comm_type == "all_gather" else 2 * pair
 
 
-def traded_heads(shape: AttentionShape, inside: AttentionBytes, element_bytes: int) -> AttentionBytes:
+def a2a_attention_bytes(shape: AttentionShape, inside: AttentionBytes, element_bytes: int) -> AttentionBytes:
     """a2a: q, k, v of fewer heads and all tokens are kept in place of the rank's own, and the output with them.
 
     The exchange holds what is sent, what arrives and what is put in order: 3 (q + 2k).
@@ -103,7 +103,7 @@ def traded_heads(shape: AttentionShape, inside: AttentionBytes, element_bytes: i
     )
 
 
-def te_attention(shape: AttentionShape, costs: LayerCosts) -> AttentionBytes:
+def te_attention_bytes(shape: AttentionShape, costs: LayerCosts) -> AttentionBytes:
     """Transformer Engine on cuDNN or FlashAttention.
 
     One rank: forward nothing beside the output; backward a float32 sum of dq, Q. p2p: forward all cp pairs of keys and
@@ -122,9 +122,9 @@ def te_attention(shape: AttentionShape, costs: LayerCosts) -> AttentionBytes:
     )
 
 
-def context_attention(shape: AttentionShape, costs: LayerCosts, backend: str) -> AttentionBytes:
+def decoder_attention_bytes(shape: AttentionShape, costs: LayerCosts, backend: str) -> AttentionBytes:
     """The decoder's attention for a back end, `native` or `transformer_engine`."""
-    core = native_attention if backend == "native" else te_attention
+    core = native_attention_bytes if backend == "native" else te_attention_bytes
     if shape.cp > 1 and shape.comm_type == "a2a":
         # cp times the tokens, 1 / cp of the heads: the same bytes, as on one rank.
         alone = AttentionShape(
@@ -137,11 +137,11 @@ def context_attention(shape: AttentionShape, costs: LayerCosts, backend: str) ->
             cp=1,
             comm_type="a2a",
         )
-        return traded_heads(shape, core(alone, costs), costs.element_bytes)
+        return a2a_attention_bytes(shape, core(alone, costs), costs.element_bytes)
     return core(shape, costs)
 
 
-def tower_attention(*, rows: int, width: int, num_heads: int, costs: LayerCosts) -> AttentionBytes:
+def tower_attention_bytes(*, rows: int, width: int, num_heads: int, costs: LayerCosts) -> AttentionBytes:
     """Bidirectional attention tile by tile through torch's or Transformer Engine's fused kernel.
 
     On a CPU half precision is computed in float32 copies of q, k, v, which are kept with the float32 output.

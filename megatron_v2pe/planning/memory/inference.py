@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_v2pe.planning.memory.activations import Setting, decoder_stack
-from megatron_v2pe.planning.memory.layers import FLOAT_BYTES
-from megatron_v2pe.planning.memory.parameters import chunk_parameters
-from megatron_v2pe.planning.memory.tower import TowerShape, tower_peaks
+from megatron_v2pe.planning.memory.activations import decoder_stack
+from megatron_v2pe.planning.memory.operations import FLOAT_BYTES
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.memory.vision import VisionShape, vision_peaks
 from megatron_v2pe.planning.request.hardware import GIB, Hardware
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.request.stages import ModelChunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,37 +41,41 @@ def kv_cache_bytes(setting: Setting, num_layers: int, prompt_tokens: int) -> flo
     return 2.0 * num_layers * width * prompt_tokens / plan.cp * setting.element_bytes
 
 
-def inference_memory(setting: Setting, chunks: tuple[Chunk, ...], hardware: Hardware) -> InferenceMemory:
+def inference_memory(
+    setting: Setting, model_chunks: tuple[ModelChunk, ...], hardware: Hardware
+) -> InferenceMemory:
     """One pipeline rank; `setting.pack` is the prompt, sequence parallelism is off as in the engine."""
     plan = replace(setting.plan, sequence_parallel=False)
     setting = replace(setting, plan=plan, pack=setting.pack.padded(plan))
-    chunk = Chunk(
-        num_layers=sum(chunk.num_layers for chunk in chunks),
-        is_first=chunks[0].is_first,
-        is_last=chunks[-1].is_last,
+    model_chunk = ModelChunk(
+        num_layers=sum(model_chunk.num_layers for model_chunk in model_chunks),
+        is_first=model_chunks[0].is_first,
+        is_last=model_chunks[-1].is_last,
     )
     weights = sum(
-        size for part in chunks for _, size in chunk_parameters(setting.arch, plan, part, setting.config.lora)
+        size
+        for part in model_chunks
+        for _, size in model_chunk_parameters(setting.arch, plan, part, setting.config.lora)
     )
     hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
     moments = {"decoder layer": decoder_stack(setting, 1).inference_bytes + hidden}
-    if chunk.is_last:
+    if model_chunk.is_last:
         moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
-    if chunk.is_first:
-        shape = TowerShape(
+    if model_chunk.is_first:
+        shape = VisionShape(
             tiles=setting.tiles,
             tower_tp=plan.tower_tp,
             is_trained=False,
             trains_projector=False,
             projector=setting.costs("projector"),
         )
-        tower = tower_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
+        tower = vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
         pixels = 3 * setting.arch.image_size**2 * setting.tiles * setting.element_bytes
         moments["vision tower"] = pixels + hidden + tower.forward_bytes
     largest = max(moments, key=lambda name: moments[name])
     return InferenceMemory(
         weights_bytes=weights * setting.element_bytes,
-        kv_cache_bytes=kv_cache_bytes(setting, chunk.num_layers, setting.pack.num_tokens),
+        kv_cache_bytes=kv_cache_bytes(setting, model_chunk.num_layers, setting.pack.num_tokens),
         prefill_bytes=moments[largest],
         prefill_part=largest,
         reserved_bytes=hardware.reserved_gib * GIB,

@@ -6,7 +6,7 @@
 
 A tensor parallel rank holds 1/tp of every linear and of embedding and head, and norms and output biases whole.
 Adapters follow their linear. The order is that of `named_parameters`; it decides where mcore's gradient buffer has
-gaps. `reality.py` builds the real ranks without memory and compares every name and number.
+gaps. `planner_check.py` builds the real ranks without memory and compares every name and number.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from functools import lru_cache
 from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
-from megatron_v2pe.planning.memory.adapters import NO_ADAPTERS, NO_LORA, Adapters, Parameter, adapters_of
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.memory.adapters import (
+    NO_ADAPTERS,
+    NO_LORA,
+    Adapters,
+    ParameterSize,
+    planned_adapters,
+)
+from megatron_v2pe.planning.request.stages import ModelChunk
 
 
 def linear(
     name: str, *, rows: int, columns: int, bias: bool, adapters: Adapters = NO_ADAPTERS
-) -> Iterator[Parameter]:
+) -> Iterator[ParameterSize]:
     """Weight [rows, columns], bias [rows], and adapters of the linear's role; sizes are this rank's."""
     yield f"{name}.weight", rows * columns
     if bias:
@@ -31,7 +37,7 @@ def linear(
     yield from adapters.parameters(name, rows=rows, columns=columns)
 
 
-def norm(name: str, *, width: int, bias: bool) -> Iterator[Parameter]:
+def norm(name: str, *, width: int, bias: bool) -> Iterator[ParameterSize]:
     """Weight, and the bias that LayerNorm has and RMSNorm has not."""
     yield f"{name}.weight", width
     if bias:
@@ -43,9 +49,9 @@ def tower_heads(vision: VisionArchitecture, tower_tp: int) -> int:
     return -(-vision.num_heads // tower_tp) * tower_tp
 
 
-def vision_layer(
+def vision_layer_parameters(
     name: str, vision: VisionArchitecture, tower_tp: int, adapters: Adapters = NO_ADAPTERS
-) -> Iterator[Parameter]:
+) -> Iterator[ParameterSize]:
     """One layer of the tower on one of `tower_tp` ranks."""
     hidden, is_layer_norm = vision.hidden_size, vision.norm_type == "layer_norm"
     width = tower_heads(vision, tower_tp) * (hidden // vision.num_heads) // tower_tp
@@ -67,34 +73,34 @@ def vision_layer(
     yield from linear(f"{mlp}.linear_fc2", rows=hidden, columns=ffn, bias=True, adapters=adapters)
 
 
-def vision_parameters(arch: InternVLArchitecture, tower_tp: int, adapters: Adapters) -> Iterator[Parameter]:
+def vision_parameters(
+    arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
+) -> Iterator[ParameterSize]:
     """The tower. Its position table is made for `vision_config.image_size`."""
     vision = arch.vision
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1
     yield "vision.class_embedding", vision.hidden_size
-    yield "vision.position_embedding", positions * vision.hidden_size
+    yield "vision.position_embedding", vision.num_positions * vision.hidden_size
     yield from linear(
         "vision.patch_embedding", rows=vision.hidden_size, columns=3 * vision.patch_size**2, bias=True
     )
     for index in range(vision.num_layers):
-        yield from vision_layer(f"vision.encoder.layers.{index}", vision, tower_tp, adapters)
+        yield from vision_layer_parameters(f"vision.encoder.layers.{index}", vision, tower_tp, adapters)
 
 
 def projector_parameters(
     arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
-) -> Iterator[Parameter]:
+) -> Iterator[ParameterSize]:
     """LayerNorm over 1 / ratio^2 patches, two linears."""
-    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    hidden = arch.language.hidden_size
+    channels, hidden = arch.projector_width, arch.language.hidden_size
     yield from norm("projector.norm", width=channels, bias=True)
     share, fc1, fc2 = hidden // tower_tp, "projector.mlp.linear_fc1", "projector.mlp.linear_fc2"
     yield from linear(fc1, rows=share, columns=channels, bias=True, adapters=adapters)
     yield from linear(fc2, rows=hidden, columns=share, bias=True, adapters=adapters)
 
 
-def language_layer(
+def language_layer_parameters(
     name: str, language: LanguageArchitecture, tp: int, adapters: Adapters = NO_ADAPTERS
-) -> Iterator[Parameter]:
+) -> Iterator[ParameterSize]:
     """One decoder layer on one of `tp` ranks."""
     hidden, head_dim = language.hidden_size, language.head_dim
     queries = language.num_heads * head_dim // tp
@@ -114,29 +120,29 @@ def language_layer(
 
 
 def language_parameters(
-    arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk, adapters: Adapters
-) -> Iterator[Parameter]:
-    """This chunk's part of the decoder. A tied head is a second copy where it is on another stage."""
+    arch: InternVLArchitecture, plan: ParallelPlan, model_chunk: ModelChunk, adapters: Adapters
+) -> Iterator[ParameterSize]:
+    """This model chunk's part of the decoder. A tied head is a second copy where it is on another stage."""
     language = arch.language
-    words = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp * language.hidden_size
-    if chunk.is_first:
-        yield "language.embedding.word_embeddings.weight", words
-    for index in range(chunk.num_layers):
-        yield from language_layer(f"language.decoder.layers.{index}", language, plan.tp, adapters)
-    if chunk.is_last:
+    vocab_rows = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp * language.hidden_size
+    if model_chunk.is_first:
+        yield "language.embedding.word_embeddings.weight", vocab_rows
+    for index in range(model_chunk.num_layers):
+        yield from language_layer_parameters(f"language.decoder.layers.{index}", language, plan.tp, adapters)
+    if model_chunk.is_last:
         yield "language.decoder.final_layernorm.weight", language.hidden_size
-        if not (language.tie_word_embeddings and chunk.is_first):
-            yield "language.output_layer.weight", words
+        if not (language.tie_word_embeddings and model_chunk.is_first):
+            yield "language.output_layer.weight", vocab_rows
 
 
 @lru_cache(maxsize=256)  # asked for several times in an estimate, and again for the next one of a search
-def chunk_parameters(
-    arch: InternVLArchitecture, plan: ParallelPlan, chunk: Chunk, lora: LoRAConfig = NO_LORA
-) -> tuple[Parameter, ...]:
-    """All parameters of a chunk."""
-    parameters: list[Parameter] = []
-    if chunk.is_first:
-        parameters += vision_parameters(arch, plan.tower_tp, adapters_of(lora, "vision", arch))
-        parameters += projector_parameters(arch, plan.tower_tp, adapters_of(lora, "projector", arch))
-    language = adapters_of(lora, "language", arch)
-    return (*parameters, *language_parameters(arch, plan, chunk, language))
+def model_chunk_parameters(
+    arch: InternVLArchitecture, plan: ParallelPlan, model_chunk: ModelChunk, lora: LoRAConfig = NO_LORA
+) -> tuple[ParameterSize, ...]:
+    """All parameters of a model chunk."""
+    parameters: list[ParameterSize] = []
+    if model_chunk.is_first:
+        parameters += vision_parameters(arch, plan.tower_tp, planned_adapters(lora, "vision", arch))
+        parameters += projector_parameters(arch, plan.tower_tp, planned_adapters(lora, "projector", arch))
+    language = planned_adapters(lora, "language", arch)
+    return (*parameters, *language_parameters(arch, plan, model_chunk, language))

@@ -1,6 +1,6 @@
 """Weights, gradients and optimizer state of a rank, to the byte, as mcore lays them out.
 
-    weights     one buffer of all trained parameters of a chunk, in the compute dtype; frozen parameters beside it
+    weights     one buffer of all trained parameters of a model chunk, in the compute dtype; frozen parameters beside it
     gradients   one buffer of the same length, float32
     optimizer   this rank's 1 / (dp * cp) of the buffer: float32 copy (bf16 runs), first and second moment
 
@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_v2pe.planning.memory.adapters import Parameter, is_adapter
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import PARTS, parts_trained_whole
+from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.planning.memory.adapters import ParameterSize, is_adapter_name
+from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.request.stages import ModelChunk, model_chunks_of_rank
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
@@ -27,11 +33,11 @@ MAIN_WEIGHT_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """A run of the buffer that is reduced as one.
+    """A range of the buffer that is reduced as one.
 
     Attributes:
         length: numbers, gaps included; a multiple of the ranks that share the optimizer.
-        parameters: half-open runs of the bucket that parameters fill.
+        parameters: half-open ranges of the bucket that parameters fill.
     """
 
     length: int
@@ -83,7 +89,7 @@ def shard_numbers(buckets: Sequence[Bucket], *, sharing_ranks: int, sharing_rank
 
 @dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """Bytes that stand on a rank for the whole run."""
+    """Bytes that a rank holds for the whole run."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -102,14 +108,14 @@ class StateBytes:
         )
 
 
-def is_trained(parameter: str, frozen: frozenset[str]) -> bool:
+def is_trained_name(parameter: str, frozen: frozenset[str]) -> bool:
     """Whether a parameter is trained, by its name and the parts that are not."""
-    return parameter.partition(".")[0] not in frozen or is_adapter(parameter)
+    return parameter.partition(".")[0] not in frozen or is_adapter_name(parameter)
 
 
 @lru_cache(maxsize=256)
 def state_bytes(
-    parameters: tuple[Parameter, ...],
+    parameters: tuple[ParameterSize, ...],
     *,
     element_bytes: int,
     sharing_ranks: int,
@@ -117,25 +123,102 @@ def state_bytes(
     frozen: frozenset[str] = frozenset(),
     own_bucket: frozenset[str] = frozenset(),
 ) -> StateBytes:
-    """State of one chunk on the rank `sharing_rank` of the dp * cp ranks that share its optimizer.
+    """State of one model chunk on the rank `sharing_rank` of the dp * cp ranks that share its optimizer.
 
     Args:
         parameters: see `parameters.chunk_parameters`.
         element_bytes: 2 for bfloat16, 4 for float32.
         sharing_ranks: dp * cp.
         sharing_rank: which of them.
-        frozen: parts (first words of names) whose own weights are not trained; adapters always are.
+        frozen: parts (first components of names) whose own weights are not trained; adapters always are.
         own_bucket: names that get a bucket of their own.
     """
-    still = [size for name, size in parameters if not is_trained(name, frozen)]
-    trained = [(name, size) for name, size in parameters if is_trained(name, frozen)]
+    frozen_sizes = [size for name, size in parameters if not is_trained_name(name, frozen)]
+    trained = [(name, size) for name, size in parameters if is_trained_name(name, frozen)]
     alone = frozenset(index for index, (name, _) in enumerate(trained) if name in own_bucket)
     buckets = fill_buckets([size for _, size in trained], sharing_ranks=sharing_ranks, own_bucket=alone)
     length = sum(bucket.length for bucket in buckets)
     shard = shard_numbers(buckets, sharing_ranks=sharing_ranks, sharing_rank=sharing_rank)
     per_number = MOMENT_BYTES + (MAIN_WEIGHT_BYTES if element_bytes < MAIN_WEIGHT_BYTES else 0)
     return StateBytes(
-        weights_bytes=(length + sum(still)) * element_bytes,
+        weights_bytes=(length + sum(frozen_sizes)) * element_bytes,
         gradients_bytes=length * GRADIENT_BYTES,
         optimizer_bytes=shard * per_number,
     )
+
+
+TIED = frozenset({"language.embedding.word_embeddings.weight", "language.output_layer.weight"})
+
+
+def frozen_parts(config: RunConfig) -> frozenset[str]:
+    """Parts whose own weights are not trained, by the first component of their parameters' names."""
+    return frozenset(PARTS) - frozenset(parts_trained_whole(config))
+
+
+def own_bucket(arch: InternVLArchitecture, plan: ParallelPlan) -> frozenset[str]:
+    """Parameters with a bucket of their own: a tied embedding that first and last stage both hold."""
+    return TIED if arch.language.tie_word_embeddings and plan.pp > 1 else frozenset()
+
+
+def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan, rank: int) -> StateBytes:
+    """State of a rank of the world; rank = ((pp * dp + dp) * cp + cp) * tp + tp."""
+    sharing_ranks = plan.dp * plan.cp
+    pp_rank, rest = divmod(rank, sharing_ranks * plan.tp)
+    total = StateBytes(weights_bytes=0, gradients_bytes=0, optimizer_bytes=0)
+    for model_chunk in model_chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank):
+        total = total + state_bytes(
+            model_chunk_parameters(arch, plan, model_chunk, config.lora),
+            element_bytes=2 if config.runtime.dtype == "bfloat16" else 4,
+            sharing_ranks=sharing_ranks,
+            sharing_rank=rest // plan.tp,
+            frozen=frozen_parts(config),
+            own_bucket=own_bucket(arch, plan),
+        )
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNumbers:
+    """Trained numbers of a rank, and those whose gradients are summed over tp at the end of a step."""
+
+    all: int
+    summed_over_tp: int
+
+
+@lru_cache(maxsize=512)
+def trained_numbers(
+    arch: InternVLArchitecture,
+    plan: ParallelPlan,
+    model_chunks: tuple[ModelChunk, ...],
+    frozen: frozenset[str],
+    lora: LoRAConfig,
+) -> TrainedNumbers:
+    """Count a pipeline rank's trained numbers.
+
+    With sequence parallelism mcore sums over tp, in one float32 copy, the gradients of the norms, and of the whole
+    tower and projector where they are replicated and encode different tiles.
+
+    Args:
+        arch: the model.
+        plan: sizes of the axes.
+        model_chunks: of the rank.
+        frozen: see `frozen_parts`.
+        lora: adapters.
+    """
+    trained = [
+        (name, size)
+        for model_chunk in model_chunks
+        for name, size in model_chunk_parameters(arch, plan, model_chunk, lora)
+        if is_trained_name(name, frozen)
+    ]
+    sums = plan.tp > 1 and plan.sequence_parallel
+    return TrainedNumbers(
+        all=sum(size for _, size in trained),
+        summed_over_tp=sum(size for name, size in trained if _is_summed(name, plan)) if sums else 0,
+    )
+
+
+def _is_summed(parameter: str, plan: ParallelPlan) -> bool:
+    if parameter.startswith("language."):
+        return "layernorm" in parameter
+    return plan.vision == "replicated"

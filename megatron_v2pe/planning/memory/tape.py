@@ -1,4 +1,4 @@
-"""Peak memory of a piece of a network from a list of its operations: what autograd allocates, keeps and frees.
+"""Peak memory of a part of a network from a list of its operations: what autograd allocates, keeps and frees.
 
     ops       norm -> qkv -> rotate -> attend -> project -> add -> ...
     forward   allocate an output, free what nobody needs any more, never what backward needs
@@ -171,7 +171,7 @@ class _Tape:
             most = max(most, _total(held, gradients) + op.backward_bytes)
             gradients.pop(op.name, None)
             for name in op.inputs:
-                gradients[name].settle()
+                gradients[name].merge()
             held.pop(f"{op.name} (inside)", None)
             for name in [name for name, reader in readers.items() if reader == index]:
                 held.pop(name, None)
@@ -208,24 +208,25 @@ class _Gradient:
             self.cells = [*self.cells, *other.cells]
 
     def add(self, size: float) -> None:
-        """A gradient of full size; what was there before lives until `settle`."""
+        """A gradient of full size; what was there before lives until `merge`."""
         self.cells = [*self.cells, _Cell(size)]
 
     def add_part(self, size: float) -> None:
         """A gradient of some rows or channels; the parts wait until the whole is put together."""
         self.cells = [*self.cells, _Cell(size, is_part=True)]
 
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Full gradients are added up in the memory of the newest."""
         if self.cells and not self.cells[-1].is_part:
             self.cells = self.cells[-1:]
 
 
 class _Cell:
-    """A run of memory."""
+    """Memory that one or several gradients use."""
 
     def __init__(self, size: float, *, is_part: bool = False) -> None:
-        self.size, self.is_part = size, is_part
+        self.size = size
+        self.is_part = is_part
 
 
 def _total(held: dict[str, float], gradients: dict[str, _Gradient]) -> float:

@@ -1,78 +1,166 @@
-"""Memory of the vision tower and the projector on one rank of the first stage.
+"""A layer of the vision tower as a tape: what `models/vision.py` adds to mcore's layer; and a stack of layers.
 
-    pixels [n, 3, S, S] -> patches -> layers -> pixel shuffle -> norm -> fc1 -> gelu -> fc2 -> features [n K, H]
-
-`vision.micro_batch_tiles` encodes slices of the tiles one after the other and keeps none of it: backward runs each
-slice again.
-
-Shape legend: n tiles of this rank, P patches + 1, K visual tokens of a tile, C tower channels, H language channels.
+Shape legend: t = tiles * (patches + 1) rows, C channels, F feed-forward channels of this rank. Sizes of tensors are
+bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
-from megatron_v2pe.planning.memory.layers import LayerCosts, linear_op, norm_ops
+from megatron_v2pe.planning.memory.attention import tower_attention_bytes
+from megatron_v2pe.planning.memory.operations import AttentionBytes, LayerCosts, linear_op, norm_ops
 from megatron_v2pe.planning.memory.parameters import tower_heads
-from megatron_v2pe.planning.memory.stacks import Stack, stack, tower_layer
-from megatron_v2pe.planning.memory.tape import INPUT, Op, Peaks, peaks
-from megatron_v2pe.planning.memory.tower_ops import TowerSizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerPeaks:
-    """Bytes of tower and projector.
-
-    Attributes:
-        kept_bytes: between forward and backward.
-        forward_bytes: most during forward.
-        backward_bytes: most during backward, the gradient of the features included.
-        features_bytes: [n K, H].
-        moved_bytes: read and written by element-wise operations, forward and backward.
-        kept: what a layer keeps, by tensor.
-    """
-
-    kept_bytes: float
-    forward_bytes: float
-    backward_bytes: float
-    features_bytes: float
-    moved_bytes: float
-    kept: dict[str, float]
+from megatron_v2pe.planning.memory.stack import Stack, recomputed_mlp_op, stack
+from megatron_v2pe.planning.memory.tape import INPUT, Op
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerShape:
-    """What decides the tower's memory.
+    """A layer of the vision tower on one rank; `width` is the channels of its heads."""
 
-    Attributes:
-        tiles: n, at least 1: a rank without tiles encodes a blank one.
-        tower_tp: ranks that the tower is split over.
-        is_trained: the tower, or its adapters, get gradients.
-        trains_projector: the projector, or its adapters, get gradients.
-        projector: what the projector's modules allocate.
-    """
-
-    tiles: int
-    tower_tp: int
-    is_trained: bool
-    trains_projector: bool
-    projector: LayerCosts
+    rows: int
+    hidden: int
+    width: int
+    ffn: int
+    rms_norm: bool
+    qk_normalization: bool
+    qkv_bias: bool
+    drops_paths: bool
+    mlp_chunks: int
+    """1 recomputes the MLP, 0 keeps its activations."""
 
 
-def patch_rows(arch: InternVLArchitecture) -> int:
-    """P: patches of a tile and the class token."""
-    return (arch.image_size // arch.vision.patch_size) ** 2 + 1
+def tower_mlp_ops(source: str, sizes: TowerShape, costs: LayerCosts, *, rows: int) -> list[Op]:
+    """fc1 -> bias -> gelu -> fc2 -> bias; biases are added out of place."""
+    e = costs.element_bytes
+    inner, hidden = rows * sizes.ffn * e, rows * sizes.hidden * e
+    weight = sizes.ffn * sizes.hidden * e
+    return [
+        linear_op(
+            "fc1",
+            source,
+            role="linear_fc1",
+            input_bytes=hidden,
+            output_bytes=inner,
+            weight_bytes=weight,
+            costs=costs,
+        ),
+        Op(name="fc1 biased", inputs=("fc1",), output_bytes=inner, passes_gradient=True),
+        Op(name="gelu", inputs=("fc1 biased",), output_bytes=inner, keeps=("fc1 biased",)),
+        linear_op(
+            "fc2",
+            "gelu",
+            role="linear_fc2",
+            input_bytes=inner,
+            output_bytes=hidden,
+            weight_bytes=weight,
+            costs=costs,
+        ),
+        Op(name="fc2 biased", inputs=("fc2",), output_bytes=hidden, passes_gradient=True),
+    ]
 
 
-def tower_sizes(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int, tower_tp: int) -> TowerSizes:
+def scaled_ops(name: str, source: str, size: float, sizes: TowerShape, costs: LayerCosts) -> list[Op]:
+    """LayerScale keeps what it scales; drop path keeps a number per tile."""
+    kept = (source,) if costs.is_trained else ()
+    ops = [Op(name=f"{name} scaled", inputs=(source,), output_bytes=size, keeps=kept, backward_bytes=size)]
+    if sizes.drops_paths:
+        ops.append(Op(name=f"{name} dropped", inputs=(f"{name} scaled",), output_bytes=size))
+    return ops
+
+
+def normalised_heads(sizes: TowerShape, width: float, costs: LayerCosts) -> tuple[tuple[str, str], list[Op]]:
+    """Names of the queries and keys that attention reads, and the norms over all heads that make them, if any."""
+    if not sizes.qk_normalization:
+        return ("heads", "heads"), []
+    ops = []
+    for side in ("query", "key"):
+        whole = Op(
+            name=side, inputs=("heads",), output_bytes=width, gradient_bytes=(width,), passes_gradient=True
+        )
+        ops += [whole, *norm_ops(f"{side} norm", side, width, costs, rms=sizes.rms_norm)]
+    return ("query norm", "key norm"), ops
+
+
+def tower_attention_ops(sizes: TowerShape, attention: AttentionBytes, costs: LayerCosts) -> list[Op]:
+    """norm -> qkv -> (norms) -> attend -> project -> bias -> scale -> add."""
+    e = costs.element_bytes
+    hidden, width = sizes.rows * sizes.hidden * e, sizes.rows * sizes.width * e
+    ops = norm_ops("attention norm", INPUT, hidden, costs, rms=sizes.rms_norm)
+    ops += [
+        linear_op(
+            "qkv",
+            "attention norm",
+            role="linear_qkv",
+            input_bytes=hidden,
+            output_bytes=3 * width,
+            weight_bytes=3 * sizes.width * sizes.hidden * e,
+            costs=costs,
+            adds_bias=sizes.qkv_bias,
+        ),
+        Op(name="heads", inputs=("qkv",), view_of="qkv", output_bytes=3 * width),
+    ]
+    sides, normalised = normalised_heads(sizes, width, costs)
+    ops += normalised
+    ops += [
+        Op(
+            name="attended",
+            inputs=(*sides, "heads"),
+            output_bytes=width,
+            keeps=(*sides, "heads", "attended") if attention.keeps_inputs else ("attended",),
+            keeps_extra_bytes=attention.kept_bytes,
+            forward_bytes=attention.forward_bytes,
+            backward_bytes=attention.backward_bytes,
+            gradient_bytes=(width, width, width),
+            is_matrix=True,
+        ),
+        linear_op(
+            "projected",
+            "attended",
+            role="linear_proj",
+            input_bytes=width,
+            output_bytes=hidden,
+            weight_bytes=sizes.width * sizes.hidden * e,
+            costs=costs,
+            forward_bytes=width,  # tiles and tokens are swapped back
+            backward_bytes=width,
+        ),
+        Op(name="projected biased", inputs=("projected",), output_bytes=hidden, passes_gradient=True),
+        *scaled_ops("attention", "projected biased", hidden, sizes, costs),
+    ]
+    ops.append(Op(name="middle", inputs=(INPUT, ops[-1].name), output_bytes=hidden, passes_gradient=True))
+    return ops
+
+
+def tower_layer_ops(sizes: TowerShape, *, num_heads: int, costs: LayerCosts) -> list[Op]:
+    """A layer of the vision tower."""
+    hidden = sizes.rows * sizes.hidden * costs.element_bytes
+    attention = tower_attention_bytes(rows=sizes.rows, width=sizes.width, num_heads=num_heads, costs=costs)
+    ops = tower_attention_ops(sizes, attention, costs)
+    ops += norm_ops("mlp norm", "middle", hidden, costs, rms=sizes.rms_norm)
+    if sizes.mlp_chunks:
+        mlp = tower_mlp_ops(INPUT, sizes, costs, rows=sizes.rows)
+        ops.append(
+            recomputed_mlp_op("mlp", "mlp norm", mlp, input_bytes=hidden, output_bytes=hidden, mlp_chunks=1)
+        )
+    else:
+        ops += tower_mlp_ops("mlp norm", sizes, costs, rows=sizes.rows)
+    ops += scaled_ops("mlp", ops[-1].name, hidden, sizes, costs)
+    return [
+        *ops,
+        Op(name="output", inputs=("middle", ops[-1].name), output_bytes=hidden, passes_gradient=True),
+    ]
+
+
+def tower_shape(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int, tower_tp: int) -> TowerShape:
     """A layer of the tower for some tiles."""
     tower = arch.vision
     width = tower_heads(tower, tower_tp) * (tower.hidden_size // tower.num_heads) // tower_tp
-    return TowerSizes(
-        rows=tiles * patch_rows(arch),
+    return TowerShape(
+        rows=tiles * arch.patches_per_tile,
         hidden=tower.hidden_size,
         width=width,
         ffn=tower.ffn_size // tower_tp,
@@ -84,110 +172,15 @@ def tower_sizes(arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int,
     )
 
 
-def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, costs: LayerCosts) -> list[Op]:
-    """shuffle (a copy) -> LayerNorm -> fc1 -> bias -> gelu -> fc2 -> bias."""
-    e, hidden = costs.element_bytes, arch.language.hidden_size
-    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
-    rows = tiles * arch.tokens_per_tile
-    shuffled, inner, output = rows * channels * e, rows * hidden // tower_tp * e, rows * hidden * e
-    return [
-        Op(name="shuffled", inputs=(INPUT,), output_bytes=shuffled),
-        *norm_ops("projector norm", "shuffled", shuffled, costs, rms=False),
-        linear_op(
-            "projector fc1",
-            "projector norm",
-            role="linear_fc1",
-            input_bytes=shuffled,
-            output_bytes=inner,
-            weight_bytes=channels * hidden // tower_tp * e,
-            costs=costs,
-        ),
-        Op(name="biased", inputs=("projector fc1",), output_bytes=inner, passes_gradient=True),
-        Op(name="gelu", inputs=("biased",), output_bytes=inner, keeps=("biased",)),
-        linear_op(
-            "projector fc2",
-            "gelu",
-            role="linear_fc2",
-            input_bytes=inner,
-            output_bytes=output,
-            weight_bytes=hidden * hidden // tower_tp * e,
-            costs=costs,
-        ),
-        Op(name="features", inputs=("projector fc2",), output_bytes=output, passes_gradient=True),
-    ]
-
-
 def tower_stack(
     arch: InternVLArchitecture, vision: VisionConfig, *, tiles: int, tower_tp: int, costs: LayerCosts
 ) -> Stack:
     """Layers of the tower for some tiles."""
-    sizes = tower_sizes(arch, vision, tiles=tiles, tower_tp=tower_tp)
+    sizes = tower_shape(arch, vision, tiles=tiles, tower_tp=tower_tp)
     heads = tower_heads(arch.vision, tower_tp) // tower_tp
     return stack(
-        tower_layer(sizes, num_heads=heads, costs=costs),
+        tower_layer_ops(sizes, num_heads=heads, costs=costs),
         num_layers=arch.vision.num_layers,
         input_bytes=sizes.rows * sizes.hidden * costs.element_bytes,
         recompute=vision.recompute,
     )
-
-
-@lru_cache(maxsize=1024)  # a search asks for the same tower again and again
-def tower_peaks(
-    arch: InternVLArchitecture, vision: VisionConfig, shape: TowerShape, costs: LayerCosts
-) -> TowerPeaks:
-    """Memory of encoding this rank's tiles, at once or in slices."""
-    slice_tiles = vision.micro_batch_tiles or shape.tiles
-    whole = _at_once(arch, vision, shape, min(slice_tiles, shape.tiles), costs)
-    if shape.tiles <= slice_tiles:
-        return whole
-    features = whole.features_bytes * shape.tiles / slice_tiles
-    hidden = shape.tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
-    trains = shape.is_trained or shape.trains_projector
-    kept = hidden if shape.trains_projector and not shape.is_trained else 0.0
-    again = max(whole.forward_bytes + whole.features_bytes, whole.backward_bytes)
-    return TowerPeaks(
-        kept_bytes=kept,
-        forward_bytes=kept + features + max(whole.forward_bytes, features),
-        backward_bytes=kept + features + again if trains else 0.0,
-        features_bytes=features,
-        moved_bytes=_moved(arch, vision, shape, costs) * (4 / 3 if trains else 1),  # slices run forward twice
-        kept={},
-    )
-
-
-def _at_once(
-    arch: InternVLArchitecture, vision: VisionConfig, shape: TowerShape, tiles: int, costs: LayerCosts
-) -> TowerPeaks:
-    """`tiles` tiles in one pass.
-
-    Embedding the patches makes three tensors of a layer's input. A frozen tower keeps nothing; a frozen projector over
-    a trained tower keeps what gradients pass through.
-    """
-    layers = tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, costs=costs)
-    hidden = tiles * patch_rows(arch) * arch.vision.hidden_size * costs.element_bytes
-    last = peaks(
-        projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
-    )
-    kept = layers.kept_bytes if shape.is_trained else 0.0
-    first = layers.forward_bytes if shape.is_trained else layers.inference_bytes
-    return TowerPeaks(
-        kept_bytes=kept + _projector_kept(last, shape),
-        forward_bytes=max(3 * hidden, first, kept + hidden + last.forward_bytes),
-        backward_bytes=max(
-            kept + last.backward_bytes if shape.is_trained or shape.trains_projector else 0.0,
-            layers.backward_bytes if shape.is_trained else 0.0,
-        ),
-        features_bytes=last.output_bytes,
-        moved_bytes=_moved(arch, vision, shape, costs),
-        kept=layers.kept if shape.is_trained else {},
-    )
-
-
-def _moved(arch: InternVLArchitecture, vision: VisionConfig, shape: TowerShape, costs: LayerCosts) -> float:
-    """Bytes of element-wise operations for all tiles of the rank; the projector's are left out."""
-    layers = tower_stack(arch, vision, tiles=shape.tiles, tower_tp=shape.tower_tp, costs=costs)
-    return layers.moved_forward_bytes + (layers.moved_backward_bytes if shape.is_trained else 0.0)
-
-
-def _projector_kept(projector: Peaks, shape: TowerShape) -> float:
-    return projector.kept_bytes if shape.is_trained or shape.trains_projector else 0.0

@@ -1,7 +1,7 @@
-"""What a GPU and its links can do, and what share of it real costs get: the stated numbers behind predicted times.
+"""What a GPU and its links can do, and what share of it real costs get: the stated numbers of predicted times.
 
 Peaks are the vendor's, per GPU and direction, dense bf16. The shares are assumptions about training costs at
-long sequences; no figure of this project stands behind them yet, so take predicted times as orders of magnitude and
+long sequences that no measurement of this project backs yet, so read predicted times as orders of magnitude and
 comparisons between layouts as the product. Every field can be replaced: `plan --rate gemm_share=0.6`.
 
     source of peaks    NVIDIA H100, H200 and A100 GPU datasheets (SXM); NDR and HDR InfiniBand, one port a GPU

@@ -1,9 +1,9 @@
-"""What the planner is asked: architecture by name, file or checkpoint, and a run checked without a cluster."""
+"""What the planner is asked: the request, its model by name, file or checkpoint, its GPU; checked without a cluster."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
@@ -11,8 +11,41 @@ from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.planning.request.hardware import GPUS, Hardware, with_rates
+from megatron_v2pe.planning.request.workload import Assumptions
 
 HF_FOLDER = "hf"  # of an imported checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is asked.
+
+    Attributes:
+        config: the run.
+        gpus: ranks.
+        arch: size, config.json or folder; None means the run's model.
+        gpu: key of `hardware.GPUS`.
+        gpu_memory: device memory in GB as the vendor writes it; 0 means the GPU's own.
+        rates: replaced fields of the hardware, `name=value`.
+        assumptions: what a pack is made of.
+        measure_data: read it from data.meta instead.
+        inference: prompt tokens; 0 plans training.
+        search: number of layouts to list; 0 plans the run's own.
+        as_json: json instead of text.
+    """
+
+    config: RunConfig
+    gpus: int
+    arch: str | None = None
+    gpu: str = "h100"
+    gpu_memory: float = 0.0
+    rates: tuple[str, ...] = ()
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    measure_data: bool = False
+    inference: int = 0
+    search: int = 0
+    as_json: bool = False
 
 
 def hf_folder(config: RunConfig) -> Path:
@@ -35,7 +68,7 @@ def find_architecture(name: str | None, config: RunConfig) -> tuple[str, InternV
     """The model and what to call it.
 
     Args:
-        name: a published size (2B), a config.json, or a folder with one; None takes the run's own.
+        name: a published size (2B), a config.json, or a folder with one; None means the run's own.
         config: the run.
 
     Raises:
@@ -91,3 +124,20 @@ def check_run(config: RunConfig, arch: InternVLArchitecture, gpus: int) -> None:
         runtime=replace(config.runtime, run_dir=config.runtime.run_dir or "-"),
     )
     validate(named, arch, gpus)
+
+
+def chosen_hardware(request: PlanRequest) -> Hardware:
+    """The GPU with the request's memory and rates. An "80 GB" GPU shows a little less in GiB than 80.
+
+    Raises:
+        ConfigError: unknown rate, or a memory that is not positive.
+    """
+    hardware = GPUS[request.gpu]
+    if request.gpu_memory < 0:
+        raise ConfigError(f"--gpu-memory is {request.gpu_memory}, but must be positive (GB)")
+    if request.gpu_memory:
+        nominal = float(hardware.name.split()[-2])
+        share = hardware.memory_gib / nominal
+        name = hardware.name.replace(f"{nominal:g} GB", f"{request.gpu_memory:g} GB")
+        hardware = replace(hardware, name=name, memory_gib=request.gpu_memory * share)
+    return with_rates(hardware, request.rates)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.loader import plan_mixture
-from megatron_v2pe.data.samples.sample_maker import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.planning.request.workload import Pack
 
 MAX_PACKS = 512

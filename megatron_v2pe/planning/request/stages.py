@@ -16,7 +16,7 @@ from megatron_v2pe.parallel.plan import ParallelPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class ModelChunk:
     """A model chunk: one virtual stage of a pipeline rank.
 
     Attributes:
@@ -30,10 +30,10 @@ class Chunk:
     is_last: bool
 
 
-def chunks_of_rank(
+def model_chunks_of_rank(
     parallel: ParallelConfig, num_layers: int, plan: ParallelPlan, pp_rank: int
-) -> tuple[Chunk, ...]:
-    """Chunks of a pipeline rank; virtual stage v of rank r is stage v * pp + r of the whole pipeline."""
+) -> tuple[ModelChunk, ...]:
+    """Model chunks of a pipeline rank; virtual stage v of rank r is stage v * pp + r of the whole pipeline."""
     num_stages = plan.pp * plan.vpp
     if parallel.pipeline_layout:
         counts = [stage.count("t") for stage in expand_layout(parallel.pipeline_layout)]
@@ -41,17 +41,17 @@ def chunks_of_rank(
         counts = [num_layers // num_stages] * num_stages
     stages = [virtual * plan.pp + pp_rank for virtual in range(plan.vpp)]
     return tuple(
-        Chunk(num_layers=counts[stage], is_first=stage == 0, is_last=stage == num_stages - 1)
+        ModelChunk(num_layers=counts[stage], is_first=stage == 0, is_last=stage == num_stages - 1)
         for stage in stages
     )
 
 
-def chunks_in_flight(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> int:
-    """Forward passes of a chunk whose activations a rank holds at a time, at most.
+def forwards_in_flight(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> int:
+    """Forward passes of a model chunk whose activations a rank holds at a time, at most.
 
     1F1B: rank r runs pp - r - 1 forward passes before its first backward pass, and one more before each, so pp - r
     are held. Interleaved (mcore's `get_pp_rank_microbatches`): 2 (pp - r - 1) + (vpp - 1) pp warm-up passes of one
-    chunk each, and one more. Never more than all of them.
+    model chunk each, and one more. Never more than all of them.
     """
     if plan.pp == 1:
         return 1
@@ -59,8 +59,3 @@ def chunks_in_flight(plan: ParallelPlan, pp_rank: int, micro_batches: int) -> in
         return min(plan.pp - pp_rank, micro_batches)
     warm_up = 2 * (plan.pp - pp_rank - 1) + (plan.vpp - 1) * plan.pp
     return min(warm_up + 1, micro_batches * plan.vpp)
-
-
-def bubble_share(plan: ParallelPlan, micro_batches: int) -> float:
-    """Idle share added to a step's compute: (pp - 1) / (vpp * micro batches), for stages that take equally long."""
-    return (plan.pp - 1) / (plan.vpp * micro_batches)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.flops import PackCounts
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.flops import PackCounts
 from megatron_v2pe.parallel.plan import ParallelPlan
 
 
@@ -61,7 +61,7 @@ class Assumptions:
     Attributes:
         visual_share: share of a pack's tokens that are visual.
         supervised_share: share of a pack's tokens that have a label.
-        documents: documents of a pack; 0 takes as many of data.max_sample_tokens as fit.
+        documents: documents of a pack; 0 means as many of data.max_sample_tokens as fit.
         tiles: tiles of a pack; -1 derives them from `visual_share`.
     """
 
@@ -74,7 +74,7 @@ class Assumptions:
         for name, flag in (("visual_share", "--visual-share"), ("supervised_share", "--supervised-share")):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ConfigError(f"{flag} is {value}, but a share lies in [0, 1]")
+                raise ConfigError(f"{flag} is {value}, but a share is in [0, 1]")
         if self.documents < 0:
             raise ConfigError(f"--documents is {self.documents}, but must be >= 0")
 

@@ -6,76 +6,76 @@
 
 Adapters are left out: a pair of rank r has r (in + out) of in * out weights, 1 or 2 in 100.
 
-The convention for model FLOPs and MFU is in `models/flops.py` and knows none of this.
+The convention for model FLOPs and MFU is in `config/flops.py` and knows none of this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.config.schema import ModelConfig, VisionConfig
-from megatron_v2pe.models.flops import (
+from megatron_v2pe.config.flops import (
     attention_flops,
     projector_flops,
     tower_attention_flops,
     tower_linear_flops,
 )
-from megatron_v2pe.planning.memory.activations import Setting
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.config.schema import ModelConfig, VisionConfig
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.request.stages import ModelChunk
 
 ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkFlops:
-    """Executed FLOPs of one micro batch in one chunk on one rank."""
+class ModelChunkFlops:
+    """Executed FLOPs of one micro batch in one model chunk on one rank."""
 
     linear: float
     attention_forward: float
     attention_backward: float
     head: float
     tower_linear: float
-    tower_attention: float
+    tower_attention_bytes: float
 
     @property
     def total(self) -> float:
         """All of them."""
         attention = self.attention_forward + self.attention_backward
-        return self.linear + attention + self.head + self.tower_linear + self.tower_attention
+        return self.linear + attention + self.head + self.tower_linear + self.tower_attention_bytes
 
 
 def linear_passes(model: ModelConfig, *, is_trained: bool) -> tuple[float, float]:
     """How often attention's linears and the MLP's are multiplied, in forward passes.
 
-    An MLP in pieces inside a recomputed layer runs forward a third time, piece by piece.
+    A chunked MLP inside a recomputed layer runs forward a third time, MLP chunk by MLP chunk.
     """
     backward = 2.0 if is_trained else 1.0
     again = 1.0 if model.recompute == "full" else 0.0
-    pieces = 1.0 if model.recompute == "selective" or model.mlp_chunks > 1 else 0.0
-    return 1.0 + backward + again, 1.0 + backward + again + pieces
+    mlp_again = 1.0 if model.recompute == "selective" or model.mlp_chunks > 1 else 0.0
+    return 1.0 + backward + again, 1.0 + backward + again + mlp_again
 
 
-def chunk_flops(setting: Setting, chunk: Chunk) -> ChunkFlops:
+def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFlops:
     """FLOPs of one micro batch on a rank: tokens over cp, weights and heads over tp, tiles over their ranks."""
     arch, plan, model = setting.arch, setting.plan, setting.config.model
     language = arch.language
-    hidden, share = language.hidden_size, chunk.num_layers / language.num_layers
+    hidden, share = language.hidden_size, model_chunk.num_layers / language.num_layers
     attention_weights = 2 * hidden * hidden + 2 * hidden * language.num_kv_heads * language.head_dim
     is_trained = setting.trains("language")
     projections, mlp = linear_passes(model, is_trained=is_trained)
     weights = projections * attention_weights + mlp * 3 * hidden * language.ffn_size
     attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
     attention_forwards = 2.0 if model.recompute == "full" else 1.0
-    supervised = setting.pack.supervised_tokens / plan.cp if chunk.is_last else 0.0
+    supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0
-    tower_linear, tower_attention = tower_flops(setting) if chunk.is_first else (0.0, 0.0)
-    return ChunkFlops(
-        linear=2.0 * chunk.num_layers * weights * setting.tokens / plan.tp,
+    tower_linear, tower_attention_bytes = tower_flops(setting) if model_chunk.is_first else (0.0, 0.0)
+    return ModelChunkFlops(
+        linear=2.0 * model_chunk.num_layers * weights * setting.tokens / plan.tp,
         attention_forward=attention_forwards * attention,
         attention_backward=ATTENTION_BACKWARD * attention,
         head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,
         tower_linear=tower_linear,
-        tower_attention=tower_attention,
+        tower_attention_bytes=tower_attention_bytes,
     )
 
 

@@ -3,7 +3,7 @@
     micro batch on a stage   linears + attention + head + tower + element-wise + what communication is not hidden
     step                     (micro batches + (pp - 1) / vpp) * the slowest stage + gradients, weights, optimizer
 
-Ring hops are hidden behind the attention of the block before; everything else waits. Nothing here was measured on a
+Ring hops overlap the attention of the block before; everything else waits. Nothing here was measured on a
 GPU: see `hardware.py`.
 """
 
@@ -11,11 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.planning.memory.activations import ChunkMemory, Setting
+from megatron_v2pe.planning.memory.activations import ModelChunkMemory
+from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.request.hardware import Hardware, group_gb_s, hop_gb_s
-from megatron_v2pe.planning.request.stages import Chunk
-from megatron_v2pe.planning.time.compute import chunk_flops
-from megatron_v2pe.planning.time.traffic import ChunkTraffic, StepTraffic, chunk_traffic, forward_passes
+from megatron_v2pe.planning.request.stages import ModelChunk
+from megatron_v2pe.planning.time.compute import model_chunk_flops
+from megatron_v2pe.planning.time.traffic import (
+    ModelChunkTraffic,
+    StepTraffic,
+    forward_passes,
+    model_chunk_traffic,
+)
 
 OPTIMIZER_BYTES = 30  # a number: gradient 4, main weight 4 + 4, moments 8 + 8, weight 2
 ACCUMULATION_BYTES = (
@@ -49,15 +55,15 @@ class StepTime:
 
 
 def micro_batch_seconds(
-    setting: Setting, chunk: Chunk, memory: ChunkMemory, hardware: Hardware
+    setting: Setting, model_chunk: ModelChunk, memory: ModelChunkMemory, hardware: Hardware
 ) -> dict[str, float]:
-    """Seconds of one micro batch in one chunk on one rank, by term."""
-    flops, traffic = chunk_flops(setting, chunk), chunk_traffic(setting, chunk)
+    """Seconds of one micro batch in one model chunk on one rank, by term."""
+    flops, traffic = model_chunk_flops(setting, model_chunk), model_chunk_traffic(setting, model_chunk)
     peak = hardware.peak_tflops * 1e12
     forward = flops.attention_forward / (peak * hardware.attention_forward_share)
     backward = flops.attention_backward / (peak * hardware.attention_backward_share)
     tower = flops.tower_linear / (peak * hardware.gemm_share)
-    tower += flops.tower_attention / (peak * hardware.tower_attention_share)
+    tower += flops.tower_attention_bytes / (peak * hardware.tower_attention_share)
     moved = memory.layers.moved_forward_bytes + memory.layers.moved_backward_bytes
     tower_moved = memory.tower.moved_bytes if memory.tower else 0.0
     memory_rate = hardware.memory_gb_s * 1e9 * hardware.memory_share
@@ -67,23 +73,23 @@ def micro_batch_seconds(
         "head and loss": flops.head / (peak * hardware.gemm_share),
         "vision tower": tower + tower_moved / memory_rate,
         "element-wise": moved / memory_rate,
-        **exposed_seconds(setting, chunk, traffic, hardware, attention=(forward, backward)),
+        **exposed_seconds(setting, model_chunk, traffic, hardware, attention=(forward, backward)),
         "offload": 2 * memory.layers.host_bytes / (hardware.host_gb_s * 1e9 * hardware.link_share),
     }
 
 
 def exposed_seconds(
     setting: Setting,
-    chunk: Chunk,
-    traffic: ChunkTraffic,
+    model_chunk: ModelChunk,
+    traffic: ModelChunkTraffic,
     hardware: Hardware,
     *,
     attention: tuple[float, float],
 ) -> dict[str, float]:
     """Communication of one micro batch that nothing hides.
 
-    p2p: (cp - 1) / cp of the attention's time runs while hops are under way. all_gather hides behind the own block,
-    1 / cp; a2a behind nothing. Each hop or collective also has a fixed cost.
+    p2p: (cp - 1) / cp of the attention's time runs while hops are under way. all_gather overlaps the rank's own block,
+    1 / cp; a2a overlaps nothing. Each hop or collective also has a fixed cost.
     """
     plan, comm = setting.plan, setting.config.parallel.cp_comm_type
     tp_rate = group_gb_s(hardware, size=plan.tp, stride=1) * 1e9
@@ -91,7 +97,7 @@ def exposed_seconds(
     cp_rate = rate(hardware, size=plan.cp, stride=plan.tp) * 1e9
     hidden = {"p2p": (plan.cp - 1) / plan.cp, "all_gather": 1 / plan.cp}.get(comm, 0.0)
     calls = (plan.cp - 1 if comm == "p2p" else 1) * (plan.cp > 1)
-    fixed = calls * chunk.num_layers * (forward_passes(setting) + 2) * hardware.launch_us * 1e-6
+    fixed = calls * model_chunk.num_layers * (forward_passes(setting) + 2) * hardware.launch_us * 1e-6
     cp = sum(
         max(0.0, sent / cp_rate - hidden * compute)
         for sent, compute in zip(
@@ -99,7 +105,7 @@ def exposed_seconds(
         )
     )
     tile_rate = group_gb_s(hardware, size=plan.tp * plan.cp, stride=1) * 1e9
-    tp_calls = 8 * chunk.num_layers * (plan.tp > 1)
+    tp_calls = 8 * model_chunk.num_layers * (plan.tp > 1)
     return {
         "tensor parallel traffic": traffic.tp_bytes / tp_rate + tp_calls * hardware.launch_us * 1e-6,
         "context parallel traffic": cp + fixed,

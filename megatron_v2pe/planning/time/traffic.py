@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.planning.memory.activations import Setting
-from megatron_v2pe.planning.memory.tower import patch_rows
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.request.stages import ModelChunk
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkTraffic:
-    """Bytes sent by a rank for one micro batch in one chunk.
+class ModelChunkTraffic:
+    """Bytes sent by a rank for one micro batch in one model chunk.
 
     Attributes:
         tp_bytes: collectives of the decoder, of embedding and head, and of a split tower.
@@ -39,17 +38,17 @@ class ChunkTraffic:
     pp_bytes: float
 
 
-def chunk_traffic(setting: Setting, chunk: Chunk) -> ChunkTraffic:
+def model_chunk_traffic(setting: Setting, model_chunk: ModelChunk) -> ModelChunkTraffic:
     """Traffic of one micro batch."""
     plan, hidden = setting.plan, setting.arch.language.hidden_size * setting.element_bytes
-    forward, backward = context_bytes(setting)
-    layers, passes = chunk.num_layers, forward_passes(setting)
-    neighbours = (not chunk.is_first) + (not chunk.is_last)
-    return ChunkTraffic(
-        tp_bytes=tensor_bytes(setting, chunk),
+    forward, backward = cp_traffic_bytes(setting)
+    layers, passes = model_chunk.num_layers, forward_passes(setting)
+    neighbours = (not model_chunk.is_first) + (not model_chunk.is_last)
+    return ModelChunkTraffic(
+        tp_bytes=tp_traffic_bytes(setting, model_chunk),
         cp_forward_bytes=layers * passes * forward,
         cp_backward_bytes=layers * backward,
-        router_bytes=router_bytes(setting) if chunk.is_first else 0.0,
+        router_bytes=router_bytes(setting) if model_chunk.is_first else 0.0,
         pp_bytes=neighbours * setting.rows * hidden if plan.pp > 1 else 0.0,
     )
 
@@ -59,7 +58,7 @@ def forward_passes(setting: Setting) -> int:
     return 2 if setting.config.model.recompute == "full" else 1
 
 
-def tensor_bytes(setting: Setting, chunk: Chunk) -> float:
+def tp_traffic_bytes(setting: Setting, model_chunk: ModelChunk) -> float:
     """Collectives over tp; u = (tp - 1) / tp * l * H * e.
 
     A layer, forward: 2 all-reduces, or with sequence parallelism 2 all-gathers and 2 reduce-scatters: 4 u. Backward:
@@ -72,15 +71,15 @@ def tensor_bytes(setting: Setting, chunk: Chunk) -> float:
     ends = (plan.tp - 1) / plan.tp
     unit = ends * setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
     layer = 4 * forward_passes(setting) + (6 if plan.sequence_parallel else 4)
-    total = unit * (chunk.num_layers * layer + 2 * (chunk.is_first + chunk.is_last))
-    if chunk.is_first and plan.tower_tp > 1:
+    total = unit * (model_chunk.num_layers * layer + 2 * (model_chunk.is_first + model_chunk.is_last))
+    if model_chunk.is_first and plan.tower_tp > 1:
         vision = setting.arch.vision
-        rows = setting.tiles * patch_rows(setting.arch) * vision.hidden_size * setting.element_bytes
+        rows = setting.tiles * setting.arch.patches_per_tile * vision.hidden_size * setting.element_bytes
         total += ends * rows * vision.num_layers * 4 * (2 if setting.has_gradients("vision") else 1)
     return total
 
 
-def context_bytes(setting: Setting) -> tuple[float, float]:
+def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
     """Attention of one layer over cp, (one forward pass, backward); B = 2 l k e, own keys and values.
 
     p2p and all_gather: forward (cp - 1) B; backward the keys again and their gradients, 2 (cp - 1) B (the native ring
@@ -110,7 +109,7 @@ def router_bytes(setting: Setting) -> float:
     ranks = plan.tile_ranks
     features = setting.tiles * arch.tokens_per_tile * arch.language.hidden_size * e
     total = 2 * (ranks - 1) / ranks * features
-    if plan.sequence_parallel and not plan.deals_tiles_over_tp:
+    if plan.sequence_parallel and not plan.shares_tiles_over_tp:
         total += 2 * (plan.tp - 1) / plan.tp * features
     return total
 

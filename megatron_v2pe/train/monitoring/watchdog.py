@@ -82,7 +82,7 @@ class Watchdog:
         for path in (self._stacks, self._heartbeat):
             path.parent.mkdir(parents=True, exist_ok=True)
         # Appended to: after a restart the stacks of the hang before are what a person looks for.
-        self._file = open(self._stacks, "a", encoding="utf-8")  # noqa: SIM115 - the timer writes to it
+        self._file = open(self._stacks, "a", encoding="utf-8")
         self._beaten_at = time.monotonic()
         self._thread.start()
         return self

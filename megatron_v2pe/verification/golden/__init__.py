@@ -1,1 +1,1 @@
-"""Comparison of this package with recorded cases of the V2PE release; one module per group of cases."""
+"""Comparison of this package with recorded cases of the V2PE release; `groups/` has a module for each group."""

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, find_images
-from megatron_v2pe.v2pe.strides import RELEASE_MODE_NAMES, PositionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +98,15 @@ class Case:
 
     @property
     def mode(self) -> PositionMode:
-        """Position mode in our words."""
-        return RELEASE_MODE_NAMES[self.values["version"]]
+        """Position mode by our name."""
+        return POSITION_MODES[self.values["version"]]
 
     def wanted(self, name: str) -> Tensor:
         """A stored number of this case."""
         return self.file.tensor(f"{self.name}/{name}")
 
     def tolerance(self, name: str, *, floor: float) -> float:
-        """FORMAT's rule: eight times the float32-against-float64 deviation of the case, at least `floor`."""
+        """Eight times what float32 and float64 runs of the release differ by in this case, at least `floor`."""
         return max(floor, 8.0 * float(self.values["tolerance"][name]))
 
     def pixels(self) -> Tensor:
@@ -128,7 +128,7 @@ class Case:
                     tokens=tokens[start:stop],
                     labels=labels[start:stop],
                     layout=layout,
-                    image_refs=(),
+                    media=(),
                     sample_id=f"{self.name}#{index}",
                 )
             )

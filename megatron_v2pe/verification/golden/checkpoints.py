@@ -1,6 +1,6 @@
 """Golden checkpoints, imported once per process and before it joins other ranks.
 
-`import-hf` writes a checkpoint alone; once a process is part of a world, mcore takes every save for a collective
+`import-hf` writes a checkpoint alone; once a process is part of a world, mcore makes every save a collective
 one. Each rank therefore imports for itself (they are tiny), all folders at the first call.
 """
 

@@ -1,11 +1,11 @@
 """One line of `check-golden`: a case, a quantity, how far it is off, and the verdict.
 
-A group is a module of this folder with
+A group is a module of `groups/` with
 
     def run(folder: Path, *, family: str | None) -> Iterator[Row]
 
-that goes through the package's public code only and yields one row per case and quantity. Groups of the
-model (`model`, `generation`) also take `parallel: ParallelConfig`, are run on every rank, and must yield the
+that goes through the package's public code only and yields one row per case and quantity. Groups of the model
+(`model`, `generation`) also have the argument `parallel: ParallelConfig`, are run on every rank, and must yield the
 same rows on each.
 """
 

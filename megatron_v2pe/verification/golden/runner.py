@@ -27,11 +27,11 @@ class Group:
     """A group of cases.
 
     Attributes:
-        name: what `--group` takes.
-        module: module of this folder that runs it.
+        name: value of `--group`.
+        module: module of `groups/` that runs it.
         function: function of the module.
         files: the group is present in a folder that holds one of these (patterns).
-        is_model: the group runs the whole model and takes a `parallel` argument.
+        is_model: the group runs the whole model and has a `parallel` argument.
     """
 
     name: str
@@ -67,9 +67,7 @@ def select_groups(folder: Path, *, name: str | None, model_only: bool) -> tuple[
         raise ConfigError(f"--group is {name!r}, known groups are {', '.join(known)}")
     wanted = GROUPS if name is None else (known[name],)
     if model_only and name is not None and not wanted[0].is_model:
-        raise ConfigError(
-            f"--group is {name!r}, which does not run the model; leave --tp, --pp, --cp, --sp away"
-        )
+        raise ConfigError(f"--group is {name!r}, which does not run the model; omit --tp, --pp, --cp, --sp")
     chosen = tuple(
         group for group in wanted if _is_present(folder, group) and (group.is_model or not model_only)
     )
@@ -125,7 +123,7 @@ def run_groups(
 
 def _resolve(group: Group, parallel: ParallelConfig | None) -> Callable[..., Iterator[Row]]:
     """Import late: a check of positions needs no megatron-core."""
-    run = getattr(importlib.import_module(f"{__package__}.{group.module}"), group.function)
+    run = getattr(importlib.import_module(f"{__package__}.groups.{group.module}"), group.function)
     return functools.partial(run, parallel=parallel or ParallelConfig()) if group.is_model else run
 
 

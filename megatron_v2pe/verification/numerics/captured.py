@@ -1,9 +1,9 @@
 """Our model on this layout's ranks, with what each stage gave, put together on every rank.
 
-    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local pieces
-    pieces --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
+    checkpoint --load_model--> this rank's stage --hooks, mcore's schedule--> local slices
+    slices --gathered over tp (sequence slices), cp (zigzag), tiles, pp--> whole tensors in token or tile order
 
-Stages are named as in the table that `verify --numerics` prints; `stage_names` is their list.
+Stages are named as in the table that `verify-numerics` prints; `stage_names` is their list.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, deal_tiles
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
 from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.collect import gather_slices, gather_tiles, gather_tokens
-from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.parallel.shard_batch import shard_batch
-from megatron_v2pe.parallel.topology import Ranks
+from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.train.forward_step import MicroBatchRunner
 from megatron_v2pe.verification.numerics.inputs import Inputs
 
@@ -34,25 +33,25 @@ EMBEDDING, TOWER, PROJECTOR, DECODER_INPUT = "vision.embedding", "vision", "proj
 DECODER_NORM, LOGITS = "decoder.norm", "logits"
 
 
-def vision_layer(number: int) -> str:
+def vision_stage(number: int) -> str:
     """Name of the output of a vision layer, counted from 1."""
     return f"vision.layer.{number}"
 
 
-def decoder_layer(number: int) -> str:
+def decoder_stage(number: int) -> str:
     """Name of the output of a decoder layer, counted from 1."""
     return f"decoder.layer.{number}"
 
 
 def stage_names(arch: InternVLArchitecture, *, every: int) -> list[str]:
-    """All stages in the order of the forward pass, with each `every`-th layer; 0 takes about eight of a part."""
+    """All stages in the order of the forward pass, with each `every`-th layer; 0 means about eight of each stack."""
 
     def kept(num_layers: int, name: Callable[[int], str]) -> list[str]:
         step = every or -(-num_layers // 8)
         return [name(number) for number in range(step, num_layers + 1, step)]
 
-    tower = [*kept(arch.vision.num_layers, vision_layer), TOWER]
-    decoder = kept(arch.language.num_layers, decoder_layer)
+    tower = [*kept(arch.vision.num_layers, vision_stage), TOWER]
+    decoder = kept(arch.language.num_layers, decoder_stage)
     return [EMBEDDING, *tower, PROJECTOR, DECODER_INPUT, *decoder, DECODER_NORM, LOGITS]
 
 
@@ -63,8 +62,7 @@ class CapturedRun:
         checkpoint: checkpoint folder.
         arch: its architecture.
         config: the run: layout, positions, dtype.
-        plan: the layout as resolved.
-        ranks: this rank's place.
+        context: the layout as resolved, and this rank's place.
         inputs: what the model is given.
         wanted: names of stages to keep.
     """
@@ -75,62 +73,53 @@ class CapturedRun:
         arch: InternVLArchitecture,
         config: RunConfig,
         *,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        context: ParallelContext,
         inputs: Inputs,
         wanted: list[str],
     ) -> None:
         self.arch = arch
         self.config = config
-        self.plan = plan
-        self.ranks = ranks
+        self.context = context
+        self.plan = context.plan
+        self.ranks = context.ranks
         self.inputs = inputs
         self.wanted = wanted
-        self.chunks: list[InternVL] = load_model(checkpoint, config, arch, plan=plan, ranks=ranks)
+        self.sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype])
+        self.model_chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:
-        """Stage name -> float32 tensor on the CPU: [t, H] or [n, 1 + P, C], features [n * K, H], logits [words, V].
+        """Stage name -> float32 tensor on the CPU: [t, H] or [n, 1 + P, C], features [n * K, H], logits of text [t, V].
 
         Collective; the same on every rank.
         """
         pack = self.inputs.pack(pad_to_multiple=self.plan.pad_to_multiple)
-        hooks = [hook for chunk in self.chunks for hook in self._hooks(chunk.eval())]
+        hooks = [hook for model_chunk in self.model_chunks for hook in self._hooks(model_chunk.eval())]
         runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
         # On GPUs convolutions would round float32 to 10 bits (tf32); matrix products do not by default.
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            hidden = run_schedule(self.chunks, runner.forward_step, [pack], forward_only=True)
+            hidden = run_schedule(self.model_chunks, runner.forward_step, [pack], forward_only=True)
             if self.ranks.is_last_stage:
-                self._local[LOGITS] = self.chunks[-1].logits(hidden[0]).float()
+                self._local[LOGITS] = self.model_chunks[-1].logits(hidden[0]).float()
         for hook in hooks:
             hook.remove()
         return {name: self._whole(name, pack).cpu() for name in self.wanted}
 
     def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
         """This rank's share, without labels, so that the last stage gives hidden states."""
-        dtype = DTYPES[self.config.runtime.dtype]
-        local = shard_batch(
-            pack,
-            plan=self.plan,
-            ranks=self.ranks,
-            device=self.ranks.device,
-            dtype=dtype,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            encodes_tiles=encodes_tiles,
-        )
+        local = self.sharder.shard(pack, encodes_tiles=encodes_tiles)
         local = dataclasses.replace(local, labels=None, loss_weights=None)
         if not encodes_tiles:
             return local
-        start, stop = deal_tiles(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
-        pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=dtype)
+        start, stop = tile_share(pack.num_tiles, self.plan.tile_ranks, self.ranks.tile_rank)
+        pixels = self.inputs.pixels[start:stop].to(device=self.ranks.device, dtype=self.sharder.dtype)
         return dataclasses.replace(local, pixels=pixels)
 
-    def _hooks(self, chunk: InternVL) -> list[Any]:
-        """Keep what this chunk has of the wanted stages."""
+    def _hooks(self, model_chunk: InternVL) -> list[Any]:
+        """Keep what this model chunk has of the wanted stages."""
         hooks = []
-        if chunk.vision is not None and chunk.projector is not None:
-            layers = chunk.vision.encoder.layers
+        if model_chunk.vision is not None and model_chunk.projector is not None:
+            layers = model_chunk.vision.encoder.layers
             hooks = [
                 layers[0].register_forward_pre_hook(
                     lambda _module, _args, kwargs: self._keep(
@@ -138,16 +127,16 @@ class CapturedRun:
                     ),
                     with_kwargs=True,
                 ),
-                *[self._hook(layer, vision_layer(layer.layer_number), is_vision=True) for layer in layers],
-                self._hook(chunk.vision, TOWER),
-                self._hook(chunk.projector, PROJECTOR),
-                chunk.language.register_forward_pre_hook(
+                *[self._hook(layer, vision_stage(layer.layer_number), is_vision=True) for layer in layers],
+                self._hook(model_chunk.vision, TOWER),
+                self._hook(model_chunk.projector, PROJECTOR),
+                model_chunk.language.register_forward_pre_hook(
                     lambda _module, args: self._keep(DECODER_INPUT, args[1].squeeze(1))
                 ),
             ]
-        decoder = chunk.language.decoder
-        hooks += [self._hook(layer, decoder_layer(layer.layer_number)) for layer in decoder.layers]
-        if chunk.post_process:
+        decoder = model_chunk.language.decoder
+        hooks += [self._hook(layer, decoder_stage(layer.layer_number)) for layer in decoder.layers]
+        if model_chunk.post_process:
             hooks.append(self._hook(decoder.final_layernorm, DECODER_NORM))
         return hooks
 
@@ -167,7 +156,8 @@ class CapturedRun:
             self._local[name] = value.detach().float()
 
     def _whole(self, name: str, pack: PackedBatch) -> Tensor:
-        local, arch = self._local.pop(name, None), self.arch
+        local = self._local.pop(name, None)
+        arch = self.arch
         if name.startswith("vision") or name == PROJECTOR:
             side = arch.image_size // arch.vision.patch_size
             features = (arch.tokens_per_tile, arch.language.hidden_size)
@@ -176,15 +166,14 @@ class CapturedRun:
                 local,
                 num_tiles=pack.num_tiles,
                 width=width,
-                tile_ranks=self.plan.tile_ranks,
-                ranks=self.ranks,
+                context=self.context,
             )
             return tiles.flatten(0, 1) if name == PROJECTOR else tiles
         if local is not None and self.plan.sequence_parallel and name != LOGITS:
             local = gather_slices(local, ranks=self.ranks)
         size = arch.language.vocab_size if name == LOGITS else arch.language.hidden_size
         cu_seqlens = pack.layout.cu_seqlens
-        rows = gather_tokens(local, cu_seqlens=cu_seqlens, width=(size,), cp=self.plan.cp, ranks=self.ranks)
+        rows = gather_tokens(local, cu_seqlens=cu_seqlens, width=(size,), context=self.context)
         unpadded = [
             rows[start : start + n] for start, n in zip(cu_seqlens, self.inputs.lengths, strict=False)
         ]

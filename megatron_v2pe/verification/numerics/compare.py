@@ -1,4 +1,4 @@
-"""Our model against the reference, stage by stage: the table of `verify --numerics`.
+"""Our model against the reference, stage by stage: the table of `verify-numerics`.
 
     every rank   CapturedRun.outputs()                        ours, at any tp, pp, cp
     rank 0       ReferenceModel, float64, layer by layer      each stage compared when it is there
@@ -31,6 +31,7 @@ from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.validate import check_model_split, check_vision_split
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.parallel.topology import init_distributed
 from megatron_v2pe.verification.numerics.captured import (
@@ -41,9 +42,9 @@ from megatron_v2pe.verification.numerics.captured import (
     PROJECTOR,
     TOWER,
     CapturedRun,
-    decoder_layer,
+    decoder_stage,
     stage_names,
-    vision_layer,
+    vision_stage,
 )
 from megatron_v2pe.verification.numerics.inputs import Inputs, make_inputs
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel, positions_of
@@ -79,14 +80,10 @@ class StageRow:
         """False beyond the tolerance, and for NaN."""
         return self.relative <= self.tolerance
 
-    def line(self) -> str:
-        """The row as text."""
-        verdict = "pass" if self.passes else "FAIL"
-        numbers = f"{self.largest:>10.3e} {self.error:>10.3e} {self.relative:>10.3e} {self.tolerance:>8.0e}"
-        return f"{self.name:<20} {numbers}  {verdict}"
-
-
-HEADER = f"{'stage':<20} {'max abs':>10} {'error':>10} {'relative':>10} {'limit':>8}"
+    def cells(self) -> list[str]:
+        """The row as text, in the columns of `format_rows`."""
+        numbers = [f"{number:.3e}" for number in (self.largest, self.error, self.relative)]
+        return [self.name, *numbers, f"{self.tolerance:.0e}", "pass" if self.passes else "FAIL"]
 
 
 def compare_numerics(
@@ -139,9 +136,9 @@ def compare_numerics(
         lora=checkpoint_lora(checkpoint),
     )
     plan = resolve(config.parallel, world_size)
-    ranks = init_distributed(plan, seed=0)
+    context = init_distributed(plan, seed=0)
     wanted = stage_names(arch, every=every)
-    run = CapturedRun(checkpoint, arch, config, plan=plan, ranks=ranks, inputs=inputs, wanted=wanted)
+    run = CapturedRun(checkpoint, arch, config, context=context, inputs=inputs, wanted=wanted)
     ours = run.outputs()
     return on_first_rank(lambda: compare_stages(judge, inputs, ours, tolerance=TOLERANCES[dtype]))
 
@@ -149,7 +146,7 @@ def compare_numerics(
 def compare_stages(
     reference: ReferenceModel, inputs: Inputs, ours: dict[str, Tensor], *, tolerance: float
 ) -> list[StageRow]:
-    """A row for each stage of `ours`; stages that only the reference has are passed over."""
+    """A row for each stage of `ours`; stages that only the reference has are skipped."""
     rows = []
     for name, wanted in reference_stages(reference, inputs):
         if name in ours:
@@ -166,7 +163,7 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
     arch = reference.arch
     with torch.no_grad():
         for number, hidden in enumerate(reference.vision_states(inputs.pixels)):
-            yield (vision_layer(number) if number else EMBEDDING), hidden
+            yield (vision_stage(number) if number else EMBEDDING), hidden
         yield TOWER, hidden
         features = reference.features(hidden)
         yield PROJECTOR, features
@@ -176,7 +173,7 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
         states = reference.decoder_states(x, reference_positions(inputs), inputs.document_starts)
         for number, hidden in enumerate(states, 1):
             is_norm = number > arch.language.num_layers
-            yield (DECODER_NORM if is_norm else decoder_layer(number)), hidden
+            yield (DECODER_NORM if is_norm else decoder_stage(number)), hidden
         yield LOGITS, reference.logits(hidden[torch.from_numpy(~inputs.is_visual)])
 
 
@@ -197,7 +194,8 @@ def format_rows(rows: list[StageRow]) -> str:
     last = (
         f"{passing} of {len(rows)} stages pass; largest relative error {worst.relative:.3e} at {worst.name}"
     )
-    return "\n".join([HEADER, *(row.line() for row in rows), last])
+    header = ["stage", "max abs", "error", "relative", "limit", ""]
+    return "\n".join([*text_table(header, [row.cells() for row in rows], align="<>>>><"), last])
 
 
 def to_json(rows: list[StageRow]) -> list[dict[str, Any]]:
@@ -227,10 +225,12 @@ def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_si
     needed = parallel.tp * parallel.pp * parallel.cp
     if needed != world_size:
         launch = (
-            f"torchrun --nproc-per-node {needed} -m megatron_v2pe verify ..." if needed > 1 else "no torchrun"
+            f"torchrun --nproc-per-node {needed} -m megatron_v2pe verify-numerics ..."
+            if needed > 1
+            else "no torchrun"
         )
         raise ConfigError(
-            f"verify --numerics: --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp} is a layout for {needed} "
+            f"verify-numerics: --tp {parallel.tp} --pp {parallel.pp} --cp {parallel.cp} is a layout for {needed} "
             f"ranks, but {world_size} were started; start it as: {launch}"
         )
     check_model_split(parallel, arch)
@@ -238,7 +238,7 @@ def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_si
 
 
 def _check_same_sizes(reference: InternVLArchitecture, ours: InternVLArchitecture) -> None:
-    """Both must take the same tiles, words and layers; everything else may differ and shows as an error."""
+    """Both must have the same tiles, vocabulary and layers; everything else may differ and shows as an error."""
     facts: dict[str, Callable[[InternVLArchitecture], int]] = {
         "tile size": lambda arch: arch.image_size,
         "tokens per tile": lambda arch: arch.tokens_per_tile,
@@ -251,6 +251,6 @@ def _check_same_sizes(reference: InternVLArchitecture, ours: InternVLArchitectur
     for what, value in facts.items():
         if value(reference) != value(ours):
             raise ConfigError(
-                f"verify --numerics: {what} is {value(reference)} in the source and {value(ours)} in the checkpoint; "
+                f"verify-numerics: {what} is {value(reference)} in the source and {value(ours)} in the checkpoint; "
                 "give the folder that the checkpoint was imported from"
             )

@@ -1,6 +1,6 @@
-"""What both models are given: two documents with images and one without, random words, random pixels.
+"""What both models are given: two documents with images and one without, random token ids, random pixels.
 
-    document 0   7 words [2 tiles] 9 words       document 1   5 words [1 tile] 6 words       document 2   11 words
+    document 0   7 tokens [2 tiles] 9 tokens     document 1   5 tokens [1 tile] 6 tokens     document 2   11 tokens
 
 With 256 visual tokens per tile that is 806 tokens; positions restart in each document.
 """
@@ -23,7 +23,7 @@ from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import SampleLayout
 
 _DOCUMENTS = ((7, 2, 9), (5, 1, 6), (11, 0, 0))
-"""Words, tiles of one image, words."""
+"""Text tokens, tiles of one image, text tokens."""
 _SEED = 20
 
 
@@ -32,7 +32,7 @@ class Inputs:
     """One pack, as facts that either model can start from.
 
     Attributes:
-        tokens: int64 [t], words; visual tokens carry id 0, which neither model looks at.
+        tokens: int64 [t]; visual tokens have id 0, which neither model reads.
         is_visual: bool [t].
         lengths: tokens of each document.
         num_tiles: tiles of each image, in order.
@@ -77,7 +77,7 @@ class Inputs:
             )
             samples.append(
                 EncodedSample(
-                    tokens=tokens, labels=tokens, layout=layout, image_refs=(), sample_id=f"document {number}"
+                    tokens=tokens, labels=tokens, layout=layout, media=(), sample_id=f"document {number}"
                 )
             )
         return collate_pack(
@@ -95,7 +95,7 @@ def make_inputs(arch: InternVLArchitecture, *, stride: int) -> Inputs:
 
     Args:
         arch: says tile size, tokens per tile and vocabulary.
-        stride: units of 1/tokens_per_tile that a visual token advances; 0 takes ordinary positions.
+        stride: units of 1/tokens_per_tile that a visual token advances; 0 means ordinary positions.
 
     Raises:
         ConfigError: the stride is out of range.
@@ -112,11 +112,11 @@ def make_inputs(arch: InternVLArchitecture, *, stride: int) -> Inputs:
         for before, tiles, after in _DOCUMENTS
     ]
     is_visual = np.concatenate(visual)
-    words = generator.integers(1, arch.language.vocab_size, size=len(is_visual))
+    text_ids = generator.integers(1, arch.language.vocab_size, size=len(is_visual))
     num_tiles = tuple(tiles for _, tiles, _ in _DOCUMENTS if tiles)
     shape = (sum(num_tiles), 3, arch.image_size, arch.image_size)
     return Inputs(
-        tokens=np.where(is_visual, 0, words).astype(np.int64),
+        tokens=np.where(is_visual, 0, text_ids).astype(np.int64),
         is_visual=is_visual,
         lengths=tuple(len(flags) for flags in visual),
         num_tiles=num_tiles,

@@ -1,4 +1,4 @@
-"""InternVL2 in plain PyTorch, straight from Hugging Face names: what `verify --numerics` compares with.
+"""InternVL2 in plain PyTorch, straight from Hugging Face names: what `verify-numerics` compares with.
 
     read("vision_model....")   --vision_states-->  hidden states of the tower, layer by layer
     read("mlp1....")           --features------->  one row for each visual token
@@ -53,7 +53,7 @@ _LLAMA = {
 def positions_of(is_visual: Sequence[bool], strides: Sequence[float]) -> list[float]:
     """Positions of one document's tokens: text advances by 1, a visual token by its image's step.
 
-    After an image the next text token stands on the next whole position (the paper's rule, literally).
+    After an image the next text token has the next whole position (the paper's rule, literally).
 
     Args:
         is_visual: one entry for each token.
@@ -76,7 +76,7 @@ class ReferenceModel:
     """A whole model that reads its weights as it goes.
 
     Args:
-        arch: architecture, from the config.json that lies beside the weights.
+        arch: architecture, from the config.json beside the weights.
         read: gives a tensor by its Hugging Face name.
         is_v2pe: positions may be fractions; linear and dynamic rope scaling are then off.
         dtype: in which everything is computed; float64 leaves rounding to the other side.
@@ -90,7 +90,10 @@ class ReferenceModel:
         is_v2pe: bool,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.arch, self.is_v2pe, self.dtype, self._read_raw = arch, is_v2pe, dtype, read
+        self.arch = arch
+        self.is_v2pe = is_v2pe
+        self.dtype = dtype
+        self._read_raw = read
         self._names = _INTERNLM2 if arch.language.architecture == "InternLM2ForCausalLM" else _LLAMA
 
     def _read(self, name: str) -> Tensor:
@@ -159,7 +162,7 @@ class ReferenceModel:
         return self._linear(F.gelu(self._linear(x, "mlp1.1", bias=True)), "mlp1.3", bias=True)
 
     def embed(self, tokens: Tensor, features: Tensor, slots: Tensor) -> Tensor:
-        """Word embeddings [t, H] of `tokens` with `features` [v, H] in the places `slots` [v]."""
+        """Token embeddings [t, H] of `tokens` with `features` [v, H] in the places `slots` [v]."""
         x = self._read_raw(f"language_model.{self._names['embedding']}.weight")[tokens].to(self.dtype)
         x[slots] = features
         return x

@@ -1,7 +1,7 @@
 """The reference with its decoder run by the class that `transformers` has for it: a third opinion.
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
-Its decoders (Llama, Qwen2, Phi-3) take fractional positions; norms and rotary tables are float32 inside, whatever the
+Its decoders (Llama, Qwen2, Phi-3) accept fractional positions; norms and rotary tables are float32 inside, whatever the
 dtype. InternLM2 is not in transformers: the released folders bring their own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
@@ -58,7 +58,7 @@ class TransformersReference(ReferenceModel):
         scaling = self.arch.language.rope_scaling
         if scaling.kind == "none" or (self.is_v2pe and scaling.kind in ("linear", "dynamic")):
             return {**llm_config, "rope_scaling": None}
-        # Since version 5 wanted inside; Phi-3's config.json has it beside.
+        # transformers 5 reads it from inside rope_scaling; Phi-3's config.json has it beside.
         inside = {"original_max_position_embeddings": scaling.trained_positions, **llm_config["rope_scaling"]}
         return {
             **llm_config,
@@ -99,15 +99,15 @@ def _build(arch: InternVLArchitecture, llm_config: dict[str, Any]) -> Any:
     name = arch.language.architecture
     if name not in _CLASSES:
         raise ConfigError(
-            f"--reference transformers: transformers has no {name}, only {', '.join(_CLASSES)}; leave --reference out "
+            f"--reference transformers: transformers has no {name}, only {', '.join(_CLASSES)}; omit --reference "
             "for the built-in model, which has all of them"
         )
     try:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"--reference transformers: cannot be imported ({error}); install the extra 'verify', or leave --reference "
-            "out for the built-in model"
+            f"--reference transformers: cannot be imported ({error}); install the extra 'verify', or omit --reference "
+            "for the built-in model"
         ) from None
     config = transformers.AutoConfig.for_model(**llm_config)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

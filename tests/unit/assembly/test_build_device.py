@@ -1,6 +1,6 @@
 """Where a built model is: on the device of its rank, whichever module made a parameter.
 
-mcore's modules ask for the GPU themselves, ours do not. The meta device stands for a GPU that this host lacks.
+mcore's modules ask for the GPU themselves, ours do not. The meta device represents a GPU that this host does not have.
 """
 
 import dataclasses
@@ -14,11 +14,10 @@ from tests.te.bodies import architecture
 
 
 def test_every_parameter_is_on_the_device_of_the_rank():
-    plan = ParallelPlan()
     try:
-        ranks = init_distributed(plan, seed=0)
-        elsewhere = dataclasses.replace(ranks, device=torch.device("meta"))
-        (model,) = build_model(RunConfig(), architecture(), plan=plan, ranks=elsewhere)
+        context = init_distributed(ParallelPlan(), seed=0)
+        on_meta = dataclasses.replace(context.ranks, device=torch.device("meta"))
+        (model,) = build_model(RunConfig(), architecture(), dataclasses.replace(context, ranks=on_meta))
     finally:
         shutdown()
     places = {

@@ -39,7 +39,7 @@ def test_offloading_needs_a_gpu(monkeypatch):
     ("values", "message"),
     [
         (dict(mlp_chunks=0), "model.mlp_chunks is 0, but must be at least 1"),
-        (dict(mlp_chunks=2), "model.recompute is 'none' and all pieces would be kept"),
+        (dict(mlp_chunks=2), "model.recompute is 'none' and all chunks would be kept"),
         (dict(offload_activations=True), "model.recompute is 'none' and only layer inputs are moved"),
         (
             dict(offload_activations=True, recompute="selective"),

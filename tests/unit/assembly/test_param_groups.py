@@ -23,25 +23,25 @@ RATES = dict(lr=1e-3, min_lr=1e-4, lr_vision=2e-4, lr_projector=4e-3, vision_lay
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def context():
     yield init_distributed(ParallelPlan(), seed=0)
     shutdown()
 
 
-def trainer_of(ranks, *, other_parts=False, dtype="float32", **sections):
+def trainer_of(context, *, other_parts=False, dtype="float32", **sections):
     vision = dataclasses.replace(ARCH.vision, norm_type="rms_norm", qkv_bias=False, qk_normalization=True)
     arch = dataclasses.replace(ARCH, vision=vision if other_parts else ARCH.vision)
     config = RunConfig(runtime=RuntimeConfig(dtype=dtype), **sections)
-    return wrap_for_training(build_model(config, arch, plan=ParallelPlan(), ranks=ranks), config)
+    return wrap_for_training(build_model(config, arch, context), config)
 
 
 def groups_by_name(trainer):
     """Parameter name -> its group in the optimizer."""
     (single,) = trainer.optimizer.chained_optimizers
-    (chunk,) = trainer.chunks
+    (model,) = trainer.model_chunks
     return {
         name: single.optimizer.param_groups[single.model_param_group_index_map[parameter][0]]
-        for name, parameter in chunk.named_parameters()
+        for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
 
@@ -51,8 +51,8 @@ def spared(trainer):
 
 
 @pytest.mark.parametrize("other_parts", [False, True])
-def test_the_usual_rule_spares_biases_norms_and_layer_scale(ranks, other_parts):
-    trainer = trainer_of(ranks, other_parts=other_parts, optim=OptimConfig(weight_decay=0.05))
+def test_the_usual_rule_spares_biases_norms_and_layer_scale(context, other_parts):
+    trainer = trainer_of(context, other_parts=other_parts, optim=OptimConfig(weight_decay=0.05))
     names = set(groups_by_name(trainer))
     wanted = {name for name in names if re.search(r"bias$|norm\.weight$|\.ls[12]$", name)}
     assert spared(trainer) == wanted
@@ -63,8 +63,8 @@ def test_the_usual_rule_spares_biases_norms_and_layer_scale(ranks, other_parts):
     assert decays == {0.0, 0.05}
 
 
-def test_the_rule_of_the_release_decays_everything(ranks):
-    trainer = trainer_of(ranks, optim=OptimConfig(decay="release", weight_decay=0.05))
+def test_the_rule_of_the_release_decays_everything(context):
+    trainer = trainer_of(context, optim=OptimConfig(decay="release", weight_decay=0.05))
     assert spared(trainer) == set()
     assert {group["weight_decay"] for group in groups_by_name(trainer).values()} == {0.05}
 
@@ -83,22 +83,22 @@ def wanted_rate(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rates_by_part_and_by_vision_layer(ranks, dtype):
-    """In bfloat16 a further wrapper stands before every name."""
-    groups = groups_by_name(trainer_of(ranks, dtype=dtype, optim=OptimConfig(**RATES)))
+def test_rates_by_part_and_by_vision_layer(context, dtype):
+    """In bfloat16 the name of a further wrapper precedes every name."""
+    groups = groups_by_name(trainer_of(context, dtype=dtype, optim=OptimConfig(**RATES)))
     for name, group in groups.items():
         assert group["max_lr"] == pytest.approx(wanted_rate(name), rel=1e-12), name
         assert group["min_lr"] == pytest.approx(0.1 * wanted_rate(name), rel=1e-12), name
     assert len({id(group) for group in groups.values()}) == 2 * (LAYERS + 3)  # rates x decays
 
 
-def test_decay_and_rates_go_together(ranks):
-    both = trainer_of(ranks, optim=OptimConfig(**RATES))
-    assert spared(both) == spared(trainer_of(ranks, optim=OptimConfig()))
+def test_decay_and_rates_go_together(context):
+    both = trainer_of(context, optim=OptimConfig(**RATES))
+    assert spared(both) == spared(trainer_of(context, optim=OptimConfig()))
 
 
-def test_the_schedule_is_the_same_curve_for_every_group(ranks):
-    trainer = trainer_of(ranks, optim=OptimConfig(**RATES, steps=10, warmup_steps=4))
+def test_the_schedule_is_the_same_curve_for_every_group(context):
+    trainer = trainer_of(context, optim=OptimConfig(**RATES, steps=10, warmup_steps=4))
     for _ in range(11):
         base = trainer.scheduler.get_lr({})
         for name, group in groups_by_name(trainer).items():
@@ -107,26 +107,26 @@ def test_the_schedule_is_the_same_curve_for_every_group(ranks):
     assert base == pytest.approx(1e-4)
 
 
-def test_groups_differ_in_what_mcore_knows_them_by(ranks):
-    trainer = trainer_of(ranks, optim=OptimConfig(**RATES))
+def test_groups_differ_in_what_mcore_knows_them_by(context):
+    trainer = trainer_of(context, optim=OptimConfig(**RATES))
     groups = trainer.optimizer.param_groups
     assert len({(group["wd_mult"], group["lr_mult"]) for group in groups}) == len(groups)
 
 
-def test_adapters_have_the_rates_of_their_part_and_layer(ranks):
+def test_adapters_have_the_rates_of_their_part_and_layer(context):
     sections = dict(
         lora=LoRAConfig(vision_rank=2), model=ModelConfig(freeze_language=True, freeze_projector=True)
     )
-    groups = groups_by_name(trainer_of(ranks, optim=OptimConfig(**RATES), **sections))
+    groups = groups_by_name(trainer_of(context, optim=OptimConfig(**RATES), **sections))
     assert all(".lora." in name for name in groups)
     assert {group["wd_mult"] for group in groups.values()} == {1.0}
     for name, group in groups.items():
         assert group["max_lr"] == pytest.approx(wanted_rate(name))
 
 
-def test_frozen_parts_are_in_no_group(ranks):
+def test_frozen_parts_are_in_no_group(context):
     trainer = trainer_of(
-        ranks, vision=VisionConfig(freeze=True), optim=OptimConfig(lr=1e-3, lr_projector=4e-3)
+        context, vision=VisionConfig(freeze=True), optim=OptimConfig(lr=1e-3, lr_projector=4e-3)
     )
     names = set(groups_by_name(trainer))
     assert {name.split(".")[0] for name in names} == {"projector", "language"}

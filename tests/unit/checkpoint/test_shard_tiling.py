@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_v2pe.assembly.rank_shapes import rank_model
+from megatron_v2pe.assembly.rank_model import rank_model
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.layout_check import Tiling, rank_shards
 from megatron_v2pe.config.architecture import parse_architecture

@@ -1,4 +1,4 @@
-"""`verify --numerics` as a user meets it: table, exit codes, mistakes. Several ranks: tests/distributed."""
+"""`verify-numerics` as a user meets it: table, exit codes, mistakes. Several ranks: tests/distributed."""
 
 import json
 import sys
@@ -21,12 +21,12 @@ def checkpoint(tmp_path_factory):
 
 def run(capsys, *arguments):
     """Exit code, stdout, stderr."""
-    code = main(["verify", *map(str, arguments)])
+    code = main(["verify-numerics", *map(str, arguments)])
     return (code, *capsys.readouterr())
 
 
 def test_the_same_weights(capsys, checkpoint):
-    code, out, _ = run(capsys, GOLDEN, checkpoint, "--numerics", "--stride", "4", "--every", "2")
+    code, out, _ = run(capsys, GOLDEN, checkpoint, "--stride", "4", "--every", "2")
     assert code == 0
     stages = [line.split()[0] for line in out.splitlines()[1:-1]]
     assert stages == [
@@ -37,7 +37,7 @@ def test_the_same_weights(capsys, checkpoint):
 
 
 def test_a_checkpoint_as_the_source_and_json(capsys, checkpoint):
-    code, out, _ = run(capsys, checkpoint, checkpoint, "--numerics", "--json")
+    code, out, _ = run(capsys, checkpoint, checkpoint, "--json")
     rows = json.loads(out)
     assert code == 0
     assert rows[-1]["name"] == "logits"
@@ -48,7 +48,7 @@ def test_other_weights(capsys, checkpoint, tmp_path):
     source = golden_copy(tmp_path / "hf")
     head = load_file(source / "model.safetensors")["language_model.output.weight"]
     edit_weights(source, language_model__output__weight=head * 1.001)
-    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    code, out, _ = run(capsys, source, checkpoint)
     assert code == 1
     assert [line.split()[0] for line in out.splitlines() if "FAIL" in line] == ["logits"]
 
@@ -58,7 +58,7 @@ def test_a_changed_layer_shows_where_it_acts(capsys, checkpoint, tmp_path):
     source = golden_copy(tmp_path / "hf")
     name = "language_model.model.layers.1.feed_forward.w2.weight"
     edit_weights(source, **{name.replace(".", "__"): load_file(source / "model.safetensors")[name] * 1.01})
-    code, out, _ = run(capsys, source, checkpoint, "--numerics", "--stride", "4")
+    code, out, _ = run(capsys, source, checkpoint, "--stride", "4")
     assert code == 1
     failing = [line.split()[0] for line in out.splitlines() if "FAIL" in line]
     assert failing == ["decoder.layer.2", "decoder.norm", "logits"]
@@ -67,7 +67,7 @@ def test_a_changed_layer_shows_where_it_acts(capsys, checkpoint, tmp_path):
 def test_nan_is_no_pass(capsys, checkpoint, tmp_path):
     source = golden_copy(tmp_path / "hf")
     edit_weights(source, mlp1__3__bias=torch.full((64,), float("nan")))
-    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    code, out, _ = run(capsys, source, checkpoint)
     assert code == 1
     assert "projector" in next(line for line in out.splitlines() if "FAIL" in line)
     assert "largest relative error nan" in out
@@ -77,34 +77,43 @@ def test_another_rope_theta(capsys, checkpoint, tmp_path):
     """Same tensors, another config.json: the comparison of bits knows side files only, this one what they do."""
     source = golden_copy(tmp_path / "hf")
     edit_config(source, llm_config={"rope_theta": 10000})
-    code, out, _ = run(capsys, source, checkpoint, "--numerics")
+    code, out, _ = run(capsys, source, checkpoint)
     assert code == 1
     assert "decoder.layer.1" in next(line for line in out.splitlines() if "FAIL" in line)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["--tp", "2"], "--tp only means something with --numerics"),
-        (["--stride", "4", "--sp"], "--sp, --stride only mean something with --numerics"),
-        (["--numerics", "--tp", "2"], "torchrun --nproc-per-node 2 -m megatron_v2pe verify"),
-        (["--numerics", "--stride", "17"], "must lie in 1..16"),
-        (["--numerics", "--every", "-1"], "--every is -1"),
+        (["--tp", "2"], "torchrun --nproc-per-node 2 -m megatron_v2pe verify-numerics"),
+        (["--stride", "17"], "must lie in 1..16"),
+        (["--every", "-1"], "--every is -1"),
         (
-            ["--numerics", "--reference", "transformers"],
+            ["--reference", "transformers"],
             "transformers has no InternLM2ForCausalLM, only Llama",
         ),
-        (["--numerics", "--sp"], "parallel.sequence_parallel is true, but parallel.tp is 1"),
+        (["--sp"], "parallel.sequence_parallel is true, but parallel.tp is 1"),
     ],
 )
-def test_mistakes(capsys, checkpoint, arguments, words):
+def test_mistakes(capsys, checkpoint, arguments, message):
     code, _, err = run(capsys, GOLDEN, checkpoint, *arguments)
     assert code == 2
-    assert words in err
+    assert message in err
+
+
+@pytest.mark.parametrize("more", [[], ["--tp", "2", "--sp"]])
+def test_the_old_form_names_the_verb(capsys, more):
+    """`verify --numerics` of earlier versions, with whatever options it had: one line, before any work."""
+    assert main(["verify", *more, "--numerics", "hf", "ckpt"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "megatron-v2pe: verify --numerics is now a verb of its own: megatron-v2pe verify-numerics HF_FOLDER "
+        "CHECKPOINT, with the same options"
+    )
 
 
 def test_a_model_of_other_sizes(capsys, checkpoint):
-    code, _, err = run(capsys, GOLDEN.parent / "c_qwen2_vit300m", checkpoint, "--numerics")
+    code, _, err = run(capsys, GOLDEN.parent / "c_qwen2_vit300m", checkpoint)
     assert code == 2
     assert "tile size is 56 in the source and 112 in the checkpoint" in err
 
@@ -113,6 +122,6 @@ def test_transformers_is_optional_and_asked_for_by_name(capsys, tmp_path, monkey
     source = GOLDEN.parent / "c_qwen2_vit300m"
     import_hf(source, tmp_path / "ckpt")
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
-    code, _, err = run(capsys, source, tmp_path / "ckpt", "--numerics", "--reference", "transformers")
+    code, _, err = run(capsys, source, tmp_path / "ckpt", "--reference", "transformers")
     assert code == 2
-    assert "install the extra 'verify', or leave --reference out" in err
+    assert "install the extra 'verify', or omit --reference" in err

@@ -8,7 +8,9 @@ import pytest
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.collate import collate_pack, token_weights
-from megatron_v2pe.data.media.images import ImageRef
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.medium import MediumTiles
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import SampleLayout, text_layout
@@ -17,13 +19,13 @@ from tests.support.mixture import write_image
 X = IGNORE_INDEX
 
 
-def sample(labels, *, name="s", refs=()):
+def sample(labels, *, name="s"):
     labels = np.array(labels, dtype=np.int64)
     return EncodedSample(
         tokens=np.arange(10, 10 + len(labels)),
         labels=labels,
         layout=text_layout(len(labels), tokens_per_tile=1),
-        image_refs=tuple(refs),
+        media=(),
         sample_id=name,
     )
 
@@ -68,9 +70,11 @@ def test_a_pack_without_supervision_names_its_samples():
 def test_tiles_of_the_wanted_range_only(tmp_path):
     write_image(tmp_path / "a.png", 20, 10)
     grid = TileGrid(columns=2, rows=1, has_thumbnail=True)
-    refs = [
-        ImageRef(path=str(tmp_path / name), size=(20, 10), grid=grid) for name in ("missing.png", "a.png")
-    ]
+    images = (ImageTiles(size=(20, 10), grid=grid),)
+    media = tuple(
+        MediumTiles(medium=ImageFile(path=str(tmp_path / name)), images=images)
+        for name in ("missing.png", "a.png")
+    )
     layout = SampleLayout(
         num_tokens=14,
         image_starts=np.array([1, 6]),
@@ -82,7 +86,7 @@ def test_tiles_of_the_wanted_range_only(tmp_path):
         tokens=np.zeros(14, dtype=np.int64),
         labels=np.full(14, 5),
         layout=layout,
-        image_refs=tuple(refs),
+        media=media,
         sample_id="s",
     )
     pack = collate([document], tile_range_of=lambda num_tiles: (num_tiles - 2, num_tiles))

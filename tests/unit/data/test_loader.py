@@ -15,7 +15,7 @@ import pytest
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
-from megatron_v2pe.data.media import pixels
+from megatron_v2pe.data.media.image import ImageFile
 from tests.support.mixture import record, write_image
 
 RANDOM = PositionConfig(mode="v2pe_random")
@@ -101,10 +101,13 @@ def test_a_rank_opens_only_the_images_of_its_tiles(filled, monkeypatch):
     config = filled.config(steps=4)
     filled.loader(config)  # measures
     opened = []
-    real = pixels.load_tiles
-    monkeypatch.setattr(
-        pixels, "load_tiles", lambda ref, **rest: opened.append(ref.path) or real(ref, **rest)
-    )
+    real = ImageFile.open_range
+
+    def open_range(file, *args, **keys):
+        opened.append(file.path)
+        real(file, *args, **keys)
+
+    monkeypatch.setattr(ImageFile, "open_range", open_range)
     list(filled.loader(config, holds_vision=False))
     assert opened == []
     (first, *_) = list(filled.loader(config, tile=(0, 4)))

@@ -1,4 +1,4 @@
-"""Mixtures with videos and mixtures behind addresses, from annotation to packs."""
+"""Mixtures with videos and mixtures at remote addresses, from annotation to packs."""
 
 import json
 
@@ -8,9 +8,9 @@ import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.sample_maker import Draw, measure_line, read_sample
+from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.sources.meta import read_meta
-from tests.support.mixture import record, write_image
+from tests.support.mixture import measure, record, write_image
 from tests.support.videos import frame_number, write_frames, write_video
 
 pytest.importorskip("av")
@@ -85,7 +85,7 @@ def read(films, line_number, **data):
     (entry,) = read_meta(films.folder / "meta.json")
     line = (films.folder / "a.jsonl").read_bytes().splitlines()[line_number - 1]
     settings = films.settings(**data)
-    sizes = measure_line(line, line_number, entry=entry, settings=settings).sizes
+    sizes = measure(line, line_number, entry=entry, settings=settings).sizes
     return read_sample(line, line_number, sizes, entry=entry, settings=settings, draw=Draw(epoch=0))
 
 
@@ -93,7 +93,7 @@ def test_limits_of_a_data_set_come_first(films):
     meta = json.loads((films.folder / "meta.json").read_text())
     meta["a"] |= {"min_num_frame": 7, "max_num_frame": 7}
     (films.folder / "meta.json").write_text(json.dumps(meta))
-    assert len(read(films, 1).image_refs) == 7
+    assert read(films, 1).layout.num_images == 7
     del meta["a"]["max_num_frame"]
     meta["a"]["min_num_frame"] = 30
     (films.folder / "meta.json").write_text(json.dumps(meta))
@@ -124,7 +124,7 @@ def test_a_broken_video_is_a_bad_sample(films, caplog):
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
-def test_a_mixture_behind_addresses_gives_the_same_packs(filled, tmp_path, kind):
+def test_a_mixture_at_remote_addresses_gives_the_same_packs(filled, tmp_path, kind):
     """The meta json is local; annotation and images are read through fsspec."""
     local = [batch for step in filled.loader(filled.config(steps=6)) for batch in step]
     root = f"file://{tmp_path}" if kind == "file" else "memory://mixture"

@@ -14,6 +14,7 @@ from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.evaluation import answerer as answerer_module
 from megatron_v2pe.evaluation.answerer import EngineAnswerer
 from megatron_v2pe.evaluation.retrieval import parse_strides, read_items
+from tests.support.mixture import measure
 from tests.support.videos import frame_number, write_frames
 
 FAMILY = "a_internlm2_vit300m"
@@ -56,8 +57,9 @@ def make(checkpoint, **data):
 
 def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
     from megatron_v2pe.checkpoint.files.folder import hf_path
-    from megatron_v2pe.data.media.pixels import load_tile_range
-    from megatron_v2pe.data.samples.sample_maker import Draw, measure_line, read_sample, sample_settings
+    from megatron_v2pe.data.media.medium import load_tile_range
+    from megatron_v2pe.data.samples.draw import Draw, read_sample
+    from megatron_v2pe.data.samples.settings import sample_settings
     from megatron_v2pe.data.sources.meta import DatasetEntry
 
     answerer = make(checkpoint)
@@ -69,15 +71,9 @@ def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
         name="t",
         annotation=str(data),
         root=str(data.parent),
-        root2="",
-        http_root="",
-        repeat_time=1,
-        data_augment=False,
-        max_dynamic_patch=None,
-        dynamic_image_size=None,
     )
     line = data.read_bytes().splitlines()[0]
-    sizes = measure_line(line, 1, entry=entry, settings=settings).sizes
+    sizes = measure(line, 1, entry=entry, settings=settings).sizes
     sample = read_sample(line, 1, sizes, entry=entry, settings=settings, draw=Draw(epoch=0))
     num_prompt = int((sample.labels < 0).sum())
     np.testing.assert_array_equal(prompt.tokens, sample.tokens[:num_prompt])
@@ -85,7 +81,7 @@ def test_the_prompt_is_the_training_sample_without_its_answer(checkpoint, data):
     np.testing.assert_array_equal(prompt.layout.image_starts, sample.layout.image_starts)
     assert prompt.layout.num_tiles.tolist() == [1, 3]  # 240 x 112 is cut in two, and has a thumbnail
     assert prompt.layout.strides.tolist() == [2, 2]
-    tiles = load_tile_range(sample.image_refs, image_size=answerer.arch.image_size, tile_range=(0, 4))
+    tiles = load_tile_range(sample.media, image_size=answerer.arch.image_size, tile_range=(0, 4))
     np.testing.assert_array_equal(prompt.tiles, tiles)
 
 

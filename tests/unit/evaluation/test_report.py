@@ -1,11 +1,8 @@
 """Reports: numbers are where they belong, pictures exist and show them."""
 
-import json
-
 import numpy as np
 import pytest
 
-from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.evaluation import report
 from megatron_v2pe.evaluation.retrieval import Cell
 
@@ -21,7 +18,7 @@ SCORES = {
 
 
 def test_the_table_shows_every_stride_and_length():
-    lines = report.table(SCORES, trained_length=512).splitlines()
+    lines = report.accuracy_table(SCORES, trained_length=512).splitlines()
     assert lines[0].split() == ["stride", "512", "(1x)", "1024", "(2x)"]
     assert lines[2].split() == ["default", "0.900", "0.000"]
     assert lines[3].split() == ["1", "0.900", "0.700"]
@@ -30,7 +27,7 @@ def test_the_table_shows_every_stride_and_length():
 
 
 def test_a_length_that_was_not_asked_is_no_zero():
-    text = report.table({"1": SCORES["1"], "2": [cell(512, 0.1, 1, 2)]}, trained_length=512)
+    text = report.accuracy_table({"1": SCORES["1"], "2": [cell(512, 0.1, 1, 2)]}, trained_length=512)
     assert text.splitlines()[3].split() == ["2", "0.500", "-"]
 
 
@@ -56,9 +53,9 @@ def pixels(path):
     return imread(path)[..., :3]
 
 
-def has_colour(image, colour):
-    """Whether more than one pixel in 500 has nearly that colour."""
-    return (np.abs(image - np.array(colour)).max(axis=-1) < 0.02).mean() > 0.002
+def has_color(image, color):
+    """Whether more than one pixel in 500 has nearly that color."""
+    return (np.abs(image - np.array(color)).max(axis=-1) < 0.02).mean() > 0.002
 
 
 def test_the_heat_map_keeps_cells_apart(tmp_path):
@@ -67,8 +64,8 @@ def test_the_heat_map_keeps_cells_apart(tmp_path):
     image = pixels(path)
     from matplotlib import colors
 
-    for colour in ("#3fbf8f", "#e8596f", "0.85"):  # all right, all wrong, never asked
-        assert has_colour(image, colors.to_rgb(colour)), colour
+    for color in ("#3fbf8f", "#e8596f", "0.85"):  # all right, all wrong, never asked
+        assert has_color(image, colors.to_rgb(color)), color
     assert [entry.name for entry in tmp_path.iterdir()] == ["h.png"]
 
 
@@ -82,11 +79,11 @@ def test_the_heat_maps_axes_are_not_swapped():
 def test_lines_over_length_are_drawn(tmp_path):
     path = tmp_path / "a.png"
     report.write_accuracy_by_length(path, SCORES, tokens_per_tile=4, trained_length=512)
-    assert has_colour(pixels(path), (0x1F / 255, 0x77 / 255, 0xB4 / 255))
+    assert has_color(pixels(path), (0x1F / 255, 0x77 / 255, 0xB4 / 255))
 
 
-def test_strides_of_a_single_length_stand_together(monkeypatch, tmp_path):
-    """They are shifted a little so that their bars can be told apart, but it is one length."""
+def test_strides_of_a_single_length_are_drawn_together(monkeypatch, tmp_path):
+    """They are shifted a little so that their bars do not overlap, but it is one length."""
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     scores = {name: [cell(512, 0.1, 1, 10)] for name in ("default", "1", "2")}
@@ -96,25 +93,3 @@ def test_strides_of_a_single_length_stand_together(monkeypatch, tmp_path):
         axes.transAxes.inverted().transform(axes.transData.transform((512 * f, 0)))[0] for f in (1, 1.04)
     ]
     assert 0.4 < places[0] < places[1] < 0.6
-
-
-def test_the_loss_curve_is_drawn_from_metrics(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    rows = [{"step": n, "loss": 5.0 / n, "lr": 1e-3, "samples": 1} for n in range(1, 50)]
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.write_loss_curve(tmp_path / "loss.png", metrics)
-    assert has_colour(pixels(tmp_path / "loss.png"), (0x1F / 255, 0x77 / 255, 0xB4 / 255))
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "no step"), ('{"step": 1}\n', r"m\.jsonl:1")])
-def test_metrics_without_steps_are_refused(tmp_path, text, message):
-    (tmp_path / "m.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        report.write_loss_curve(tmp_path / "loss.png", tmp_path / "m.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
-        report.write_loss_curve(tmp_path / "loss.png", tmp_path / "none.jsonl")
-
-
-def test_smoothing_starts_at_the_first_value():
-    np.testing.assert_allclose(report._smoothed(np.array([4.0, 4.0, 4.0])), 4.0)
-    assert 1.0 < report._smoothed(np.array([1.0, 2.0]))[1] < 2.0

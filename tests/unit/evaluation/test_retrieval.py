@@ -73,7 +73,7 @@ def test_the_expected_answer_is_not_in_the_question(tmp_path):
     (item,) = read_items(write(tmp_path / "e.jsonl", [record(7)]))
     assert item.answer == "7"
     assert [turn.value for turn in item.record.turns] == ["see <image> Which?"]
-    assert item.record.images == (str(tmp_path / "a.png"),)
+    assert [each.path for each in item.record.media] == [str(tmp_path / "a.png")]
 
 
 def test_a_meta_json_names_several_files(tmp_path):

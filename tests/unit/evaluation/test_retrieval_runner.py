@@ -7,7 +7,7 @@ import pytest
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.evaluation.retrieval import Share, parse_strides, read_items
-from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_report
+from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_evaluation
 
 DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
 
@@ -70,7 +70,7 @@ def test_a_reader_of_the_tail_gives_a_staircase(items, arch, tmp_path, capsys):
     }
     assert set(right["default"]) == {(512, 0.1), (512, 0.5), (512, 0.9), (1024, 0.5), (1024, 0.9)}
     assert len(right["1"]) == 6
-    text = write_report(scores, folder=tmp_path, arch=arch)
+    text = write_evaluation(scores, folder=tmp_path, arch=arch)
     assert text.splitlines()[2].split() == ["default", "1.000", "0.667"]
     written = {path.name for path in tmp_path.iterdir()}
     assert {"table.txt", "cells.csv", "accuracy_by_length.png"} <= written

@@ -157,7 +157,7 @@ def test_runs_cover_the_pack_and_name_their_owners(run_file, mixture):
     for document in view.documents:
         assert document.runs[0].first_position == 0
         images = [run for run in document.runs if run.kind == "image"]
-        assert len(images) == len(document.image_refs)
+        assert len(images) == len(document.images)
         for run, tiles, stride in zip(images, document.num_tiles, document.strides, strict=True):
             steps = tiles * view.tokens_per_tile - 1
             assert run.last_position - run.first_position == steps * stride / view.tokens_per_tile

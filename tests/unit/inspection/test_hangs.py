@@ -1,4 +1,4 @@
-"""Hangs in words: ranks that wait, one that is elsewhere, ranks that said nothing, and two hangs of one run."""
+"""Hangs as text: ranks that wait, one that is elsewhere, ranks that said nothing, and two hangs of one run."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.inspection.hangs import read_hangs
-from megatron_v2pe.inspection.runs import summarize
+from megatron_v2pe.inspection.runs import read_run
 
 WAITING = {"is_waiting": True, "call": "all_reduce", "at": "train/step.py:139 in _mean_loss", "within": ""}
 ASLEEP = {
@@ -59,10 +59,10 @@ def test_a_hang_after_a_restart_is_another_one(tmp_path):
     assert [(hang.step, hang.silent) for hang in read_hangs(tmp_path)] == [(7, {}), (9, {})]
 
 
-def test_runs_tells_hangs_in_a_line_each(tmp_path, capsys):
+def test_runs_shows_a_line_for_each_hang(tmp_path, capsys):
     write(tmp_path, 0, WAITING, time=100.0, world_size=1)
     with pytest.raises(DataError, match=r"did the run start\?|cannot be read(.|\n)*hang at step 7"):
-        summarize(tmp_path)  # it hung before its first step was done
+        read_run(tmp_path)  # it hung before its first step was done
     metrics = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 5, "tokens_per_s": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**metrics, "step_s": 1.0, "data_s": 0.1}) + "\n")
     assert main(["runs", str(tmp_path)]) == 0

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.inspection.run_curves import moving_mean
-from megatron_v2pe.inspection.run_table import rows as rows_of
-from megatron_v2pe.inspection.run_table import stragglers, table
-from megatron_v2pe.inspection.runs import summarize
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.inspection.run_curves import moving_mean, write_loss_curve
+from megatron_v2pe.inspection.run_table import run_rows, runs_table, stragglers
+from megatron_v2pe.inspection.runs import read_run
 
 
 def write_run(folder, losses, *, slow=()):
@@ -37,10 +37,10 @@ def run_dir(tmp_path):
 
 
 def test_the_summary_names_what_happened(run_dir):
-    found = summarize(run_dir)
+    found = read_run(run_dir)
     assert (found.stalls, found.bad_steps, found.stacks) == ((5,), (3,), (12,))
     assert (found.checkpoints, found.starts) == ((4,), (0, 2))
-    rows = rows_of(found)
+    rows = run_rows(found)
     assert rows["loss"] == "3.0000 -> 1.7500, lowest 1.2500 at step 5"
     assert rows["tokens"] == "600"
     assert rows["time in steps"] == "17.0 s, 17.6 % waiting for data"
@@ -89,13 +89,13 @@ def measured_dir(tmp_path):
 
 
 def test_data_sets_stragglers_and_memory_have_rows(measured_dir):
-    rows = rows_of(summarize(measured_dir))
+    rows = run_rows(read_run(measured_dir))
     assert rows["  of a"] == "3.0000 -> 1.5000, 80.0 % of weight, 3 of 3 steps"
     assert rows["  of b"] == "3.0000 -> 3.0000, 20.0 % of weight, 1 of 3 steps"
     assert rows["stragglers"] == "rank 2 in 2 of 3 steps, 1.0 s"
     assert rows["memory"] == "at most 4.0 GiB (rank 3)"
     assert rows["time in steps"] == "4.5 s, 33.3 % waiting for data, 6.7 % to 28.9 % in communication"
-    assert rows["stood still for saves"] == "0.5 s, 10.0 % of the time; without the last save"
+    assert rows["blocked by saves"] == "0.5 s, 10.0 % of the time; without the last save"
 
 
 def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_dir, tmp_path, capsys):
@@ -106,13 +106,14 @@ def test_a_data_set_of_one_run_alone_has_a_row_in_its_place(run_dir, measured_di
     assert labels[2:6] == ["loss", "of a", "of b", "tokens"]
 
 
-def test_a_data_set_that_only_the_other_run_shows_is_told_apart(run_dir, measured_dir):
+def test_a_data_set_that_only_the_other_run_shows_is_marked_so(run_dir, measured_dir):
     many = measured(1, losses={f"set{number:02}": 1.0 for number in range(13)})
     path = run_dir / "metrics.jsonl"
     lines = [json.dumps(json.loads(line) | many) for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines) + "\n")
     text = {
-        line[:12].strip(): line for line in table([summarize(run_dir), summarize(measured_dir)]).splitlines()
+        line[:12].strip(): line
+        for line in runs_table([read_run(run_dir), read_run(measured_dir)]).splitlines()
     }
     assert "among others" in text["of a"]
     assert "1 more data set, in" in text["others"]
@@ -142,6 +143,28 @@ def test_folders_that_are_no_runs(tmp_path, capsys, content, message):
 def test_a_picture_of_another_kind_is_refused(run_dir, capsys):
     assert main(["runs", str(run_dir), "--out", "curves.jpg"]) == 2
     assert "--out is 'curves.jpg', but must end in .png" in capsys.readouterr().err
+
+
+def test_the_loss_curve_is_drawn_from_metrics(tmp_path):
+    from matplotlib.image import imread
+
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "loss": 5.0 / n, "lr": 1e-3, "samples": 1} for n in range(1, 50)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_loss_curve(tmp_path / "loss.png", metrics)
+    image = imread(tmp_path / "loss.png")[..., :3]
+    blue = np.array([0x1F, 0x77, 0xB4]) / 255
+    for half in np.array_split(image, 2, axis=1):  # loss, learning rate
+        assert (np.abs(half - blue).max(axis=-1) < 0.02).mean() > 0.001
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no step"), ('{"step": 1}\n', r"m\.jsonl:1")])
+def test_metrics_without_steps_are_refused(tmp_path, text, message):
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        write_loss_curve(tmp_path / "loss.png", tmp_path / "m.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        write_loss_curve(tmp_path / "loss.png", tmp_path / "none.jsonl")
 
 
 def test_a_rank_that_is_slow_again_and_again_is_marked():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_v2pe.models.lora import FusedAdapters, FusedPart, LinearAdapters, is_adapter
+from megatron_v2pe.config.lora import is_adapter_parameter
+from megatron_v2pe.models.lora import FusedAdapters, FusedPart, LinearAdapters
 
 # Two kv groups of two queries, heads of 3 channels: rows q q k v | q q k v.
 QKV = tuple(FusedPart(name=name, share=share) for name, share in (("q", 2), ("k", 1), ("v", 1)))
@@ -73,4 +74,4 @@ def test_dropout_is_for_training_alone():
     ],
 )
 def test_adapters_are_known_by_name(name, expected):
-    assert is_adapter(name) is expected
+    assert is_adapter_parameter(name) is expected

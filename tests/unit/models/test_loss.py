@@ -23,7 +23,7 @@ def test_equals_plain_cross_entropy(chunk, dtype, tolerance):
     h, w, labels = make(dtype=dtype)
     scale = torch.linspace(0, 1, 13, dtype=dtype)
     total, losses = weighted_cross_entropy(
-        h, w, labels, row_weights=scale, vocab_size=11, chunk=chunk, ports=HeadPorts()
+        h, w, labels, row_weights=scale, vocab_size=11, loss_chunk_tokens=chunk, ports=HeadPorts()
     )
     grads = torch.autograd.grad(3 * total, (h, w))
     plain = F.cross_entropy(h @ w[:11].t(), labels, reduction="none")
@@ -63,7 +63,7 @@ def test_split_vocabulary_equals_whole(size):
 
     def run(rank):
         rows = 16 // size
-        part = w.detach()[rank * rows : (rank + 1) * rows].requires_grad_()
+        rows_of_rank = w.detach()[rank * rows : (rank + 1) * rows].requires_grad_()
         local = h.detach().clone().requires_grad_()
         ports = HeadPorts(
             vocab_start_index=rank * rows,
@@ -71,9 +71,9 @@ def test_split_vocabulary_equals_whole(size):
             reduce_sum=group.port(rank, lambda x: x.sum(0)),
         )
         total, losses = weighted_cross_entropy(
-            local, part, labels, row_weights=weights, vocab_size=11, chunk=5, ports=ports
+            local, rows_of_rank, labels, row_weights=weights, vocab_size=11, loss_chunk_tokens=5, ports=ports
         )
-        results[rank] = (losses, *torch.autograd.grad(total, (local, part)))
+        results[rank] = (losses, *torch.autograd.grad(total, (local, rows_of_rank)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -88,7 +88,7 @@ def test_split_vocabulary_equals_whole(size):
 def test_no_supervised_rows():
     h, w, labels = make(rows=0)
     total, losses = weighted_cross_entropy(
-        h, w, labels, row_weights=torch.zeros(0), vocab_size=11, chunk=4, ports=HeadPorts()
+        h, w, labels, row_weights=torch.zeros(0), vocab_size=11, loss_chunk_tokens=4, ports=HeadPorts()
     )
     grad_h, grad_w = torch.autograd.grad(total, (h, w))
     assert total == 0
@@ -114,11 +114,17 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [16, 32])
 def test_logits_never_exist_for_all_rows(chunk):
-    """Forward and backward: no tensor is larger than a chunk's logits, or the head itself."""
+    """Forward and backward: no tensor is larger than a loss chunk's logits, or the head itself."""
     h, w, labels = make(rows=512, vocab=1000, padded=1024, dtype=torch.float32)
     with LargestTensor() as largest:
         total, _ = weighted_cross_entropy(
-            h, w, labels, row_weights=torch.ones(512), vocab_size=1000, chunk=chunk, ports=HeadPorts()
+            h,
+            w,
+            labels,
+            row_weights=torch.ones(512),
+            vocab_size=1000,
+            loss_chunk_tokens=chunk,
+            ports=HeadPorts(),
         )
         total.backward()
     assert largest.elements == chunk * 1000
@@ -129,7 +135,7 @@ def test_gradients_of_frozen_parts_are_not_formed(frozen):
     """A frozen head costs no head-sized buffer, and evaluation forms no gradients at all."""
     tensors = make(rows=4, vocab=100, padded=100)
     tensors[frozen].requires_grad_(False)
-    arguments = dict(row_weights=torch.ones(4), vocab_size=100, chunk=4, ports=HeadPorts())
+    arguments = dict(row_weights=torch.ones(4), vocab_size=100, loss_chunk_tokens=4, ports=HeadPorts())
     total, _ = weighted_cross_entropy(*tensors, **arguments)
     assert [saved is None for saved in total.grad_fn.saved_tensors] == [frozen == 0, frozen == 1]
     with torch.no_grad(), LargestTensor(*tensors) as largest:

@@ -10,9 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention import kernels
+from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
-from megatron_v2pe.parallel.attention.pieces import pieces
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.v2pe.rope import apply_rotary
 
@@ -160,15 +160,15 @@ def test_host_lengths_are_read_once_per_micro_batch():
 
 def blocks_of(lengths, *, rank, source):
     """Rows of queries and keys, number of blocks, diagonal; indices as lists."""
-    found = pieces(lengths, rank=rank, source=source, device=torch.device("cpu"))
+    batches = block_batches(lengths, rank=rank, source=source, device=torch.device("cpu"))
     plain_rows = [
-        [rows if isinstance(rows, slice) else rows.tolist() for rows in (piece.queries, piece.keys)]
-        for piece in found
+        [rows if isinstance(rows, slice) else rows.tolist() for rows in (batch.queries, batch.keys)]
+        for batch in batches
     ]
-    return [(*rows, piece.blocks, piece.causal) for rows, piece in zip(plain_rows, found, strict=True)]
+    return [(*rows, batch.blocks, batch.causal) for rows, batch in zip(plain_rows, batches, strict=True)]
 
 
-def test_pieces_never_contain_masked_blocks():
+def test_masked_blocks_are_never_computed():
     whole, early, late = slice(0, 4), slice(0, 2), slice(2, 4)
     assert blocks_of((4,), rank=1, source=1) == [(whole, whole, 1, True)]
     assert blocks_of((4,), rank=1, source=0) == [(whole, early, 1, False)]

@@ -1,6 +1,6 @@
 """Our adapter around Transformer Engine's attention, with a stand-in that records what it is given.
 
-The stand-in attends like the real one is documented to; the real one is met on a GPU only (tests/gpu).
+The stand-in attends like the real one is documented to; the real one runs on a GPU only (tests/gpu).
 """
 
 import importlib
@@ -73,7 +73,7 @@ def draw(tokens=12):
     return [torch.randn(tokens, heads, 8) for heads in (2, 1, 1)], torch.rand(tokens, 4) * 6
 
 
-def test_rotates_and_hands_on_plain_parameters_without_padding(adapter):
+def test_rotates_and_passes_plain_parameters_without_padding(adapter):
     (query, key, value), angles = draw()
     out = adapter(
         query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params(angles)

@@ -42,7 +42,7 @@ def test_padding_and_tile_shares_follow_from_the_plan(tp, cp, sequence_parallel,
 def test_one_rank_needs_no_launcher_and_can_start_again():
     drawn = []
     for seed in (1, 1, 2):
-        ranks = init_distributed(ParallelPlan(), seed=seed, timeout_minutes=1)
+        ranks = init_distributed(ParallelPlan(), seed=seed, timeout_minutes=1).ranks
         assert (ranks.rank, ranks.tp_rank, ranks.pp_rank, ranks.cp_rank, ranks.dp_rank) == (0, 0, 0, 0, 0)
         assert ranks.is_first_stage
         assert ranks.is_last_stage

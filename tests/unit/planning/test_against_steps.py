@@ -22,10 +22,11 @@ from megatron_v2pe.config.schema import (
 )
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.estimate import activation_peak
-from megatron_v2pe.planning.memory.activations import Setting
-from megatron_v2pe.planning.request.stages import Chunk
+from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes, peak_bytes
+from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.request.workload import Pack
-from megatron_v2pe.planning.time.compute import chunk_flops
+from megatron_v2pe.planning.time.compute import model_chunk_flops
 
 TOOLS = Path(__file__).parents[3] / "tools"
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -33,10 +34,8 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def sizes(**changes):
-    from bench_support.step import Sizes
-
     small = {"tokens": 768, "tiles": 6, "hidden": 128, "layers": 2, "vocab": 512, "vision_layers": 2}
-    return Sizes(**{**small, **changes})
+    return StepSizes(**{**small, **changes})
 
 
 def setting(config, size):
@@ -85,9 +84,7 @@ class Everywhere:
 
 def counted_flops(size, config):
     """Floating point operations of matrix products and attention in a step, the patch convolution left out."""
-    from bench_support.step import Step
-
-    step = Step(config=config, sizes=size)
+    step = MeasuredStep(config=config, sizes=size)
     mapping = {FLASH: attention_flop, FLASH_BACKWARD: attention_backward_flop}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = Everywhere()
@@ -100,7 +97,7 @@ def counted_flops(size, config):
 STEPS = {
     "nothing recomputed": run(),
     "decoder recomputed": run(model=ModelConfig(recompute="full")),
-    "decoder recomputed, MLP in pieces": run(model=ModelConfig(recompute="full", mlp_chunks=4)),
+    "decoder recomputed, MLP in chunks": run(model=ModelConfig(recompute="full", mlp_chunks=4)),
     "MLP recomputed": run(model=ModelConfig(recompute="selective")),
     "tower recomputed": run(vision=VisionConfig(recompute="full")),
     "tower's MLP recomputed": run(vision=VisionConfig(recompute="selective")),
@@ -123,36 +120,31 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_executed_flops_are_those_that_torch_counts(name, one_rank):
     size, config = sizes(), STEPS[name]
-    whole = Chunk(num_layers=size.layers, is_first=True, is_last=True)
-    predicted = chunk_flops(setting(config, size), whole).total
+    whole = ModelChunk(num_layers=size.layers, is_first=True, is_last=True)
+    predicted = model_chunk_flops(setting(config, size), whole).total
     assert counted_flops(size, config) == pytest.approx(predicted, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [*(name for name in STEPS if "language" not in name), *ADAPTERS])
 def test_activation_peaks_are_those_that_the_allocator_sees(name, one_rank):
-    from bench_support.step import Step, peak_bytes
-
     size, config = sizes(), {**STEPS, **ADAPTERS}[name]
-    measured = peak_bytes(Step(config=config, sizes=size))
+    measured = peak_bytes(MeasuredStep(config=config, sizes=size))
     predicted = activation_peak(setting(config, size)).total_bytes
     assert predicted == pytest.approx(measured, rel=0.10)
 
 
 @pytest.mark.parametrize("tokens", [512, 2048])
 def test_activation_peaks_at_other_lengths(tokens, one_rank):
-    from bench_support.step import Step, peak_bytes
-
     size = sizes(tokens=tokens, tiles=tokens // 128)
-    measured = peak_bytes(Step(config=run(), sizes=size))
+    measured = peak_bytes(MeasuredStep(config=run(), sizes=size))
     assert activation_peak(setting(run(), size)).total_bytes == pytest.approx(measured, rel=0.10)
 
 
 @pytest.mark.parametrize("vision", ["internvit_300m", "internvit_6b"])
 def test_both_towers(vision, one_rank):
     """LayerNorm and a bias, or RMSNorm and norms of queries and keys; many tiles, so that the tower is the peak."""
-    from bench_support.step import Sizes, Step, peak_bytes
 
-    class Towers(Sizes):
+    class Towers(StepSizes):
         def architecture(self):
             whole = super().architecture()
             if vision == "internvit_6b":
@@ -162,7 +154,7 @@ def test_both_towers(vision, one_rank):
 
     size = Towers(tokens=1536, tiles=64, hidden=64, layers=1, vocab=256, vision_layers=3)
     config = run(model=ModelConfig(recompute="full"))
-    measured = peak_bytes(Step(config=config, sizes=size))
+    measured = peak_bytes(MeasuredStep(config=config, sizes=size))
     phase = activation_peak(setting(config, size))
     assert phase.parts["vision tower"] > 0.7 * phase.total_bytes
     assert phase.total_bytes == pytest.approx(measured, rel=0.10)

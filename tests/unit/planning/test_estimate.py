@@ -88,7 +88,7 @@ def test_a_longer_pack_needs_more_memory_and_time():
 SAVINGS = {
     "recompute selective": {"model": ModelConfig(recompute="selective")},
     "recompute full": {"model": ModelConfig(recompute="full")},
-    "recompute full in pieces": {"model": ModelConfig(recompute="full", mlp_chunks=4)},
+    "recompute full, MLP chunks": {"model": ModelConfig(recompute="full", mlp_chunks=4)},
     "offload": {"model": ModelConfig(recompute="full", mlp_chunks=4, offload_activations=True)},
     "tower recomputed": {"vision": VisionConfig(recompute="full")},
     "tower in slices": {"vision": VisionConfig(micro_batch_tiles=8)},

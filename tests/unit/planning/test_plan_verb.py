@@ -60,7 +60,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     assert plan("--gpus", "8", "--gpu-memory", "24", "--arch", "2B", *overrides)[0] == 0
 
 
-def test_overrides_may_stand_on_both_sides_of_options(plan):
+def test_overrides_may_be_on_both_sides_of_options(plan):
     code, out, _ = plan("parallel.cp=8", "--gpus", "8", "--arch", "2B", "model.recompute=selective", "--json")
     assert code == 0
     found = json.loads(out)
@@ -96,7 +96,7 @@ def test_search_prints_layouts_that_plan_confirms(plan):
     assert f"{confirmed['step_seconds']:,.2f}" == best[0]
 
 
-def test_a_ramp_up_is_told_and_every_size_of_it_is_dealt(plan):
+def test_a_ramp_up_is_shown_and_every_size_of_it_is_checked(plan):
     ramp = ("optim.global_batch_size=32", "optim.batch_rampup=[8,8,100]")
     code, out, _ = plan("--gpus", "8", "--gpu-memory", "80", "--arch", "2B", *ramp)
     assert "32 packs, 16 for each data parallel rank; at first 8 packs, 16 from step 6, " in out
@@ -165,7 +165,7 @@ MISTAKES = {
         "to plan before the checkpoint is there",
     ),
     "unknown size": (("--gpus", "8", "--arch", "9B"), "--arch 9B"),
-    "world": (("--gpus", "6", "--arch", "2B"), "the world has 6 ranks"),
+    "world": (("--gpus", "6", "--arch", "2B"), "must divide the world size 6"),
     "no gpus": (("--gpus", "0", "--arch", "2B"), "--gpus is 0"),
     "heads": (("--gpus", "12", "--arch", "2B", "parallel.tp=3"), "parallel.tp is 3"),
     "rate": (("--gpus", "8", "--arch", "2B", "--rate", "speed=1"), "no rate is called 'speed'"),

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
+from tests.support.mixture import measure
 
 SMALL = {"seed": 3, "tokens_per_length": 4096, "eval_share": 0.05}
 
@@ -27,7 +28,7 @@ def records(folder, name):
 def test_the_training_loader_counts_the_stated_lengths(data, checkpoint):
     from megatron_v2pe.config.architecture import read_architecture
     from megatron_v2pe.config.schema import DataConfig, RunConfig
-    from megatron_v2pe.data.samples.sample_maker import measure_line, sample_settings
+    from megatron_v2pe.data.samples.settings import sample_settings
     from megatron_v2pe.data.sources.meta import read_meta
 
     arch = read_architecture(checkpoint)
@@ -37,7 +38,7 @@ def test_the_training_loader_counts_the_stated_lengths(data, checkpoint):
         lines = (data / f"{name}.jsonl").read_bytes().splitlines()
         for number, line in enumerate(lines, start=1):
             stated = json.loads(line)
-            measured = measure_line(line, number, entry=entry, settings=settings)
+            measured = measure(line, number, entry=entry, settings=settings)
             assert measured.num_tokens == stated["length"]
             assert measured.num_tiles == len(stated["image"])
             assert measured.num_supervised == 2  # the digit and the end of the turn

@@ -6,16 +6,16 @@ from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media.tiling import TilingRule, choose_grid
-from megatron_v2pe.synthesis.corpus import Corpus, build_corpus, text_files
-from megatron_v2pe.synthesis.glyphs import Glyph, glyphs_of, paste_glyphs
+from megatron_v2pe.synthesis.document.longvqa import sheet_grid
+from megatron_v2pe.synthesis.document.records import Prompted
 from megatron_v2pe.synthesis.kinds import KINDS, SampleSpec, parse_kinds, parse_lengths, plan
-from megatron_v2pe.synthesis.longvqa import sheet_grid
-from megatron_v2pe.synthesis.records import Prompted
+from megatron_v2pe.synthesis.material.corpus import Corpus, build_corpus, text_files
+from megatron_v2pe.synthesis.material.texts import MAX_UNIT_CHARS, paragraphs, read_documents
+from megatron_v2pe.synthesis.material.vqa import read_questions
 from megatron_v2pe.synthesis.split import names_of, split_of
-from megatron_v2pe.synthesis.text_tasks import reasoning
-from megatron_v2pe.synthesis.texts import MAX_UNIT_CHARS, paragraphs, read_documents
-from megatron_v2pe.synthesis.vqa import read_questions
-from megatron_v2pe.synthesis.words import INVENTED
+from megatron_v2pe.synthesis.tasks.glyphs import Glyph, glyphs_of, paste_glyphs
+from megatron_v2pe.synthesis.tasks.text_tasks import reasoning
+from megatron_v2pe.synthesis.tasks.words import INVENTED
 from tests.support.synthesis import config_for
 
 
@@ -54,7 +54,7 @@ def test_training_leaves_out_sentences_that_evaluation_has(tmp_path):
     shared = "This sentence is quoted in every single one of the files of this folder"
     (tmp_path / "texts").mkdir()
     for number in range(40):
-        text = f"{shared}. File number {number} goes on with words of its own until it ends."
+        text = f"{shared}. File number {number} continues with words of its own until it ends."
         (tmp_path / "texts" / f"{number}.md").write_text(text)
     summary = build_corpus(text_files(tmp_path / "texts"), store=tmp_path, held_out=0.3, on_file=lambda: None)
     assert summary.num_passages == 40
@@ -127,7 +127,7 @@ def test_options_that_cannot_work(inputs, tmp_path, changes, message):
 
 def test_figures_are_drawn_as_often_as_told():
     white = Image.new("RGB", (300, 200), (255, 255, 255))
-    glyph = Glyph(colour="blue", shape="square")
+    glyph = Glyph(color="blue", shape="square")
     for count in (1, 2, 3):
         pasted = paste_glyphs(white, glyph, np.random.default_rng(count), count=count)
         assert pasted.size == white.size

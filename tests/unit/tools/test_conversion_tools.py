@@ -1,6 +1,7 @@
-"""hf_to_megatron, megatron_to_hf, inspect_checkpoint: as a user runs them, and their functions."""
+"""hf_to_megatron, megatron_to_hf, inspect_checkpoint: as a user runs them, and what they call in the package."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +30,16 @@ W1 = "language_model.model.layers.0.feed_forward.w1.weight"
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Calls a tool's main in this process: (exit code, stdout, stderr)."""
-    monkeypatch.syspath_prepend(str(TOOLS))
+    """Runs a tool's file as a script, in this process: (exit code, stdout, stderr)."""
+    monkeypatch.syspath_prepend(str(TOOLS))  # as Python does for a script
 
     def call(name, *arguments):
-        module = __import__(name)
-        code = module.main([str(argument) for argument in arguments])
+        path = str(TOOLS / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
         out, err = capsys.readouterr()
-        return code, out, err
+        return end.value.code or 0, out, err
 
     return call
 

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "venv.sh"
 VENV_STUB = """#!/bin/sh
-# Stands in for .venv/bin/python: records pip calls, answers the stamp's question with the real interpreter.
+# Used as .venv/bin/python: records pip calls, answers the stamp's question with the real interpreter.
 case "$1 $2" in
     "-m pip") echo "$@" >> "{log}"; exit {pip_exit} ;;
 esac
@@ -24,6 +24,7 @@ def root(tmp_path):
     (tmp_path / "constraints" / "cpu.txt").write_text("torch==2.13.0+cpu\n")
     (tmp_path / "constraints" / "gpu.txt").write_text("torch>=2.6\n")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "setup.py").write_text("")
     (tmp_path / "commands").mkdir()
     command(tmp_path, "nvidia-smi", "exit 9")  # installed, but it finds no GPU
     return tmp_path

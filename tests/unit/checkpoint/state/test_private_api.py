@@ -165,9 +165,9 @@ def test_the_bytes_of_a_saved_tensor_are_found(tmp_path):
 @pytest.fixture(scope="module")
 def trainer():
     """A tiny model with its distributed optimizer, on this process alone."""
-    ranks = init_distributed(ParallelPlan(), seed=0)
+    context = init_distributed(ParallelPlan(), seed=0)
     config = RunConfig(runtime=RuntimeConfig(dtype="bfloat16"))
-    model_chunks = build_model(config, ARCH, plan=ParallelPlan(), ranks=ranks)
+    model_chunks = build_model(config, ARCH, context)
     for parameter in model_chunks[0].parameters():
         torch.nn.init.uniform_(parameter)
     yield wrap_for_training(model_chunks, config)
@@ -193,7 +193,7 @@ def test_the_distributed_optimizer_gives_ranges_and_states_of_its_parameters(tra
     (single,) = private_api.single_optimizers(trainer.optimizer)
     make_moments(trainer.optimizer)
     parameters = private_api.optimized_parameters(single)
-    (model,) = trainer.chunks
+    (model,) = trainer.model_chunks
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     ranges = private_api.owned_ranges(single)
     assert private_api.owner_group(single).size() == 1

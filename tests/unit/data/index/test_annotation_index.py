@@ -11,8 +11,10 @@ import pytest
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index import build as index_build
-from megatron_v2pe.data.index.annotation_index import index_dataset, locked
-from megatron_v2pe.data.index.build import PartFolder
+from megatron_v2pe.data.index import parts as index_parts
+from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.index.cache import locked
+from megatron_v2pe.data.index.parts import PartFolder
 from megatron_v2pe.data.index.scan import scan_file
 from megatron_v2pe.data.samples.measure import LineMeasurer
 from megatron_v2pe.data.sources.meta import read_meta
@@ -178,14 +180,20 @@ def _same(first, second):
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
+def write_each_line(monkeypatch):
+    """One line a turn, one part for each."""
+    monkeypatch.setattr(index_build, "_TURN_S", 0.0)
+    monkeypatch.setattr(index_parts, "_WRITE_EVERY_S", 0.0)
+
+
 def _long_file(mixture, count):
     mixture.write([record(f"what is {number}? " * 20, "a thing") for number in range(count)])
 
 
-def test_an_interrupted_pass_goes_on(mixture, measured, monkeypatch):
+def test_an_interrupted_pass_continues(mixture, measured, monkeypatch):
     """Parts are on the disk at once here; a stop in the middle costs the lines since the last part only."""
     _long_file(mixture, 60)
-    monkeypatch.setattr(index_build, "_SLICE_S", 0.0)  # one line a turn, one part for each
+    write_each_line(monkeypatch)
     reference = build(mixture, cache="other")
     real, seen = LineMeasurer.__call__, []
 
@@ -213,7 +221,7 @@ def test_an_interrupted_pass_goes_on(mixture, measured, monkeypatch):
 
 def test_a_damaged_part_is_measured_again(mixture, monkeypatch):
     _long_file(mixture, 60)
-    monkeypatch.setattr(index_build, "_SLICE_S", 0.0)
+    write_each_line(monkeypatch)
     reference = build(mixture, cache="other")
     real = LineMeasurer.__call__
 
@@ -244,20 +252,20 @@ def test_processes_give_what_one_gives(mixture):
 
 
 def test_a_small_file_starts_no_process(filled, monkeypatch):
-    """A set of a mixture that fits one block keeps one worker busy; to start it takes longer than to measure."""
+    """A set of a mixture that fits one block keeps one worker busy; starting it lasts longer than measuring."""
     monkeypatch.setattr(index_build, "ProcessPoolExecutor", None)
     (entry, *_) = read_meta(filled.folder / "meta.json")
     index = index_dataset(entry, settings=filled.settings(), cache_dir=filled.folder / "several", workers=8)
     assert len(index) > 0
 
 
-def test_a_killed_process_of_several_is_told_and_costs_little(mixture, monkeypatch):
+def test_a_killed_process_of_several_is_reported_and_costs_little(mixture, monkeypatch):
     """kill -9 of one worker, as the system does when memory runs out: an error at once, and what is done is kept."""
     blanks = " " * 2000  # blocks of 1 MiB that are quickly measured
     mixture.write([json.dumps(record(f"what is {number}?", "a thing")) + blanks for number in range(3000)])
     reference = build(mixture, cache="other")
     (entry,) = read_meta(mixture.folder / "meta.json")
-    monkeypatch.setattr(index_build, "_SLICE_S", 0.0)  # in this process only: every block is written at once
+    monkeypatch.setattr(index_parts, "_WRITE_EVERY_S", 0.0)  # every block is written at once
     real, kept = PartFolder.add, []
 
     def add_and_kill(self, rows, done):

@@ -3,23 +3,20 @@
 import random
 import shutil
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.data.media.frames import (
-    FrameDraw,
-    FrameRef,
-    VideoRule,
-    VideoSource,
-    draw_places,
-    frame_index,
-    wanted_frames,
-)
-from megatron_v2pe.data.media.images import ImageRef
-from megatron_v2pe.data.media.pixels import load_tile_range, measure_video
+from megatron_v2pe.data.media import video as video_module
+from megatron_v2pe.data.media.cut import ImageTiles
+from megatron_v2pe.data.media.frames import VideoRule, draw_places, frame_index, wanted_frames
+from megatron_v2pe.data.media.image import check_image
+from megatron_v2pe.data.media.medium import DrawSeed, MediaRules, MediumTiles, load_tile_range
 from megatron_v2pe.data.media.tiling import TileGrid
+from megatron_v2pe.data.media.video import VideoFile
 from tests.support.videos import frame_number, write_frames, write_video
 
 pytest.importorskip("av")
@@ -29,24 +26,20 @@ LIMIT = 10**6
 
 
 def measure(path, *, rule=ALL, limit=LIMIT, **source):
-    return measure_video(VideoSource(path=str(path), **source), sample_id="a:1", rule=rule, max_pixels=limit)
+    rules = MediaRules(max_pixels=limit, video=rule)
+    return VideoFile(path=str(path), **source).probe(rules, sample_id="a:1", size_of=check_image)
 
 
 def load(path, places, *, tile_range=None, size=(64, 48), max_seconds=100.0, **source):
-    draw = FrameDraw(
-        source=VideoSource(path=str(path), **source), max_seconds=max_seconds, places=tuple(places)
+    """Tiles of frames at given places of their intervals."""
+    count = len(places)
+    video = MediumTiles(
+        medium=VideoFile(path=str(path), **source),
+        images=(ImageTiles(size=size, grid=ONE_TILE),) * count,
+        rules=MediaRules(max_pixels=LIMIT, video=replace(ALL, max_seconds=max_seconds)),
     )
-    refs = [
-        ImageRef(
-            path=str(path),
-            size=size,
-            grid=ONE_TILE,
-            max_pixels=LIMIT,
-            frame=FrameRef(draw=draw, number=number),
-        )
-        for number in range(len(places))
-    ]
-    return load_tile_range(refs, image_size=16, tile_range=tile_range or (0, len(refs)))
+    with mock.patch.object(video_module, "draw_places", return_value=tuple(places)):
+        return load_tile_range([video], image_size=16, tile_range=tile_range or (0, count))
 
 
 def shown(tiles):
@@ -54,7 +47,7 @@ def shown(tiles):
 
 
 def test_indices_of_intervals():
-    """The whole interval can be drawn, the last frame too; the release never drew that one (its defect D24)."""
+    """The whole interval can be drawn, the last frame too; the release never drew that one."""
     assert [frame_index(i, -1.0, count=4, available=10) for i in range(4)] == [0, 3, 5, 8]
     assert [frame_index(i, 0.999, count=4, available=10) for i in range(4)] == [1, 4, 6, 9]
     assert [frame_index(i, 0.5, count=5, available=5) for i in range(5)] == [0, 1, 2, 3, 4]
@@ -72,10 +65,14 @@ def test_counts_and_places_are_functions_of_the_identity():
     counts = [wanted_frames(f"a:{line}", rule) for line in range(200)]
     assert set(counts) == {2, 3, 4, 5}
     assert counts == [wanted_frames(f"a:{line}", rule) for line in range(200)]
-    places = draw_places(rule, 5, seed=1, epoch=0, identity="a:1")
-    assert places == draw_places(rule, 5, seed=1, epoch=0, identity="a:1")
-    assert places != draw_places(rule, 5, seed=1, epoch=1, identity="a:1")
-    assert places != draw_places(rule, 5, seed=1, epoch=0, identity="a:2")
+
+    def places(epoch, identity):
+        seed = DrawSeed(seed=1, epoch=epoch, identity=identity)
+        return draw_places(rule, 5, seed.generator("frames"))
+
+    assert places(0, "a:1") == places(0, "a:1")
+    assert places(0, "a:1") != places(1, "a:1")
+    assert places(0, "a:1") != places(0, "a:2")
 
 
 CONTAINERS = {

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.samples.draw import Draw, encode_draw, read_sample, record_tiles
 from megatron_v2pe.data.samples.records import parse_record
-from megatron_v2pe.data.samples.sample_maker import Draw, encode_draw, image_refs, measure_line, read_sample
-from tests.support.mixture import entry, record, write_image
+from tests.support.mixture import entry, measure, record, write_image
 
 SIZES = ((300, 200), (100, 100))
 
@@ -34,7 +34,9 @@ def test_layout_says_where_the_visual_tokens_are(settings):
     sample = encode(settings, entry())
     image_token = settings.text.tokenizer.image_token_id
     layout = sample.layout
-    assert layout.num_tiles.tolist() == [ref.grid.num_tiles for ref in sample.image_refs]
+    assert layout.num_tiles.tolist() == [
+        image.grid.num_tiles for each in sample.media for image in each.images
+    ]
     expected = np.concatenate(
         [
             np.arange(start, start + 16 * tiles)
@@ -92,8 +94,8 @@ def test_augmentation_draws_a_quality_for_every_tile_of_a_draw(settings):
     values = parsed(record("<image> <image>", "ok", ["x.png", "y.png"]), dataset)
 
     def qualities(draw):
-        refs = image_refs(values, SIZES, entry=dataset, settings=settings, draw=draw)
-        return [ref.jpeg_qualities for ref in refs]
+        media = record_tiles(values, SIZES, entry=dataset, settings=settings, draw=draw)
+        return [image.jpeg_qualities for each in media for image in each.images]
 
     first = qualities(Draw(epoch=0))
     assert [len(each) for each in first] == [5, 1]
@@ -108,7 +110,8 @@ def test_padding_to_a_square_needs_one_tile_and_no_augmentation(settings):
         dataset = entry(dynamic_image_size=False, **changes)
         values = parsed(record("<image>", "ok", ["x.png"]), dataset)
         padded = dataclasses.replace(settings, pad2square=True)
-        return image_refs(values, SIZES[:1], entry=dataset, settings=padded)[0].pad_color
+        (file,) = record_tiles(values, SIZES[:1], entry=dataset, settings=padded)
+        return file.images[0].pad_color
 
     assert colors() == (123, 116, 103)
     assert colors(data_augment=True) is None
@@ -139,7 +142,7 @@ def test_measured_lengths_are_those_of_the_encoded_sample(mixture, settings):
     line = b'{"image": "x.png", "conversations": [{"from": "human", "value": "see"}, ' + (
         b'{"from": "gpt", "value": "two things"}]}'
     )
-    measured = measure_line(line, 1, entry=dataset, settings=settings)
+    measured = measure(line, 1, entry=dataset, settings=settings)
     sample = read_sample(line, 1, measured.sizes, entry=dataset, settings=settings, draw=Draw(epoch=3))
     assert measured.num_tokens == len(sample.tokens) == sample.layout.num_tokens
     assert measured.num_supervised == (sample.labels >= 0).sum()

@@ -6,10 +6,16 @@ import json
 import pytest
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.samples.records import parse_line, with_frames
+from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.video import VideoFile
+from megatron_v2pe.data.samples.records import parse_line, write_images
 from tests.support.mixture import entry, record
 
 SET = entry(annotation="a.jsonl", root="images")
+
+
+def files(*paths):
+    return tuple(ImageFile(path=path) for path in paths)
 
 
 def parse(values, dataset=SET):
@@ -18,10 +24,10 @@ def parse(values, dataset=SET):
 
 
 def test_text_single_and_multi_image_records():
-    assert parse(record("hello", "hi")).images == ()
-    assert parse(record("<image> hello", "hi", "x.png")).images == ("images/x.png",)
+    assert parse(record("hello", "hi")).media == ()
+    assert parse(record("<image> hello", "hi", "x.png")).media == files("images/x.png")
     many = parse(record("<image> and <image>", "hi", ["x.png", "sub/y.png"]))
-    assert many.images == ("images/x.png", "images/sub/y.png")
+    assert many.media == files("images/x.png", "images/sub/y.png")
     assert (many.sample_id, many.where) == ("set:7", "a.jsonl:7")
 
 
@@ -48,11 +54,11 @@ def test_an_opening_of_the_assistant_is_dropped():
 
 def test_roots_of_lists_and_of_web_addresses():
     dataset = entry(root="images", root2="other", http_root="web/")
-    assert parse(record("<image>", "hi", ["x.png"]), dataset).images == ("other/x.png",)
-    assert parse(record("<image>", "hi", "x.png"), dataset).images == ("images/x.png",)
+    assert parse(record("<image>", "hi", ["x.png"]), dataset).media == files("other/x.png")
+    assert parse(record("<image>", "hi", "x.png"), dataset).media == files("images/x.png")
     url = "http://example.org/x.png"
     digest = hashlib.sha256(url.encode()).hexdigest()
-    assert parse(record("<image>", "hi", url), dataset).images == (f"web/{digest}",)
+    assert parse(record("<image>", "hi", url), dataset).media == files(f"web/{digest}")
 
 
 @pytest.mark.parametrize(
@@ -64,12 +70,12 @@ def test_roots_of_lists_and_of_web_addresses():
     ],
 )
 def test_a_video_becomes_a_line_for_each_frame(question, wanted):
-    """The lines of the release's evaluation, not those of its training code (its defect D23)."""
+    """The lines of the release's evaluation, not those of its training code."""
     parsed = parse({**record(question, "hi"), "video": "sub/v.mp4", "clip": [1, 2.5]})
-    assert (parsed.video.path, parsed.video.clip, parsed.images) == ("images/sub/v.mp4", (1.0, 2.5), ())
+    assert parsed.media == (VideoFile(path="images/sub/v.mp4", clip=(1.0, 2.5)),)
     lines = "Frame1: <image>\nFrame2: <image>\n"
-    assert with_frames(parsed, 2).turns[0].value == wanted.format(lines)
-    assert parse({**record(question, "hi"), "video": "frames/"}).video.path == "images/frames/"
+    assert write_images(parsed, [(64, 48)] * 2).turns[0].value == wanted.format(lines)
+    assert parse({**record(question, "hi"), "video": "frames/"}).media == (VideoFile(path="images/frames/"),)
 
 
 def turn(role, value):

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.samples.measure import LineMeasurer, LongSampleError
 from megatron_v2pe.data.samples.records import parse_record
-from megatron_v2pe.data.samples.sample_maker import Draw, read_sample
 from megatron_v2pe.data.samples.split import WHOLE, num_units, part_of, split_units
 from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import entry, record, write_image
@@ -37,7 +37,7 @@ def test_units():
 def test_parts_of_a_question_keep_its_frame_and_its_answer():
     part, images = part_of(QUESTION, (0, 2))
     assert values(part) == ["Look: <image> one <image> two  Which?", "that"]
-    assert (images, part.images, part.sample_id) == ([0, 1], ("0.png", "1.png"), "set:7[0:2]")
+    assert (images, part.media, part.sample_id) == ([0, 1], QUESTION.media[:2], "set:7[0:2]")
     part, images = part_of(QUESTION, (1, 3))
     assert values(part) == ["Look: <image> two <image> Which?", "that"]
     assert images == [1, 2]
@@ -54,7 +54,7 @@ def test_parts_of_an_answer_repeat_the_question():
 def test_all_units_are_the_whole_and_whole_is_the_record_itself():
     for each in (QUESTION, ANSWER):
         part, images = part_of(each, (0, num_units(each)))
-        assert (part.turns, part.images, images) == (each.turns, each.images, list(range(3)))
+        assert (part.turns, part.media, images) == (each.turns, each.media, list(range(3)))
         assert part_of(each, WHOLE)[0] is each
 
 
@@ -114,7 +114,7 @@ def test_split_samples_are_measured_and_read_alike(long_mixture):
         assert len(sample.tokens) == index.num_tokens[row] <= 300
         assert sample.layout.total_tiles == index.num_tiles[row]
         assert sample.sample_id == index.sample_id(row)
-        seen += [ref.path for ref in sample.image_refs]
+        seen += [each.medium.path for each in sample.media]
     assert [path.rsplit("/", 1)[1] for path in seen] == [f"{number}.png" for number in range(8)]
     assert len(set(index.sample_id(row) for row in range(len(index)))) == len(index)
 

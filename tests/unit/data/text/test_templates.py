@@ -1,4 +1,4 @@
-"""Rendering and label masking, told by text: what is supervised is read back through the tokenizer.
+"""Rendering and label masking, checked by text: what is supervised is read back through the tokenizer.
 
 Where no family is named it is InternLM2's; what differs between the families comes last.
 """

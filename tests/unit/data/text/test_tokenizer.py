@@ -40,9 +40,7 @@ def test_marks_split_the_ids_where_the_text_is_split(tokenizer):
 
 def test_a_token_that_straddles_a_mark_counts_as_after_it(tokenizer):
     assert tokenizer.tokenize("The river") == ["The", "\u2581", "ri", "ver"]
-    ids, places = tokenizer.encode_marked(
-        "The river", [1, 3, 6, 7]
-    )  # inside The, behind it, behind ri, in ver
+    ids, places = tokenizer.encode_marked("The river", [1, 3, 6, 7])  # inside The, after it, after ri, in ver
     assert ids == tokenizer.encode("The river")
     assert places == [1, 2, 4, 4]
 

@@ -1,0 +1,106 @@
+r"""Cut a pack for one rank: one index for every per-token field, positions evaluated at the same index.
+
+    PackedBatch [t] --shard_ranges(cp)--> tokens, labels, loss weights [l]     (labels were shifted before)
+                                      \-> position units [l]                  (closed form, nothing of length t)
+                                      \-> slots and route of image features
+    tiles of this rank, uint8 --device--> normalised pixels
+
+This is the only place where a pack becomes a rank's tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalize_tiles, tile_share
+from megatron_v2pe.batch.pixel_norm import PixelNorm
+from megatron_v2pe.parallel.feature_router import feature_route
+from megatron_v2pe.parallel.topology import ParallelContext
+from megatron_v2pe.parallel.zigzag import range_indices, shard_ranges_of_ranks
+from megatron_v2pe.v2pe.positions import position_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSharder:
+    """Cuts packs for this rank; tensors are made on its device.
+
+    Attributes:
+        context: sizes of the parallel axes and this rank's place on them.
+        dtype: dtype of the pixels, the model's.
+        norm: normalisation of uint8 tiles; None where tiles come as normalised floats.
+    """
+
+    context: ParallelContext
+    dtype: torch.dtype
+    norm: PixelNorm | None = None
+
+    def shard(self, batch: PackedBatch, *, encodes_tiles: bool | None = None) -> LocalBatch:
+        """This rank's share of a micro batch.
+
+        Args:
+            batch: the pack, the same on all ranks of a model replica but for the tiles.
+            encodes_tiles: pixels and route are wanted; by default on the first pipeline stage. Of a rank's virtual
+                stages only the first wants them.
+
+        Raises:
+            ValueError: the pack holds pixels of other tiles than this rank encodes, or uint8 tiles and no `norm`.
+        """
+        plan, ranks = self.context.plan, self.context.ranks
+        layout, device = batch.layout, ranks.device
+        shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+        own = shards[ranks.cp_rank]
+        index = range_indices(own)
+        pixels, route = None, None
+        if ranks.is_first_stage if encodes_tiles is None else encodes_tiles:
+            pixels = self._pixels(batch)
+            route = feature_route(
+                layout,
+                shards,
+                plan=plan,
+                tile_rank=ranks.tile_rank,
+                tp_rank=ranks.tp_rank,
+                device=device,
+            )
+        return LocalBatch(
+            tokens=_row(batch.tokens[index], device),
+            labels=_row(batch.labels[index], device),
+            loss_weights=_row(batch.loss_weights[index], device),
+            position_units=torch.from_numpy(position_units(layout, own)).to(device),
+            rope_length=layout.rope_length,
+            cu_seqlens=torch.from_numpy(layout.cu_seqlens).to(device=device, dtype=torch.int32),
+            max_seqlen=int((layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).max()),
+            pixels=pixels,
+            route=route,
+        )
+
+    def _pixels(self, batch: PackedBatch) -> Tensor:
+        """Normalised tiles of this rank [n_local, 3, S, S] in the model's dtype."""
+        self._check_tiles(batch)
+        tiles = torch.from_numpy(batch.tiles).to(self.context.ranks.device).contiguous()  # channels were last
+        if tiles.dtype == torch.uint8 and self.norm is not None:
+            tiles = normalize_tiles(tiles, self.norm)
+        elif tiles.dtype == torch.uint8 and len(tiles):
+            raise ValueError(
+                "the pack holds uint8 tiles, but this BatchSharder has no PixelNorm; give it one"
+            )
+        return tiles.to(self.dtype)
+
+    def _check_tiles(self, batch: PackedBatch) -> None:
+        """The route assumes this share; features of other tiles would arrive at the wrong tokens unnoticed."""
+        num_ranks, tile_rank = self.context.plan.tile_ranks, self.context.ranks.tile_rank
+        share = tile_share(batch.layout.num_tiles, num_ranks, tile_rank)
+        if len(batch.tiles) and batch.tile_range != share:
+            raise ValueError(
+                f"samples {list(batch.sample_ids)}: tiles {batch.tile_range} were decoded, but rank {tile_rank} of "
+                f"{num_ranks} encodes {share}; assign tiles by tile_share with the plan's tile_ranks"
+            )
+
+
+def _row(values: NDArray[Any], device: torch.device) -> Tensor:
+    """[l] to a tensor [1, l]."""
+    return torch.from_numpy(values).to(device).unsqueeze(0)

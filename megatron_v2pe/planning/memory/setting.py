@@ -1,0 +1,75 @@
+"""What the memory and the time of a rank follow from: a run, its model, its layout and one pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.lora import Part, parts_trained_whole
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.planning.memory.adapters import planned_adapters
+from megatron_v2pe.planning.memory.operations import LayerCosts
+from megatron_v2pe.planning.request.workload import Pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the memory of a rank depends on.
+
+    Attributes:
+        config: the run.
+        arch: its model.
+        plan: sizes of the axes.
+        pack: the micro batch, padded for the plan.
+        backend: `native` or `transformer_engine`.
+        on_cpu: torch's CPU costs.
+    """
+
+    config: RunConfig
+    arch: InternVLArchitecture
+    plan: ParallelPlan
+    pack: Pack
+    backend: str
+    on_cpu: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Of the compute dtype."""
+        return 2 if self.config.runtime.dtype == "bfloat16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rank after the context parallel cut (l)."""
+        return self.pack.num_tokens // self.plan.cp
+
+    @property
+    def rows(self) -> int:
+        """Rows between layers (r)."""
+        return self.tokens // (self.plan.tp if self.plan.sequence_parallel else 1)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
+        return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
+
+    def trains(self, part: Part) -> bool:
+        """Whether a part's own weights are trained."""
+        return part in parts_trained_whole(self.config)
+
+    def has_gradients(self, part: Part) -> bool:
+        """Whether a part, or its adapters, get gradients."""
+        return self.trains(part) or self.config.lora.rank_of(part) > 0
+
+    def costs(self, part: Part) -> LayerCosts:
+        """What the back end's modules allocate for a part."""
+        fused = self.backend == "transformer_engine"
+        return LayerCosts(
+            element_bytes=self.element_bytes,
+            fused_norm=fused,
+            float_attention=self.on_cpu,
+            expands_keys=not fused,
+            is_trained=self.trains(part),
+            adapters=planned_adapters(self.config.lora, part, self.arch).pairs,
+            drops_inputs=self.config.lora.dropout > 0,
+        )

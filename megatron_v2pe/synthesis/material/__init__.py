@@ -1,0 +1,1 @@
+"""What samples are made from: passages of text, images, short visual questions."""

@@ -1,0 +1,1 @@
+"""What is hidden in a document and asked about it."""

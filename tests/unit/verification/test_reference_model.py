@@ -1,0 +1,106 @@
+"""The plain PyTorch model against numbers of the release: what `verify-numerics` trusts must be right by itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_v2pe.checkpoint.hf.weights import HFWeights
+from megatron_v2pe.verification.golden.cases import ForwardFile
+from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
+from megatron_v2pe.verification.numerics.transformers_model import TransformersReference
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CASES = [
+    (path.stem, case["name"])
+    for path in sorted((GOLDEN / "forward").glob("[a-e]_*.json"))
+    for case in json.loads(path.read_text())["cases"]
+]
+
+
+def golden(key, name):
+    file = ForwardFile.open(GOLDEN, GOLDEN / "forward" / f"{key}.json")
+    case = next(case for case in file.cases() if case.name == name)
+    weights = HFWeights(file.checkpoint)
+    assert weights.problems == []
+    arch = file.architecture(case.values.get("override"))
+    return case, ReferenceModel(arch, weights.read, is_v2pe=case.mode != "default")
+
+
+def run(case, model):
+    """Visual features, and the decoder's states from its input on."""
+    hidden = None
+    pixels = case.pixels()
+    features = torch.zeros(0, model.arch.language.hidden_size, dtype=torch.float64)
+    if len(pixels):
+        *_, hidden = model.vision_states(pixels)
+        features = model.features(hidden)
+    tokens = case.wanted("input_ids")
+    slots = (tokens == case.file.values["token_ids"]["<IMG_CONTEXT>"]).nonzero().squeeze(1)
+    x = model.embed(tokens, features, slots)
+    documents = (
+        case.wanted("cu_seqlens").tolist() if case.file.has(f"{case.name}/cu_seqlens") else [0, len(tokens)]
+    )
+    return [x, *model.decoder_states(x, case.wanted("position_ids").double(), documents)]
+
+
+@pytest.mark.parametrize(("key", "name"), CASES)
+def test_logits_are_the_recorded_ones(key, name):
+    case, model = golden(key, name)
+    rows = case.wanted("logit_rows")
+    logits = model.logits(run(case, model)[-1][rows])
+    error = float((logits - case.wanted("logits")).abs().max())
+    assert error <= max(1e-4, 8 * case.values["tolerance"]["logits_maxabs_f32_vs_f64"])
+
+
+@pytest.mark.parametrize("key", sorted({key for key, _ in CASES}))
+def test_every_stage_is_the_recorded_one(key):
+    case, model = golden(key, "default_single")
+    states = run(case, model)
+    del states[-2]  # recorded is the last layer's output after the norm, not before
+    for index, state in enumerate(states):
+        assert float((state - case.wanted(f"llm_hidden_{index}")).abs().max()) <= 1e-4, f"llm_hidden_{index}"
+    pool = case.file.tensor("pixel_pool").float()
+    vision = list(model.vision_states(pool))
+    for index, state in enumerate(vision):
+        assert float((state[0] - case.file.tensor(f"vision/tile0_hidden_{index}")).abs().max()) <= 5e-5
+    wanted = case.file.tensor("vision/mlp1_out")
+    assert float((model.features(vision[-1]).view_as(wanted) - wanted).abs().max()) <= 5e-5
+
+
+@pytest.mark.parametrize(("key", "name"), [pair for pair in CASES if "packed" not in pair[1]])
+def test_positions_are_the_recorded_ones(key, name):
+    case, _ = golden(key, name)
+    tokens = case.wanted("input_ids").numpy()
+    per_tile = case.file.values["num_image_token"]
+    visual = (tokens == case.file.values["token_ids"]["<IMG_CONTEXT>"]).tolist()
+    num_images = int(np.count_nonzero(np.diff(np.array([False, *visual], dtype=int)) == 1))
+    strides = case.values.get("rnd_strides") or [case.values.get("stride") or per_tile] * num_images
+    found = positions_of(visual, [stride / per_tile for stride in strides])
+    assert found == case.wanted("position_ids").tolist()
+
+
+def test_a_wrong_frequency_is_seen():
+    """The check above can fail: NTK left on where the case has V2PE positions beyond the trained length."""
+    case, model = golden("a_internlm2_vit300m", "default_ntk")
+    wrong = ReferenceModel(model.arch, model._read_raw, is_v2pe=True)
+    rows = case.wanted("logit_rows")
+    error = (wrong.logits(run(case, wrong)[-1][rows]) - case.wanted("logits")).abs().max()
+    assert float(error) > 1e-2
+
+
+@pytest.mark.parametrize("key", ["c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m"])
+@pytest.mark.parametrize("name", ["default_single", "v2pe_fix_64", "packed_v2pe"])
+def test_transformers_agrees(key, name):
+    """Only where transformers is installed (extra `verify`); run with 5.23."""
+    pytest.importorskip("transformers")
+    case, plain = golden(key, name)
+    llm_config = json.loads((GOLDEN / "ckpt" / key / "config.json").read_text())["llm_config"]
+    model = TransformersReference(plain.arch, plain._read_raw, is_v2pe=plain.is_v2pe, llm_config=llm_config)
+    with torch.no_grad():
+        theirs, ours = run(case, model), run(case, plain)
+    tolerance = max(1e-4, 8 * case.values["tolerance"]["logits_maxabs_f32_vs_f64"])  # its angles are float32
+    for index, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+        assert float((one - other).abs().max()) <= tolerance, index
