@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +88,13 @@ def score_folder(
             f"{path}: holds neither {MANIFEST} of `evaluate --benchmark` nor predictions as {benchmark.title}'s own "
             "scripts record them"
         )
-    return [_stride_score(benchmark, "recorded", without_duplicates(rows, duplicates), mode, expected=0)]
+    counted = without_duplicates(rows, duplicates)
+    found = _stride_score(benchmark, "recorded", counted, mode, expected=0)
+    answered = [row for row in counted if row.response.error is None]
+    if found.score is not None:
+        notes = (*found.score.notes, *benchmark.compared(path, answered, mode))
+        found = replace(found, score=replace(found.score, notes=notes))
+    return [found]
 
 
 def _own_scores(benchmark: Benchmark, path: Path, mode: Mode) -> list[StrideScore]:

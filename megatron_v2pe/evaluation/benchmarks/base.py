@@ -239,6 +239,10 @@ class Benchmark(ABC):
         """Rows of predictions that the benchmark's own scripts wrote; None where there are none of that form."""
         return None
 
+    def compared(self, path: Path, rows: Sequence[Row], mode: Mode) -> list[str]:
+        """What the scores that were recorded beside such predictions say about ours; nothing where there are none."""
+        return []
+
     def requests(
         self, data_dir: Path, *, sets: Sequence[str] = (), forced: bool = False
     ) -> Iterator[Request]:

@@ -26,8 +26,16 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     mean,
     row_scores,
 )
-from megatron_v2pe.evaluation.benchmarks.files import inside, json_file, json_list, jsonl_records, need
+from megatron_v2pe.evaluation.benchmarks.files import (
+    first_existing,
+    inside,
+    json_file,
+    json_list,
+    jsonl_records,
+    need,
+)
 from megatron_v2pe.evaluation.metrics.letters import (
+    LETTER_RULES,
     LetterRule,
     clean_choice,
     letter_of,
@@ -149,6 +157,24 @@ class MileBench(Benchmark):
             elif nested is not None:
                 rows += [_recorded_row(record, name, where) for where, record in json_list(nested)]
         return rows or None
+
+    def compared(self, path: Path, rows: Sequence[Row], mode: Mode) -> list[str]:
+        """How many of the values in `SET.eval.json` (or `SET/eval.json`) each letter rule reproduces to 1e-9."""
+        folder = path if path.is_dir() else path.parent
+        recorded: dict[str, float] = {}
+        for name in {row.gold["set"] for row in rows}:
+            file = first_existing(folder / f"{name}.eval.json", folder / name / "eval.json")
+            if file.exists():
+                recorded[name] = float(next(iter(json_file(file).values())))
+        lines = []
+        for rule in LETTER_RULES if recorded else ():
+            ours = MileBench(rule).score(rows, "release").metrics
+            other = sorted(name for name, value in recorded.items() if abs(ours[name] - value) > 1e-9)
+            shown = [f"{name} {100 * recorded[name]:.2f}, here {100 * ours[name]:.2f}" for name in other[:3]]
+            more = f" (not {'; '.join(shown)}{', ...' if len(other) > 3 else ''})" if other else ""
+            agreed = len(recorded) - len(other)
+            lines.append(f"letter rule {rule!r} gives {agreed} of {len(recorded)} recorded values{more}")
+        return lines
 
 
 def _request(record: Mapping[str, Any], file: DataFile, kind: str, instructions: Any, where: str) -> Request:

@@ -28,7 +28,7 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     mean,
     row_scores,
 )
-from megatron_v2pe.evaluation.benchmarks.files import first_existing, inside, jsonl_records, need
+from megatron_v2pe.evaluation.benchmarks.files import first_existing, inside, json_file, jsonl_records, need
 from megatron_v2pe.evaluation.benchmarks.niah_bins import (
     LENGTHS,
     LONG_LENGTHS,
@@ -170,6 +170,18 @@ class MMNIAH(Benchmark):
             if task is not None:
                 rows += [_recorded_row(record, task, where) for where, record in jsonl_records(file)]
         return rows or None
+
+    def compared(self, path: Path, rows: Sequence[Row], mode: Mode) -> list[str]:
+        """Largest difference to the bins of each `TASK.scores.json`."""
+        ours = self.score(rows, mode).by_length
+        lines = []
+        for task, bins in ours.items():
+            file = (path if path.is_dir() else path.parent) / f"{task}.scores.json"
+            if file.exists():
+                recorded = need(json_file(file), f"{task}-test", list, str(file))
+                worst = max(abs(own - other) for own, other in zip(bins, recorded, strict=False))
+                lines.append(f"{task}: recorded bins differ by at most {worst:.2g}")
+        return lines
 
 
 class MMNIAHLong(MMNIAH):

@@ -106,6 +106,21 @@ def test_the_one_answer_of_wikivqa_that_the_first_letter_rule_reads_differently(
     assert len(differ) == 1
 
 
+def test_recorded_values_are_compared_with_every_rule(tmp_path):
+    folder = unpacked(tmp_path, SETS)
+    for name in SETS:
+        (folder / f"{name}.eval.json").write_bytes((FOLDER / f"{name}.eval.json").read_bytes())
+    notes = milebench(folder, "single").notes
+    assert "letter rule 'fork' gives 4 of 4 recorded values" in notes
+    assert "letter rule 'release' gives 3 of 4 recorded values (not WikiVQA 75.50, here 75.00)" in notes
+    (folder / "reasoning-text.jsonl").write_bytes(
+        gzip.decompress((FOLDER / "reasoning-text.jsonl.gz").read_bytes())
+    )
+    (folder / "reasoning-text.scores.json").write_bytes((FOLDER / "reasoning-text.scores.json").read_bytes())
+    (found,) = score_folder(MMNIAH(), folder, mode="original")
+    assert "reasoning-text: recorded bins differ by at most 0.05" in found.score.notes
+
+
 def test_each_extracted_letter_is_the_recorded_one(tmp_path):
     folder = unpacked(tmp_path, ["ActionSequence", "WikiVQA"])
     score = milebench(folder, "fork")
