@@ -9,6 +9,7 @@ multiple of their length: where no pack is left, a rank runs the first one again
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,14 +21,13 @@ from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError, V2PEError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, TileShare, pack_request
 from megatron_v2pe.data.plan.epoch_plan import PlannedPack, PlannedSample
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 SHORTEST_BUCKET = 1024  # tokens; the next ones end at twice as many each
 
 

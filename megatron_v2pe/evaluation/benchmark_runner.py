@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.eta import TimeLeft, estimated_tokens
 from megatron_v2pe.evaluation.media_digests import MediaDigests
@@ -35,7 +35,7 @@ from megatron_v2pe.evaluation.response_rows import (
 from megatron_v2pe.evaluation.retrieval import Share, StrideSetting
 from megatron_v2pe.evaluation.run_identity import question_digest
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 _REPORT_EVERY_S = 60.0
 IMAGES = "images"
 

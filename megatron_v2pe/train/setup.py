@@ -174,13 +174,9 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         startup.done("checkpoint")
         loader = _loader(config, arch, context, start_step=saved.step if saved else 0)
         state = _state(config, loader, saved, resume_from)
-        if ranks.rank == 0:
-            _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
-        sharder = _sharder(config, context)
-        monitors = stack.enter_context(
-            _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
-        )
-        validation = _validation(config, arch, sharder, monitors)
+        _record_start(config, run_dir, state, ranks=ranks, is_resumed=saved is not None)
+        observing = _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
+        monitors = stack.enter_context(observing)
         startup.done("data")
         return Run(
             config=config,
@@ -188,8 +184,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(loader, trainer, sharder),
-            validation=validation,
+            runner=_micro_batch_runner(loader, trainer, _sharder(config, context)),
+            validation=_validation(config, arch, _sharder(config, context), monitors),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
@@ -327,13 +323,16 @@ def _state(
 
 
 def _record_start(
-    config: RunConfig, run_dir: Path, state: RunState, *, world_size: int, is_resumed: bool
+    config: RunConfig, run_dir: Path, state: RunState, *, ranks: Ranks, is_resumed: bool
 ) -> None:
-    """Clean the run folder and note the start in it; rank 0 alone, once nothing can be refused any more."""
+    """Clean the run folder and note the start in it; rank 0 alone does."""
+    if ranks.rank != 0:
+        return
     for left in remove_incomplete(run_dir):
         logger.info("deleted %s, left by an interrupted save", left)
     write_config_snapshot(run_dir, config, is_resumed=is_resumed)
-    append_json(run_dir / "starts.jsonl", {"step": state.step, "world_size": world_size, "time": time.time()})
+    line = {"step": state.step, "world_size": ranks.world_size, "time": time.time()}
+    append_json(run_dir / "starts.jsonl", line)
 
 
 def _sharder(config: RunConfig, context: ParallelContext) -> BatchSharder:
