@@ -6,6 +6,8 @@ request -> files, tiles, tokens with visual slots, one stride for every image ->
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +34,11 @@ from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.retrieval import Share, StrideSetting, parse_strides
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt, prompt_with
+from megatron_v2pe.inference.stride import choose_stride
+from megatron_v2pe.parallel.replica import from_leader
 from megatron_v2pe.parallel.topology import shutdown
 
+_log = logging.getLogger(__name__)
 _NO_LIMIT = 2**40  # a benchmark never cuts a question
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -46,15 +51,12 @@ def own_strides(arch: InternVLArchitecture, text: str) -> list[StrideSetting]:
         text: comma list of `default` and position units; empty is the checkpoint's own.
 
     Raises:
-        ConfigError: an entry is out of range, or the checkpoint was trained on many strides and none is given.
+        ConfigError: an entry is out of range, or none is given and the checkpoint has none of its own.
     """
-    if not text and arch.position_mode == "v2pe_random":
-        raise ConfigError(
-            "--stride: this checkpoint was trained on random strides and records none of its own; give one or more of "
-            f"1..{arch.tokens_per_tile}, as --stride 16,64"
-        )
     if not text:
-        text = str(arch.position_stride) if arch.position_mode == "v2pe_fixed" else "default"
+        own = choose_stride(arch, None)
+        _log.info("%s", own.reason)
+        text = "default" if own.mode == "default" else str(own.stride)
     return parse_strides(text, tokens_per_tile=arch.tokens_per_tile)
 
 
@@ -168,15 +170,8 @@ class ModelAnswerer:
     def _score(self, prompt: Prompt, wanted: Sequence[int]) -> tuple[list[int], list[float]]:
         """(most probable token, log-probability of the wanted one) at each place of an answer."""
         assert self._engine is not None
-        chosen, logprobs = [], []
-        for count, token in enumerate(wanted):
-            more = np.asarray(wanted[:count], dtype=np.int64)
-            layout = dataclasses.replace(prompt.layout, num_tokens=prompt.layout.num_tokens + count)
-            longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, more]), layout=layout)
-            step = next(iter(self._engine.stream(longer, max_new_tokens=1, stop_ids=())))
-            chosen.append(step.token)
-            logprobs.append(float(torch.log_softmax(step.logits.double(), dim=-1)[token]))
-        return chosen, logprobs
+        found = self._engine.score(prompt, wanted)
+        return [each.argmax for each in found], [each.logprob for each in found]
 
     def _answer_tokens(self, request: Request) -> list[int]:
         """Tokens of the gold answer as the template puts it after the assistant's role, without its end mark."""
@@ -223,6 +218,19 @@ class ModelAnswerer:
         sizes = medium.probe(rules, sample_id=name, size_of=check_image)
         images = medium.tiles(sizes, rule)
         return MediumTiles(medium=medium, images=images, rules=rules, seed=DrawSeed(identity=name))
+
+    def shared(self, request: Request | None) -> Request | None:
+        """What the replica's first rank was given, on all its ranks. Collective."""
+        assert self._engine is not None
+        content = b"" if request is None else json.dumps(dataclasses.asdict(request)).encode()
+        content = from_leader(content, ranks=self._engine.ranks)
+        if not content:
+            return None
+        values = json.loads(content)
+        parts = tuple(
+            Part(**{**part, "clip": part["clip"] and tuple(part["clip"])}) for part in values["parts"]
+        )
+        return Request(**{**values, "parts": parts, "stop": tuple(values["stop"])})
 
     def close(self) -> None:
         """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""

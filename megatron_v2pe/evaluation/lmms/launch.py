@@ -11,16 +11,15 @@ from typing import Any
 
 from megatron_v2pe.core.env import forget_launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.benchmark_runner import BenchmarkAnswerer
 from megatron_v2pe.evaluation.benchmarks.base import Request, Response
+from megatron_v2pe.evaluation.engine_adapter import ModelAnswerer
 from megatron_v2pe.evaluation.lmms.tasks import write_tasks
 from megatron_v2pe.evaluation.retrieval import StrideSetting
-from megatron_v2pe.parallel.broadcast import broadcast_object
 
 
 def judge(
     tasks: Sequence[str],
-    answerer: BenchmarkAnswerer,
+    answerer: ModelAnswerer,
     setting: StrideSetting,
     *,
     rank: int,
@@ -57,14 +56,14 @@ def judge(
                 tasks, lambda request: _together(request, answerer, setting), include, limit, own_tasks
             )
         finally:
-            broadcast_object(None)
-    while (request := broadcast_object(None)) is not None:
+            answerer.shared(None)
+    while (request := answerer.shared(None)) is not None:
         answerer.answer(request, setting)
     return None
 
 
-def _together(request: Request, answerer: BenchmarkAnswerer, setting: StrideSetting) -> Response:
-    broadcast_object(request)
+def _together(request: Request, answerer: ModelAnswerer, setting: StrideSetting) -> Response:
+    answerer.shared(request)
     return answerer.answer(request, setting)
 
 
