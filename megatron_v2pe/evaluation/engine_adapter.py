@@ -222,7 +222,9 @@ class ModelAnswerer:
     def shared(self, request: Request | None) -> Request | None:
         """What the replica's first rank was given, on all its ranks. Collective."""
         assert self._engine is not None
-        content = b"" if request is None else json.dumps(dataclasses.asdict(request)).encode()
+        content = (
+            b"" if request is None else json.dumps(dataclasses.asdict(request), default=_no_bytes).encode()
+        )
         content = from_leader(content, ranks=self._engine.ranks)
         if not content:
             return None
@@ -237,6 +239,13 @@ class ModelAnswerer:
         if self._engine is not None:
             self._engine = None
             shutdown()
+
+
+def _no_bytes(value: Any) -> str:
+    """Images travel as files; a part's own bytes are empty by then."""
+    if value != b"":
+        raise TypeError(f"{type(value).__name__} cannot be given to other ranks")
+    return ""
 
 
 def _lengths(prompt: Prompt) -> dict[str, Any]:
