@@ -30,6 +30,7 @@ from megatron_v2pe.evaluation.response_rows import (
     drop_cut_lines,
     pending,
     read_rows,
+    row_files,
     rows_path,
 )
 from megatron_v2pe.evaluation.retrieval import Share, StrideSetting
@@ -37,6 +38,7 @@ from megatron_v2pe.evaluation.run_identity import question_digest
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY_S = 60.0
+_POLL_S = 2.0
 IMAGES = "images"
 
 
@@ -75,6 +77,7 @@ class Work:
         folder: of rows.
         retry_errors: ask again what ended with an error.
         is_first: one process of all prepares the folder.
+        waits: with several replicas, wait for the others' rows before the next collective.
     """
 
     requests: Sequence[Request]
@@ -82,6 +85,7 @@ class Work:
     folder: Path
     retry_errors: bool = False
     is_first: bool = True
+    waits: bool = True
 
 
 def limited(requests: Iterable[Request], limit: int) -> Iterator[Request]:
@@ -159,11 +163,13 @@ def answer_all(work: Work, answerer: BenchmarkAnswerer) -> None:
             "%d cut last lines of an earlier start were dropped; their questions are asked again", count
         )
     digests = MediaDigests(work.folder)
-    todo = {}
+    todo: dict[str, list[Request]] = {}
+    lines: dict[str, int] = {}  # that there will be; counted before anybody writes
     for setting in work.settings:
         rows = read_rows(work.folder, setting.name)
         check_rows(rows, work.requests, digests=digests)
         todo[setting.name] = pending(work.requests, rows, retry_errors=work.retry_errors)
+        lines[setting.name] = count_lines(work.folder, setting.name) + len(todo[setting.name])
     with closing(answerer):
         for setting in work.settings:
             if todo[setting.name]:
@@ -173,6 +179,26 @@ def answer_all(work: Work, answerer: BenchmarkAnswerer) -> None:
                 ]
                 digests.write_to = work.folder / f"media.{share.index}.jsonl" if share.is_writer else None
                 _answer_share(mine, setting, answerer, share=share, folder=work.folder, digests=digests)
+                if share.count > 1 and work.waits:
+                    wait_for_rows(work.folder, setting.name, lines[setting.name])
+
+
+def count_lines(folder: Path, stride: str) -> int:
+    """Whole lines in all files of answers of a stride."""
+    return sum(path.read_bytes().count(b"\n") for path in row_files(folder, stride))
+
+
+def wait_for_rows(folder: Path, stride: str, count: int, *, poll_s: float = _POLL_S) -> None:
+    """Wait for the other replicas without a collective, which would give up after half an hour.
+
+    Args:
+        folder: of rows.
+        stride: whose rows are counted.
+        count: lines that there will be.
+        poll_s: between two looks.
+    """
+    while count_lines(folder, stride) < count:
+        time.sleep(poll_s)
 
 
 def _answer_share(

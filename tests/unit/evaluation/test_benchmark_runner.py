@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def test_other_numbers_of_replicas_continue(niah, tmp_path):
     for part in parts:
         folder = tmp_path / f"part{part.share.index}"
         folder.mkdir()
-        answer_all(Work(requests=requests, settings=settings, folder=folder), part)
+        answer_all(Work(requests=requests, settings=settings, folder=folder, waits=False), part)
         for path in folder.iterdir():
             path.rename(out / path.name)
     assert len(parts[0].asked) == len(parts[1].asked) == 8
@@ -187,6 +188,22 @@ def test_kills_at_any_moment_leave_the_same_rows(niah, tmp_path):
     _, (score,) = run(niah, out, StandIn(oracle))
     assert score.is_complete
     assert rows(out) == rows(whole)
+
+
+def test_a_replica_waits_for_the_rows_of_the_others(niah, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = parse_strides("2", tokens_per_tile=4)
+    requests = list(find_benchmark("mm-niah").requests(niah))
+
+    def replica(index, seconds):
+        answerer = StandIn(oracle, share=Share(index=index, count=2), seconds=seconds)
+        answer_all(Work(requests=requests, settings=settings, folder=out), answerer)
+        return len(rows(out))
+
+    with ThreadPoolExecutor(2) as pool:
+        slow, fast = pool.submit(replica, 0, 0.05), pool.submit(replica, 1, 0.0)
+        assert [slow.result(20), fast.result(20)] == [24, 24], "the fast one saw all rows when it ended"
 
 
 def test_a_changed_question_is_refused(niah, tmp_path):
