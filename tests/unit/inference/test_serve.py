@@ -260,9 +260,21 @@ def test_health_and_metrics(address, client):
     assert "v2pe_first_token_seconds_bucket" in text
 
 
-def generated(address):
+def metric(address, name):
     lines = send(address, "/metrics")[1].splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("v2pe_generated_tokens_total "))
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+def generated(address):
+    return metric(address, "v2pe_generated_tokens_total")
+
+
+def wait_for(address, name):
+    """Until a metric is above 0."""
+    end = time.monotonic() + 20
+    while metric(address, name) == 0:
+        assert time.monotonic() < end, name
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -274,14 +286,14 @@ def test_a_client_that_goes_ends_its_answer(address, stream):
         "stream": stream,
     }
     before = generated(address)
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=1.0)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=0.5)
     headers = {"authorization": f"Bearer {KEY}"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
     with contextlib.closing(connection), contextlib.suppress(TimeoutError):
         connection.getresponse().readline()
-    time.sleep(1.5)
+    time.sleep(0.8)
     stopped = generated(address)
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert generated(address) == stopped < before + 4000
 
 
@@ -294,11 +306,11 @@ def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
             messages = [{"role": "user", "content": "Talk"}]
             done.append(client.chat.completions.create(model="tiny", messages=messages, max_tokens=length))
 
-        threads = [threading.Thread(target=ask, args=(400,)) for _ in range(2)]
+        threads = [threading.Thread(target=ask, args=(600,)) for _ in range(2)]
         threads[0].start()
-        time.sleep(0.4)
+        wait_for(address, "v2pe_running_requests")
         threads[1].start()
-        time.sleep(0.4)
+        wait_for(address, "v2pe_waiting_requests")
         with pytest.raises(openai.RateLimitError) as refused:
             ask(2)
         assert refused.value.code == "queue_full"
@@ -309,7 +321,7 @@ def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
         assert ended.value.code == "draining"
         for thread in threads:
             thread.join(timeout=60)
-        assert [answer.usage.completion_tokens for answer in done] == [400, 400]
+        assert [answer.usage.completion_tokens for answer in done] == [600, 600]
 
 
 def test_an_address_that_is_taken_or_open():
