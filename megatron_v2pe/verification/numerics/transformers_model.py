@@ -1,8 +1,9 @@
 """The reference with its decoder run by the class that `transformers` has for it: a third opinion.
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
-Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts) accept fractional positions; norms and rotary tables
-are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring their own code, which is not run here.
+Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts) accept fractional positions; norms and rotary
+tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring their
+own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
 """
@@ -61,7 +62,7 @@ class TransformersReference(ReferenceModel):
         self._model.load_state_dict({name: self._weight(_PREFIX + name) for name in wanted}, strict=not tied)
 
     def _weight(self, name: str) -> Tensor:
-        """A tensor of transformers' decoder; version 5 stacks the experts of a layer, where the files have each alone."""
+        """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
         experts, _, stacked = name.rpartition(".experts.")
         if stacked not in _STACKED:
             return self._read(name)
