@@ -98,7 +98,9 @@ def test_links_are_alive(page):
 
 def test_every_page_is_in_the_site():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in menu] == []
+    assert [
+        page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in menu
+    ] == []
 
 
 # Words in backticks that look like a path of this repository have to be one.

@@ -62,7 +62,7 @@ class TransformersReference(ReferenceModel):
         self._model.load_state_dict({name: self._weight(_PREFIX + name) for name in wanted}, strict=not tied)
 
     def _weight(self, name: str) -> Tensor:
-        """A tensor of transformers' decoder; version 5 stacks the experts of a layer, the files have each alone."""
+        """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
         experts, _, stacked = name.rpartition(".experts.")
         if stacked not in _STACKED:
             return self._read(name)
