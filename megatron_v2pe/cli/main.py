@@ -24,6 +24,7 @@ from megatron_v2pe.core.refusal import refuse, was_refused
 VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
     "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
+    "convert-hf": "Hugging Face folder of GitHub's format -> native (-hf) folder, or back",
     "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
     "verify-numerics": "compare what a checkpoint computes with plain PyTorch, stage by stage",
     "index-data": "measure a run's data once, and show what it holds",
