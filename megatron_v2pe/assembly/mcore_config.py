@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_v2pe.assembly.compiled import fuses_swiglu
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -31,7 +32,7 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # mcore's fused kernels for local layers need apex or CUDA; Transformer Engine brings its own.
+        # mcore's fused GELU is the tanh approximation, the tower's and the projector's is exact (see `elementwise`).
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -66,8 +67,9 @@ def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
+    common = {**_common(DTYPES[config.runtime.dtype]), "bias_activation_fusion": fuses_swiglu(config.model)}
     return TransformerConfig(
-        **_common(DTYPES[config.runtime.dtype]),
+        **common,
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
         num_layers=language.num_layers,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.v2pe.rope import apply_rotary
 
 
 @dataclass
@@ -22,9 +24,13 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
         kv_cache: keys and values of earlier tokens (decoding); None in training.
+        apply_rotary: how rotations are computed.
+        document_lengths: padded tokens of each document, global, on the host; None reads them from the boundaries.
     """
 
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
     kv_cache: KeyValueCache | None = None
+    apply_rotary: Callable[..., Tensor] = apply_rotary
+    document_lengths: tuple[int, ...] | None = None

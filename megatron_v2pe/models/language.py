@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
+from megatron_v2pe.models.elementwise import ElementwiseOps
 from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
@@ -41,6 +42,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
         memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
+        elementwise: how queries and keys are rotated.
         share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.
         stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
@@ -56,6 +58,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: int,
         memory: MemorySavings,
         head_ports: HeadPorts,
+        elementwise: ElementwiseOps,
         share_embeddings_and_output_weights: bool,
         groups: ProcessGroupCollection | None,
         **stage: Any,
@@ -74,6 +77,7 @@ class LanguageModel(GPTModel):
         )
         self.rope = rope
         self.head_ports = head_ports
+        self.elementwise = elementwise
         self.vocab_size = vocab_size
         self.memory = memory
 
@@ -95,10 +99,17 @@ class LanguageModel(GPTModel):
             cu_seqlens_kv_padded=batch.cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
-            rotary_angles=rope_angles(batch.position_units, self.rope, rope_length=batch.rope_length),
+            rotary_angles=rope_angles(
+                batch.position_units,
+                self.rope,
+                rope_length=batch.rope_length,
+                has_fractions=batch.has_fractions,
+            ),
+            document_lengths=batch.document_lengths or None,
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
+            apply_rotary=self.elementwise.apply_rotary,
         )
 
     def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -120,17 +131,23 @@ class LanguageModel(GPTModel):
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden
-        return self.loss(hidden, batch.labels, batch.loss_weights)
+        return self.loss(hidden, batch.labels, batch.loss_weights, batch.supervised)
 
     def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
         recomputes = self.training and self.config.recompute_granularity is not None
         return recomputes and torch.is_grad_enabled() and not decoder_input.requires_grad
 
-    def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l]."""
+    def loss(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor, supervised: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l].
+
+        `supervised` are the tokens with a label, int64 [u]; None asks the device, for which the host waits.
+        """
         labels = labels.squeeze(0)
-        supervised = (labels >= 0).nonzero().squeeze(1)
+        if supervised is None:
+            supervised = (labels >= 0).nonzero().squeeze(1)
         rows = self.head_ports.gather_hidden(hidden).squeeze(1)[supervised]
         total, losses = weighted_cross_entropy(
             rows,

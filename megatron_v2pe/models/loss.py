@@ -10,8 +10,7 @@ All rows of the projection are multiplied, padding included: 92,553 columns woul
 addresses, which tensor cores read slowly. Columns of padding are -inf before the softmax, so they get no probability and
 their weights, which are zero, no gradient.
 
-Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank with padding, U those of
-them that are in the vocabulary.
+Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank, padding included.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def weighted_cross_entropy(
 
     Args:
         hidden: [r, H], final hidden states after `ports.gather_hidden`.
-        vocab_weight: [V, H], output projection of this rank; rows that pad it are finite (checkpoints make them zero).
+        vocab_weight: [V, H], output projection of this rank; rows that pad it must be finite, and are zero.
         labels: int64 [r], global token ids.
         row_weights: [r], weight of each row's loss.
         vocab_size: entries of the whole vocabulary; rows beyond it are padding and get no probability.

@@ -64,10 +64,15 @@ class RecomputingLayer(TransformerLayer):
 
     Args:
         mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations.
+        mlp_forward: (MLP, rows) -> (output, bias), in place of the MLP's own forward.
     """
 
-    def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mlp_chunks: int, mlp_forward: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if mlp_forward is not None:
+            self.mlp.forward = partial(mlp_forward, self.mlp)
         if mlp_chunks:
             self.mlp.forward = partial(_in_chunks, self.mlp.forward, mlp_chunks)
 

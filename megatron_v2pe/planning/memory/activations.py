@@ -82,6 +82,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         qkv_bias=language.qkv_bias,
         tp=plan.tp,
         sequence_parallel=plan.sequence_parallel,
+        fused_swiglu=setting.fused_swiglu,
         mlp_chunks=model.mlp_chunks if model.recompute == "selective" or model.mlp_chunks > 1 else 0,
     )
     shape = AttentionShape(
