@@ -1,11 +1,11 @@
-"""Which element-wise operations are compiled (`runtime.compile`), after a trial on this rank's device.
+"""Whether element-wise operations are compiled (`runtime.elementwise`), after a trial on this rank's device.
 
-    off, or auto on a CPU      operation by operation
+    eager, or auto on a CPU    operation by operation
     auto on a GPU              compiled; where the trial fails, one by one after a warning with the reason
-    on                         compiled; a trial that fails is an error
+    compiled                   a trial that fails is an error
 
-The trial compiles the rotation, runs it forward, and compares it with what it was compiled from. Every rank of a host has
-the same compiler, so ranks agree without asking each other; results differ in rounding only where they do not.
+The trial compiles the rotation, runs it forward, and compares it with what it was compiled from. Every rank of a host
+has the same compiler, so ranks agree without asking; where they do not, their results differ in rounding only.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _compile = partial(torch.compile, dynamic=True)  # numbers of tokens and tiles c
 
 
 def choose_elementwise(runtime: RuntimeConfig) -> ElementwiseOps:
-    """The operations for `runtime.compile`; without compiling, mcore's SwiGLU is not compiled either.
+    """The operations for `runtime.elementwise`; without compiling, mcore's SwiGLU is not compiled either.
 
     Raises:
-        ConfigError: `on`, and compiling fails here.
+        ConfigError: `compiled`, and compiling fails here.
     """
     on_gpu = torch.cuda.is_available()
-    if runtime.compile == "off" or (runtime.compile == "auto" and not on_gpu):
+    if runtime.elementwise == "eager" or (runtime.elementwise == "auto" and not on_gpu):
         _leave_swiglu_uncompiled()
         return ElementwiseOps()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     reason = trial(device)
     if not reason:
         return compiled_ops()
-    if runtime.compile == "on":
+    if runtime.elementwise == "compiled":
         raise ConfigError(
-            f"runtime.compile is 'on', but torch.compile cannot run here: {reason}; install what it needs (a C++ "
-            "compiler, on a GPU also triton), or set runtime.compile to auto or off"
+            f"runtime.elementwise is 'compiled', but torch.compile cannot run here: {reason}; install "
+            "what it needs (a C++ compiler, on a GPU also triton), or set runtime.elementwise to auto or eager"
         )
     logger.warning(
         "torch.compile cannot run here (%s): element-wise operations run one by one, a few percent slower",
@@ -75,8 +75,8 @@ def trial(device: torch.device) -> str:
 
 
 def fuses_swiglu(model: ModelConfig) -> bool:
-    """Whether MLPs keep only their first linear's output; see `model.fused_swiglu`."""
-    return model.fused_swiglu == "on" or (model.fused_swiglu == "auto" and torch.cuda.is_available())
+    """Whether MLPs keep only their first linear's output; see `model.swiglu`."""
+    return model.swiglu == "fused" or (model.swiglu == "auto" and torch.cuda.is_available())
 
 
 def _leave_swiglu_uncompiled() -> None:

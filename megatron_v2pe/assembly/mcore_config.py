@@ -52,7 +52,8 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    # Waiting for the GPU after every exchange protects from a fault of batched sends that torch had before 2.6.
+    fields: dict[str, Any] = {"batch_p2p_sync": False}
     if parallel.pipeline_layout:
         fields["pipeline_model_parallel_layout"] = parallel.pipeline_layout
     if parallel.vpp > 1:

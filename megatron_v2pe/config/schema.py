@@ -38,9 +38,10 @@ class ModelConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
     """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
-    fused_swiglu: Literal["auto", "on", "off"] = "auto"
-    """Keep only the first linear's output of each MLP for backward, which computes gate and product again: 3 instead of
-    5 inner activations, at no time on a GPU. auto: on a GPU. Rounds in another order than off, in backward only."""
+    swiglu: Literal["auto", "fused", "plain"] = "auto"
+    """What an MLP keeps for backward. fused: its first linear's output and the product, 3 inner activations, from which
+    backward computes the gate again, at no time on a GPU; plain: 5. They round in another order, in backward only.
+    auto: fused on a GPU, plain on a CPU, where it is faster."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
@@ -337,10 +338,10 @@ class RuntimeConfig:
     """Seed of data order, strides, drop path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Run element-wise operations (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale and drop
-    path) as one kernel each by torch.compile. auto: on a GPU, unless compiling fails there, which is reported; on: an
-    error if it fails; off: operation by operation."""
+    elementwise: Literal["auto", "compiled", "eager"] = "auto"
+    """How element-wise operations run (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale, drop
+    path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
+    operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     tensorboard: bool = True

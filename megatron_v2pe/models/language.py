@@ -81,6 +81,9 @@ class LanguageModel(GPTModel):
         self.vocab_size = vocab_size
         self.memory = memory
 
+    def _set_attention_backend(self) -> None:
+        """mcore would set Transformer Engine's environment for the whole process; see `parallel.attention.te`."""
+
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
         return self.embedding(input_ids=tokens, position_ids=None)

@@ -7,8 +7,8 @@ step, after the sums over context and data parallel ranks. Rows without a label 
 output projection, and logits exist for one loss chunk of rows at a time, once.
 
 All rows of the projection are multiplied, padding included: 92,553 columns would give matrices whose rows start at odd
-addresses, which tensor cores read slowly. Columns of padding are -inf before the softmax, so they get no probability and
-their weights, which are zero, no gradient.
+addresses, which tensor cores read slowly. Columns of padding are -inf before the softmax, so they get no probability,
+and their weights, which are zero, no gradient.
 
 Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank, padding included.
 """

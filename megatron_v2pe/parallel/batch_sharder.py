@@ -95,6 +95,11 @@ class BatchSharder:
             route=route,
         )
 
+    def rows(self, batch: PackedBatch) -> int:
+        """Rows of a pack between the layers of every rank of the replica (r)."""
+        plan = self.context.plan
+        return batch.layout.num_tokens // plan.cp // (plan.tp if plan.sequence_parallel else 1)
+
     def _pixels(self, batch: PackedBatch) -> Tensor:
         """Normalised tiles of this rank [n_local, 3, S, S] in the model's dtype."""
         self._check_tiles(batch)

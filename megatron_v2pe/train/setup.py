@@ -336,7 +336,10 @@ def _micro_batch_runner(
         norm=NORMALIZATION[config.data.normalize_type],
     )
     runner = MicroBatchRunner(
-        shard=sharder.shard, device=context.ranks.device, source_names=tuple(loader.source_names)
+        shard=sharder.shard,
+        device=context.ranks.device,
+        rows=sharder.rows,
+        source_names=tuple(loader.source_names),
     )
     attach(runner, trainer.wrapped)
     return runner

@@ -17,7 +17,7 @@ import torch
 
 from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
-from megatron_v2pe.assembly.schedule import run_schedule
+from megatron_v2pe.assembly.schedule import StageRows, run_schedule
 from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
@@ -81,7 +81,10 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
-    outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
+    stages = None
+    if runner.rows is not None:
+        stages = StageRows(rows=[runner.rows(batch) for batch in batches], groups=ranks.groups)
+    outputs = run_schedule(trainer.wrapped, runner.forward_step, batches, stages=stages)
     loss, totals = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
     part_norms = grad_norms(trainer.optimizer, trainer.model_chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())

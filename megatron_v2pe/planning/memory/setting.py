@@ -57,8 +57,8 @@ class Setting:
     @property
     def fused_swiglu(self) -> bool:
         """Whether MLPs of the decoder keep only their first linear's output."""
-        fused = self.config.model.fused_swiglu
-        return fused == "on" or (fused == "auto" and not self.on_cpu)
+        swiglu = self.config.model.swiglu
+        return swiglu == "fused" or (swiglu == "auto" and not self.on_cpu)
 
     def trains(self, part: Part) -> bool:
         """Whether a part's own weights are trained."""
