@@ -38,6 +38,7 @@ from megatron_v2pe.models.layer_specs import BackendModules
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
+from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
@@ -207,7 +208,7 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
             "model.offload_activations is true, but this host has no GPU: activations are in host memory already; "
             "set it to false"
         )
-    return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
+    return replace(savings, offload=ActivationOffload())
 
 
 def tower_groups(context: ParallelContext) -> ProcessGroupCollection:

@@ -13,6 +13,7 @@ sequence parallelism), H hidden.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,9 +81,16 @@ class LanguageModel(GPTModel):
         self.elementwise = elementwise
         self.vocab_size = vocab_size
         self.memory = memory
+        if memory.offload is not None and self.decoder.final_layernorm is not None:
+            self.decoder.final_layernorm.register_forward_pre_hook(self._keep_on_device)
 
     def _set_attention_backend(self) -> None:
         """mcore would set Transformer Engine's environment for the whole process; see `parallel.attention.te`."""
+
+    def _keep_on_device(self, *_: Any) -> None:
+        """What comes after the layers is needed at once in backward."""
+        assert self.memory.offload is not None
+        self.memory.offload.paused = True
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -130,7 +138,7 @@ class LanguageModel(GPTModel):
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         params = self.attention_params(batch)
-        with self.memory.saved_tensors():
+        with self.memory.offload or nullcontext():
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden

@@ -88,9 +88,9 @@ class Waits:
     def _note(self, message, category, filename, lineno, file=None, line=None):
         if "synchroniz" not in str(message):
             return
-        frames = [
-            frame for frame in traceback.extract_stack() if "site-packages/torch/" not in frame.filename
-        ]
+        frames = traceback.extract_stack()
+        if any(frame.filename == __file__ and frame.name in ("call", "to_host") for frame in frames):
+            return  # of this file, not of the run
         ours = [frame for frame in frames if frame.filename.startswith(ROOT + "megatron_v2pe/")]
         if ours:
             self.places[f"{ours[-1].filename.removeprefix(ROOT)} {ours[-1].name}"] += 1

@@ -89,6 +89,53 @@ def test_compiling_fails_here_and_the_run_says_so(run, tmp_path):
     assert "runtime.elementwise is 'compiled', but torch.compile cannot run here" in refused.stderr
 
 
+OFFLOAD = """
+import os, torch
+from megatron_v2pe.models.offload import ActivationOffload
+
+class Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, number):
+        ctx.save_for_backward(x)
+        ctx.number = number
+        return x.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        assert torch.equal(x.cpu(), wanted[ctx.number]), ctx.number
+        seen.append(ctx.number)
+        return gradient, None
+
+wanted = [torch.full((1000,), float(number)) for number in range(5)]
+seen, outputs = [], []
+offload = ActivationOffload(smallest_bytes=1)
+with offload:
+    for number, values in enumerate(wanted):
+        offload.paused = number == 4
+        x = values.cuda().requires_grad_()
+        outputs.append(Keep.apply(x, number))
+        del x
+for output in reversed(outputs):
+    torch.autograd.backward(output, torch.zeros(1000, device="cuda"))
+print("seen", seen)
+os._exit(0)
+"""
+
+
+def test_offloaded_tensors_come_back(cuda_python, libraries):
+    """Bytes of five tensors over the queues of copies; the one that is kept while paused stays."""
+    done = subprocess.run(
+        [cuda_python, "-c", OFFLOAD],
+        env=environment(libraries),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "seen [4, 3, 2, 1, 0]" in done.stdout, done.stderr[-3000:]
+
+
 BODIES = {
     "different collectives": "dist.all_reduce(x) if rank else dist.broadcast(x, 0)",
     "a rank that is missing": "rank or dist.all_reduce(x)",
