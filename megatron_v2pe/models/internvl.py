@@ -78,13 +78,15 @@ class InternVL(MegatronModule):
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised tiles [n, 3, S, S] to feature rows [n*K, H].
 
-        A rank without tiles encodes a blank one and keeps none of its rows: its parameters still get
+        A rank without tiles encodes a blank one (in training) and keeps none of its rows: its parameters still get
         (zero) gradients and its backward pass still joins the routing collective. Ranks may have different
         numbers of slices: nothing in here waits for a rank with other tiles.
         """
         if self.vision is None or self.projector is None:
             raise RuntimeError("this pipeline stage holds no vision tower")
         num_tiles = len(pixels)
+        if num_tiles == 0 and not torch.is_grad_enabled():
+            return pixels.new_zeros(0, self.config.hidden_size)
         num_blank = -num_tiles % self.tile_multiple if num_tiles else self.tile_multiple
         if num_blank:
             blank = pixels.new_zeros(num_blank, 3, self.tile_size, self.tile_size)

@@ -68,7 +68,7 @@ class BatchSharder:
             )
         positions = position_units(layout, own)
         labels = batch.labels[index]
-        tokens, labels_there, loss_weights, units, cu_seqlens, supervised = to_device(
+        tokens, labels_there, loss_weights, units, cu_seqlens, supervised, is_token, weight = to_device(
             [
                 batch.tokens[index],
                 labels,
@@ -76,6 +76,8 @@ class BatchSharder:
                 positions,
                 layout.cu_seqlens.astype(np.int32),
                 np.flatnonzero(labels >= 0),
+                layout.is_token(index),
+                np.asarray(batch.loss_weights.sum(dtype=np.float64)),
             ],
             device,
         )
@@ -93,6 +95,8 @@ class BatchSharder:
             supervised=supervised,
             pixels=pixels,
             route=route,
+            is_token=is_token,
+            pack_weight=weight,
         )
 
     def rows(self, batch: PackedBatch) -> int:
