@@ -50,6 +50,8 @@ VARIANTS = {
     "full, offloaded": dict(model=ModelConfig(recompute="full")),
     "selective, MLP chunks": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
     "full, MLP chunks": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
+    "fused SwiGLU": dict(model=ModelConfig(swiglu="fused")),
+    "tile multiple": dict(vision=VisionConfig(tile_multiple=4)),
     "loss chunks": dict(model=ModelConfig(loss_chunk_tokens=5)),
     "vision selective": dict(vision=VisionConfig(recompute="selective")),
     "vision full": dict(vision=VisionConfig(recompute="full")),
