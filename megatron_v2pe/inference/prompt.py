@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.cut import CutRule
-from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediumTiles, load_tile_range
 from megatron_v2pe.data.media.tiling import rule_for_sample
 from megatron_v2pe.data.samples.encode import encode_conversation
+from megatron_v2pe.data.samples.records import literal_placeholders
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
@@ -40,7 +41,8 @@ def build_prompt(
 
     Args:
         turns: messages, human and gpt in turn, the last one human. Where no turn has a placeholder, one
-            `<image>` line for each image goes before the first, as the release's `chat` does for one image.
+            `<image>` line for each image goes before the first, as the release's `chat` does for one image. Control
+            tokens in them are text, and `\\<image>` is the text `<image>`, as in training.
         images: image files, in the order of their placeholders.
         settings: template, tokenizer and tiling of the checkpoint.
         stride: position units that a visual token advances.
@@ -49,12 +51,13 @@ def build_prompt(
         ConfigError: placeholders and images differ in number.
         DataError: an image cannot be read.
     """
+    turns = [replace(turn, value=literal_placeholders(turn.value)) for turn in turns]
     turns = _with_placeholders(turns, len(images))
     rule = CutRule(tiling=rule_for_sample(settings.tiling, len(images)))
     media = []
     for path in images:
         file = ImageFile(path=path)
-        sizes = file.probe(settings.media, sample_id="", size_of=check_image)
+        sizes = [header.size for header in file.probe(settings.media, sample_id="", header_of=read_header)]
         media.append(MediumTiles(medium=file, images=file.tiles(sizes, rule), rules=settings.media))
     return prompt_with(turns, media, settings=settings, stride=stride)
 
@@ -101,7 +104,7 @@ def _with_placeholders(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     if placeholders == 0 and num_images:
         first = turns[0]
         value = f"{IMAGE_PLACEHOLDER}\n" * num_images + first.value
-        return [Turn(role=first.role, value=value), *turns[1:]]
+        return [replace(first, value=value), *turns[1:]]
     if placeholders != num_images:
         raise ConfigError(
             f"the prompt has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} images; give one for each image, or "
