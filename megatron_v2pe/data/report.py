@@ -30,8 +30,8 @@ _MAX_STEPS = 400  # that are simulated, evenly spread over the epoch
 class DatasetRow:
     """One data set: what was measured, and what an epoch draws of it.
 
-    `parts` counts samples that are parts of long ones, `cut` those whose text was cut, `lost` images that lose something
-    by rule (see `media.traits`).
+    `parts` counts samples that are parts of long ones, `cut` those whose text was cut, `lost` images that lose
+    something by rule (see `media.traits`).
     """
 
     name: str

@@ -106,8 +106,8 @@ def to_native(values: Mapping[str, Any], *, format_name: str, where: str) -> Nat
     shape, used = _shape(values, where)
     if shape not in SHAPES[format_name]:
         raise DataError(
-            f"{where}: {_READS[shape]}, which is not the data set's format {format_name!r}; change 'format' in the meta "
-            f"json ({', '.join(SHAPES)})"
+            f"{where}: {_READS[shape]}, which is not the data set's format {format_name!r}; change 'format' in the "
+            f"meta json ({', '.join(SHAPES)})"
         )
     notes = [] if shape == "from_value" and used == ["conversations"] else [f"format:{_NAMES[shape]}"]
     named, keys = _named(values, where)

@@ -103,8 +103,8 @@ def _message(
         is_tool = said in ("tool", "function", "observation", "function_call")
         what = "; tool calls are not used in training here" if is_tool else ""
         raise DataError(
-            f"{where}.{role_key} is {shortened(said)}, but must be 'human' or 'gpt' ('user', 'assistant'), or 'system' in "
-            f"the first{what}"
+            f"{where}.{role_key} is {shortened(said)}, but must be 'human' or 'gpt' ('user', 'assistant'), or 'system' "
+            f"in the first{what}"
         )
     supervised = True
     for key, value in message.items():

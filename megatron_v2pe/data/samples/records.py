@@ -1,10 +1,10 @@
-"""One line of an annotation file: parsed, checked, its media named. Nothing is opened.
+r"""One line of an annotation file: parsed, checked, its media named. Nothing is opened.
 
     line --json--> object --formats.to_native--> messages, images, videos --checked--> Record
 
 Example: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, ...]}; a text
 record has no image, one with several has a list; {"video": "v.mp4", "clip": [3, 9.5]} has frames instead. Other formats
-are in `formats`. A placeholder that is meant as text is written with a backslash: `\\<image>`.
+are in `formats`. A placeholder that is meant as text is written with a backslash: `\<image>`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     if native.has_video_image and videos and not images and _stands_for_videos(turns, len(videos)):
         turns = _renamed(turns, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
         notes.append("video_image")
-    is_single = isinstance(values.get("image"), str)
+    is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
     turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
     turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
     system = _checked_text(native.system, "system text", where) or entry.system

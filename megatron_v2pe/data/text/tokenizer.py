@@ -158,13 +158,14 @@ class Tokenizer:
         mark = next(waiting, _NO_MARK) + shift
         start = 0
         ranges = [(low + shift, high + shift) for low, high in written]
+        ids_of = self._plain_ids if written else self._encode_part
         for part, num_stripped, added in self._cut(prepared, ranges):
             start += num_stripped
             end = start + len(part)
-            own = [added] if added is not None else self._encode_part(part) if part else []
+            own = [added] if added is not None else ids_of(part) if part else []
             while mark < end:
                 prefix = part[: max(0, mark - start)]
-                inside = _common_prefix(self._encode_part(prefix), own) if prefix else 0
+                inside = _common_prefix(ids_of(prefix), own) if prefix else 0
                 places.append(len(ids) + inside)
                 mark = next(waiting, _NO_MARK) + shift
             ids += own
@@ -175,10 +176,10 @@ class Tokenizer:
     def _encode_part(self, part: str) -> list[int]:
         """Ids of a text without added tokens; short ones are remembered. The caller must not change the list."""
         if len(part) > _SHORT_PART:
-            return self._plain_ids(part)
+            return self._vocabulary.encode(part)
         known = self._known_parts.get(part)
         if known is None:
-            known = self._plain_ids(part)
+            known = self._vocabulary.encode(part)
             if len(self._known_parts) < _MAX_KNOWN_PARTS:
                 self._known_parts[part] = known
         return known
@@ -189,7 +190,7 @@ class Tokenizer:
         A vocabulary may have an entry for the id of a control token (`[UNUSED_TOKEN_145]` of InternLM2's is `<|im_end|>`).
         A text that spells it is encoded in pieces, cut after the first character of the entry.
         """
-        ids = self._vocabulary.encode(part)
+        ids = self._encode_part(part)
         if self._control_ids.isdisjoint(ids):
             return ids
         hits = self._control_ids.intersection(ids)
