@@ -179,8 +179,8 @@ def _placed(
 ) -> tuple[Turn, ...]:
     """Turns with exactly one placeholder for each medium; a single one that has none gets it in front.
 
-    The release puts a missing placeholder in front of the conversation. It checks the first message only and would leave
-    a placeholder of a later message as plain text.
+    The release puts a missing placeholder in front of the conversation. It checks the first message only and would
+    leave a placeholder of a later message as plain text.
     """
     count = sum(turn.value.count(placeholder) for turn in turns)
     if count == 0 and may_add and media:
@@ -337,7 +337,7 @@ def _parse_turn(message: Message) -> Turn:
 
 
 def literal_placeholders(text: str) -> str:
-    """A text whose `\\<image>` and `\\<video>` are no placeholders; see `medium.plain_text` for the way back."""
+    r"""A text whose `\<image>` and `\<video>` are no placeholders; see `medium.plain_text` for the way back."""
     if "\\<" not in text:
         return text
     for placeholder in _PLACEHOLDERS:
@@ -359,7 +359,7 @@ def _checked_text(text: str, what: str, where: str) -> str:
         ) from None
     if LITERAL_MARK in text:
         raise DataError(
-            f"{where}: {what} has {LITERAL_MARK!r} at character {text.index(LITERAL_MARK) + 1}, which Unicode keeps out of "
-            "texts; remove it"
+            f"{where}: {what} has {LITERAL_MARK!r} at character {text.index(LITERAL_MARK) + 1}, which Unicode keeps out "
+            "of texts; remove it"
         )
     return text

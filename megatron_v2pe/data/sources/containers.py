@@ -2,7 +2,8 @@
 
     a.json (array or one object), a.json.gz, a.jsonl, a.parquet --records_of--> (place, object), one at a time
 
-Used by `convert-data`, which writes one record a line; training reads that form only, because it is found by byte offset.
+Used by `convert-data`, which writes one record a line; training reads that form only, because its records are found by
+byte offset.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
     first = values[0] if isinstance(values, list) and values else values
     if isinstance(first, dict) and ("conversations" in first or "messages" in first):
         raise DataError(
-            f"data.meta: {path}: holds records, not a list of data sets; name their file as 'annotation' of a meta json: "
+            f"data.meta: {path}: holds records, not a list of data sets; name their file as 'annotation' of a "
+            "meta json: "
             '{"NAME": {"annotation": "FILE.jsonl", "root": "FOLDER", "repeat_time": 1, "data_augment": false}}'
         )
     if not isinstance(values, dict) or not values:
