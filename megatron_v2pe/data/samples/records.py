@@ -359,7 +359,7 @@ def _checked_text(text: str, what: str, where: str) -> str:
         ) from None
     if LITERAL_MARK in text:
         raise DataError(
-            f"{where}: {what} has {LITERAL_MARK!r} at character {text.index(LITERAL_MARK) + 1}, which Unicode keeps out "
-            "of texts; remove it"
+            f"{where}: {what} has {LITERAL_MARK!r} at character {text.index(LITERAL_MARK) + 1}, which Unicode keeps "
+            "out of texts; remove it"
         )
     return text

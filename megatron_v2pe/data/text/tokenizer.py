@@ -193,8 +193,8 @@ class Tokenizer:
     def _plain_ids(self, part: str) -> list[int]:
         """Ids of a text, none of them a control token's.
 
-        A vocabulary may have an entry for the id of a control token (`[UNUSED_TOKEN_145]` of InternLM2's is `<|im_end|>`).
-        A text that spells it is encoded in pieces, cut after the first character of the entry.
+        A vocabulary may have an entry for the id of a control token (`[UNUSED_TOKEN_145]` of InternLM2's is
+        `<|im_end|>`). A text that spells it is encoded in pieces, cut after the first character of the entry.
         """
         ids = self._encode_part(part)
         if self._control_ids.isdisjoint(ids):
