@@ -32,7 +32,7 @@ def test_a_gpu_that_cannot_compile_says_so(monkeypatch, caplog):
         assert choose_elementwise(RuntimeConfig()) == ElementwiseOps()
     assert "torch.compile cannot run here (no compiler)" in caplog.text
     with pytest.raises(
-        ConfigError, match="runtime.elementwise is 'compiled', but torch.compile cannot run here: no comp"
+        ConfigError, match=r"runtime\.elementwise is 'compiled', but torch.compile cannot run here: no comp"
     ):
         choose_elementwise(RuntimeConfig(elementwise="compiled"))
 
