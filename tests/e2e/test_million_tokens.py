@@ -69,7 +69,9 @@ def make_folder(folder):
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
     tensors["language_model.model.layers.0.attention.wo.weight"].zero_()
-    tensors["language_model.model.layers.1.attention.wo.weight"] *= 4  # what is attended to decides about the answer
+    tensors["language_model.model.layers.1.attention.wo.weight"] *= (
+        4  # what is attended to decides about the answer
+    )
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -111,7 +113,9 @@ def plant_needle(folder, prompt):
     query = reference.qkv(last, units[0], per_tile)[0][0, 0, 0]
     y = torch.zeros(1, last.shape[1], dtype=torch.float64, requires_grad=True)
     (query @ reference.rotated(y, units[1], per_tile)[1][0, 0]).backward()
-    liked = y.grad[0] * reference["model.layers.1.attention_norm"]  # by the direction before the norm's weight
+    liked = (
+        y.grad[0] * reference["model.layers.1.attention_norm"]
+    )  # by the direction before the norm's weight
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
     # Queries and keys grow together; a score is their product over sqrt(16).
