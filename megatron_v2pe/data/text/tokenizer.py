@@ -252,7 +252,7 @@ class Tokenizer:
         parts, last = [""], 0
         for low, high, splitter in self._segments(written, len(text)):
             head, *rest = splitter.split(text[low:high]) if splitter else [text[low:high]]
-            parts[-1] += head  # a text goes on over the border of a segment
+            parts[-1] += head  # a text continues over the border of a segment
             parts += rest
             last = high
         return [*parts[:-1], parts[-1] + text[last:]]
