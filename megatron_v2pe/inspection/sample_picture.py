@@ -165,8 +165,8 @@ def _undrawn(view: PackView) -> str:
     if not count:
         return ""
     return (
-        f"\n{count:,} letters are drawn as {NO_FONT}, because no installed font has them (for Chinese, Japanese, Korean "
-        "install fonts-noto-cjk); the list has them all"
+        f"\n{count:,} letters are drawn as {NO_FONT}, because no installed font has them (for Chinese, Japanese "
+        "and Korean install fonts-noto-cjk); the list has them all"
     )
 
 
