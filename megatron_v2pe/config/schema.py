@@ -39,6 +39,10 @@ class ModelConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
     """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
+    swiglu: Literal["auto", "fused", "plain"] = "auto"
+    """What an MLP keeps for backward. fused: its first linear's output and the product, 3 inner activations, from which
+    backward computes the gate again, at no time on a GPU; plain: 5. They round in another order, in backward only.
+    auto: fused on a GPU, plain on a CPU, where it is faster."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
@@ -78,6 +82,9 @@ class VisionConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole vision layers."""
     micro_batch_tiles: int = 0
     """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
+    tile_multiple: int = 1
+    """Round the tiles that are encoded at a time up to a multiple of this with blank ones. A GPU chooses and builds its
+    kernels anew for every number of tiles, a second each time; blank tiles cost as much as others, and no gradient."""
 
     def __post_init__(self) -> None:
         require(
@@ -86,6 +93,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
+        if self.micro_batch_tiles % self.tile_multiple:
+            raise ConfigError(
+                f"vision.tile_multiple is {self.tile_multiple}, but must divide vision.micro_batch_tiles = "
+                f"{self.micro_batch_tiles}, or full slices would grow; change one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +373,10 @@ class RuntimeConfig:
     """Seed of data order, strides, drop path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
+    elementwise: Literal["auto", "compiled", "eager"] = "auto"
+    """How element-wise operations run (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale, drop
+    path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
+    operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0

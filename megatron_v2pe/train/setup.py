@@ -351,6 +351,7 @@ def _micro_batch_runner(loader: TrainLoader, trainer: Trainer, sharder: BatchSha
     runner = MicroBatchRunner(
         shard=sharder.shard,
         device=sharder.context.ranks.device,
+        rows=sharder.rows,
         source_names=tuple(loader.source_names),
     )
     attach(runner, trainer.wrapped)
