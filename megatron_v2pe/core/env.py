@@ -68,6 +68,11 @@ def launch_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return attempt.parent if attempt.name.startswith("attempt_") else None
 
 
+def api_key(environ: Mapping[str, str] | None = None) -> str:
+    """Key that requests to a server must carry, from V2PE_API_KEY; "" where it is not set."""
+    return (os.environ if environ is None else environ).get("V2PE_API_KEY", "").strip()
+
+
 def rank_monitor_socket(environ: Mapping[str, str] | None = None) -> str | None:
     """Address of the monitor that NVIDIA's ft_launcher made for this rank; None without that launcher."""
     return (os.environ if environ is None else environ).get("FT_RANK_MONITOR_IPC_SOCKET")

@@ -26,11 +26,6 @@ class _RankFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def get_logger(name: str) -> logging.Logger:
-    """Logger of a module of this package; call it with `__name__`."""
-    return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
-
-
 def quiet_dependencies() -> None:
     """Hide warnings that megatron-core and torch's process groups address to their own developers.
 

@@ -9,12 +9,14 @@ come back as bytes in shared memory, and how many packs are under way follows fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
@@ -22,7 +24,6 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
 from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, TileShare, pack_request
@@ -30,7 +31,7 @@ from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _TOKEN_BYTES = 20  # id, label and weight
 _MOST_PREFETCH = 16  # packs of one worker; more only delays the start
 
@@ -224,6 +225,9 @@ def _torch_loader(
         collate_fn=_unchanged,
         multiprocessing_context=worker_context(__name__) if num_workers else None,
         worker_init_fn=_start_worker,
+        # Of its own: DataLoader draws a seed when it is iterated, and from the global generator that draw would move
+        # drop path and dropout of a resumed run, whose generators were restored before.
+        generator=torch.Generator().manual_seed(config.runtime.seed),
     )
 
 
@@ -234,7 +238,7 @@ def _bounded_workers(config: RunConfig, pack_bytes: int) -> tuple[int, int]:
         pack_bytes, num_workers=data.num_workers, budget=data.prefetch_mib * 2**20
     )
     if num_workers < data.num_workers:
-        _log.warning(
+        logger.warning(
             "data.num_workers is %d, but packs of up to %.1f MiB in data.prefetch_mib = %d leave room for %d",
             data.num_workers,
             pack_bytes / 2**20,

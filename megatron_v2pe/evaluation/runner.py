@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,6 @@ from tqdm import tqdm
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.evaluation import report
 from megatron_v2pe.evaluation.retrieval import (
     Answerer,
@@ -34,7 +34,7 @@ from megatron_v2pe.evaluation.retrieval import (
 )
 from megatron_v2pe.inspection.run_curves import write_loss_curve
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 MANIFEST = "evaluation.json"
 
 

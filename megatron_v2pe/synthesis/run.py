@@ -9,6 +9,7 @@ was killed continues with the parts that are missing.
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.synthesis.document.compose import GENERATOR_VERSION, Materials
 from megatron_v2pe.synthesis.kinds import plan
@@ -30,7 +30,7 @@ from megatron_v2pe.synthesis.settings import LOCK, META, SKIPPED, WORK, Synthesi
 from megatron_v2pe.synthesis.sources import Sources, read_sources
 from megatron_v2pe.synthesis.workers import make_parts
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _NO_LIMIT = 2**40
 
 
@@ -139,5 +139,5 @@ def _alone(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"--out: another synthesize is at work in {out}; wait for it") from None
         except OSError as error:
-            _log.warning("%s: no file locks here (%s); do not start a second run", out, error)
+            logger.warning("%s: no file locks here (%s); do not start a second run", out, error)
         yield

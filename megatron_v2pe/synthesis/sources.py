@@ -10,6 +10,7 @@ error.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.synthesis.material.corpus import Corpus, build_corpus, text_files
 from megatron_v2pe.synthesis.material.pictures import PoolImage, image_files, inspect_all
 from megatron_v2pe.synthesis.material.vqa import RawQuestion, VqaItem, read_questions
 from megatron_v2pe.synthesis.settings import SynthesisConfig
 from megatron_v2pe.synthesis.split import digest, split_of
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _SHOWN = 3
 
 
@@ -149,6 +149,6 @@ def _questions_of_split(questions: list[VqaItem], config: SynthesisConfig) -> tu
 def _report_skipped(skipped: dict[str, str]) -> None:
     if skipped:
         shown = "; ".join(list(skipped.values())[:_SHOWN])
-        _log.warning(
+        logger.warning(
             "%d source files are not used: %s%s", len(skipped), shown, " ..." if len(skipped) > _SHOWN else ""
         )

@@ -85,8 +85,10 @@ class _Training:
         wrapped = self.step.wrapped
         optimizer = build_optimizer(wrapped, config)
         scheduler = build_scheduler(optimizer, config.optim)
-        chunks = [wrapped[0].module]
-        self.trainer = Trainer(chunks=chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
+        model_chunks = [wrapped[0].module]
+        self.trainer = Trainer(
+            model_chunks=model_chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
+        )
 
     def __call__(self) -> None:
         train_step(self.trainer, self.step.runner, [self.step.batch], ranks=self.step.ranks)

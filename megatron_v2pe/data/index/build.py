@@ -7,6 +7,7 @@ After a kill the pass continues with what no part covers, so less than five seco
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,7 +18,6 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.core.processes import end_with_parent, worker_context
 from megatron_v2pe.data.index.parts import PartFolder, remaining
 from megatron_v2pe.data.index.rows import BadSample, IndexRows, RowCollector
@@ -27,7 +27,7 @@ from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import open_binary
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _TURN_S = 2.0  # longest turn of a worker
 _LOG_EVERY_S = 10.0
 Progress = Callable[[int, int], None]
@@ -215,7 +215,7 @@ def measuring_progress(entry: DatasetEntry, total: int, show: bool) -> Iterator[
         if bar.disable and now - last > _LOG_EVERY_S:
             last, rate = now, num_done / (now - started)
             left = (total - num_done) / max(rate, 1e-9)
-            _log.info(
+            logger.info(
                 "%s: %d of %d lines, %d bad, %.0f/s, %.0f s left",
                 entry.annotation,
                 num_done,
@@ -230,4 +230,4 @@ def measuring_progress(entry: DatasetEntry, total: int, show: bool) -> Iterator[
     finally:
         bar.close()
     seconds = time.monotonic() - started
-    _log.info("%s: measured %d lines in %.1f s, %d bad", entry.annotation, num_done, seconds, num_bad)
+    logger.info("%s: measured %d lines in %.1f s, %d bad", entry.annotation, num_done, seconds, num_bad)

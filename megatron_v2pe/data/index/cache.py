@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.build import build_rows, measure_into, measuring_progress
 from megatron_v2pe.data.index.parts import PartFolder
 from megatron_v2pe.data.index.rows import (
@@ -36,7 +36,7 @@ from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import file_facts, open_binary
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            _log.warning("%s: no file locks here (%s); each rank does the same work", path, error)
+            logger.warning("%s: no file locks here (%s); each rank does the same work", path, error)
         yield
 
 
@@ -83,7 +83,7 @@ class IndexCache:
                 if block.end > covered
                 for next_line in [block.first_line + block.num_lines]
             ]
-            _log.info("%s: grew; %d lines are known", self._entry.annotation, lines)
+            logger.info("%s: grew; %d lines are known", self._entry.annotation, lines)
         parts = PartFolder(self._folder / f"parts-{scan.digest[:16]}")
         total = sum(block.num_lines for block in blocks)
         with measuring_progress(self._entry, total, show_progress) as progress:
@@ -118,7 +118,7 @@ class IndexCache:
                     return rows, facts
                 raise KeyError("facts are missing")
             except (OSError, ValueError, KeyError, EOFError) as error:
-                _log.warning("%s: damaged index (%s); the data is measured again", folder, error)
+                logger.warning("%s: damaged index (%s); the data is measured again", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -152,7 +152,9 @@ class IndexCache:
         if len(collected.bad) == len(rows.bad):
             return rows, facts["content"]
         still_bad = {bad.offset for bad in collected.bad}
-        _log.info("%s: %d bad lines are good now", self._entry.annotation, len(rows.bad) - len(collected.bad))
+        logger.info(
+            "%s: %d bad lines are good now", self._entry.annotation, len(rows.bad) - len(collected.bad)
+        )
         good = IndexRows(arrays=collected.rows().arrays, bad=())
         kept = rows.without_bad({bad.offset for bad in rows.bad} - still_bad)
         return self._stored(sorted_rows(concatenate([kept, good])), {**facts, "stat": stat}), facts["content"]

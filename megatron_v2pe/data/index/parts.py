@@ -5,17 +5,17 @@ The folder is named by the hash of the annotation file's content, so parts of a 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.rows import IndexRows, concatenate, read_part, write_part
 from megatron_v2pe.data.index.scan import ByteRange, byte_range
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _WRITE_EVERY_S = 2.0
 
 
@@ -68,7 +68,7 @@ class PartFolder:
                 rows, facts = read_part(path)
                 found += list(_ranges_of(rows, facts["ranges"], facts["counts"]))
             except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                _log.warning("%s: damaged (%s); its lines are measured again", path, error)
+                logger.warning("%s: damaged (%s); its lines are measured again", path, error)
                 path.unlink(missing_ok=True)
         return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,6 @@ import numpy as np
 from megatron_v2pe.config.batch_schedule import BatchSchedule
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
 from megatron_v2pe.data.index.rows import BadSample
 from megatron_v2pe.data.plan.balance import assign_packs, order_for_steps, whole_steps
@@ -31,7 +31,7 @@ from megatron_v2pe.data.plan.store import EpochPlan, stored_plan
 from megatron_v2pe.data.samples.cost import NO_COST, PackCost
 from megatron_v2pe.v2pe.layout import Int64Array
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _SHOWN_BAD = 20
 _EPOCHS_PER_STAGE = 2**32  # keeps epoch numbers of different stages apart
 _VERSION = 2  # of the order that this file makes
@@ -204,9 +204,9 @@ class MixturePlan:
         bounds = np.concatenate([[0], np.cumsum([len(pack) for pack in packs])])
         flat = np.fromiter((place for pack in packs for place in pack), dtype=np.int64, count=bounds[-1])
         costs = np.add.reduceat(self._cost.of_samples(tokens, tiles)[flat], bounds[:-1])
-        if _log.isEnabledFor(10):
+        if logger.isEnabledFor(logging.DEBUG):
             fill = pack_fill(packs, tokens, max_tokens=data.max_pack_tokens)
-            _log.debug("stage %d, epoch %d: %d packs, %.2f %% full", stage, epoch, len(packs), 100 * fill)
+            logger.debug("stage %d, epoch %d: %d packs, %.2f %% full", stage, epoch, len(packs), 100 * fill)
         if data.shuffle:
             order = self._order(costs, first, generator)
             places = [flat[bounds[pack] : bounds[pack + 1]] for pack in order.tolist()]
@@ -292,12 +292,14 @@ class MixturePlan:
     def log_bad(self) -> None:
         """Name the samples that are skipped, and count those that are cut."""
         if self.num_bad:
-            _log.warning("%d bad samples are skipped (of %d)", self.num_bad, self.num_bad + self.num_samples)
+            logger.warning(
+                "%d bad samples are skipped (of %d)", self.num_bad, self.num_bad + self.num_samples
+            )
         for bad in self.bad[:_SHOWN_BAD]:
-            _log.warning("skipped %s: %s", bad.sample_id, bad.message)
+            logger.warning("skipped %s: %s", bad.sample_id, bad.message)
         num_cut = sum(index.num_cut for index in self._indexes)
         if num_cut:
-            _log.warning(
+            logger.warning(
                 "%d samples are cut at data.max_sample_tokens = %d (data.long_samples is cut)",
                 num_cut,
                 self._data.max_sample_tokens,

@@ -5,6 +5,7 @@ first rank: lock --make--> arrays --aside, fsync, rename--> cache_dir/plans/NAME
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,10 +17,9 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import commit_folder
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.data.index.cache import locked
 
-_log = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _KEPT_PLANS = 8  # epochs; one of 3 million draws is 25 MB
 
 
@@ -88,7 +88,7 @@ def _opened(folder: Path) -> EpochPlan | None:
             return plan
         raise ValueError("arrays of different lengths")
     except (OSError, ValueError, IndexError, EOFError) as error:
-        _log.warning("%s: damaged plan (%s); it is made again", folder, error)
+        logger.warning("%s: damaged plan (%s); it is made again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import Part, adapted_names, linear_names
+from megatron_v2pe.config.lora import ADAPTERS, Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 
 ParameterSize = tuple[str, int]
@@ -38,7 +38,7 @@ class Adapters:
         unit = rows // max(1, sum(share for _, share, _ in parts))
         for name, share, is_adapted in parts:
             if is_adapted:
-                prefix = f"{linear}.lora.{name.replace('.', '_')}"
+                prefix = f"{linear}.{ADAPTERS}.{name.replace('.', '_')}"
                 yield f"{prefix}.lora_A", self.rank * columns
                 yield f"{prefix}.lora_B", unit * share * self.rank
 
@@ -64,8 +64,3 @@ def planned_adapters(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -
         parts = tuple((name, share, name in chosen) for name, share in zip(names, shares, strict=True))
         roles.append((role, parts))
     return Adapters(rank=lora.rank_of(part), roles=tuple(roles))
-
-
-def is_adapter_name(parameter: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
-    return ".lora." in parameter

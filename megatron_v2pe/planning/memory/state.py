@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.lora import PARTS, parts_trained_whole
+from megatron_v2pe.config.lora import PARTS, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
-from megatron_v2pe.planning.memory.adapters import ParameterSize, is_adapter_name
+from megatron_v2pe.planning.memory.adapters import ParameterSize
 from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
 from megatron_v2pe.planning.request.stages import ModelChunk, model_chunks_of_rank
 
@@ -110,7 +110,7 @@ class StateBytes:
 
 def is_trained_name(parameter: str, frozen: frozenset[str]) -> bool:
     """Whether a parameter is trained, by its name and the parts that are not."""
-    return parameter.partition(".")[0] not in frozen or is_adapter_name(parameter)
+    return parameter.partition(".")[0] not in frozen or is_adapter_parameter(parameter)
 
 
 @lru_cache(maxsize=256)

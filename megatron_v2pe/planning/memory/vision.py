@@ -63,7 +63,7 @@ class VisionShape:
 def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, costs: LayerCosts) -> list[Op]:
     """shuffle (a copy) -> LayerNorm -> fc1 -> bias -> gelu -> fc2 -> bias."""
     e, hidden = costs.element_bytes, arch.language.hidden_size
-    channels = arch.vision.hidden_size * round(1 / arch.downsample_ratio) ** 2
+    channels = arch.projector_width
     rows = tiles * arch.tokens_per_tile
     shuffled, inner, output = rows * channels * e, rows * hidden // tower_tp * e, rows * hidden * e
     return [

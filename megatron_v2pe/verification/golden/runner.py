@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from pathlib import Path
 
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.core.logging import get_logger
 from megatron_v2pe.verification.golden.rows import Row
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,9 +159,8 @@ class CapturedRun:
         local = self._local.pop(name, None)
         arch = self.arch
         if name.startswith("vision") or name == PROJECTOR:
-            side = arch.image_size // arch.vision.patch_size
             features = (arch.tokens_per_tile, arch.language.hidden_size)
-            width = features if name == PROJECTOR else (side * side + 1, arch.vision.hidden_size)
+            width = features if name == PROJECTOR else (arch.patches_per_tile, arch.vision.hidden_size)
             tiles = gather_tiles(
                 local,
                 num_tiles=pack.num_tiles,

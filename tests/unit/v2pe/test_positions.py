@@ -125,7 +125,7 @@ def test_find_images_and_its_refusals():
     ("change", "message"),
     [
         ({"strides": np.array([0])}, "at least 1"),
-        ({"num_tiles": np.array([3])}, "overlap or leave"),
+        ({"num_tiles": np.array([3])}, "overlap or exceed"),
         ({"strides": np.array([1, 1])}, "differ in length"),
     ],
 )
