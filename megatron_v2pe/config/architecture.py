@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
 from megatron_v2pe.config.section import Section
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import read_json_object
 
 LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
 
@@ -117,16 +117,55 @@ def read_architecture(folder: str | Path) -> InternVLArchitecture:
     """
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid json ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a json object")
-    return parse_architecture(values, str(path))
+        raise CheckpointError(_no_config(path)) from None
+    arch = parse_architecture(values, str(path))
+    require_consistent(arch, str(path))
+    return arch
+
+
+def _no_config(path: Path) -> str:
+    if path.with_name("adapter_config.json").is_file():
+        return (
+            f"{path}: no such file, but there is adapter_config.json: this is a PEFT folder of adapters; "
+            "`megatron-v2pe import-hf FOLDER CHECKPOINT --base CHECKPOINT_OF_THE_MODEL` imports it onto its model"
+        )
+    return f"{path}: no such file; give the folder of a Hugging Face InternVL2 checkpoint"
+
+
+def require_consistent(arch: InternVLArchitecture, path: str = "config.json") -> None:
+    """Refuse sizes that are each possible, but not together.
+
+    Raises:
+        CheckpointError: names all of them.
+    """
+    vision, language, shuffle = arch.vision, arch.language, 1 / arch.downsample_ratio
+    side = arch.image_size // vision.patch_size
+    rules = {
+        f"vision hidden_size {vision.hidden_size} must be a multiple of its {vision.num_heads} heads": (
+            vision.hidden_size % vision.num_heads == 0
+        ),
+        f"llm hidden_size {language.hidden_size} must be a multiple of its {language.num_heads} heads": (
+            language.hidden_size % language.num_heads == 0
+            or language.head_dim != language.hidden_size // language.num_heads
+        ),
+        f"head dimension {language.head_dim} must be even": language.head_dim % 2 == 0 and language.head_dim > 0,
+        f"{language.num_heads} heads must be a multiple of num_key_value_heads {language.num_kv_heads}": (
+            language.num_heads % language.num_kv_heads == 0
+        ),
+        f"image size {arch.image_size} must be a multiple of patch_size {vision.patch_size}, and so must "
+        f"vision image_size {vision.image_size}": (
+            side > 0 and arch.image_size % vision.patch_size == 0 and vision.image_size % vision.patch_size == 0
+        ),
+        f"downsample_ratio {arch.downsample_ratio} must be 1 over a whole number that divides the {side} patches of "
+        "a tile's side": abs(shuffle - round(shuffle)) < 1e-6 and side % round(shuffle) == 0,
+        f"rope_pos_id_stride {arch.position_stride} must be at most the {arch.tokens_per_tile} visual tokens of a "
+        "tile": arch.position_stride <= arch.tokens_per_tile,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise CheckpointError(f"{path}: " + "; ".join(broken))
 
 
 def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -79,10 +81,12 @@ def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     if not path.is_file():
         return {}, []
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        return {}, [f"{path}: not a weights index ({type(error).__name__}: {error})"]
-    outside = sorted({file for file in index.values() if Path(file).name != file})
+        index = read_json_object(path).get("weight_map")
+    except CheckpointError as error:
+        return {}, [str(error)]
+    if not isinstance(index, dict) or not all(isinstance(file, str) and file for file in index.values()):
+        return {}, [f"{path}: not a weights index, weight_map must be an object of tensor -> file name"]
+    outside = sorted({file for file in index.values() if Path(file).name != file or "\0" in file})
     problems = [f"{path}: names files outside the folder: {', '.join(outside)}"] if outside else []
     return {name: file for name, file in index.items() if file not in outside}, problems
 
