@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -22,9 +23,12 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
         kv_cache: what is done with keys and values of earlier tokens (generation); None in training.
+        routed: what the routers of a mixture of experts must know of the rows, a `models.experts.RoutedRows`; it
+            travels here because a layer that is computed again must get that of its own micro batch.
     """
 
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
     kv_cache: CacheStep | None = None
+    routed: Any = None

@@ -94,6 +94,8 @@ class LocalBatch:
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
         kv_cache: what is done with keys and values of earlier tokens, in generation only.
+        is_token: bool [l], false for padding; None where nobody asks (prompts).
+        pack_weight: float64 [], loss weight of the whole pack; None with `is_token`.
     """
 
     tokens: Tensor
@@ -106,6 +108,8 @@ class LocalBatch:
     pixels: Tensor | None
     route: FeatureRoute | None
     kv_cache: CacheStep | None = None
+    is_token: Tensor | None = None
+    pack_weight: Tensor | None = None
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:

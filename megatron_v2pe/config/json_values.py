@@ -51,6 +51,15 @@ def _text(value: Any) -> str:
     return value
 
 
+def _one_of(*names: str) -> Reader:
+    def read(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return str(value)
+
+    return read
+
+
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("an object")
@@ -81,7 +90,7 @@ def _side(value: Any) -> Any:
     sides = value if isinstance(value, list) and len(value) == 2 else [value]
     numbers = {_whole(1, 16384)(side) for side in sides}
     if len(numbers) > 1:
-        raise ValueError("the side of a square")
+        raise ValueError("two equal numbers, as tiles and patches are square")
     return numbers.pop()
 
 
@@ -112,7 +121,9 @@ VALUES: dict[str, Reader] = {
     "rope_theta": _real(1.0, 1e15),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _real(0.0, 1e9, is_low_allowed=False)),
     "attention_factor": _real(0.0, 1e6, is_low_allowed=False),
-    **dict.fromkeys(("short_factor", "long_factor"), _list(_real(0.0, 1e9, is_low_allowed=False), most=2**16)),
+    **dict.fromkeys(
+        ("short_factor", "long_factor"), _list(_real(0.0, 1e9, is_low_allowed=False), most=2**16)
+    ),
     "partial_rotary_factor": _real(0.0, 1.0),
     "router_aux_loss_coef": _real(0.0, 1e6),
     **dict.fromkeys(("initializer_factor", "layer_scale_init_value", "initializer_range"), _real(-1e6, 1e6)),
@@ -128,12 +139,14 @@ VALUES: dict[str, Reader] = {
     "architectures": _names,
     "layer_types": _list(_text, most=1024),
     # parts
-    **dict.fromkeys(("vision_config", "llm_config", "text_config", "rope_scaling", "rope_parameters"), _object),
+    **dict.fromkeys(
+        ("vision_config", "llm_config", "text_config", "rope_scaling", "rope_parameters"), _object
+    ),
     # what was trained
     "rope_pos_id_stride": _whole(0, 2**20),
     **dict.fromkeys(("min_dynamic_patch", "max_dynamic_patch"), _COUNT),
     **dict.fromkeys(("dynamic_image_size", "use_thumbnail", "pad2square"), _flag),
-    "normalize_type": _text,
+    "normalize_type": _one_of("imagenet", "clip", "siglip"),
     "system_message": _text,
     "max_trained_tokens": _LENGTH,
 }

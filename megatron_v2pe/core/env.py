@@ -89,6 +89,15 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**kept, **changes}
 
 
+def forget_launcher() -> None:
+    """Take the launcher's variables out of this process's environment, for libraries that would act on them.
+
+    Call it after the process group has been made, which no longer needs them.
+    """
+    for name in (*_LAUNCHER_NAMES, "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        os.environ.pop(name, None)
+
+
 def _number(values: Mapping[str, str], name: str) -> int:
     text = values[name]
     if not text.isdecimal():

@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def foreign_content(head: bytes) -> str:
-    """What a file is instead of itself, with the way out, by its first bytes; empty when nothing is known against it."""
+    """What a file is instead of itself, by its first bytes, with the way out; empty when nothing says so."""
     if head.startswith(_LFS):
         return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download it again"
     if head.lstrip()[:14].lower().startswith(_WEB_PAGE):
@@ -61,11 +61,12 @@ def read_plain(path: Path, *, max_bytes: int) -> bytes:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
-    with os.fdopen(descriptor, "rb", closefd=True) as stream:
-        found = os.fstat(stream.fileno())
-        kind = stat.S_IFMT(found.st_mode)
-        if kind != stat.S_IFREG:
-            raise CheckpointError(f"{path}: is {_KINDS.get(kind, 'not a regular file')}, not a file")
+    found = os.fstat(descriptor)
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: is {_KINDS.get(kind, 'not a regular file')}, not a file")
+    with os.fdopen(descriptor, "rb") as stream:
         if found.st_size > max_bytes:
             raise CheckpointError(f"{path}: has {found.st_size:,} bytes, but must have at most {max_bytes:,}")
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -76,6 +77,8 @@ class BatchSharder:
             max_seqlen=int((layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).max()),
             pixels=pixels,
             route=route,
+            is_token=torch.from_numpy(layout.is_token(index)).to(device),
+            pack_weight=torch.tensor(batch.loss_weights.sum(dtype=np.float64), device=device),
         )
 
     def _pixels(self, batch: PackedBatch) -> Tensor:

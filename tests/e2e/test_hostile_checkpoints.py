@@ -45,7 +45,11 @@ def test_generate_does_not_run_it(hostile):
 @pytest.mark.parametrize("verify", ["sizes", "full"])
 def test_train_does_not_run_it(imported, hostile, tmp_path, verify):
     folder, marker = hostile
-    overrides = [f"model.checkpoint={folder}", f"runtime.run_dir={tmp_path / 'run'}", f"checkpoint.verify={verify}"]
+    overrides = [
+        f"model.checkpoint={folder}",
+        f"runtime.run_dir={tmp_path / 'run'}",
+        f"checkpoint.verify={verify}",
+    ]
     done = run_verb("train", imported[0], *overrides)
     assert (done.returncode, "which no checkpoint needs" in done.stderr) == (2, True), done.stderr
     assert not marker.exists()

@@ -50,5 +50,3 @@ def read_info_unchecked(checkpoint: Path):
     from megatron_v2pe.checkpoint.files import folder
 
     return folder._parsed_info(checkpoint)
-
-

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import fused_parts
-from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, refuse_native
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import (
     AdapterRecord,
@@ -31,6 +31,7 @@ from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, read_
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
@@ -60,6 +61,7 @@ def import_peft(
     info = read_info(base)
     require_whole(base)
     arch = read_architecture(hf_path(base))
+    refuse_native(arch, base)
     config, weights = _read_config(Path(folder) / CONFIG_FILE), HFWeights(folder)
     raise_problems(f"{folder}: cannot be imported", list(weights.problems))
     linears = list(_present(arch, weights))
@@ -68,6 +70,7 @@ def import_peft(
     shards = dict(_shards(weights, linears, arch))
     needed_bytes = sum(weights.tensors[name].num_bytes for name in weights.tensors)
     with staged(target, force=force, needed_bytes=needed_bytes) as made:
+        raise_problems(f"{base}: cannot be copied", outside_or_odd(hf_path(base)))
         shutil.copytree(hf_path(base), hf_path(made), copy_function=shutil.copyfile)
         write_record(made, record, target=Path(target))
         state_path(made).mkdir()

@@ -74,7 +74,9 @@ class CheckpointInfo:
         if self.kind not in ("import", "train") or self.step < 0:
             raise ValueError(f"kind is {self.kind!r} and step {self.step}")
         if self.run_state and self.run_state.get("step") != self.step:
-            raise ValueError(f"step is {self.step}, but its run state is of step {self.run_state.get('step')}")
+            raise ValueError(
+                f"step is {self.step}, but its run state is of step {self.run_state.get('step')}"
+            )
 
 
 def hf_path(folder: str | Path) -> Path:

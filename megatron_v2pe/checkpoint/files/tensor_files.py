@@ -106,7 +106,10 @@ def shape_of(value: Any) -> tuple[int, ...]:
     """
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         raise ValueError(f"{str(value)[:60]} is no shape")
-    if not all(type(size) is int and 0 <= size < _MOST_ROWS for size in value) or math.prod(value) >= _MOST_ROWS:
+    if (
+        not all(type(size) is int and 0 <= size < _MOST_ROWS for size in value)
+        or math.prod(value) >= _MOST_ROWS
+    ):
         raise ValueError(f"{str(value)[:60]} is no shape")
     return tuple(value)
 

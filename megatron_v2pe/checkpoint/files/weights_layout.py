@@ -43,7 +43,10 @@ def read_layout(hf_folder: Path) -> list[WeightFile]:
     path = hf_folder / LAYOUT_FILE
     try:
         values = read_json_object(path)["files"]
-        return [WeightFile(_file_name(v["name"]), _tensors(v["tensors"]), _metadata(v["metadata"])) for v in values]
+        return [
+            WeightFile(_file_name(v["name"]), _tensors(v["tensors"]), _metadata(v["metadata"]))
+            for v in values
+        ]
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing; the checkpoint's hf/ folder is not one that import-hf wrote"

@@ -75,7 +75,9 @@ def _check_small_files(folder: Path) -> None:
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: no such file; the checkpoint is not whole") from None
     if {**_FORMAT, **found} != _FORMAT:
-        raise CheckpointError(f"{folder / _FORMAT_FILE}: is not of format torch_dist, version 1: {str(found)[:200]}")
+        raise CheckpointError(
+            f"{folder / _FORMAT_FILE}: is not of format torch_dist, version 1: {str(found)[:200]}"
+        )
     try:
         loaded_object(io.BytesIO(common))
     except Exception as error:  # of a damaged archive, torch fails in many ways

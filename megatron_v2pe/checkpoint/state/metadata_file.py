@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -51,10 +51,13 @@ _STORED_DTYPES = {str(dtype): dtype for dtype in (*DTYPES.values(), torch.comple
     for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
     if hasattr(torch, name)
 }
-_REFUSED_OPCODES = tuple(
-    getattr(pickle, name)
-    for name in ("PERSID", "BINPERSID", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER")
-) + (pickle.BYTEARRAY8, pickle.NEWOBJ_EX)
+_REFUSED_OPCODES = frozenset(
+    getattr(pickle, name)[0]
+    for name in (
+        *("PERSID", "BINPERSID", "INST", "OBJ", "EXT1", "EXT2", "EXT4"),
+        *("NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8", "NEWOBJ_EX"),
+    )
+)
 
 
 class _Record:
@@ -85,10 +88,10 @@ class _Record:
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # in Python: its opcodes can be taken away
-    dispatch = {
+    dispatch: ClassVar[dict[int, Any]] = {
         code: read
         for code, read in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
-        if code not in {opcode[0] for opcode in _REFUSED_OPCODES}
+        if code not in _REFUSED_OPCODES
     }
 
     def __init__(self, content: bytes) -> None:
@@ -129,9 +132,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 def _metadata(root: Any) -> Metadata:
     fields = _of(root, "Metadata").fields()
-    stored = {
-        _name(key): _stored(value) for key, value in _dict(fields["state_dict_metadata"]).items()
-    }
+    stored = {_name(key): _stored(value) for key, value in _dict(fields["state_dict_metadata"]).items()}
     places = {_index(key): _place(value) for key, value in _dict(fields["storage_data"]).items()}
     return Metadata(state_dict_metadata=stored, storage_data=places, storage_meta=StorageMeta())
 

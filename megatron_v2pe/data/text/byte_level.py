@@ -174,8 +174,8 @@ def read_qwen2(folder: Path) -> ByteLevelVocabulary:
     return _of_description(backend, backend.to_str(), composes=True)
 
 
-def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]]:
-    """Vocabulary of a `tokenizer.json`, and its added tokens.
+def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int], frozenset[str]]:
+    """Vocabulary of a `tokenizer.json`, its added tokens, and those of them that are special.
 
     Raises:
         CheckpointError: missing, damaged, or not byte level.
@@ -195,7 +195,8 @@ def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]
             f"{path}: cannot be read by the tokenizers library ({str(error)[:300]})"
         ) from None
     entries = _added_entries(path, values.get("added_tokens") or [])
-    return vocabulary, {entry["content"]: entry["id"] for entry in entries}
+    added = {entry["content"]: entry["id"] for entry in entries}
+    return vocabulary, added, frozenset(entry["content"] for entry in entries if entry.get("special"))
 
 
 def raise_if_foreign(error: BaseException) -> None:
@@ -237,5 +238,5 @@ def _pair(path: Path, line: str) -> tuple[str, str]:
     """One line of merges.txt."""
     parts = line.split()
     if len(parts) != 2:
-        raise CheckpointError(f"{path}: {line!r} is not a pair of tokens; the file is damaged")
+        raise CheckpointError(f"{path}: {line[:60]!r} is not a pair of tokens; the file is damaged")
     return parts[0], parts[1]

@@ -30,7 +30,13 @@ from megatron_v2pe.data.text.vocabularies import (
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 _SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
 _NO_MARK = 2**62  # after any text
-SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
+SUPPORTED_CLASSES = (
+    "InternLM2Tokenizer",
+    "InternLM3Tokenizer",
+    "LlamaTokenizer",
+    "Qwen2Tokenizer",
+    "PreTrainedTokenizerFast",
+)
 
 
 class Tokenizer:
@@ -86,6 +92,13 @@ class Tokenizer:
     def added_tokens(self) -> frozenset[str]:
         """Tokens that are cut out of a text before the vocabulary sees it; prose must not contain them."""
         return frozenset(self._files.added)
+
+    def tokens_from(self, index: int) -> list[tuple[str, int]]:
+        """Tokens whose id is at least `index`, with their ids, in order."""
+        entries = [(self._vocabulary.token(i), i) for i in range(index, self._vocabulary.size)]
+        return sorted(
+            {*entries, *((t, i) for t, i in self._files.added.items() if i >= index)}, key=lambda x: x[1]
+        )
 
     def token_id(self, token: str) -> int:
         """Id of one token.
@@ -248,11 +261,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, TokenizerFiles, bool]:
     """Vocabulary by class, files with the added tokens that only the vocabulary's file names, and adds_bos."""
-    kind = str(files.config.get("tokenizer_class", ""))
+    # A native folder that this package wrote names the class of the GitHub folder, whose vocabulary is beside it.
+    kind = str(files.config.get("github_tokenizer_class") or files.config.get("tokenizer_class", ""))
     # The release loads slow tokenizers, which have the name without Fast.
     slow = kind.removesuffix("Fast")
     wants_bos = files.config.get("add_bos_token")
-    if slow == "InternLM2Tokenizer":
+    if slow in ("InternLM2Tokenizer", "InternLM3Tokenizer"):  # one encoding, two names
         return (
             InternLM2Vocabulary(read_sentencepiece(folder / "tokenizer.model")),
             files,
@@ -263,8 +277,9 @@ def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, T
     if slow == "Qwen2Tokenizer":
         return read_qwen2(folder), files, False
     if kind == "PreTrainedTokenizerFast":
-        byte_level, added = read_tokenizer_json(folder / "tokenizer.json")
-        return byte_level, replace(files, added=added | files.added), bool(byte_level.opens_with())
+        byte_level, added, special = read_tokenizer_json(folder / "tokenizer.json")
+        files = replace(files, added=added | files.added, special=files.special | special)
+        return byte_level, files, bool(byte_level.opens_with())
     raise CheckpointError(
         f"{folder / 'tokenizer_config.json'}: tokenizer_class is {kind!r}; "
         f"supported: {', '.join(SUPPORTED_CLASSES)}"

@@ -7,6 +7,7 @@ Only data are read. Code that a checkpoint names (`auto_map`) is never imported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from megatron_v2pe.core.plain_files import read_json_object
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OTHERS = "additional_special_tokens"
-_MOST_IDS, _SHOWN = 2**24, 60
+_MOST_IDS, _SHOWN, _LONGEST = 2**24, 60, 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,17 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 def _content(path: Path, key: str, value: Any) -> str:
     """A token that is written plainly or as an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str) or not text:
-        raise CheckpointError(f"{path}: {key} must be a token, or an object with its text as 'content'; found "
-            f"{str(value)[:_SHOWN]!r}")
-    return text
+    if not _is_token(text):
+        raise CheckpointError(
+            f"{path}: {key} must be a token, or an object with its text as 'content'; found "
+            f"{str(value)[:_SHOWN]!r}"
+        )
+    return str(text)
+
+
+def _is_token(value: Any) -> bool:
+    """A short text of characters that exist; half of a surrogate pair is none."""
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST and not _SURROGATE.search(value)
 
 
 def token_index(path: Path, token: Any, index: Any) -> int:
@@ -88,7 +97,7 @@ def token_index(path: Path, token: Any, index: Any) -> int:
     Raises:
         CheckpointError: no token, or no id.
     """
-    if not isinstance(token, str) or not token or type(index) is not int or not 0 <= index <= _MOST_IDS:
+    if not _is_token(token) or type(index) is not int or not 0 <= index <= _MOST_IDS:
         raise CheckpointError(
             f"{path}: token {str(token)[:_SHOWN]!r} has the id {str(index)[:_SHOWN]!r}; expected a text and a whole "
             f"number in 0..{_MOST_IDS:,}"
@@ -99,7 +108,9 @@ def token_index(path: Path, token: Any, index: Any) -> int:
 def _decoder(path: Path, values: Any) -> dict[int, dict[str, Any]]:
     """`added_tokens_decoder`: id -> object with `content` and switches."""
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: added_tokens_decoder must be an object, found {type(values).__name__}")
+        raise CheckpointError(
+            f"{path}: added_tokens_decoder must be an object, found {type(values).__name__}"
+        )
     decoder: dict[int, dict[str, Any]] = {}
     for key, entry in values.items():
         token = entry.get("content") if isinstance(entry, dict) else None

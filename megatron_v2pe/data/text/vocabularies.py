@@ -204,6 +204,6 @@ def read_sentencepiece(path: Path) -> bytes:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the tokenizer of the checkpoint needs it") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # its own messages may be no UTF-8
         raise CheckpointError(f"{path}: not a sentencepiece model ({error})") from None
     return model

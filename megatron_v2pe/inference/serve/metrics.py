@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from megatron_v2pe.inference.serve.wire import Usage
@@ -15,7 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        more = {"registry": self._registry}
+        more: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter("v2pe_requests", "Requests by status of HTTP", ["status"], **more)
         self._prompt = Counter("v2pe_prompt_tokens", "Tokens of prompts", **more)
         self._cached = Counter("v2pe_cached_tokens", "Tokens of prompts that were known already", **more)

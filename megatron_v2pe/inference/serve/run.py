@@ -25,7 +25,7 @@ from megatron_v2pe.inference.serve.metrics import Metrics
 from megatron_v2pe.inference.serve.wire import Limits
 from megatron_v2pe.inference.serve.worker import Worker
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int, *, api_key: str) -> socket.socket:
@@ -74,13 +74,13 @@ def serve(
     host, port = listener.getsockname()[:2]
     with _drain_on_signals(inbox.drain):
         thread.start()
-        _log.info("serving %s at http://%s:%d/v1 (%s)", limits.model, host, port, chat.stride.reason)
+        logger.info("serving %s at http://%s:%d/v1 (%s)", limits.model, host, port, chat.stride.reason)
         try:
             Worker(chat, inbox=inbox, metrics=metrics, max_running=max_running).run()
         finally:
             http.should_exit = True
             thread.join(timeout=15)
-    _log.info("all requests are answered; the server ends")
+    logger.info("all requests are answered; the server ends")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Generator
@@ -32,7 +31,6 @@ from megatron_v2pe.inference.text_stream import TextStream
 from megatron_v2pe.parallel.replica import agree_on_problem, from_leader
 
 _IDLE_SECONDS = 1.0  # between rounds without work; the other ranks wait in a collective meanwhile
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
-from megatron_v2pe.checkpoint.hf.families.registry import LANGUAGE_TABLES
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import LANGUAGE_ARCHITECTURES, parse_architecture
+from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.families import FAMILIES
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import (
@@ -37,10 +37,6 @@ SIZES = {
 }
 
 
-def test_every_known_architecture_has_a_table():
-    assert set(LANGUAGE_TABLES) == set(LANGUAGE_ARCHITECTURES)
-
-
 @pytest.mark.parametrize("key", GOLDENS)
 def test_golden_checkpoints_come_back_byte_for_byte(tmp_path, key):
     info = import_hf(CKPT / key, tmp_path / "ckpt")
@@ -51,10 +47,19 @@ def test_golden_checkpoints_come_back_byte_for_byte(tmp_path, key):
     assert verify(CKPT / key, tmp_path / "ckpt").is_equal
 
 
-@pytest.mark.parametrize("architecture", LANGUAGE_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 def test_other_sizes_come_back_byte_for_byte(tmp_path, architecture, kv_heads):
     llm = {**SIZES, "architectures": [architecture], "num_key_value_heads": kv_heads}
+    if FAMILIES[architecture].reads_head_dim:
+        llm["head_dim"] = 14
+    if FAMILIES[architecture].experts:
+        llm |= {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "mlp_only_layers": [0],
+        }
     source = random_folder(tmp_path / "hf", shards=2, dtype=torch.bfloat16, llm=llm, vision={})
     import_hf(source, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "back")
@@ -100,6 +105,12 @@ def test_the_head_of_tied_embeddings_is_no_parameter():
 def test_tied_embeddings_come_back_with_and_without_a_copy(tmp_path):
     source = golden_copy(tmp_path / "hf", key="c_qwen2_vit300m")
     edit_config(source, llm_config={"tie_word_embeddings": True})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight: differs from .*embed_tokens.*it would be lost"
+    ):
+        import_hf(source, tmp_path / "with_copy")
+    embedding = load_file(source / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    edit_weights(source, **{HEAD.replace(".", "__"): embedding.clone()})
     import_hf(source, tmp_path / "with_copy")
     export_hf(tmp_path / "with_copy", tmp_path / "back")
     assert set(verify(source, tmp_path / "with_copy").dropped) == {HEAD}

@@ -86,7 +86,9 @@ def test_a_flipped_bit_of_a_large_file_is_found_by_full_alone(no_file_is_small, 
         read_info(ckpt, verify="full")
 
 
-@pytest.mark.parametrize("name", ["state/metadata.json", "state/common.pt", "state/.metadata", "hf/config.json"])
+@pytest.mark.parametrize(
+    "name", ["state/metadata.json", "state/common.pt", "state/.metadata", "hf/config.json"]
+)
 def test_a_flipped_bit_of_a_small_file_is_always_found(ckpt, name):
     flip_bit(ckpt / name)
     with pytest.raises(CheckpointError, match=f"{name} has the right size but other contents"):

@@ -210,3 +210,19 @@ def test_a_checkpoint_without_tokenizer(tmp_path, checkpoint, capsys):
     (tmp_path / "c" / "hf" / "tokenizer.model").unlink()
     assert main(["generate", str(tmp_path / "c"), "What?"]) == 2
     assert "tokenizer.model" in capsys.readouterr().err
+
+
+def test_the_chat_verb(checkpoint, image, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {image}\nWhat is it?\nAnd then?\n"))
+    assert (
+        main(["chat", str(checkpoint), "--dtype", "float32", "--max-new-tokens", "3", "--chunk-tokens", "64"])
+        == 0
+    )
+    answers, said = capsys.readouterr()
+    assert answers.count("\n") == 2
+    assert "stride 16 of 16" in said
+    assert ", 0 known already" in said
+    assert main(["chat", str(checkpoint), "--keep-tokens", "-1"]) == 2
+    assert "--keep-tokens is -1" in capsys.readouterr().err

@@ -19,7 +19,10 @@ from megatron_v2pe.inference.sampling import Sampling
 pytest.importorskip("starlette", reason="extra 'serve' is not installed")
 openai = pytest.importorskip("openai", reason="extra 'test' is not installed")
 
-import httpx  # noqa: E402
+try:  # the client library that the installed openai brings
+    import httpx2 as httpx
+except ModuleNotFoundError:
+    import httpx
 import uvicorn  # noqa: E402
 
 from megatron_v2pe.inference.serve.app import Server  # noqa: E402

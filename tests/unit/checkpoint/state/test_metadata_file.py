@@ -39,7 +39,9 @@ def test_it_is_what_torch_reads(imported):
 def test_a_trap_does_not_spring(tmp_path, protocol):
     content = pickle.dumps(Metadata({"x": Trap(tmp_path / "sprung")}), protocol=protocol)
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"\.metadata: damaged .*names posix\.mkdir, which no checkpoint needs"):
+    with pytest.raises(
+        CheckpointError, match=r"\.metadata: damaged .*names posix\.mkdir, which no checkpoint needs"
+    ):
         read_metadata(tmp_path)
     assert not (tmp_path / "sprung").exists()
     pickle.loads(content)  # it is one: plain pickle runs it
@@ -55,7 +57,7 @@ def test_a_trap_does_not_spring(tmp_path, protocol):
         b"\x80\x04\x8c\x05torch\x8c\x0dSize.__class__\x93.",
         b"\x80\x05\x96\xff\xff\xff\xff\x07\x00\x00\x00.",  # a bytearray of 32 GiB
         b"r\xff\xff\xff\xff.",  # memo 4,294,967,295
-        b"(" * 100_000 + b"." ,
+        b"(" * 100_000 + b".",
         b"]" * 200_000 + b"a" * 199_999 + b".",
         b"ctorch\nSize\n}S'a'\nI1\nsb.",  # state for a class instead of an object
         b"",
@@ -89,7 +91,10 @@ def test_flipped_bits_are_named_or_harmless(imported, tmp_path):
 def test_only_opcodes_of_the_writer_are_known(imported):
     from megatron_v2pe.checkpoint.state import metadata_file
 
-    used = {code.code.encode("latin-1")[0] for code, _, _ in pickletools.genops((imported / ".metadata").read_bytes())}
+    used = {
+        code.code.encode("latin-1")[0]
+        for code, _, _ in pickletools.genops((imported / ".metadata").read_bytes())
+    }
     known = set(metadata_file._Unpickler.dispatch)
     assert used <= known
     assert not {ord(c) for c in "iPQo"} & known  # INST, PERSID, BINPERSID, OBJ
