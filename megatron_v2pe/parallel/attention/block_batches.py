@@ -89,4 +89,5 @@ def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:
     """Tokens low..high-1 of the documents that start at `starts`."""
     if len(starts) == 1:
         return slice(starts[0] + low, starts[0] + high)
-    return (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten().to(device)
+    rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten()
+    return to_device([rows.numpy()], device)[0]
