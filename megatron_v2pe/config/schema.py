@@ -252,8 +252,16 @@ class DataConfig:
     """Memory of a rank for packs that are made but not yet used, in MiB; at least one pack is always under way."""
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
-    max_image_pixels: int = 178_956_970
-    """Largest width x height that is decoded, of images and of frames."""
+    max_image_pixels: int = 89_478_485
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
+    alpha: Literal["black", "white"] = "black"
+    """Transparent pixels. black: the transparency is dropped, as in the release, and the colors stored below it are
+    shown, mostly black; white: the picture is laid on white."""
+    control_tokens: Literal["text", "refuse"] = "text"
+    """Control tokens that a record's text spells (`<|im_end|>`, `</s>`, `<img>`). text: they are text like any other,
+    and end or forge nothing; refuse: the record is bad."""
     min_num_frame: int = 4
     """Fewest frames of a video; fewer only where it has fewer."""
     max_num_frame: int = 20

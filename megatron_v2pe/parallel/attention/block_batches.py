@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
+
 Rows = slice | Tensor
 SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
 
