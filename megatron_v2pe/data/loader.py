@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -163,6 +164,7 @@ class TrainLoader:
         if dp_rank == 0 and tile_rank == 0:
             plan.log_bad()
             plan.log_notices()
+        check_something_is_learned(config, indexes)
         self.fingerprint = plan.fingerprint
         self.facts = plan.facts
         self.num_bad = plan.num_bad
@@ -200,6 +202,21 @@ class TrainLoader:
             if pack is None:
                 return
             yield pack
+
+
+def check_something_is_learned(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
+    """Refuse a run whose data give no gradient to what it trains: texts alone, and only image parts trained.
+
+    Raises:
+        ConfigError: no sample has an image, and the language model is frozen and has no adapters.
+    """
+    trains_language = not config.model.freeze_language or config.lora.language_rank > 0
+    if not trains_language and not any(int(np.asarray(index.num_tiles).sum()) for index in indexes):
+        raise ConfigError(
+            "no sample of data.meta has an image, and the language model is frozen (model.freeze_language) and has no "
+            "adapters, so nothing that is trained would get a gradient; add data with images, or "
+            "train the language model"
+        )
 
 
 def _opened(pack: SentPack | V2PEError) -> PackedBatch:
