@@ -97,7 +97,7 @@ def sent_tiles(tiles: UInt8Array) -> torch.Tensor | UInt8Array:
 @lru_cache(maxsize=1)  # once for each worker
 def _warn_of_shared_memory(num_bytes: int, error: str) -> None:
     logger.warning(
-        "/dev/shm has no room for a pack of %.1f MiB (%s); packs go through a pipe, which is slower. Give the container "
+        "/dev/shm has no room for a pack of %.1f MiB (%s); packs go through a pipe, slower. Give the container "
         "more shared memory (docker run --shm-size 8g), or lower data.prefetch_mib",
         num_bytes / 2**20,
         error,
