@@ -9,6 +9,7 @@ come back as bytes in shared memory, and how many packs are under way follows fr
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -191,7 +192,7 @@ class TrainLoader:
 
     def _received(self) -> Iterator[SentPack | V2PEError]:
         """What the workers send; a worker that is killed while it hands over a pack's memory is an error of its own."""
-        packs = iter(self._loader)
+        packs = _started(self._loader)
         while True:
             try:
                 pack = next(packs, None)
@@ -217,6 +218,23 @@ def check_something_is_learned(config: RunConfig, indexes: Sequence[DatasetIndex
             "adapters, so nothing that is trained would get a gradient; add data with images, or "
             "train the language model"
         )
+
+
+def _started(loader: DataLoader[SentPack | V2PEError]) -> Iterator[SentPack | V2PEError]:
+    """Start the workers.
+
+    Raises:
+        DataError: their locks find no room in shared memory.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            "/dev/shm has no room for the locks of loading processes; give the container more shared memory (docker "
+            "run --shm-size 8g), or set data.num_workers to 0"
+        ) from None
 
 
 def _opened(pack: SentPack | V2PEError) -> PackedBatch:
