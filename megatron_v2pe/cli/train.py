@@ -44,11 +44,14 @@ def run(args: argparse.Namespace) -> int:
     # Before torch is imported: a typo is reported in a blink.
     config = load_run_config(args.config, [*args.overrides, *verify])
 
-    import torch
+    from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 
-    from megatron_v2pe.planning.request.hardware import known_peak_tflops
-    from megatron_v2pe.train.loop import train
+    with StartupWatch(config.runtime.hang_timeout_s, rank=launcher().rank) as watch:
+        import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    reason = train(config, peak_tflops=known_peak_tflops(device))
+        from megatron_v2pe.planning.request.hardware import known_peak_tflops
+        from megatron_v2pe.train.loop import train
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        reason = train(config, peak_tflops=known_peak_tflops(device), watch=watch)
     return INTERRUPTED if reason and launcher().master is None else 0

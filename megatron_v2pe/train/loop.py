@@ -6,16 +6,18 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.loader import explained_worker_deaths
 from megatron_v2pe.train.guards.final_errors import final_without_progress
 from megatron_v2pe.train.metrics.step_metrics import timed_batches
+from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 from megatron_v2pe.train.setup import Run, build_run
 from megatron_v2pe.train.step import train_step
 
 
-def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
+def train(config: RunConfig, *, peak_tflops: float | None = None, watch: StartupWatch | None = None) -> str:
     """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
 
     Args:
         config: the run.
         peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        watch: ends a start that hangs.
 
     Returns:
         What interrupted the run (see `interruption`), "" when it reached its last step.
@@ -25,7 +27,7 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
     with (
-        build_run(config, peak_tflops=peak_tflops) as run,
+        build_run(config, peak_tflops=peak_tflops, watch=watch) as run,
         final_without_progress(lambda: run.state.step),
         explained_worker_deaths(),
     ):
@@ -35,7 +37,11 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
 def steps(run: Run) -> str:
     """Train from the current step to the last, or to an interruption, whose reason is returned."""
     last_step = run.config.optim.steps
-    reason = ""
+    reason = run.interruption.agreed() if run.state.step < last_step else ""
+    if reason:  # asked for while the run was built
+        run.interruption.record(reason, step=run.state.step)
+        run.log.close()
+        return reason
     for loaded, data_s in timed_batches(run.loader):
         step = run.state.step + 1
         with run.meter.measured(step):

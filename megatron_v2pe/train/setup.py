@@ -37,7 +37,9 @@ from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
 from megatron_v2pe.parallel.topology import (
+    Joining,
     ParallelContext,
     ParallelPlan,
     Ranks,
@@ -51,6 +53,7 @@ from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
+from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
 from megatron_v2pe.train.guards.run_lock import locked
 from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
@@ -65,6 +68,7 @@ from megatron_v2pe.train.metrics.step_metrics import StepMeter
 from megatron_v2pe.train.monitoring.monitors import Monitors
 from megatron_v2pe.train.monitoring.profiling import StepProfiler
 from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
+from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.step import StepReport
@@ -133,12 +137,15 @@ class Run:
         )
 
 
-def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
+def build_run(
+    config: RunConfig, *, peak_tflops: float | None = None, watch: StartupWatch | None = None
+) -> Run:
     """Build a run, at the newest checkpoint of its run folder when there is one. Collective.
 
     Args:
         config: the run.
         peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        watch: ends a start that hangs; it is stopped where the watchdog of the steps begins.
 
     Returns:
         The run; use it as a context manager.
@@ -146,18 +153,21 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
     """
-    startup = StartupTimer()
+    startup = StartupTimer(watch)
     startup.done("imports")
     arch, plan, run_dir = _checked(config)
     with ExitStack() as stack:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
-        context = stack.enter_context(_world(config, plan))
+        context = stack.enter_context(_world(config, plan, facts=facts))
         ranks = context.ranks
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
+        if resume_from is not None:
+            require_equal_in_world(folder_facts(resume_from))
         startup.done("process groups")
         interruption = stack.enter_context(Interruption(run_dir, ranks=ranks))
         rank_monitor = stack.enter_context(RankMonitor())
@@ -172,6 +182,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         if ranks.rank == 0:
             _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
         startup.done("data")
+        if watch is not None:
+            watch.stop()
         return Run(
             config=config,
             run_dir=run_dir,
@@ -207,10 +219,13 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
 
 
 @contextmanager
-def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[ParallelContext]:
+def _world(config: RunConfig, plan: ParallelPlan, *, facts: Facts | None) -> Iterator[ParallelContext]:
     """Process groups of the run. After an error they are left alone: other ranks may be anywhere in theirs."""
-    timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
-    yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
+    hang_s = config.runtime.hang_timeout_s
+    timeout = collective_timeout_minutes(hang_s)
+    # torch tries to connect for up to twice its limit; the message about it comes before the watch ends the process.
+    joining = Joining(timeout_s=0.45 * hang_s if hang_s else None, facts=facts)
+    yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout, joining=joining)
     shutdown()
 
 
