@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.batch.kv_cache import CacheStep
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, blank_layout
 
@@ -93,7 +93,7 @@ class LocalBatch:
         pixels: [n_local, 3, S, S] normalised tiles of this rank in the model's dtype; None on ranks
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
-        kv_cache: keys and values of earlier tokens, in decoding only.
+        kv_cache: what is done with keys and values of earlier tokens, in generation only.
     """
 
     tokens: Tensor
@@ -105,7 +105,7 @@ class LocalBatch:
     max_seqlen: int
     pixels: Tensor | None
     route: FeatureRoute | None
-    kv_cache: KeyValueCache | None = None
+    kv_cache: CacheStep | None = None
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:

@@ -173,6 +173,8 @@ class DataConfig:
 
     meta: str = ""
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
+    validation: str = ""
+    """Meta json of held-out data sets, whose loss is measured every runtime.validate_every steps; empty: none."""
     template: str = ""
     """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
@@ -327,6 +329,8 @@ class RuntimeConfig:
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
     log_every: int = 1
     """Steps between heartbeat lines."""
+    validate_every: int = 0
+    """Steps between losses of data.validation, which are measured after the last step, too; 0 for none."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
     wandb_project: str = ""
@@ -352,6 +356,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
         require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
         require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),

@@ -37,6 +37,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
+    check_validation(config)
     check_lora(config, arch)
     check_something_is_trained(config)
     check_part_rates(config)
@@ -189,6 +190,15 @@ def check_lengths(data: DataConfig) -> None:
                 f"cut at data.max_sample_tokens = {data.max_sample_tokens}; raise that or lower the stage "
                 "(0 means no limit)"
             )
+
+
+def check_validation(config: RunConfig) -> None:
+    """Held-out data and how often it is used come together."""
+    data, every = config.data.validation, config.runtime.validate_every
+    if bool(data) != bool(every):
+        raise ConfigError(
+            f"data.validation is {data!r} and runtime.validate_every is {every}; give both, or neither"
+        )
 
 
 def check_part_rates(config: RunConfig) -> None:

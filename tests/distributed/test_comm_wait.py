@@ -66,7 +66,7 @@ def test_the_slow_rank_waits_least_in_every_kind_of_call():
 
 
 def test_a_run_names_its_slow_rank(tmp_path, capsys):
-    """In the metrics, in the heartbeat, and in the summary of the run."""
+    """In the metrics and in the summary of the run; two slow steps are nothing to warn of."""
     checkpoint, meta = tiny.import_golden(tmp_path / "checkpoint"), tiny.make_data(tmp_path / "data")
     config = tiny.run_yaml(tmp_path / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=tmp_path / "run")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -80,9 +80,8 @@ def test_a_run_names_its_slow_rank(tmp_path, capsys):
         assert line["straggler"] == 1
         assert line["straggler_s"] == pytest.approx(line["comm_wait_s_max"] - line["comm_wait_s_min"])
         assert line["straggler_s"] == pytest.approx(NAP_SECONDS, rel=0.5)
-    assert re.search(
-        r"step 4/5 .* STRAGGLER rank 1: the others waited \d\.\d\d s for it in 1 step", done.stderr
-    )
+    assert "step 4/5 " in done.stderr
+    assert "STRAGGLER" not in done.stderr
     assert main(["runs", str(tmp_path / "run")]) == 0
     assert re.search(r"^stragglers .*rank 1 in \d of 5 steps", capsys.readouterr().out, re.M)
 

@@ -13,6 +13,12 @@ from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
 from megatron_v2pe.checkpoint.convert.hf_source import copy_side_files
+from megatron_v2pe.checkpoint.convert.remote_code import (
+    add_remote_code,
+    check_family,
+    check_stride,
+    record_stride,
+)
 from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
 from megatron_v2pe.checkpoint.files.block_stream import BlockStream
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
@@ -37,6 +43,8 @@ def export_hf(
     force: bool = False,
     dtype: Dtype = "keep",
     max_shard_bytes: int = 0,
+    stride: int | None = None,
+    remote_code: bool = False,
     progress: Progress = silent,
     expect: Progress = silent,
 ) -> None:
@@ -48,14 +56,20 @@ def export_hf(
         force: replace `target` if it exists, once the new one is complete.
         dtype: cast floating point tensors.
         max_shard_bytes: largest weight file; 0 keeps the files of the imported folder.
+        stride: stride to recommend for a checkpoint that was trained with random ones; None records nothing.
+        remote_code: put code beside the weights, with which transformers loads them without this package.
         progress: called with the bytes of each block.
         expect: called once, before, with all bytes of this rank.
 
     Raises:
+        ConfigError: the stride is none that was trained.
         CheckpointError: not a complete checkpoint, a tensor is missing, or the target cannot be written.
     """
     read_info(checkpoint_folder)
     hf = hf_path(checkpoint_folder)
+    check_stride(hf / "config.json", stride)
+    if remote_code:
+        check_family(hf / "config.json")
     exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress)
     files = [exported.as_stored(file) for file in read_layout(hf)]
     if max_shard_bytes:
@@ -64,6 +78,7 @@ def export_hf(
     needed_bytes = sum(file.num_bytes for file in files)
     with ensure_process_group(), staged_by_ranks(target, force=force, needed_bytes=needed_bytes) as folder:
         on_first_rank(lambda: _write_all_but_tensors(folder, hf, files, dtype))
+        on_first_rank(lambda: _write_positions_and_code(folder, stride, remote_code=remote_code))
         mine = _share(files, *rank_and_world_size())
         expect(sum(file.tensors[name].num_bytes for file, names in mine for name in names))
         on_all_ranks(lambda: _write_tensors(folder, mine, exported))
@@ -80,6 +95,12 @@ def _write_all_but_tensors(folder: Path, hf: Path, files: Sequence[WeightFile], 
             header = file.header()
             stream.write(header)
             stream.truncate(len(header) + file.num_bytes)
+
+
+def _write_positions_and_code(folder: Path, stride: int | None, *, remote_code: bool) -> None:
+    record_stride(folder / "config.json", stride)
+    if remote_code:
+        add_remote_code(folder)
 
 
 def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
