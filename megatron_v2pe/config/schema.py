@@ -384,6 +384,19 @@ class RuntimeConfig:
         require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
+def _refuse_address(key: str, value: object) -> None:
+    """Refuse `s3://...` where a path is meant, which would make a local folder of that name.
+
+    The address is not repeated: it may carry credentials, and logs and config.yaml are kept.
+    """
+    if isinstance(value, str) and "://" in value:
+        scheme = value.partition("://")[0]
+        raise ConfigError(
+            f"{key} is an address ({scheme}://...), but must be a path of a mounted file system; copy or mount it. "
+            "Files that the meta json names may be addresses, with credentials where the storage library looks for them"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -405,6 +418,7 @@ class RunConfig:
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
                 require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+                _refuse_address(f"{section.name}.{each.name}", value)
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""

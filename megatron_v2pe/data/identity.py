@@ -29,17 +29,21 @@ _WHOLE_BYTES = 8 * 2**20
 _THREADS = 8
 
 
-def data_identity(meta: str | Path) -> dict[str, str]:
+def data_identity(meta: str | Path, *, name: str = "data.meta") -> dict[str, str]:
     """What a rank sees of the data that a meta json names.
+
+    Args:
+        meta: the meta json.
+        name: field that names it.
 
     Raises:
         DataError: see `read_meta`.
     """
     entries = read_meta(meta)
-    facts = {"data.meta content": hashlib.sha256(Path(meta).read_bytes()).hexdigest()[:16]}
+    facts = {f"{name} content": hashlib.sha256(Path(meta).read_bytes()).hexdigest()[:16]}
     most = max(_FEWEST_RECORDS, _MOST_RECORDS // len(entries))
     for entry in entries:
-        facts |= _entry_identity(entry, most)
+        facts |= {f"{key} ({name})": value for key, value in _entry_identity(entry, most).items()}
     return facts
 
 

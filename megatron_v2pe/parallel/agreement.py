@@ -1,4 +1,4 @@
-"""All ranks were started alike: their facts are compared through the launcher's store, before any process group is made.
+"""All ranks were started alike: their facts are compared through the launcher's store, before any group is made.
 
     every rank   facts --sha256--> store
     rank 0       all equal? --yes--> verdict: ""

@@ -6,18 +6,16 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.loader import explained_worker_deaths
 from megatron_v2pe.train.guards.final_errors import final_without_progress
 from megatron_v2pe.train.metrics.step_metrics import timed_batches
-from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
-from megatron_v2pe.train.setup import Run, build_run
+from megatron_v2pe.train.setup import Outside, Run, build_run
 from megatron_v2pe.train.step import train_step
 
 
-def train(config: RunConfig, *, peak_tflops: float | None = None, watch: StartupWatch | None = None) -> str:
+def train(config: RunConfig, outside: Outside) -> str:
     """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
 
     Args:
         config: the run.
-        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
-        watch: ends a start that hangs.
+        outside: what the run gets from outside.
 
     Returns:
         What interrupted the run (see `interruption`), "" when it reached its last step.
@@ -27,21 +25,28 @@ def train(config: RunConfig, *, peak_tflops: float | None = None, watch: Startup
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
     with (
-        build_run(config, peak_tflops=peak_tflops, watch=watch) as run,
+        build_run(config, outside) as run,
         final_without_progress(lambda: run.state.step),
         explained_worker_deaths(),
     ):
-        return steps(run)
+        return _stopped_before_first_step(run) or steps(run)
+
+
+def _stopped_before_first_step(run: Run) -> str:
+    """What asked to stop while the run was built, "" if nothing did. Collective."""
+    if run.state.step >= run.config.optim.steps:
+        return ""
+    reason = run.interruption.agreed()
+    if reason:
+        run.interruption.record(reason, step=run.state.step)
+        run.log.close()
+    return reason
 
 
 def steps(run: Run) -> str:
     """Train from the current step to the last, or to an interruption, whose reason is returned."""
     last_step = run.config.optim.steps
-    reason = run.interruption.agreed() if run.state.step < last_step else ""
-    if reason:  # asked for while the run was built
-        run.interruption.record(reason, step=run.state.step)
-        run.log.close()
-        return reason
+    reason = ""
     for loaded, data_s in timed_batches(run.loader):
         step = run.state.step + 1
         with run.meter.measured(step):

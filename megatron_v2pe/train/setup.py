@@ -18,7 +18,6 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
-from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -26,20 +25,17 @@ from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.batch_schedule import batch_schedule
-from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.files import explained_full_disk, writable_folder
 from megatron_v2pe.core.jsonl import append_json
-from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
 from megatron_v2pe.data.validation import ValidationPacks
-from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
+from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import (
     Joining,
     ParallelContext,
@@ -63,6 +59,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     model_folder,
     run_to_continue,
 )
+from megatron_v2pe.train.introduction import SizesOf, check_room, describe_data, introduction
 from megatron_v2pe.train.metrics.metrics_log import MetricsLog
 from megatron_v2pe.train.metrics.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.metrics.startup_timer import StartupTimer
@@ -142,15 +139,27 @@ class Run:
         )
 
 
-def build_run(
-    config: RunConfig, *, peak_tflops: float | None = None, watch: StartupWatch | None = None
-) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What a run gets from rooms that it does not know, or from whoever started it.
+
+    Attributes:
+        sizes_of: counts parameters and bytes.
+        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        watch: ends a start that hangs; it is stopped where the watchdog of the steps begins.
+    """
+
+    sizes_of: SizesOf
+    peak_tflops: float | None = None
+    watch: StartupWatch | None = None
+
+
+def build_run(config: RunConfig, outside: Outside) -> Run:
     """Build a run, at the newest checkpoint of its run folder when there is one. Collective.
 
     Args:
         config: the run.
-        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
-        watch: ends a start that hangs; it is stopped where the watchdog of the steps begins.
+        outside: what it gets from outside.
 
     Returns:
         The run; use it as a context manager.
@@ -158,7 +167,7 @@ def build_run(
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
     """
-    startup = StartupTimer(watch)
+    startup = StartupTimer(outside.watch)
     startup.done("imports")
     arch, plan, run_dir = _checked(config)
     with ExitStack() as stack:
@@ -176,7 +185,7 @@ def build_run(
         startup.done("process groups")
         interruption = stack.enter_context(Interruption(run_dir, ranks=ranks))
         rank_monitor = stack.enter_context(RankMonitor())
-        logger.info("%s", _introduction(config, arch, plan=plan, resume_from=resume_from))
+        _introduce(config, arch, plan, run_dir, resume_from=resume_from, sizes_of=outside.sizes_of)
         resume_from = _verified(config, run_dir, resume_from, ranks=ranks)
         startup.done("checks")
         trainer = _trainer(config, arch, context, resume_from=resume_from, startup=startup)
@@ -188,8 +197,9 @@ def build_run(
         observing = _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
         monitors = stack.enter_context(observing)
         startup.done("data")
-        if watch is not None:
-            watch.stop()
+        logger.info("%s", describe_data(config, loader))
+        if outside.watch is not None:
+            outside.watch.stop()
         return Run(
             config=config,
             run_dir=run_dir,
@@ -201,7 +211,7 @@ def build_run(
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
-            meter=StepMeter(arch, ranks=ranks, peak_tflops=peak_tflops),
+            meter=StepMeter(arch, ranks=ranks, peak_tflops=outside.peak_tflops),
             log=_metrics_log(config, run_dir, state, ranks=ranks),
             startup=startup,
             interruption=interruption,
@@ -234,25 +244,21 @@ def _world(config: RunConfig, plan: ParallelPlan, *, facts: Facts | None) -> Ite
     shutdown()
 
 
-def _introduction(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, resume_from: Path | None
-) -> str:
-    """What is trained, on what, for how long, and where to look."""
-    runtime = config.runtime
-    trained = [*parts_trained_whole(config), *(["adapters"] if config.lora.is_on else [])]
-    begin = f"continued from {resume_from.name}" if resume_from else "from the first"
-    layout = f"tp {plan.tp}, cp {plan.cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
-    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
-    rows = [
-        ["model", f"{config.model.hf_path or config.model.checkpoint}"],
-        ["", f"{arch.language.architecture}, {name_map(arch).num_parameters / 1e6:,.1f} M parameters"],
-        ["trained", ", ".join(trained)],
-        ["layout", f"{ranks}: {layout}"],
-        ["data", f"{config.data.meta}; packs of {config.data.max_pack_tokens:,} tokens"],
-        ["steps", f"{config.optim.steps} of {batch_schedule(config).text}; {begin}"],
-        ["folder", f"{runtime.run_dir}; `megatron-v2pe runs {runtime.run_dir}` shows the run"],
-    ]
-    return "\n".join(["training run", *text_table(None, rows, align="<", indent="  ")])
+def _introduce(
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    plan: ParallelPlan,
+    run_dir: Path,
+    *,
+    resume_from: Path | None,
+    sizes_of: SizesOf,
+) -> None:
+    """Say what is about to happen, and refuse a disk without room for a checkpoint. Collective."""
+    sizes = sizes_of(config, arch)
+    architecture = arch.language.architecture
+    text = introduction(config, plan=plan, architecture=architecture, sizes=sizes, resume_from=resume_from)
+    logger.info("%s", text)
+    on_first_rank(lambda: check_room(config, run_dir, sizes))
 
 
 def _verified(config: RunConfig, run_dir: Path, resume_from: Path | None, *, ranks: Ranks) -> Path | None:

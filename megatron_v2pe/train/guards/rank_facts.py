@@ -57,6 +57,7 @@ def rank_facts(config: RunConfig, arch: InternVLArchitecture) -> dict[str, str]:
         **dict(_flat("config.json", dataclasses.asdict(arch))),
         **folder_facts(Path(checkpoint)),
         **data_identity(config.data.meta),
+        **(data_identity(config.data.validation, name="data.validation") if config.data.validation else {}),
     }
 
 

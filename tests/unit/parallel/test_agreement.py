@@ -58,9 +58,7 @@ def test_the_majority_is_right_also_against_rank_0():
 def test_many_ranks_and_many_keys_stay_one_screen():
     usual = {f"key{number}": "x" * 500 for number in range(50)}
     other = {f"key{number}": "y" * 500 for number in range(50)}
-    tables = [
-        RankFacts(rank=rank, host="node", facts=usual if rank < 600 else other) for rank in range(1000)
-    ]
+    tables = [RankFacts(rank=rank, host="node", facts=usual if rank < 600 else other) for rank in range(1000)]
     message = describe_differences(tables)
     assert "and 396 more: key0 is yyy" in message
     assert "and 42 more differ" in message

@@ -25,7 +25,9 @@ print("started")
 
 def started(phases, *, limit=0.4, seconds):
     program = PROGRAM.format(phases=phases, limit=limit, seconds=seconds)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
 
 
 def test_a_start_that_hangs_is_ended_and_says_where():
@@ -40,7 +42,11 @@ def test_a_start_that_hangs_is_ended_and_says_where():
 
 @pytest.mark.parametrize(
     ("phases", "limit"),
-    [(["imports", "process groups", "checks"], 0.3), (["imports", "process groups", "checkpoint"], 0.3), ([], 0)],
+    [
+        (["imports", "process groups", "checks"], 0.3),
+        (["imports", "process groups", "checkpoint"], 0.3),
+        ([], 0),
+    ],
 )
 def test_loading_and_measuring_may_be_longer_and_0_watches_nothing(phases, limit):
     done = started(phases, limit=limit, seconds=1.2)
