@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
@@ -28,8 +30,9 @@ from megatron_v2pe.config.architecture import InternVLArchitecture, read_archite
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.files import explained_full_disk, writable_folder
+from megatron_v2pe.core.files import explained_full_disk, remove_leftovers, writable_folder
 from megatron_v2pe.core.jsonl import append_json
+from megatron_v2pe.core.open_files import require_open_files
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
@@ -57,6 +60,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_usable_folder,
     run_to_continue,
 )
 from megatron_v2pe.train.introduction import SizesOf, check_room, describe_data, introduction
@@ -230,7 +234,10 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
-    return arch, plan, writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+    require_open_files()
+    run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+    require_usable_folder(run_dir)
+    return arch, plan, run_dir
 
 
 @contextmanager
@@ -349,6 +356,10 @@ def _record_start(
     """Clean the run folder and note the start in it; rank 0 alone does."""
     if ranks.rank != 0:
         return
+    begin = psutil.Process().create_time()
+    folders = (run_dir, run_dir / "checkpoints", run_dir / "heartbeats")
+    for left in [each for folder in folders for each in remove_leftovers(folder, before=begin)]:
+        logger.info("deleted %s, left by a killed process", left)
     for left in remove_incomplete(run_dir):
         logger.info("deleted %s, left by an interrupted save", left)
     write_config_snapshot(run_dir, config, is_resumed=is_resumed)
