@@ -109,7 +109,9 @@ def _located(tree: dict[Any, Any], folder: Path) -> dict[Any, Any]:
         return tree
     for section, key in _READ_PATHS:
         values = tree.get(section)
-        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
         if isinstance(value, str) and value and "${" not in value and (folder / value).exists():
             values[key] = str((folder / value).absolute())
     return tree

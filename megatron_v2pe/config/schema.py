@@ -26,7 +26,8 @@ class ModelConfig:
     """Which checkpoint is trained, and which parts of it."""
 
     checkpoint: str = ""
-    """Folder written by `import-hf`, or a step folder of an earlier run; only its weights are used."""
+    """Folder written by `import-hf`, a step folder of an earlier run, or its run folder, whose newest checkpoint is meant;
+    only its weights are used."""
     hf_path: str = ""
     """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
     its slices of the safetensors."""
@@ -292,7 +293,7 @@ class CheckpointConfig:
     """When the run is saved and what it resumes from."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves at the end only, and a run that is killed before loses everything."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True

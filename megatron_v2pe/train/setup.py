@@ -171,7 +171,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
     """
-    startup = StartupTimer(outside.watch)
+    startup = StartupTimer(outside.watch.done if outside.watch is not None else None)
     startup.done("imports")
     arch, plan, run_dir = _checked(config)
     with ExitStack() as stack:
