@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import PartSplit, adapted_modules
 from megatron_v2pe.assembly.backend_modules import choose_modules
+from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
     projector_config,
@@ -30,12 +31,15 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.elementwise import ElementwiseOps
+from megatron_v2pe.models.experts import ExpertRouter, RouterSettings
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import BackendModules
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
+from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
@@ -61,13 +65,16 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
     plain = choose_modules(config.parallel, dtype=config.runtime.dtype)
     modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
+    elementwise = choose_elementwise(config.runtime)
     model_chunks = []
     for stage in stages_of_rank(context):
-        language = _build_language(config, arch, decoder_config, modules["language"], context, stage)
+        language = _build_language(
+            config, arch, decoder_config, modules["language"], elementwise, context, stage
+        )
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, modules["vision"], context)
-            projector = _build_projector(config, arch, modules["projector"], context)
+            vision = _build_vision(config, arch, modules["vision"], elementwise, context)
+            projector = _build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
@@ -75,6 +82,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
             language=language,
             tile_size=arch.image_size,
             micro_batch_tiles=config.vision.micro_batch_tiles,
+            tile_multiple=config.vision.tile_multiple,
             route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
             replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
         )
@@ -117,6 +125,7 @@ def _build_language(
     arch: InternVLArchitecture,
     decoder_config: TransformerConfig,
     modules: BackendModules,
+    elementwise: ElementwiseOps,
     context: ParallelContext,
     stage: Stage,
 ) -> LanguageModel:
@@ -128,7 +137,9 @@ def _build_language(
         vocab_size=arch.language.vocab_size,
         padded_vocab_size=padded,
         memory=memory_savings(config.model),
+        elementwise=elementwise,
         head_ports=head_ports(context, rows_per_rank=padded // context.plan.tp),
+        router=router_of(config, arch, context),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
         groups=context.ranks.groups,
         pre_process=stage.pre_process,
@@ -140,7 +151,11 @@ def _build_language(
 
 
 def _build_vision(
-    config: RunConfig, arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    modules: BackendModules,
+    elementwise: ElementwiseOps,
+    context: ParallelContext,
 ) -> InternViT:
     vision = InternViT(
         vision_config(config, arch, context.plan),
@@ -150,6 +165,7 @@ def _build_vision(
         drop_path_rate=config.vision.drop_path_rate,
         qk_norm=_qk_norm(arch, modules, context),
         mlp_chunks=1 if config.vision.recompute == "selective" else 0,
+        elementwise=elementwise,
         groups=tower_groups(context),
     )
     _mark_tower_part(vision, context)
@@ -157,7 +173,11 @@ def _build_vision(
 
 
 def _build_projector(
-    config: RunConfig, arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    modules: BackendModules,
+    elementwise: ElementwiseOps,
+    context: ParallelContext,
 ) -> Projector:
     projector = Projector(
         projector_config(config, arch, context.plan),
@@ -165,6 +185,7 @@ def _build_projector(
         input_size=arch.projector_width,
         ratio=arch.downsample_ratio,
         version=arch.pixel_shuffle_version,
+        elementwise=elementwise,
         groups=tower_groups(context),
     )
     _mark_tower_part(projector, context)
@@ -189,7 +210,7 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
             "model.offload_activations is true, but this host has no GPU: activations are in host memory already; "
             "set it to false"
         )
-    return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
+    return replace(savings, offload=ActivationOffload())
 
 
 def tower_groups(context: ParallelContext) -> ProcessGroupCollection:
@@ -286,9 +307,37 @@ def head_ports(context: ParallelContext, *, rows_per_rank: int) -> HeadPorts:
     return HeadPorts(
         vocab_start_index=ranks.tp_rank * rows_per_rank,
         gather_hidden=gather,
+        own_rows=partial(_own_rows, context=context),
         reduce_max=partial(_all_reduce, op=dist.ReduceOp.MAX, group=group),
         reduce_sum=partial(_all_reduce, op=dist.ReduceOp.SUM, group=group),
     )
+
+
+def _own_rows(x: Tensor, *, context: ParallelContext) -> Tensor:
+    """The slice of a tp rank under sequence parallelism, else all."""
+    plan = context.plan
+    return x.chunk(plan.tp)[context.ranks.tp_rank] if plan.sequence_parallel else x
+
+
+def router_of(
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext
+) -> Callable[..., ExpertRouter] | None:
+    """What builds the router of a layer with experts; None for a model without."""
+    experts = arch.language.experts
+    if experts is None:
+        return None
+    aux_loss = config.moe.aux_loss
+    settings = RouterSettings(
+        normalizes_top_k=experts.normalizes_top_k,
+        aux_loss=experts.aux_loss_coefficient if aux_loss is None else aux_loss,
+        z_loss=config.moe.z_loss,
+        capacity_factor=config.moe.capacity_factor,
+        num_sparse_layers=len(experts.sparse_layers),
+    )
+    groups = context.ranks.groups
+    group = groups.tp_cp if context.plan.sequence_parallel else groups.cp
+    sum_over_pack = partial(_all_reduce, op=dist.ReduceOp.SUM, group=group)
+    return partial(ExpertRouter, settings=settings, sum_over_pack=sum_over_pack)
 
 
 def _all_reduce(x: Tensor, *, op: Any, group: dist.ProcessGroup) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_v2pe.assembly.compiled import fuses_swiglu
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -31,7 +32,7 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # mcore's fused kernels for local layers need apex or CUDA; Transformer Engine brings its own.
+        # mcore's fused GELU is the tanh approximation, the tower's and the projector's is exact (see `elementwise`).
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -51,7 +52,8 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    # Waiting for the GPU after every exchange protects from a fault of batched sends that torch had before 2.6.
+    fields: dict[str, Any] = {"batch_p2p_sync": False}
     if parallel.pipeline_layout:
         fields["pipeline_model_parallel_layout"] = parallel.pipeline_layout
     if parallel.vpp > 1:
@@ -63,13 +65,32 @@ def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
     return fields
 
 
+def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> dict[str, Any]:
+    """Fields of a mixture of experts; routing and its losses are `models.experts.ExpertRouter`'s own."""
+    experts = arch.language.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.num_experts,
+        moe_router_topk=experts.top_k,
+        moe_ffn_hidden_size=experts.ffn_size,
+        moe_layer_freq=[int(sparse) for sparse in experts.is_sparse],
+        moe_router_load_balancing_type="none",
+        moe_expert_capacity_factor=config.moe.capacity_factor or None,  # the dispatcher counts what is left
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp,
+    )
+
+
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
+    common = {**_common(DTYPES[config.runtime.dtype]), "bias_activation_fusion": fuses_swiglu(config.model)}
     return TransformerConfig(
-        **_common(DTYPES[config.runtime.dtype]),
+        **common,
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
+        **_experts(config, arch, plan),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_heads,
@@ -82,6 +103,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         context_parallel_size=plan.cp,

@@ -7,6 +7,7 @@ import sys
 
 from megatron_v2pe.cli.arguments import (
     add_cast,
+    add_format,
     add_verify_checkpoint,
     check_files,
     parse_size,
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    add_format(parser, "that of the folder which was imported")
     parser.add_argument(
         "--stride",
         type=int,
@@ -70,6 +72,7 @@ def _export_model(args: argparse.Namespace) -> int:
             force=args.force,
             dtype=args.dtype,
             max_shard_bytes=max_shard_bytes,
+            to=args.format or None,
             stride=args.stride,
             remote_code=args.remote_code,
             progress=progress,

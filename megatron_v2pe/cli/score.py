@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--duplicates",
         choices=("refuse", "keep", "drop"),
         default="refuse",
-        help="recorded ids with two answers: an error (default), both count, or the first counts",
+        help="recorded ids with two answers: an error (default), both count, or the last counts",
     )
     parser.add_argument("--out", default="", help="folder for scores.json, table.txt, cells.csv and pictures")
     parser.add_argument("--json", action="store_true", help="print scores.json instead of the table")

@@ -28,7 +28,13 @@ from megatron_v2pe.config.schema import CurriculumStage, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
 _COMMAND_LINE = "command line"
-_READ_PATHS = (("model", "checkpoint"), ("model", "hf_path"), ("data", "meta"), ("data", "validation"))
+_READ_PATHS = (
+    ("model", "checkpoint"),
+    ("model", "hf_path"),
+    ("data", "meta"),
+    ("data", "validation"),
+    ("data", "retrieval"),
+)
 
 
 def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
 from megatron_v2pe.config.rules import require
@@ -26,8 +27,8 @@ class ModelConfig:
     """Which checkpoint is trained, and which parts of it."""
 
     checkpoint: str = ""
-    """Folder written by `import-hf`, a step folder of an earlier run, or its run folder, whose newest checkpoint is meant;
-    only its weights are used."""
+    """Folder written by `import-hf`, a step folder of an earlier run, or its run folder, which means its newest
+    checkpoint; only its weights are used."""
     hf_path: str = ""
     """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
     its slices of the safetensors."""
@@ -39,6 +40,10 @@ class ModelConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
     """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
+    swiglu: Literal["auto", "fused", "plain"] = "auto"
+    """What an MLP keeps for backward. fused: its first linear's output and the product, 3 inner activations, from which
+    backward computes the gate again, at no time on a GPU; plain: 5. They round in another order, in backward only.
+    auto: fused on a GPU, plain on a CPU, where it is faster."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
@@ -78,6 +83,9 @@ class VisionConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole vision layers."""
     micro_batch_tiles: int = 0
     """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
+    tile_multiple: int = 1
+    """Round the tiles that are encoded at a time up to a multiple of this with blank ones. A GPU chooses and builds its
+    kernels anew for every number of tiles, a second each time; blank tiles cost as much as others, and no gradient."""
 
     def __post_init__(self) -> None:
         require(
@@ -86,6 +94,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
+        if self.micro_batch_tiles % self.tile_multiple:
+            raise ConfigError(
+                f"vision.tile_multiple is {self.tile_multiple}, but must divide vision.micro_batch_tiles = "
+                f"{self.micro_batch_tiles}, or full slices would grow; change one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +117,10 @@ class ParallelConfig:
     vision: Literal["replicated", "tensor"] = "replicated"
     """The vision tower on tensor parallel ranks. replicated: whole on each, tiles shared between them where
     sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
+    ep: int = 1
+    """Expert parallel size: ranks of a pipeline stage (tp x cp x dp) over which the experts of a layer are spread."""
+    etp: int = 0
+    """Ranks that split each expert; 0 is tp where ep is 1, else 1."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
@@ -115,7 +133,7 @@ class ParallelConfig:
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "vpp"):
+        for name in ("tp", "pp", "cp", "vpp", "ep"):
             require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         if self.vision == "tensor" and self.tp == 1:
             raise ConfigError(
@@ -137,6 +155,17 @@ class ParallelConfig:
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
             )
+        require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
+        if self.ep == 1 and self.etp not in (0, self.tp):
+            raise ConfigError(
+                f"parallel.etp is {self.etp} with parallel.ep 1 and parallel.tp {self.tp}, but experts that are not "
+                "spread are split like the rest of the model; set parallel.etp to 0, or parallel.ep to 2 or more"
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that split each expert."""
+        return self.etp or (self.tp if self.ep == 1 else 1)
 
     @property
     def replica_size(self) -> int:
@@ -147,13 +176,19 @@ class ParallelConfig:
         """Data parallel size: model replicas in a world of so many ranks.
 
         Raises:
-            ConfigError: the world is not a whole number of them.
+            ConfigError: the world is not a whole number of them, or experts do not spread over its stages.
         """
         if world_size % self.replica_size:
             raise ConfigError(
                 f"parallel.tp * parallel.pp * parallel.cp = {self.tp} * {self.pp} * {self.cp} = {self.replica_size} "
                 f"must divide the world size {world_size}; start a multiple of {self.replica_size} ranks, or make one "
                 "of the three smaller"
+            )
+        stage, spread = world_size // self.pp, self.ep * self.expert_tp
+        if stage % spread:
+            raise ConfigError(
+                f"a pipeline stage has {stage} ranks (tp x cp x dp), but parallel.ep x parallel.etp = {self.ep} x "
+                f"{self.expert_tp} = {spread} must divide them; make ep smaller or start more ranks"
             )
         return world_size // self.replica_size
 
@@ -176,6 +211,8 @@ class DataConfig:
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
     validation: str = ""
     """Meta json of held-out data sets, whose loss is measured every runtime.validate_every steps; empty: none."""
+    retrieval: str = ""
+    """Meta json of questions with short answers, asked every runtime.evaluate_every steps; empty: none."""
     template: str = ""
     """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
@@ -216,8 +253,16 @@ class DataConfig:
     """Memory of a rank for packs that are made but not yet used, in MiB; at least one pack is always under way."""
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
-    max_image_pixels: int = 178_956_970
-    """Largest width x height that is decoded, of images and of frames."""
+    max_image_pixels: int = 89_478_485
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
+    alpha: Literal["black", "white"] = "black"
+    """Transparent pixels. black: the transparency is dropped, as in the release, and the colors stored below it are
+    shown, mostly black; white: the picture is laid on white."""
+    control_tokens: Literal["text", "refuse"] = "text"
+    """Control tokens that a record's text spells (`<|im_end|>`, `</s>`, `<img>`). text: they are text like any other,
+    and end or forge nothing; refuse: the record is bad."""
     min_num_frame: int = 4
     """Fewest frames of a video; fewer only where it has fewer."""
     max_num_frame: int = 20
@@ -328,10 +373,17 @@ class RuntimeConfig:
     """Seed of data order, strides, drop path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
+    elementwise: Literal["auto", "compiled", "eager"] = "auto"
+    """How element-wise operations run (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale, drop
+    path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
+    operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0
     """Steps between losses of data.validation, which are measured after the last step, too; 0 for none."""
+    evaluate_every: int = 0
+    """Steps between answers to data.retrieval (the share of samples of which every token is the most probable one),
+    which are asked for after the last step, too; 0 for none."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
     wandb_project: str = ""
@@ -358,6 +410,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
         require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
+        require(self.evaluate_every >= 0, "runtime.evaluate_every", self.evaluate_every, "must be >= 0")
         require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
         require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),
@@ -405,6 +458,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     position: PositionConfig = field(default_factory=PositionConfig)

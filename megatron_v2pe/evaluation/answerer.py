@@ -15,7 +15,7 @@ from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
-from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.evaluation.retrieval import Answer, RetrievalItem, Share, StrideSetting
@@ -127,16 +127,16 @@ class EngineAnswerer:
         Raises:
             DataError: one is missing or cannot be used.
         """
-        probe_record(item.record, settings=self._settings)
+        probe_sizes(item.record, settings=self._settings)
 
     def prompt(self, item: RetrievalItem, setting: StrideSetting) -> Prompt:
         """What the model is given: the conversation up to the assistant's role, and all tiles.
 
         Images are cut as in training, so limits of the data set come before those of the command.
         """
-        sizes = probe_record(item.record, settings=self._settings)
+        sizes = probe_sizes(item.record, settings=self._settings)
         media = record_tiles(item.record, sizes, entry=item.entry, settings=self._settings)
-        turns = write_images(item.record, sizes).turns
+        turns = write_images(item.record, sizes).messages
         return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ def score_folder(
         benchmark: whose answers they are.
         path: folder, or a file of recorded predictions.
         mode: reading.
-        duplicates: an id with two recorded answers is an error, counts twice, or counts once (the first).
+        duplicates: an id with two recorded answers is an error, counts twice, or counts once (the last).
 
     Raises:
         ConfigError: the folder holds another benchmark, or nothing that can be scored.
@@ -116,16 +116,16 @@ def without_duplicates(rows: Sequence[Row], duplicates: Duplicates) -> list[Row]
     """
     if duplicates == "keep":
         return list(rows)
-    first: dict[str, Row] = {}
+    last: dict[str, Row] = {}
     for row in rows:
-        if row.id in first and duplicates == "refuse":
+        if row.id in last and duplicates == "refuse":
             count = len(rows) - len({other.id for other in rows})
             raise DataError(
                 f"id {row.id!r} has two answers ({count} rows too many in all); score with --duplicates keep, as the "
-                "release does, or --duplicates drop, which counts the first"
+                "release does, or --duplicates drop, which counts the last"
             )
-        first.setdefault(row.id, row)
-    return list(first.values())
+        last[row.id] = row
+    return list(last.values())
 
 
 def _stride_score(

@@ -45,7 +45,7 @@ def kv_shape(arch: InternVLArchitecture, *, layers: int, tp: int, element_bytes:
     language = arch.language
     return KVShape(
         layers=layers,
-        kv_heads=language.num_kv_heads / tp,
+        kv_heads=language.kv_heads_of_rank(tp),
         head_dim=language.head_dim,
         element_bytes=element_bytes if kind == "model" else 1,
         is_scaled=kind != "model",

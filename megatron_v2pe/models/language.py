@@ -13,17 +13,21 @@ sequence parallelism), H hidden.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
+from megatron_v2pe.models.elementwise import ElementwiseOps
+from megatron_v2pe.models.experts import RoutedRows
 from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
@@ -41,6 +45,8 @@ class LanguageModel(GPTModel):
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
         memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
+        elementwise: how queries and keys are rotated.
+        router: builds the router of layers with experts; which layers those are, `config.moe_layer_freq` says.
         share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.
         stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
@@ -56,15 +62,18 @@ class LanguageModel(GPTModel):
         padded_vocab_size: int,
         memory: MemorySavings,
         head_ports: HeadPorts,
+        elementwise: ElementwiseOps,
+        router: Any = None,
         share_embeddings_and_output_weights: bool,
         groups: ProcessGroupCollection | None,
         **stage: Any,
     ) -> None:
-        num_layers = get_num_layers_to_build(config, vp_stage=stage.get("vp_stage"))
-        spec = language_layer_spec(modules, layer=RecomputingLayer, mlp_chunks=memory.mlp_chunks)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=modules.norm),
+            TransformerBlockSubmodules(
+                layer_specs=_layer_specs(config, modules, memory, router, vp_stage=stage.get("vp_stage")),
+                layer_norm=modules.norm,
+            ),
             vocab_size=padded_vocab_size,
             max_sequence_length=0,  # only read by learned positions, which this model does not have
             position_embedding_type="none",
@@ -74,8 +83,19 @@ class LanguageModel(GPTModel):
         )
         self.rope = rope
         self.head_ports = head_ports
+        self.elementwise = elementwise
         self.vocab_size = vocab_size
         self.memory = memory
+        if memory.offload is not None and self.decoder.final_layernorm is not None:
+            self.decoder.final_layernorm.register_forward_pre_hook(self._keep_on_device)
+
+    def _set_attention_backend(self) -> None:
+        """mcore would set Transformer Engine's environment for the whole process; see `parallel.attention.te`."""
+
+    def _keep_on_device(self, *_: Any) -> None:
+        """What comes after the layers is needed at once in backward."""
+        assert self.memory.offload is not None
+        self.memory.offload.paused = True
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -95,11 +115,25 @@ class LanguageModel(GPTModel):
             cu_seqlens_kv_padded=batch.cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
-            rotary_angles=rope_angles(batch.position_units, self.rope, rope_length=batch.rope_length),
+            rotary_angles=rope_angles(
+                batch.position_units,
+                self.rope,
+                rope_length=batch.rope_length,
+                has_fractions=batch.has_fractions,
+            ),
+            document_lengths=batch.document_lengths or None,
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
+            apply_rotary=self.elementwise.apply_rotary,
+            routed=self.routed_rows(batch),
         )
+
+    def routed_rows(self, batch: LocalBatch) -> RoutedRows | None:
+        """What routers must know of the rows of this rank; None without experts, and where nothing is trained."""
+        if self.config.num_moe_experts is None or batch.is_token is None or batch.pack_weight is None:
+            return None
+        return RoutedRows(is_token=self.head_ports.own_rows(batch.is_token), weight=batch.pack_weight)
 
     def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Run this stage's layers.
@@ -116,21 +150,27 @@ class LanguageModel(GPTModel):
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         params = self.attention_params(batch)
-        with self.memory.saved_tensors():
+        with self.memory.offload or nullcontext():
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden
-        return self.loss(hidden, batch.labels, batch.loss_weights)
+        return self.loss(hidden, batch.labels, batch.loss_weights, batch.supervised)
 
     def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
         recomputes = self.training and self.config.recompute_granularity is not None
         return recomputes and torch.is_grad_enabled() and not decoder_input.requires_grad
 
-    def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l]."""
+    def loss(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor, supervised: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l].
+
+        `supervised` are the tokens with a label, int64 [u]; None asks the device, for which the host waits.
+        """
         labels = labels.squeeze(0)
-        supervised = (labels >= 0).nonzero().squeeze(1)
+        if supervised is None:
+            supervised = (labels >= 0).nonzero().squeeze(1)
         rows = self.head_ports.gather_hidden(hidden).squeeze(1)[supervised]
         total, losses = weighted_cross_entropy(
             rows,
@@ -153,3 +193,27 @@ class LanguageModel(GPTModel):
         """Final hidden states [n, 1, H] to logits [n, vocab_size], gathered over tp."""
         output, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
         return output.squeeze(1)[:, : self.vocab_size]
+
+
+def _layer_specs(
+    config: TransformerConfig,
+    modules: BackendModules,
+    memory: MemorySavings,
+    router: Any,
+    *,
+    vp_stage: int | None,
+) -> list[ModuleSpec]:
+    """Specs of this stage's layers; a layer with experts has a router."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    has_experts = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    return [
+        language_layer_spec(
+            modules,
+            layer=RecomputingLayer,
+            qk_norm=config.qk_layernorm,
+            router=router if has_experts[number] else None,
+            mlp_chunks=memory.mlp_chunks,
+        )
+        for number in numbers
+    ]

@@ -13,7 +13,6 @@ does not allow.)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,8 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_v2pe.models.offload import ActivationOffload
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySavings:
@@ -32,12 +33,12 @@ class MemorySavings:
     Attributes:
         loss_chunk_tokens: supervised rows whose logits exist at a time.
         mlp_chunks: MLP chunks (of tokens) that are recomputed one by one; 0 keeps its activations.
-        saved_tensors: context in which the decoder runs; it may move what is kept for backward elsewhere.
+        offload: moves layer inputs to host memory until backward; None keeps them on the device.
     """
 
     loss_chunk_tokens: int
     mlp_chunks: int = 0
-    saved_tensors: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    offload: ActivationOffload | None = None
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -63,13 +64,39 @@ class RecomputingLayer(TransformerLayer):
     mcore gives its process group to the exact class `MLP` only, so the MLP stays one and its forward is wrapped.
 
     Args:
-        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations.
+        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations. Experts are one piece.
+        mlp_forward: (MLP, rows) -> (output, bias), in place of the MLP's own forward.
     """
 
-    def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mlp_chunks: int, mlp_forward: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if mlp_chunks:
+        if mlp_forward is not None:
+            self.mlp.forward = partial(mlp_forward, self.mlp)
+        if mlp_chunks and self.is_moe_layer:
+            self.mlp.forward = partial(_experts_again, self.mlp.forward, self.mlp.router)
+        elif mlp_chunks:
             self.mlp.forward = partial(_in_chunks, self.mlp.forward, mlp_chunks)
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """mcore's forward; a router is given first what it must know of the micro batch, also when it runs again."""
+        if self.is_moe_layer:
+            self.mlp.router.routed = getattr(packed_seq_params, "routed", None)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+def _experts_again(
+    forward: Callable[..., tuple[Tensor, Tensor | None]], router: Any, hidden: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Output of a mixture of experts, whole: its router's losses are of all rows of its micro batch."""
+    routed = router.routed
+
+    def run(rows: Tensor) -> Tensor:
+        router.routed = routed  # backward of another micro batch may have come between
+        return forward(rows, **kwargs)[0]
+
+    return checkpoint(run, False, hidden), None
 
 
 def _in_chunks(

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_v2pe.checkpoint import remote_code
 from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.native import FolderFormat
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.text.templates import get_template
@@ -56,13 +57,22 @@ def check_stride(config_path: Path, stride: int | None) -> None:
         )
 
 
-def check_family(config_path: Path) -> None:
-    """Refuse a family that the remote code does not know, before anything is written.
+def check_family(config_path: Path, *, to: FolderFormat | None) -> None:
+    """Refuse a family or a format that the remote code does not know, before anything is written.
+
+    Args:
+        config_path: of the folder that was imported.
+        to: format that is written; None is that of the imported folder.
 
     Raises:
         CheckpointError: names the families that it knows.
     """
-    (name, *_) = _values(config_path)["llm_config"].get("architectures", ["?"])
+    arch = parse_architecture(_values(config_path), str(config_path))
+    if (to or arch.folder_format) == "hf-native":
+        raise CheckpointError(
+            "--remote-code reads the names of the github format; add --format github, or omit it"
+        )
+    name = arch.language.architecture
     if name not in ARCHITECTURES:
         raise CheckpointError(
             f"--remote-code knows {', '.join(ARCHITECTURES)}, but this checkpoint is a {name}; omit it"

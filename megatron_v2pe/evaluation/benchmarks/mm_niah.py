@@ -163,9 +163,12 @@ class MMNIAH(Benchmark):
         )
 
     def recorded(self, path: Path) -> list[Row] | None:
-        """Rows of `TASK.jsonl` as the release's script wrote them, also named `MODEL_TASK-test.jsonl`."""
+        """Rows of `TASK.jsonl` as the release's script wrote them, also as `TASK-test/MODEL_TASK-test.jsonl`."""
         rows = []
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        files = [path]
+        if path.is_dir():
+            files = sorted([*path.glob("*.jsonl"), *path.glob("*-test/*.jsonl")])
+        for file in files:
             task = next((task for task in TASKS if task in file.name), None)
             if task is not None:
                 rows += [_recorded_row(record, task, where) for where, record in jsonl_records(file)]

@@ -56,9 +56,15 @@ def rank_facts(config: RunConfig, arch: InternVLArchitecture) -> dict[str, str]:
         **{f"environment {name}": value for name, value in numeric_environment().items()},
         **dict(_flat("config.json", dataclasses.asdict(arch))),
         **folder_facts(Path(checkpoint)),
-        **data_identity(config.data.meta),
-        **(data_identity(config.data.validation, name="data.validation") if config.data.validation else {}),
+        **dict(_data(config)),
     }
+
+
+def _data(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for name in ("meta", "validation", "retrieval"):
+        path = getattr(config.data, name)
+        if path:
+            yield from data_identity(path, name=f"data.{name}").items()
 
 
 def config_facts(config: RunConfig) -> dict[str, str]:

@@ -1,12 +1,16 @@
 """core.env: what the launcher says, and what is refused."""
 
+import os
+
 import pytest
 
 from megatron_v2pe.core.env import (
+    GPU_ENVIRONMENT,
     Launcher,
     child_environment,
     launcher,
     numeric_environment,
+    prepare_gpu_environment,
     require_known_starter,
     slurm_job,
 )
@@ -75,3 +79,15 @@ def test_a_batch_script_and_a_single_task_are_no_such_step():
 def test_only_what_changes_numbers_is_compared():
     values = {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring", "HOME": "/root", "OMP_NUM_THREADS": "4"}
     assert numeric_environment(values) == {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring"}
+
+
+def test_a_gpu_run_sets_what_nobody_has_set(monkeypatch):
+    for name in (*GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    changes = prepare_gpu_environment("/runs/a")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/a/stacks/nccl_rank_"
+    for name in changes:
+        monkeypatch.delenv(name)

@@ -21,7 +21,11 @@ from megatron_v2pe.inference.prompt import Prompt
 from megatron_v2pe.inference.tiles import ArrayTiles
 from megatron_v2pe.v2pe.layout import SampleLayout, find_images
 from megatron_v2pe.verification.golden.cases import ForwardFile
-from megatron_v2pe.verification.golden.checkpoints import fitting_layers, imported_checkpoints
+from megatron_v2pe.verification.golden.checkpoints import (
+    fitting_layout,
+    imported_checkpoints,
+    is_left_out,
+)
 from megatron_v2pe.verification.golden.rows import Row, compared, equal, unsupported
 
 LOGITS_ATOL = 2e-3  # below the smallest margin between first and second choice of any case, 0.0097
@@ -37,13 +41,15 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
             continue
         name = f"generation/{case['name']}"
         checkpoint = checkpoints[case["ckpt"]]
+        if is_left_out(parallel, checkpoint):
+            continue
         if isinstance(checkpoint, CheckpointError):
             yield unsupported(name, "all", reason=str(checkpoint).splitlines()[0])
             continue
         engine = Engine.load(
             checkpoint,
             mode="default" if case["version"] == "default" else "v2pe_fixed",
-            parallel=fitting_layers(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
+            parallel=fitting_layout(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
         )
         yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)
 
