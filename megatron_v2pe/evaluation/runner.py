@@ -183,11 +183,11 @@ def write_evaluation(
     Args:
         scores: cells by the stride's name.
         folder: where to.
-        arch: architecture of the checkpoint; its `max_position_embeddings` is the trained length.
+        arch: architecture of the checkpoint.
         metrics_path: a run's metrics.jsonl for the loss curve; empty draws none.
     """
     tokens_per_tile = arch.tokens_per_tile
-    trained_length = arch.language.max_position_embeddings
+    trained_length = arch.trained_length
     text = report.accuracy_table(scores, trained_length=trained_length)
     write_atomic(folder / "table.txt", text + "\n")
     write_atomic(folder / "cells.csv", report.cells_csv(scores))

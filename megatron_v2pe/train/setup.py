@@ -37,6 +37,7 @@ from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import (
@@ -211,6 +212,7 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     return arch, plan, writable_folder(config.runtime.run_dir, field="runtime.run_dir")
 
 
