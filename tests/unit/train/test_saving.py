@@ -14,6 +14,7 @@ from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
 from megatron_v2pe.train import saving
 from megatron_v2pe.train.saving import Saver
+from tests.support.tiny import GOLDEN_HF
 
 RANKS = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -63,7 +64,7 @@ def make(monkeypatch):
     def saver(*, async_save=True, save_every=2):
         checkpoint = CheckpointConfig(save_every=save_every, async_save=async_save)
         config = RunConfig(checkpoint=checkpoint, optim=OptimConfig(steps=9))
-        return Saver(config, trainer, ranks=RANKS, hf_folder=Path("hf"))
+        return Saver(config, trainer, ranks=RANKS, hf_folder=GOLDEN_HF)
 
     with ensure_process_group():
         yield saver
