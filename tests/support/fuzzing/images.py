@@ -52,11 +52,15 @@ def _sound() -> tuple[bytes, ...]:
 def generate(seed: int, count: int) -> Iterator[Case]:
     """Some files, the same for the same seed."""
     for number in range(count):
-        draw = random.Random(f"{seed}/{number}")
-        content = bytearray(draw.choice(_sound()))
-        for _ in range(draw.randint(0, 6)):
-            _change(content, draw)
-        yield f"image-{seed}-{number}", bytes(content)
+        yield f"image-{seed}-{number}", case_of(random.Random(f"{seed}/{number}"))
+
+
+def case_of(draw: random.Random) -> bytes:
+    """One file."""
+    content = bytearray(draw.choice(_sound()))
+    for _ in range(draw.randint(0, 6)):
+        _change(content, draw)
+    return bytes(content)
 
 
 def _change(content: bytearray, draw: random.Random) -> None:
@@ -113,3 +117,28 @@ def _outcome(path: str, rules: MediaRules) -> str:
         return named(error, path)
     assert (image.mode, image.size) == ("RGB", size)
     return "ok"
+
+
+class Fuzzer:
+    """The same cases for `tools/fuzz.py`."""
+
+    modules = ("megatron_v2pe.data.media.image",)
+
+    def prepare(self, root: Path) -> None:
+        """Nothing is shared by the cases."""
+
+    def mutate(self, root: Path, folder: Path, generator: random.Random) -> str:
+        """Write a case."""
+        content = case_of(generator)
+        (folder / "case").write_bytes(content)
+        return f"{len(content)} bytes: {content[:80]!r}"
+
+    def run(self, folder: Path) -> None:
+        """Read it.
+
+        Raises:
+            DataError: it is refused.
+        """
+        outcome = check(("case", (folder / "case").read_bytes()))
+        if outcome != "ok":
+            raise DataError(outcome)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.samples.encode import TextSettings, encode_conversation
@@ -47,17 +48,18 @@ _VALUES = [None, True, False, 0, -1, 1e308, 10**30, [], {}, "", [[]], [None], {"
 def generate(seed: int, count: int) -> Iterator[Case]:
     """Some lines, the same for the same seed."""
     for number in range(count):
-        draw = random.Random(f"{seed}/{number}")
-        value: object = copy.deepcopy(draw.choice(_SEEDS))
-        for _ in range(draw.randint(0, 4)):
-            value = _changed(value, draw)
-        line = bytearray(json.dumps(value, ensure_ascii=draw.random() < 0.8).encode("utf-8", "surrogatepass"))
-        for _ in range(draw.choice([0, 0, 0, 1, 3])):
-            line[draw.randrange(len(line))] = draw.randrange(256)
-        yield (
-            f"record-{seed}-{number}",
-            bytes(line[: draw.randint(0, len(line))] if draw.random() < 0.05 else line),
-        )
+        yield f"record-{seed}-{number}", case_of(random.Random(f"{seed}/{number}"))
+
+
+def case_of(draw: random.Random) -> bytes:
+    """One line."""
+    value: object = copy.deepcopy(draw.choice(_SEEDS))
+    for _ in range(draw.randint(0, 4)):
+        value = _changed(value, draw)
+    line = bytearray(json.dumps(value, ensure_ascii=draw.random() < 0.8).encode("utf-8", "surrogatepass"))
+    for _ in range(draw.choice([0, 0, 0, 1, 3])):
+        line[draw.randrange(len(line))] = draw.randrange(256)
+    return bytes(line[: draw.randint(0, len(line))] if draw.random() < 0.05 else line)
 
 
 def _changed(value: object, draw: random.Random) -> object:
@@ -129,3 +131,28 @@ def _outcome(line: bytes) -> str:
     stops = (encoded.tokens == tokenizer.token_id("<|im_end|>")).sum()
     assert stops <= said, f"{stops} ends of {said} messages"
     return "ok"
+
+
+class Fuzzer:
+    """The same cases for `tools/fuzz.py`."""
+
+    modules = ("megatron_v2pe.data.samples.records",)
+
+    def prepare(self, root: Path) -> None:
+        """Nothing is shared by the cases."""
+
+    def mutate(self, root: Path, folder: Path, generator: random.Random) -> str:
+        """Write a case."""
+        content = case_of(generator)
+        (folder / "case").write_bytes(content)
+        return f"{len(content)} bytes: {content[:80]!r}"
+
+    def run(self, folder: Path) -> None:
+        """Read it.
+
+        Raises:
+            DataError: it is refused.
+        """
+        outcome = check(("case", (folder / "case").read_bytes()))
+        if outcome != "ok":
+            raise DataError(outcome)

@@ -17,7 +17,7 @@ from tests.support.mixture import empty_mixture, entry, record
 
 RECORDS = [
     record("a", "b"),
-    {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "x"}]},
+    {"messages": [{"role": "user", "content": "\u00e9"}, {"role": "assistant", "content": "x"}]},
 ]
 
 
