@@ -84,8 +84,8 @@ def test_an_old_stop_file_stops_nothing(undisturbed, tmp_path):
     stop = tmp_path / "stop"
     stop.touch()
     os.utime(stop, (1000, 1000))
-    tiny.train(undisturbed[0], ["optim.steps=2", f"runtime.run_dir={tmp_path}"])
-    assert len(tiny.curve(tmp_path)) == 2
+    tiny.train(undisturbed[0], ["optim.steps=3", f"runtime.run_dir={tmp_path}"])
+    assert len(tiny.curve(tmp_path)) == 3
 
 
 @pytest.mark.distributed
