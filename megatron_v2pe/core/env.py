@@ -166,6 +166,11 @@ def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
     return changes
 
 
+def set_where_unset(name: str, value: str) -> None:
+    """Set a variable of this process that a library reads, unless whoever started it has set it."""
+    os.environ.setdefault(name, value)
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """A copy of the environment for a process that we start, without this rank's launcher variables."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}

@@ -13,7 +13,6 @@ for local token i, whatever documents there are. The kernel's results would have
 from __future__ import annotations
 
 import logging
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_v2pe.core.env import set_where_unset
 from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.rotary import rotate
@@ -46,7 +46,7 @@ class RotaryTEAttention(TEDotProductAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.params_dtype in (torch.bfloat16, torch.float16):
-            os.environ.setdefault(_UNFUSED, "0")
+            set_where_unset(_UNFUSED, "0")
         if kwargs.get("cp_comm_type") == "a2a" and self.config.context_parallel_size > 1:
             _warn_of_a2a()
 
