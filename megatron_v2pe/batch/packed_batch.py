@@ -36,11 +36,13 @@ class PackedBatch:
         num_tiles: tiles of the whole pack.
         tile_range: half-open range of tiles whose pixels this rank decodes; tiles are numbered over the
             pack in order of appearance.
-        tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
+        tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`; where `tile_sizes` has several, one row for each tile,
+            branch after branch (`split_rows`).
         sample_ids: identity of each document, for error messages.
         sources: number of each document's data set in the meta json; empty where it is not needed (prompts, tests).
         damaged: (document, message) of each document one of whose images this rank could not read; its tiles
             are black. Ranks that read other images do not know of it before they agree (`train.guards.damaged`).
+        tile_sizes: pixels of a tile's side in every branch of a pyramid (PIIP); empty for one size.
         blank: those of `damaged` whose text this rank could not read either; see `blanked`.
     """
 
@@ -55,6 +57,7 @@ class PackedBatch:
     sources: tuple[int, ...] = ()
     damaged: tuple[tuple[int, str], ...] = ()
     blank: frozenset[int] = frozenset()
+    tile_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +93,7 @@ class LocalBatch:
         rope_length: largest whole position of the whole pack plus one.
         cu_seqlens: int32 [N+1], global padded document boundaries.
         max_seqlen: longest padded document in tokens, global.
-        pixels: [n_local, 3, S, S] normalised tiles of this rank in the model's dtype; None on ranks
+        pixels: [n_local, *tile_shape] normalised tiles of this rank in the model's dtype; None on ranks
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
         kv_cache: keys and values of earlier tokens, in decoding only.
@@ -152,6 +155,35 @@ def tile_share(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
     share, rest = divmod(num_tiles, num_ranks)
     start = rank * share + min(rank, rest)
     return start, start + share + (rank < rest)
+
+
+def tile_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one normalised tile: [3, S, S], or with several sizes one row, branch after branch."""
+    if len(sizes) == 1:
+        return (3, sizes[0], sizes[0])
+    return (sum(3 * size * size for size in sizes),)
+
+
+def split_rows(rows: NDArray[np.uint8], sizes: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    """Rows of tiles in several sizes as views uint8 [n, 3, S_b, S_b], whose channels lie together in memory."""
+    views, start = [], 0
+    for size in sizes:
+        stop = start + 3 * size * size
+        views.append(rows[:, start:stop].reshape(len(rows), size, size, 3).transpose(0, 3, 1, 2))
+        start = stop
+    return views
+
+
+def normalize_rows(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
+    """uint8 rows of tiles in several sizes to float32 rows, each size as `normalize_tiles` gives it, channels first."""
+    parts = rows.split([3 * size * size for size in sizes], dim=1)
+    return torch.cat(
+        [
+            normalize_tiles(part.reshape(-1, size, size, 3).permute(0, 3, 1, 2), norm).flatten(1)
+            for part, size in zip(parts, sizes, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def normalize_tiles(tiles: Tensor, norm: PixelNorm) -> Tensor:

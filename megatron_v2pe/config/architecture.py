@@ -8,32 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
+from megatron_v2pe.config.pyramid import PyramidArchitecture, parse_pyramid
 from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
 from megatron_v2pe.config.section import Section
+from megatron_v2pe.config.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.core.errors import CheckpointError
 
 LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionArchitecture:
-    """InternViT. Sizes in tokens, channels, pixels."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    ffn_size: int
-    image_size: int
-    patch_size: int
-    norm_type: Literal["layer_norm", "rms_norm"]
-    norm_eps: float
-    qkv_bias: bool
-    qk_normalization: bool
-
-    @property
-    def num_positions(self) -> int:
-        """Rows of the position embedding in the checkpoint: patches of `image_size` and the class token."""
-        return _patches(self.image_size, self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +56,7 @@ class InternVLArchitecture:
         position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
         position_stride: `rope_pos_id_stride`, 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
+        pyramid: smaller branches around the vision tower (PIIP), None for InternVL2's tower alone.
     """
 
     vision: VisionArchitecture
@@ -87,6 +69,13 @@ class InternVLArchitecture:
     position_mode: PositionMode
     position_stride: int
     dtype: Literal["float32", "bfloat16", "float16"]
+    pyramid: PyramidArchitecture | None = None
+
+    @property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Pixels of a tile's side in every branch of the vision tower, the large one first."""
+        smaller = self.pyramid.branches if self.pyramid else ()
+        return (self.image_size, *(branch.image_size for branch in smaller))
 
     @property
     def tokens_per_tile(self) -> int:
@@ -96,17 +85,12 @@ class InternVLArchitecture:
     @property
     def patches_per_tile(self) -> int:
         """Rows that the vision tower computes for one tile: 1,025 for 448 px and patch 14, class token included."""
-        return _patches(self.image_size, self.vision.patch_size)
+        return count_patches(self.image_size, self.vision.patch_size)
 
     @property
     def projector_width(self) -> int:
         """Channels after the pixel shuffle, the input of the projector."""
         return self.vision.hidden_size * round(1 / self.downsample_ratio) ** 2
-
-
-def _patches(image_size: int, patch_size: int) -> int:
-    """Patches of a square image and the class token."""
-    return (image_size // patch_size) ** 2 + 1
 
 
 def read_architecture(folder: str | Path) -> InternVLArchitecture:
@@ -139,8 +123,15 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
     mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
     vision = top.section("vision_config")
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
+    tower = _parse_vision(vision)
+    pyramid = (
+        parse_pyramid(top.section("piip_config"), tower, image_size=image_size)
+        if "piip_config" in values
+        else None
+    )
     return InternVLArchitecture(
-        vision=_parse_vision(vision),
+        pyramid=pyramid,
+        vision=tower,
         language=_parse_language(top.section("llm_config")),
         image_size=image_size,
         downsample_ratio=float(top.get("downsample_ratio", 0.5)),

@@ -138,6 +138,7 @@ class Engine:
             tile_range=(start, stop),
             tiles=prompt.tiles[start:stop],  # type: ignore[arg-type]  # float tiles pass through unnormalised
             sample_ids=("prompt",),
+            tile_sizes=self.arch.tile_sizes if self.arch.pyramid else (),
         )
         local = self.sharder.shard(packed)
         index = shard_indices(layout.cu_seqlens, cp=self.plan.cp, cp_rank=self.ranks.cp_rank)

@@ -25,7 +25,8 @@ class Prompt:
     Attributes:
         tokens: int64 [t], prompt tokens, visual tokens in place.
         layout: where the images are, and the stride of each.
-        tiles: uint8 [n, 3, S, S] pixels, or float32 when they are normalised already.
+        tiles: uint8 [n, 3, S, S] pixels (rows of several sizes for a pyramid, see `split_rows`), or float32 when they
+            are normalised already.
     """
 
     tokens: Int64Array
@@ -92,7 +93,12 @@ def prompt_with(
         tokens_per_tile=settings.text.tokens_per_tile,
     )
     total = int(num_tiles.sum())
-    tiles = load_tile_range(media, image_size=settings.tiling.image_size, tile_range=(0, total))
+    tiles = load_tile_range(
+        media,
+        image_size=settings.tiling.image_size,
+        smaller_sizes=settings.smaller_sizes,
+        tile_range=(0, total),
+    )
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)
 
 

@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalize_tiles, tile_share
+from megatron_v2pe.batch.packed_batch import (
+    LocalBatch,
+    PackedBatch,
+    normalize_rows,
+    normalize_tiles,
+    tile_share,
+)
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.parallel.feature_router import feature_route
 from megatron_v2pe.parallel.topology import ParallelContext
@@ -79,11 +85,12 @@ class BatchSharder:
         )
 
     def _pixels(self, batch: PackedBatch) -> Tensor:
-        """Normalised tiles of this rank [n_local, 3, S, S] in the model's dtype."""
+        """Normalised tiles of this rank [n_local, *tile_shape] in the model's dtype."""
         self._check_tiles(batch)
         tiles = torch.from_numpy(batch.tiles).to(self.context.ranks.device).contiguous()  # channels were last
         if tiles.dtype == torch.uint8 and self.norm is not None:
-            tiles = normalize_tiles(tiles, self.norm)
+            sizes = batch.tile_sizes
+            tiles = normalize_rows(tiles, self.norm, sizes) if sizes else normalize_tiles(tiles, self.norm)
         elif tiles.dtype == torch.uint8 and len(tiles):
             raise ValueError(
                 "the pack holds uint8 tiles, but this BatchSharder has no PixelNorm; give it one"

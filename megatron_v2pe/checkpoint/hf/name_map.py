@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.hf.families.internvit import vision_table
+from megatron_v2pe.checkpoint.hf.families.piip import branch_tables, interaction_rules
 from megatron_v2pe.checkpoint.hf.families.registry import model_tables
 from megatron_v2pe.checkpoint.hf.rules import Rule
 from megatron_v2pe.checkpoint.hf.transforms import Transform
@@ -88,8 +90,30 @@ def name_map(arch: InternVLArchitecture) -> NameMap:
                 dropped.update({re.compile(pattern): rule.reason for pattern in patterns})
             else:
                 entries.extend(_expand(rule, num_layers, sizes, rule.transform(arch)))
+    entries.extend(pyramid_entries(arch))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
+
+
+def pyramid_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> Iterator[Entry]:
+    """Entries of the smaller branches and interactions of a PIIP tower; see `interaction_rules`."""
+    for own, rules in branch_tables(arch):
+        for rule in rules:
+            yield from _expand(rule, own.vision.num_layers, _sizes(own), rule.transform(own))
+    for rule in interaction_rules(arch, returns_all=returns_all):
+        yield from _expand(rule, 1, {}, rule.transform(arch))
+
+
+def vision_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> dict[str, Entry]:
+    """Entries of the vision tower alone, by our names."""
+    sizes = _sizes(arch)
+    entries = [
+        entry
+        for rule in vision_table(arch)
+        for entry in _expand(rule, arch.vision.num_layers, sizes, rule.transform(arch))
+    ]
+    entries.extend(pyramid_entries(arch, returns_all=returns_all))
+    return {entry.ours: entry for entry in entries}
 
 
 def _sizes(arch: InternVLArchitecture) -> dict[str, int]:

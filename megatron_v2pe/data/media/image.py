@@ -54,7 +54,7 @@ class ImageFile:
         """Its grid."""
         return plan_tiles(sizes, rule)
 
-    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: Sequence[UInt8Array]) -> None:
         """Decode the image and cut some of its tiles.
 
         Raises:

@@ -50,6 +50,12 @@ GROUPS = (
     Group(name="packing", module="packing", files=("packing/*.json", "text/dataset_items.json")),
     Group(name="loss", module="loss", files=("packing/loss.json",)),
     Group(name="model", module="model", files=("forward/*.json",), is_model=True),
+    Group(
+        name="piip",
+        module="piip",
+        files=("piip/*.json", *(f"{name}.json" for name in ("modules", "towers", "llava", "classification")))
+        + tuple(f"{name}.json" for name in ("detection", "resize", "geometry")),
+    ),
     Group(name="generation", module="generation", files=("generation/*.json",), is_model=True),
 )
 
