@@ -50,15 +50,19 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--size", choices=PUBLISHED, help="a published size of InternVL2")
+    model.add_argument(
+        "--size", choices=PUBLISHED, help="a published size of InternVL2, or of a later series: 3.5-38B"
+    )
     model.add_argument("--arch-from", type=Path, metavar="CONFIG_JSON", help="config.json, or its folder")
     for name, what in (
         ("tp", "tensor"),
         ("pp", "pipeline"),
         ("cp", "context"),
         ("dp", "data"),
+        ("ep", "expert"),
     ):
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what} parallel size")
+    parser.add_argument("--etp", type=int, default=0, metavar="N", help="ranks that split each expert")
     parser.add_argument("--vpp", type=int, default=1, metavar="N", help="virtual stages of a pipeline rank")
     parser.add_argument(
         "--layout", default="", help="decoder layers of each stage, such as Et*19|t*20|t*20|t*21L"
@@ -71,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def architecture(options: argparse.Namespace) -> InternVLArchitecture:
     """The model that was asked for."""
     if options.size:
-        return parse_architecture(PUBLISHED[options.size], f"InternVL2-{options.size}")
+        return parse_architecture(PUBLISHED[options.size], f"published {options.size}")
     path: Path = options.arch_from
     return read_architecture(path.parent if path.name == "config.json" else path)
 
@@ -85,6 +89,8 @@ def parallel_config(options: argparse.Namespace) -> ParallelConfig:
         pp=options.pp,
         cp=options.cp,
         vpp=options.vpp,
+        ep=options.ep,
+        etp=options.etp,
         sequence_parallel=options.sp,
         pipeline_layout=options.layout,
         vision="tensor" if options.split_tower else "replicated",

@@ -30,6 +30,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.experts import ExpertRouter, RouterSettings
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layer_specs import BackendModules
@@ -131,6 +132,7 @@ def _build_language(
         padded_vocab_size=padded,
         memory=memory_savings(config.model),
         head_ports=head_ports(context, rows_per_rank=padded // context.plan.tp),
+        router=router_of(config, arch, context),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
         groups=context.ranks.groups,
         pre_process=stage.pre_process,
@@ -331,9 +333,37 @@ def head_ports(context: ParallelContext, *, rows_per_rank: int) -> HeadPorts:
     return HeadPorts(
         vocab_start_index=ranks.tp_rank * rows_per_rank,
         gather_hidden=gather,
+        own_rows=partial(_own_rows, context=context),
         reduce_max=partial(_all_reduce, op=dist.ReduceOp.MAX, group=group),
         reduce_sum=partial(_all_reduce, op=dist.ReduceOp.SUM, group=group),
     )
+
+
+def _own_rows(x: Tensor, *, context: ParallelContext) -> Tensor:
+    """The slice of a tp rank under sequence parallelism, else all."""
+    plan = context.plan
+    return x.chunk(plan.tp)[context.ranks.tp_rank] if plan.sequence_parallel else x
+
+
+def router_of(
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext
+) -> Callable[..., ExpertRouter] | None:
+    """What builds the router of a layer with experts; None for a model without."""
+    experts = arch.language.experts
+    if experts is None:
+        return None
+    aux_loss = config.moe.aux_loss
+    settings = RouterSettings(
+        normalizes_top_k=experts.normalizes_top_k,
+        aux_loss=experts.aux_loss_coefficient if aux_loss is None else aux_loss,
+        z_loss=config.moe.z_loss,
+        capacity_factor=config.moe.capacity_factor,
+        num_sparse_layers=len(experts.sparse_layers),
+    )
+    groups = context.ranks.groups
+    group = groups.tp_cp if context.plan.sequence_parallel else groups.cp
+    sum_over_pack = partial(_all_reduce, op=dist.ReduceOp.SUM, group=group)
+    return partial(ExpertRouter, settings=settings, sum_over_pack=sum_over_pack)
 
 
 def _all_reduce(x: Tensor, *, op: Any, group: dist.ProcessGroup) -> Tensor:

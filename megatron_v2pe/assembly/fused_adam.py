@@ -30,6 +30,7 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: decoupled (AdamW) with `adam_w_mode`, else added to the gradient.
         adam_w_mode: see `weight_decay`.
         bias_correction: divide the moments by 1 - beta^step.
+        capturable: megatron-core from 0.17 on asks whether a CUDA graph may hold the step; it may not.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("this Adam counts its steps on the host, so a CUDA graph cannot hold it")
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction
         )

@@ -63,6 +63,23 @@ def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
     return fields
 
 
+def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> dict[str, Any]:
+    """Fields of a mixture of experts; routing and its losses are `models.experts.ExpertRouter`'s own."""
+    experts = arch.language.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.num_experts,
+        moe_router_topk=experts.top_k,
+        moe_ffn_hidden_size=experts.ffn_size,
+        moe_layer_freq=[int(sparse) for sparse in experts.is_sparse],
+        moe_router_load_balancing_type="none",
+        moe_expert_capacity_factor=config.moe.capacity_factor or None,  # the dispatcher counts what is left
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp,
+    )
+
+
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
@@ -70,6 +87,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         **_common(DTYPES[config.runtime.dtype]),
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
+        **_experts(config, arch, plan),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_heads,
@@ -82,6 +100,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         context_parallel_size=plan.cp,

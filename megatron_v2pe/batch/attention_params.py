@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.batch.kv_cache import CacheStep
 
 
 @dataclass
@@ -21,10 +22,13 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
-        kv_cache: keys and values of earlier tokens (decoding); None in training.
+        kv_cache: what is done with keys and values of earlier tokens (generation); None in training.
+        routed: what the routers of a mixture of experts must know of the rows, a `models.experts.RoutedRows`; it
+            travels here because a layer that is computed again must get that of its own micro batch.
     """
 
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
-    kv_cache: KeyValueCache | None = None
+    kv_cache: CacheStep | None = None
+    routed: Any = None

@@ -1,7 +1,8 @@
-"""What attention asks of a cache of keys and values; `inference` has the one in use."""
+"""What attention asks of a cache of keys and values; `inference.kv_cache` has the one in use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -10,25 +11,37 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251  # the name of the type, nothing is sent
 
 
-class KeyValueCache(Protocol):
-    """Keys and values of earlier tokens of one document, layer by layer, as the attention core uses them.
+class KeyValueStore(Protocol):
+    """Keys and values of one document on this rank, layer by layer."""
 
-    `key` and `value` are [t, k, d] of t new tokens with k key heads, keys after rotation.
+    def parts(self, layer_number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values held here, part by part: [k, n, d] each, rotated, in the compute dtype."""
+
+    def append(self, layer_number: int, key: Tensor, value: Tensor) -> None:
+        """Keep [n, k, d] of new tokens."""
+
+
+class CacheStep(Protocol):
+    """What one forward pass does with caches.
 
     Attributes:
-        group: context parallel ranks that share the document; None on one rank.
+        stores: the documents of the batch; exactly one for a prefill chunk.
+        is_chunk: a prefill chunk; else one new token of each document.
+        kept: of a chunk, local tokens that are not padding; they come first.
+        past_rows: of a chunk, keys that each context parallel rank holds before it.
+        owners: of new tokens, the context parallel rank that keeps each.
+        group: context parallel ranks; None on one rank.
     """
 
-    group: ProcessGroup | None
-
-    def is_empty(self, layer_number: int) -> bool:
-        """Whether the layer has no keys yet: what comes now is the prompt."""
-
-    def extend(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new tokens; return keys and values of all tokens [T, k, d]."""
-
-    def add_prompt_share(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """Keep this rank's shard of the prompt."""
-
-    def add_turn(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep one new token on the rank whose turn it is; return what this rank holds [T_local, k, d]."""
+    @property
+    def stores(self) -> Sequence[KeyValueStore]: ...  # noqa: D102
+    @property
+    def is_chunk(self) -> bool: ...  # noqa: D102
+    @property
+    def kept(self) -> int: ...  # noqa: D102
+    @property
+    def past_rows(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def owners(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def group(self) -> ProcessGroup | None: ...  # noqa: D102

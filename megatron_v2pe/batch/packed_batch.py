@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.batch.kv_cache import CacheStep
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout, blank_layout
 
@@ -96,7 +96,9 @@ class LocalBatch:
         pixels: [n_local, *tile_shape] normalised tiles of this rank in the model's dtype; None on ranks
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
-        kv_cache: keys and values of earlier tokens, in decoding only.
+        kv_cache: what is done with keys and values of earlier tokens, in generation only.
+        is_token: bool [l], false for padding; None where nobody asks (prompts).
+        pack_weight: float64 [], loss weight of the whole pack; None with `is_token`.
     """
 
     tokens: Tensor
@@ -108,7 +110,9 @@ class LocalBatch:
     max_seqlen: int
     pixels: Tensor | None
     route: FeatureRoute | None
-    kv_cache: KeyValueCache | None = None
+    kv_cache: CacheStep | None = None
+    is_token: Tensor | None = None
+    pack_weight: Tensor | None = None
 
 
 def without_loss(batch: PackedBatch, documents: Collection[int]) -> PackedBatch:
@@ -174,8 +178,13 @@ def split_rows(rows: NDArray[np.uint8], sizes: tuple[int, ...]) -> list[NDArray[
     return views
 
 
-def normalize_rows(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
-    """uint8 rows of tiles in several sizes to float32 rows, each size as `normalize_tiles` gives it, channels first."""
+def normalized(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
+    """uint8 tiles to float32: [n, 3, S, S] as `normalize_tiles` gives them; rows of several sizes to rows, size by size.
+
+    Within a row each size comes with its channels last and leaves with its channels first.
+    """
+    if len(sizes) < 2:
+        return normalize_tiles(rows, norm)
     parts = rows.split([3 * size * size for size in sizes], dim=1)
     return torch.cat(
         [

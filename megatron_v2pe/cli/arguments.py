@@ -105,6 +105,22 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
 # Checkpoints
 
 
+def add_format(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--format`, for verbs that write a Hugging Face folder.
+
+    Args:
+        parser: of the verb.
+        default: what is written without the option, in words.
+    """
+    parser.add_argument(
+        "--format",
+        choices=("github", "hf-native"),
+        default="",
+        help="github (InternVLChatModel, names as released on GitHub) or hf-native (transformers' own "
+        f"InternVLForConditionalGeneration, the -hf folders); default: {default}",
+    )
+
+
 def add_cast(parser: argparse.ArgumentParser) -> None:
     """Add `--dtype`, for verbs that write weights."""
     parser.add_argument(

@@ -14,8 +14,9 @@ HELP = """run every case of a golden folder through this package and print one l
 name, quantity, max abs error, tolerance, status. The last line has the counts.
 Exit code: 0 all passed, 1 a case failed, 2 none failed but some could not be run.
 
-With --tp, --pp, --cp or --sp the model's cases (forward, loss, gradients, generation) run on that many local
-ranks, which this command starts itself unless it runs under torchrun already.
+With --tp, --pp, --cp, --ep or --sp the model's cases (forward, loss, gradients, generation) run on that many local
+ranks, which this command starts itself unless it runs under torchrun already. With --ep only checkpoints with experts
+run, and data parallel ranks, which repeat the case, are added until the experts have ranks to lie on.
 
 Example: megatron-v2pe check-golden tests/golden --group model --tp 2 --cp 2"""
 
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder in the golden format")
     add_parallel_sizes(parser)
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel size")
+    parser.add_argument("--etp", type=int, default=0, metavar="N", help="ranks that split each expert")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism (needs --tp 2 or more)")
     parser.add_argument("--group", help="run one group of cases only")
     parser.add_argument("--family", help="run checkpoints whose key starts with this only")
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_v2pe.verification.golden.rows import exit_code, format_counts, format_row
     from megatron_v2pe.verification.golden.runner import check_family, run_groups, select_groups
 
-    parallel = replace(parallel_config(args), sequence_parallel=args.sp)
+    parallel = replace(parallel_config(args), ep=args.ep, etp=args.etp, sequence_parallel=args.sp)
     here = launcher()
     is_parallel = parallel != ParallelConfig()
     groups = select_groups(args.folder, name=args.group, model_only=is_parallel or here.world_size > 1)

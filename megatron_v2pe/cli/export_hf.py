@@ -7,6 +7,7 @@ import sys
 
 from megatron_v2pe.cli.arguments import (
     add_cast,
+    add_format,
     add_verify_checkpoint,
     check_files,
     parse_size,
@@ -38,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest weight file, like 5GB; default: files as they were imported",
     )
+    add_format(parser, "that of the folder which was imported")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="stride to recommend in config.json, for a checkpoint that was trained with random ones",
+    )
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="put code beside the weights, so that transformers (trust_remote_code=True) answers with V2PE positions",
+    )
     add_cast(parser)
     add_verify_checkpoint(parser)
 
@@ -59,6 +72,9 @@ def _export_model(args: argparse.Namespace) -> int:
             force=args.force,
             dtype=args.dtype,
             max_shard_bytes=max_shard_bytes,
+            to=args.format or None,
+            stride=args.stride,
+            remote_code=args.remote_code,
             progress=progress,
             expect=progress.expect,
         )
@@ -71,6 +87,10 @@ def _export_adapters(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.adapters.peft_export import export_peft
 
     require_one_process("export-hf --adapter")
+    if args.remote_code or args.stride is not None:
+        raise ConfigError(
+            "--adapter writes adapters alone, without config.json; omit --remote-code and --stride"
+        )
     if args.dtype != "keep":
         raise ConfigError(
             "--dtype is for whole models; adapters (--adapter) keep the dtype that they were trained in"

@@ -28,11 +28,8 @@ class PackCounts:
 
 
 def decoder_linear_parameters(arch: InternVLArchitecture) -> int:
-    """Weights of the decoder's linears, embedding and head excluded."""
-    language = arch.language
-    hidden, kv = language.hidden_size, language.num_kv_heads * language.head_dim
-    attention = 2 * hidden * hidden + 2 * hidden * kv
-    return language.num_layers * (attention + 3 * hidden * language.ffn_size)
+    """Weights of the decoder's linears that a token meets, embedding and head excluded."""
+    return arch.language.active_weights
 
 
 def attention_flops(

@@ -10,7 +10,10 @@ names whatever the language model is; those do not exist in InternLM2, whose own
 
 from __future__ import annotations
 
+import re
+
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.families import FAMILIES
 from megatron_v2pe.config.parts import PARTS, Part
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
@@ -18,28 +21,8 @@ from megatron_v2pe.core.errors import ConfigError
 LinearNames = dict[str, tuple[str, ...]]
 ADAPTERS = "lora"  # attribute of a linear that holds its adapters; part of their parameters' names
 
-_LLAMA: LinearNames = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
-LANGUAGE: dict[str, LinearNames] = {
-    "InternLM2ForCausalLM": {
-        "linear_qkv": ("wqkv",),
-        "linear_proj": ("wo",),
-        "linear_fc1": ("w1", "w3"),
-        "linear_fc2": ("w2",),
-    },
-    "LlamaForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": _LLAMA,
-    "Phi3ForCausalLM": {
-        "linear_qkv": ("qkv_proj",),
-        "linear_proj": ("o_proj",),
-        "linear_fc1": ("gate_up_proj",),
-        "linear_fc2": ("down_proj",),
-    },
-}
+_ROLES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_IN_A_LAYER = re.compile(r"language\.decoder\.layers\.\{i\}\.(self_attention|mlp)\.(\w+)\.weight")
 VISION: LinearNames = {
     "linear_qkv": ("attn.qkv",),
     "linear_proj": ("attn.proj",),
@@ -52,8 +35,18 @@ PROJECTOR: LinearNames = {"linear_fc1": ("mlp1.1",), "linear_fc2": ("mlp1.3",)}
 def linear_names(part: Part, arch: InternVLArchitecture) -> LinearNames:
     """Linears of a part: our role -> Hugging Face names, in the order of the role's rows."""
     if part == "language":
-        return LANGUAGE[arch.language.architecture]
+        return _language_names(arch)
     return VISION if part == "vision" else PROJECTOR
+
+
+def _language_names(arch: InternVLArchitecture) -> LinearNames:
+    """From the family's names table; where layers have experts, attention alone can carry adapters."""
+    names: LinearNames = {}
+    for rule in FAMILIES[arch.language.architecture].github:
+        found = _IN_A_LAYER.fullmatch(rule.ours)
+        if found and (found[1] == "self_attention" or arch.language.experts is None):
+            names[found[2]] = tuple(name.split(".")[-2] for name in rule.hf)
+    return {role: names[role] for role in _ROLES if role in names}
 
 
 def adapted_names(lora: LoRAConfig, part: Part, arch: InternVLArchitecture) -> tuple[str, ...]:
@@ -97,6 +90,12 @@ def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:
             raise ConfigError(
                 f"lora.targets names {target!r}, but no part with adapters has such a linear: {listed}"
             )
+    if lora.language_rank and config.parallel.tp > arch.language.num_kv_heads:
+        raise ConfigError(
+            f"lora.language_rank is {lora.language_rank} and parallel.tp is {config.parallel.tp}, but with more ranks "
+            f"than the {arch.language.num_kv_heads} KV heads a rank has a part of a head's rows, to which no adapter "
+            "fits; make parallel.tp smaller"
+        )
     for part, names in known.items():
         if not adapted_names(lora, part, arch):
             raise ConfigError(

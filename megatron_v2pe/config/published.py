@@ -1,4 +1,4 @@
-"""The seven sizes of InternVL2 as config.json contents, for work that needs true shapes and no weights.
+"""The published sizes of InternVL 2, 2.5, 3 and 3.5 as config.json contents, for true shapes without weights.
 
     PUBLISHED["2B"] --parse_architecture--> InternVLArchitecture --name_map--> 517 tensors, 2,205,754,368 numbers
 
@@ -14,6 +14,8 @@ factors are a smooth stand-in of the right length: no shape depends on them.
     26B   6B      InternLM2-20B                  25,514,186,112
     40B   6B      Yi-34B                         40,068,712,832
     76B   6B      Llama-3-70B                    76,262,358,400
+
+Keys of the later series begin with the series: "3-2B", "3.5-30B-A3B". Their towers are the same two.
 """
 
 from __future__ import annotations
@@ -136,6 +138,49 @@ _LLAMA_3: dict[str, Any] = {
     "rope_theta": 500000.0,
     "vocab_size": 128265,
 }
+_QWEN2_5: dict[str, Any] = {
+    **_QWEN2,
+    "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+    "vocab_size": 151674,
+}
+_INTERNLM3: dict[str, Any] = {
+    "architectures": ["InternLM3ForCausalLM"],
+    "model_type": "internlm3",
+    "bias": False,
+    "qkv_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+    "rope_theta": 50000000,
+    "vocab_size": 128512,
+}
+_QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
+_QWEN3_MOE: dict[str, Any] = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def _dynamic(factor: float) -> dict[str, Any]:
@@ -179,6 +224,26 @@ def _model(
     return {**_COMMON, "template": template, "llm_config": llm_config, "vision_config": dict(vision)}
 
 
+_Row = tuple[dict[str, Any], dict[str, Any], int, int, tuple[int, int], int]
+"""Vision, language family, layers, hidden, heads, ffn."""
+
+
+def _series(series: str, rows: dict[str, _Row]) -> dict[str, dict[str, Any]]:
+    """The sizes of a series after InternVL2; all of them have the template of 2.5."""
+    return {
+        f"{series}-{size}": _model(
+            vision, family, "internvl2_5", layers=layers, hidden=hidden, heads=heads, ffn=ffn
+        )
+        for size, (vision, family, layers, hidden, heads, ffn) in rows.items()
+    }
+
+
+def published_key(name: str) -> str:
+    """Key of a published model from its name: `InternVL3_5-8B`, `3.5-8B` and `internvl2-2b` are understood."""
+    size = name.upper().replace("_", ".").removeprefix("INTERNVL")
+    return size.removeprefix("2-").removeprefix("-")
+
+
 # fmt: off
 PUBLISHED: dict[str, dict[str, Any]] = {
     "1B": _model(_VIT_300M, _QWEN2, "Hermes-2", layers=24, hidden=896, heads=(14, 2), ffn=4864),
@@ -192,5 +257,33 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                   rope=_dynamic(3.0)),
     "40B": _model(_VIT_6B, _YI, "Hermes-2", layers=60, hidden=7168, heads=(56, 8), ffn=20480),
     "76B": _model(_VIT_6B, _LLAMA_3, "internlm2-chat", layers=80, hidden=8192, heads=(64, 8), ffn=28672),
+    **_series("2.5", {
+        "1B": (_VIT_300M, _QWEN2_5, 24, 896, (14, 2), 4864),
+        "2B": (_VIT_300M, _INTERNLM2 | _dynamic(2.0), 24, 2048, (16, 8), 8192),
+        "4B": (_VIT_300M, _QWEN2_5, 36, 2048, (16, 2), 11008),
+        "8B": (_VIT_300M, _INTERNLM2 | _dynamic(2.0), 32, 4096, (32, 8), 14336),
+        "26B": (_VIT_6B, _INTERNLM2 | _dynamic(3.0), 48, 6144, (48, 8), 16384),
+        "38B": (_VIT_6B, _QWEN2_5, 64, 5120, (40, 8), 27648),
+        "78B": (_VIT_6B, _QWEN2_5, 80, 8192, (64, 8), 29568),
+    }),
+    **_series("3", {
+        "1B": (_VIT_300M, _QWEN2_5, 24, 896, (14, 2), 4864),
+        "2B": (_VIT_300M, _QWEN2_5, 28, 1536, (12, 2), 8960),
+        "8B": (_VIT_300M, _QWEN2_5, 28, 3584, (28, 4), 18944),
+        "9B": (_VIT_300M, _INTERNLM3, 48, 4096, (32, 2), 10240),
+        "14B": (_VIT_300M, _QWEN2_5, 48, 5120, (40, 8), 13824),
+        "38B": (_VIT_6B, _QWEN2_5, 64, 5120, (40, 8), 27648),
+        "78B": (_VIT_6B, _QWEN2_5, 80, 8192, (64, 8), 29568),
+    }),
+    **_series("3.5", {
+        "1B": (_VIT_300M, _QWEN3, 28, 1024, (16, 8), 3072),
+        "2B": (_VIT_300M, _QWEN3, 28, 2048, (16, 8), 6144),
+        "4B": (_VIT_300M, _QWEN3, 36, 2560, (32, 8), 9728),
+        "8B": (_VIT_300M, _QWEN3, 36, 4096, (32, 8), 12288),
+        "14B": (_VIT_300M, _QWEN3, 40, 5120, (40, 8), 17408),
+        "30B-A3B": (_VIT_300M, _QWEN3_MOE | {"moe_intermediate_size": 768}, 48, 2048, (32, 4), 6144),
+        "38B": (_VIT_6B, _QWEN3, 64, 5120, (64, 8), 25600),
+        "241B-A28B": (_VIT_6B, _QWEN3_MOE | {"moe_intermediate_size": 1536}, 94, 4096, (64, 4), 12288),
+    }),
 }
 # fmt: on

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_v2pe.config.lora_config import LoRAConfig
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
 from megatron_v2pe.config.rules import require
@@ -102,6 +103,10 @@ class ParallelConfig:
     vision: Literal["replicated", "tensor"] = "replicated"
     """The vision tower on tensor parallel ranks. replicated: whole on each, tiles shared between them where
     sequence_parallel is on; tensor: split like the decoder, heads padded to a multiple of tp."""
+    ep: int = 1
+    """Expert parallel size: ranks of a pipeline stage (tp x cp x dp) over which the experts of a layer are spread."""
+    etp: int = 0
+    """Ranks that split each expert; 0 is tp where ep is 1, else 1."""
     vpp: int = 1
     """Virtual stages of each pipeline rank (interleaved schedule); shortens the pipeline's bubble."""
     pipeline_layout: str = ""
@@ -114,7 +119,7 @@ class ParallelConfig:
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "vpp"):
+        for name in ("tp", "pp", "cp", "vpp", "ep"):
             require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         if self.vision == "tensor" and self.tp == 1:
             raise ConfigError(
@@ -136,6 +141,17 @@ class ParallelConfig:
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
             )
+        require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
+        if self.ep == 1 and self.etp not in (0, self.tp):
+            raise ConfigError(
+                f"parallel.etp is {self.etp} with parallel.ep 1 and parallel.tp {self.tp}, but experts that are not "
+                "spread are split like the rest of the model; set parallel.etp to 0, or parallel.ep to 2 or more"
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that split each expert."""
+        return self.etp or (self.tp if self.ep == 1 else 1)
 
     @property
     def replica_size(self) -> int:
@@ -146,13 +162,19 @@ class ParallelConfig:
         """Data parallel size: model replicas in a world of so many ranks.
 
         Raises:
-            ConfigError: the world is not a whole number of them.
+            ConfigError: the world is not a whole number of them, or experts do not spread over its stages.
         """
         if world_size % self.replica_size:
             raise ConfigError(
                 f"parallel.tp * parallel.pp * parallel.cp = {self.tp} * {self.pp} * {self.cp} = {self.replica_size} "
                 f"must divide the world size {world_size}; start a multiple of {self.replica_size} ranks, or make one "
                 "of the three smaller"
+            )
+        stage, spread = world_size // self.pp, self.ep * self.expert_tp
+        if stage % spread:
+            raise ConfigError(
+                f"a pipeline stage has {stage} ranks (tp x cp x dp), but parallel.ep x parallel.etp = {self.ep} x "
+                f"{self.expert_tp} = {spread} must divide them; make ep smaller or start more ranks"
             )
         return world_size // self.replica_size
 
@@ -173,6 +195,8 @@ class DataConfig:
 
     meta: str = ""
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
+    validation: str = ""
+    """Meta json of held-out data sets, whose loss is measured every runtime.validate_every steps; empty: none."""
     template: str = ""
     """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
@@ -327,6 +351,8 @@ class RuntimeConfig:
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
     log_every: int = 1
     """Steps between heartbeat lines."""
+    validate_every: int = 0
+    """Steps between losses of data.validation, which are measured after the last step, too; 0 for none."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
     wandb_project: str = ""
@@ -352,6 +378,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
+        require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
         require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
         require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),
@@ -386,6 +413,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     position: PositionConfig = field(default_factory=PositionConfig)

@@ -19,6 +19,11 @@ class Section:
     def __init__(self, values: dict[str, Any], path: str) -> None:
         self._values, self.path = values, path
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The object itself."""
+        return self._values
+
     def need(self, key: str) -> Any:
         """A value that must be there."""
         if key not in self._values:

@@ -33,13 +33,52 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
+    check_experts(config, arch)
     check_world(config, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
+    check_validation(config)
     check_lora(config, arch)
     check_something_is_trained(config)
     check_part_rates(config)
+
+
+def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """Experts are spread evenly and split evenly; settings of experts are for models that have them."""
+    parallel, experts = config.parallel, arch.language.experts
+    if experts is None:
+        for name, value in (("ep", parallel.ep), ("etp", parallel.etp)):
+            if value > 1 and value != parallel.tp:
+                raise ConfigError(
+                    f"parallel.{name} is {value}, but {arch.language.architecture} has no experts; leave it out"
+                )
+        if not config.moe.is_default:
+            raise ConfigError(
+                f"section moe is set, but {arch.language.architecture} has no experts to balance; leave it out"
+            )
+        return
+    if experts.num_experts % parallel.ep:
+        raise ConfigError(
+            f"parallel.ep is {parallel.ep}, but must divide the {experts.num_experts} experts of a layer; possible: "
+            f"{divisors(experts.num_experts)}"
+        )
+    if experts.ffn_size % parallel.expert_tp:
+        raise ConfigError(
+            f"parallel.etp is {parallel.expert_tp}, but must divide the {experts.ffn_size} channels of an expert; "
+            f"possible: {divisors(experts.ffn_size)}"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.tp is {parallel.tp} and parallel.sequence_parallel is false, but with experts tensor parallel "
+            "ranks must hold different tokens, or each expert would get every token several times; set "
+            "parallel.sequence_parallel to true"
+        )
+    if config.model.mlp_chunks > 1:
+        raise ConfigError(
+            f"model.mlp_chunks is {config.model.mlp_chunks}, but the load balancing loss needs all tokens of a pack at "
+            "once; set model.mlp_chunks to 1"
+        )
 
 
 def check_required(config: RunConfig) -> None:
@@ -56,7 +95,10 @@ def check_required(config: RunConfig) -> None:
 
 
 def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
-    """Tensor parallelism cuts heads, KV heads and feed-forward rows of the language model evenly."""
+    """Tensor parallelism cuts heads, KV heads and feed-forward rows of the language model evenly.
+
+    More ranks than KV heads are fine where they are a multiple: each KV head is then used by several ranks.
+    """
     language = arch.language
     sizes = {
         "attention heads": language.num_heads,
@@ -64,7 +106,8 @@ def check_model_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> N
         "feed-forward channels": language.ffn_size,
     }
     for what, size in sizes.items():
-        if size % parallel.tp:
+        is_shared = what == "KV heads" and parallel.tp % size == 0
+        if size % parallel.tp and not is_shared:
             raise ConfigError(
                 f"parallel.tp is {parallel.tp}, but must divide the {size} {what} of the language model; "
                 f"possible: {divisors(size)}"
@@ -189,6 +232,15 @@ def check_lengths(data: DataConfig) -> None:
                 f"cut at data.max_sample_tokens = {data.max_sample_tokens}; raise that or lower the stage "
                 "(0 means no limit)"
             )
+
+
+def check_validation(config: RunConfig) -> None:
+    """Held-out data and how often it is used come together."""
+    data, every = config.data.validation, config.runtime.validate_every
+    if bool(data) != bool(every):
+        raise ConfigError(
+            f"data.validation is {data!r} and runtime.validate_every is {every}; give both, or neither"
+        )
 
 
 def check_part_rates(config: RunConfig) -> None:

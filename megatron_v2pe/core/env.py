@@ -68,6 +68,11 @@ def launch_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return attempt.parent if attempt.name.startswith("attempt_") else None
 
 
+def api_key(environ: Mapping[str, str] | None = None) -> str:
+    """Key that requests to a server must carry, from V2PE_API_KEY; "" where it is not set."""
+    return (os.environ if environ is None else environ).get("V2PE_API_KEY", "").strip()
+
+
 def rank_monitor_socket(environ: Mapping[str, str] | None = None) -> str | None:
     """Address of the monitor that NVIDIA's ft_launcher made for this rank; None without that launcher."""
     return (os.environ if environ is None else environ).get("FT_RANK_MONITOR_IPC_SOCKET")
@@ -82,6 +87,15 @@ def child_environment(**changes: str) -> dict[str, str]:
     """A copy of the environment for a process that we start, without this rank's launcher variables."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}
     return {**kept, **changes}
+
+
+def forget_launcher() -> None:
+    """Take the launcher's variables out of this process's environment, for libraries that would act on them.
+
+    Call it after the process group has been made, which no longer needs them.
+    """
+    for name in (*_LAUNCHER_NAMES, "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        os.environ.pop(name, None)
 
 
 def _number(values: Mapping[str, str], name: str) -> int:

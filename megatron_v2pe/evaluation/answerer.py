@@ -114,7 +114,7 @@ class EngineAnswerer:
         """
         sizes = probe_record(item.record, settings=self._settings)
         media = record_tiles(item.record, sizes, entry=item.entry, settings=self._settings)
-        turns = write_images(item.record, sizes).turns
+        turns = write_images(item.record, sizes).messages
         return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ def write_accuracy_by_length(
     save_figure(figure, path)
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
+def wilson(correct: float, count: int) -> tuple[float, float]:
     """95 % Wilson interval of a share; right also near 0 and 1, where the normal one is not.
 
     Example: 10 of 10 gives (0.72, 1.0).
@@ -147,7 +147,12 @@ def _mean(cells: Sequence[Cell]) -> float:
 
 
 def _multiple(length: int, trained_length: int) -> str:
-    return f"{length / trained_length:g}x"
+    """A length as a multiple of the trained one, in few digits.
+
+    Example: of 512, lengths 40, 100, 512, 4096 are "<0.1x", "0.2x", "1x", "8x".
+    """
+    ratio = length / trained_length
+    return "<0.1x" if ratio < 0.1 else f"{ratio:.2g}x" if ratio < 1 else f"{ratio:.4g}x"
 
 
 def _stride_text(name: str, tokens_per_tile: int) -> str:

@@ -28,6 +28,7 @@ def run_rows(run: RunRecord) -> dict[str, str]:
         "steps": f"{run.lines[0]['step']} to {run.lines[-1]['step']}",
         "loss": _loss(run.lines),
         **_losses_by_source(run.lines),
+        **_held_out(run.lines),
         "tokens": _tokens(run.lines),
         "tokens/s, median": _rates(run.lines),
         "TFLOP/s a rank, median": _flops(run.lines),
@@ -115,6 +116,25 @@ def _losses_by_source(lines: Sequence[Line]) -> dict[str, str]:
     }
     if more := len(ranked) - len(found):
         found["  others"] = f"{more} more data set{'s' if more > 1 else ''}, in metrics.jsonl"
+    return found
+
+
+def _held_out(lines: Sequence[Line]) -> dict[str, str]:
+    """A row for the loss of held-out data, if it was measured, and one for each of its ranges of length."""
+    measured = [line for line in lines if line.get("validation_loss") is not None]
+    if not measured:
+        return {}
+    lowest = min(measured, key=lambda line: line["validation_loss"])
+    first, last = measured[0], measured[-1]
+    found = {
+        "held-out loss": f"{first['validation_loss']:.4f} to {last['validation_loss']:.4f} in {len(measured)} "
+        f"validations, lowest {lowest['validation_loss']:.4f} at step {lowest['step']}"
+    }
+    for kind in ("source", "length"):
+        for name, value in last[f"validation_loss_by_{kind}"].items():
+            begin = first[f"validation_loss_by_{kind}"].get(name)
+            if value is not None and begin is not None:
+                found[f"  held-out, {name.replace('_', ' ')}"] = f"{begin:.4f} to {value:.4f}"
     return found
 
 

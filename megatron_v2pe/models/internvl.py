@@ -75,13 +75,15 @@ class InternVL(MegatronModule):
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised tiles [n, *tile_shape] to feature rows [n*K, H].
 
-        A rank without tiles encodes a blank one and keeps none of its rows: its parameters still get
+        A rank without tiles encodes a blank one (in training) and keeps none of its rows: its parameters still get
         (zero) gradients and its backward pass still joins the routing collective. Ranks may have different
         numbers of slices: nothing in here waits for a rank with other tiles.
         """
         if self.vision is None or self.projector is None:
             raise RuntimeError("this pipeline stage holds no vision tower")
         num_tiles = len(pixels)
+        if num_tiles == 0 and not torch.is_grad_enabled():
+            return pixels.new_zeros(0, self.config.hidden_size)
         if num_tiles == 0:
             pixels = pixels.new_zeros(1, *tile_shape(self.tile_sizes))
         slices = pixels.split(self.micro_batch_tiles or len(pixels))

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
+from megatron_v2pe.models.experts import RoutedRows
 from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
@@ -41,6 +43,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
         memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
+        router: builds the router of layers with experts; which layers those are, `config.moe_layer_freq` says.
         share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.
         stage: keyword arguments that say which stage this is: pre_process, post_process, vp_stage.
@@ -56,15 +59,17 @@ class LanguageModel(GPTModel):
         padded_vocab_size: int,
         memory: MemorySavings,
         head_ports: HeadPorts,
+        router: Any = None,
         share_embeddings_and_output_weights: bool,
         groups: ProcessGroupCollection | None,
         **stage: Any,
     ) -> None:
-        num_layers = get_num_layers_to_build(config, vp_stage=stage.get("vp_stage"))
-        spec = language_layer_spec(modules, layer=RecomputingLayer, mlp_chunks=memory.mlp_chunks)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=modules.norm),
+            TransformerBlockSubmodules(
+                layer_specs=_layer_specs(config, modules, memory, router, vp_stage=stage.get("vp_stage")),
+                layer_norm=modules.norm,
+            ),
             vocab_size=padded_vocab_size,
             max_sequence_length=0,  # only read by learned positions, which this model does not have
             position_embedding_type="none",
@@ -99,7 +104,14 @@ class LanguageModel(GPTModel):
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
+            routed=self.routed_rows(batch),
         )
+
+    def routed_rows(self, batch: LocalBatch) -> RoutedRows | None:
+        """What routers must know of the rows of this rank; None without experts, and where nothing is trained."""
+        if self.config.num_moe_experts is None or batch.is_token is None or batch.pack_weight is None:
+            return None
+        return RoutedRows(is_token=self.head_ports.own_rows(batch.is_token), weight=batch.pack_weight)
 
     def forward(self, batch: LocalBatch, decoder_input: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Run this stage's layers.
@@ -153,3 +165,27 @@ class LanguageModel(GPTModel):
         """Final hidden states [n, 1, H] to logits [n, vocab_size], gathered over tp."""
         output, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
         return output.squeeze(1)[:, : self.vocab_size]
+
+
+def _layer_specs(
+    config: TransformerConfig,
+    modules: BackendModules,
+    memory: MemorySavings,
+    router: Any,
+    *,
+    vp_stage: int | None,
+) -> list[ModuleSpec]:
+    """Specs of this stage's layers; a layer with experts has a router."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    has_experts = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    return [
+        language_layer_spec(
+            modules,
+            layer=RecomputingLayer,
+            qk_norm=config.qk_layernorm,
+            router=router if has_experts[number] else None,
+            mlp_chunks=memory.mlp_chunks,
+        )
+        for number in numbers
+    ]

@@ -15,8 +15,10 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_v2pe.models.experts import SequentialExperts
 from megatron_v2pe.models.norms import Norm
 
 
@@ -30,6 +32,8 @@ class BackendModules:
         linear_proj: output of attention; splits its input over tp, as linear_fc2 does.
         linear_fc1: first linear of an MLP.
         linear_fc2: second linear of an MLP.
+        expert_fc1: first linear of an expert, which carries no adapters.
+        expert_fc2: second linear of an expert.
         language_attention: attention core of the decoder (causal, packed, context parallel, rotary inside).
         vision_attention: attention core of the vision tower (bidirectional).
     """
@@ -39,6 +43,8 @@ class BackendModules:
     linear_proj: Any
     linear_fc1: Any
     linear_fc2: Any
+    expert_fc1: Any
+    expert_fc2: Any
     language_attention: Any
     vision_attention: Any
 
@@ -51,6 +57,8 @@ def local_modules(*, language_attention: Any, vision_attention: Any) -> BackendM
         linear_proj=RowParallelLinear,
         linear_fc1=ColumnParallelLinear,
         linear_fc2=RowParallelLinear,
+        expert_fc1=ColumnParallelLinear,
+        expert_fc2=RowParallelLinear,
         language_attention=language_attention,
         vision_attention=vision_attention,
     )
@@ -70,6 +78,8 @@ def transformer_engine_modules(*, language_attention: Any, vision_attention: Any
         linear_proj=TERowParallelLinear,
         linear_fc1=TEColumnParallelLinear,
         linear_fc2=TERowParallelLinear,
+        expert_fc1=TEColumnParallelLinear,
+        expert_fc2=TERowParallelLinear,
         language_attention=language_attention,
         vision_attention=vision_attention,
     )
@@ -95,6 +105,7 @@ def _attention(
     mask: AttnMaskType,
     module: type,
     linear_qkv: Any = None,
+    head_norm: Any = None,
     **params: Any,
 ) -> ModuleSpec:
     return ModuleSpec(
@@ -104,6 +115,8 @@ def _attention(
             linear_qkv=linear_qkv or modules.linear_qkv,
             core_attention=core,
             linear_proj=modules.linear_proj,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
 
@@ -113,8 +126,20 @@ def mlp_submodules(modules: BackendModules) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=modules.linear_fc1, linear_fc2=modules.linear_fc2)
 
 
+def _mlp(modules: BackendModules) -> ModuleSpec:
+    # The exact class MLP: mcore hands its tp group to no other (transformer_layer.py, "Module 8").
+    return ModuleSpec(module=MLP, submodules=mlp_submodules(modules))
+
+
+def _mixture_of_experts(modules: BackendModules, router: Any) -> ModuleSpec:
+    """A router and experts in the place of an MLP; the exact class MoELayer, as above."""
+    linears = MLPSubmodules(linear_fc1=modules.expert_fc1, linear_fc2=modules.expert_fc2)
+    experts = ModuleSpec(module=SequentialExperts, submodules=linears)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+
+
 def _layer(
-    modules: BackendModules, *, module: type, attention: ModuleSpec, params: dict[str, Any]
+    modules: BackendModules, *, module: type, attention: ModuleSpec, mlp: ModuleSpec, params: dict[str, Any]
 ) -> ModuleSpec:
     return ModuleSpec(
         module=module,
@@ -124,19 +149,33 @@ def _layer(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=modules.norm,
-            # The exact class MLP: mcore passes its tp group to no other (transformer_layer.py, "Module 8").
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(modules)),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def language_layer_spec(modules: BackendModules, *, layer: type, **params: Any) -> ModuleSpec:
-    """Pre-norm decoder layer of class `layer`, built with `params`."""
+def language_layer_spec(
+    modules: BackendModules, *, layer: type, qk_norm: bool = False, router: Any = None, **params: Any
+) -> ModuleSpec:
+    """Pre-norm decoder layer of class `layer`, built with `params`.
+
+    Args:
+        modules: modules of the back end.
+        layer: class of the layer.
+        qk_norm: queries and keys of each head are normalised before the rotation.
+        router: builds the router of a layer with experts; None gives it one MLP.
+        **params: keyword arguments of `layer`.
+    """
     attention = _attention(
-        modules, core=modules.language_attention, mask=AttnMaskType.causal, module=SelfAttention
+        modules,
+        core=modules.language_attention,
+        mask=AttnMaskType.causal,
+        module=SelfAttention,
+        head_norm=modules.norm if qk_norm else None,
     )
-    return _layer(modules, module=layer, attention=attention, params=params)
+    mlp = _mlp(modules) if router is None else _mixture_of_experts(modules, router)
+    return _layer(modules, module=layer, attention=attention, mlp=mlp, params=params)
 
 
 def vision_layer_spec(
@@ -160,4 +199,4 @@ def vision_layer_spec(
         linear_qkv=modules.linear_qkv if qkv_bias else _without_bias(modules.linear_qkv),
         qk_norm=qk_norm,
     )
-    return _layer(modules, module=layer, attention=spec, params=params)
+    return _layer(modules, module=layer, attention=spec, mlp=_mlp(modules), params=params)

@@ -32,12 +32,14 @@ class HeadPorts:
         vocab_start_index: id of the first vocabulary row of this rank.
         gather_hidden: differentiable; local hidden states to those of all tokens whose vocabulary rows
             this rank multiplies, its backward summing the partial gradients of the tp ranks.
+        own_rows: of a value for each local token, those of this rank's rows between layers.
         reduce_max: maximum over tp.
         reduce_sum: sum over tp.
     """
 
     vocab_start_index: int = 0
     gather_hidden: Callable[[Tensor], Tensor] = _identity
+    own_rows: Callable[[Tensor], Tensor] = _identity
     reduce_max: Callable[[Tensor], Tensor] = _identity
     reduce_sum: Callable[[Tensor], Tensor] = _identity
 

@@ -63,13 +63,34 @@ class RecomputingLayer(TransformerLayer):
     mcore gives its process group to the exact class `MLP` only, so the MLP stays one and its forward is wrapped.
 
     Args:
-        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations.
+        mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations. Experts are one piece.
     """
 
     def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if mlp_chunks:
+        if mlp_chunks and self.is_moe_layer:
+            self.mlp.forward = partial(_experts_again, self.mlp.forward, self.mlp.router)
+        elif mlp_chunks:
             self.mlp.forward = partial(_in_chunks, self.mlp.forward, mlp_chunks)
+
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """mcore's forward; a router is given first what it must know of the micro batch, also when it runs again."""
+        if self.is_moe_layer:
+            self.mlp.router.routed = getattr(packed_seq_params, "routed", None)
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+def _experts_again(
+    forward: Callable[..., tuple[Tensor, Tensor | None]], router: Any, hidden: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Output of a mixture of experts, whole: its router's losses are of all rows of its micro batch."""
+    routed = router.routed
+
+    def run(rows: Tensor) -> Tensor:
+        router.routed = routed  # backward of another micro batch may have come between
+        return forward(rows, **kwargs)[0]
+
+    return checkpoint(run, False, hidden), None
 
 
 def _in_chunks(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,8 +21,7 @@ from torch import Tensor
 from megatron_v2pe.batch.packed_batch import (
     LocalBatch,
     PackedBatch,
-    normalize_rows,
-    normalize_tiles,
+    normalized,
     tile_share,
 )
 from megatron_v2pe.batch.pixel_norm import PixelNorm
@@ -82,6 +82,8 @@ class BatchSharder:
             max_seqlen=int((layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).max()),
             pixels=pixels,
             route=route,
+            is_token=torch.from_numpy(layout.is_token(index)).to(device),
+            pack_weight=torch.tensor(batch.loss_weights.sum(dtype=np.float64), device=device),
         )
 
     def _pixels(self, batch: PackedBatch) -> Tensor:
@@ -89,8 +91,7 @@ class BatchSharder:
         self._check_tiles(batch)
         tiles = torch.from_numpy(batch.tiles).to(self.context.ranks.device).contiguous()  # channels were last
         if tiles.dtype == torch.uint8 and self.norm is not None:
-            sizes = batch.tile_sizes
-            tiles = normalize_rows(tiles, self.norm, sizes) if sizes else normalize_tiles(tiles, self.norm)
+            tiles = normalized(tiles, self.norm, batch.tile_sizes)
         elif tiles.dtype == torch.uint8 and len(tiles):
             raise ValueError(
                 "the pack holds uint8 tiles, but this BatchSharder has no PixelNorm; give it one"

@@ -138,6 +138,25 @@ def _patch_module(module: types.ModuleType) -> None:
         module.disable_jit_fuser()
     if module.__name__ == f"{MCORE}.tensor_parallel.random":
         _patch_random(module)
+    if module.__name__ == f"{MCORE}.transformer.moe.moe_utils":
+        _patch_host_copies(module)
+
+
+def _patch_host_copies(module: types.ModuleType) -> None:
+    """Counts of tokens that the expert dispatcher copies to the host become numpy arrays where they are there already.
+
+    Collectives take numpy's numbers as split sizes, but no tensors; mcore's own function leaves a host tensor alone.
+    """
+    import torch
+
+    move = module.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and tensor.device.type == "cpu":
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    module.__dict__["maybe_move_tensor_to_cpu"] = to_host
 
 
 def _patch_random(module: types.ModuleType) -> None:

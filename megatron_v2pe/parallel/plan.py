@@ -25,6 +25,8 @@ class ParallelPlan:
         cp: context parallel size.
         dp: data parallel size, what remains of the world.
         vpp: virtual stages of each pipeline rank.
+        ep: ranks over which the experts of a layer are spread.
+        etp: ranks that split each expert.
         sequence_parallel: activations between layers are split over tp.
         vision: the tower is `replicated` on tp ranks or split over them (`tensor`).
     """
@@ -34,6 +36,8 @@ class ParallelPlan:
     cp: int = 1
     dp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
     sequence_parallel: bool = False
     vision: Literal["replicated", "tensor"] = "replicated"
 
@@ -41,6 +45,11 @@ class ParallelPlan:
     def world_size(self) -> int:
         """Ranks of the run."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold copies of the same experts and share their optimizer state."""
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
     @property
     def pad_to_multiple(self) -> int:
@@ -83,6 +92,8 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelPlan:
         cp=config.cp,
         dp=config.dp(world_size),
         vpp=config.vpp,
+        ep=config.ep,
+        etp=config.expert_tp,
         sequence_parallel=config.sequence_parallel,
         vision=config.vision,
     )

@@ -27,7 +27,7 @@ from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.plan import resolve as resolve
 from megatron_v2pe.parallel.world_name import agree_on_name
 
-RANK_ORDER = "tp-cp-ep-dp-pp"  # ep, the experts' axis, has size 1
+RANK_ORDER = "tp-cp-ep-dp-pp"  # experts have axes of their own, etp x ep x their dp, over the same ranks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +111,8 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
             pipeline_model_parallel_size=plan.pp,
             virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
             context_parallel_size=plan.cp,
+            expert_model_parallel_size=plan.ep,
+            expert_tensor_parallel_size=plan.etp,
             distributed_timeout_minutes=timeout_minutes,
             order=RANK_ORDER,
             create_gloo_process_groups=False,
@@ -135,10 +137,12 @@ def _has_groups_of(plan: ParallelPlan) -> bool:
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
     )
-    if joined != (plan.tp, plan.pp, plan.cp, plan.vpp):
+    if joined != (plan.tp, plan.pp, plan.cp, plan.vpp, plan.ep, plan.etp):
         raise RuntimeError(
-            f"this process has joined groups of tp, pp, cp, vpp {joined}; call shutdown before joining {plan}"
+            f"this process has joined groups of tp, pp, cp, vpp, ep, etp {joined}; call shutdown before joining {plan}"
         )
     return True
 

@@ -263,7 +263,12 @@ def _time(
     busiest = max(range(len(once)), key=lambda index: once[index][1].gradients_bytes)
     trained, traffic = once[busiest]
     per_step = once_a_step_seconds(
-        setting, traffic, hardware, trained=trained.all, micro_batches=micro_batches
+        setting,
+        traffic,
+        hardware,
+        trained=trained.all,
+        experts=trained.experts,
+        micro_batches=micro_batches,
     )
     plan = setting.plan
     time = step_time(per_stage, per_step, micro_batches=micro_batches, pp=plan.pp, vpp=plan.vpp)
@@ -293,7 +298,9 @@ def _sent(
 ) -> dict[str, float]:
     """Bytes that a rank of a stage sends in a step, by kind."""
     each = [model_chunk_traffic(setting, model_chunk) for model_chunk in model_chunks]
+    expert_bytes = micro_batches * sum(part.ep_bytes for part in each)
     return {
+        **({"expert parallel": expert_bytes} if expert_bytes else {}),
         "tensor parallel": micro_batches * sum(part.tp_bytes for part in each),
         "context parallel": micro_batches
         * sum(part.cp_forward_bytes + part.cp_backward_bytes for part in each),

@@ -55,7 +55,11 @@ def built_rank(config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelP
             if not p.requires_grad
         )
         trainer = wrap_for_training(model_chunks, config)
-        buffers = [buffer for model_chunk in trainer.wrapped for buffer in model_chunk.buffers]
+        buffers = [
+            buffer
+            for model_chunk in trainer.wrapped
+            for buffer in (*model_chunk.buffers, *model_chunk.expert_parallel_buffers)
+        ]
         shard = sum(
             parameter.numel()
             for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])

@@ -45,7 +45,9 @@ def steps(run: Run) -> str:
         run.advance(report)
 
         line = run.meter.line(report, batches, step=step, data_s=data_s)
-        run.log.write({**line, "bad_samples": run.damaged.num_skipped, "save_s": run.saver.take_pause()})
+        held_out = run.validation.after_step(step, run.trainer.wrapped)
+        own = {"bad_samples": run.damaged.num_skipped, "save_s": run.saver.take_pause()}
+        run.log.write({**line, **own, **held_out})
         run.bad_steps.record(report, batches, step=step)
 
         reason = run.interruption.agreed() if step < last_step else ""

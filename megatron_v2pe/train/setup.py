@@ -36,6 +36,8 @@ from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.pack_reader import TileShare
+from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import (
     ParallelContext,
@@ -68,6 +70,7 @@ from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
 from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.step import StepReport
+from megatron_v2pe.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class Run:
         trainer: model chunks, optimizer, schedule.
         loader: this data parallel rank's packs, from the next step on.
         runner: runs micro batches through this stage.
+        validation: loss of held-out data, when it is due.
         damaged: removes damaged samples from the loss.
         loss_guard: how large the next loss may be.
         bad_steps: records steps that were not applied.
@@ -102,6 +106,7 @@ class Run:
     trainer: Trainer
     loader: TrainLoader
     runner: MicroBatchRunner
+    validation: Validation
     damaged: DamagedSamples
     loss_guard: LossGuard
     bad_steps: BadSteps
@@ -169,8 +174,9 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         startup.done("checkpoint")
         loader = _loader(config, arch, context, start_step=saved.step if saved else 0)
         state = _state(config, loader, saved, resume_from)
-        if ranks.rank == 0:
-            _record_start(config, run_dir, state, world_size=ranks.world_size, is_resumed=saved is not None)
+        _record_start(config, run_dir, state, ranks=ranks, is_resumed=saved is not None)
+        observing = _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
+        monitors = stack.enter_context(observing)
         startup.done("data")
         return Run(
             config=config,
@@ -178,7 +184,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(config, loader, trainer, context),
+            runner=_micro_batch_runner(loader, trainer, _sharder(config, context)),
+            validation=_validation(config, arch, _sharder(config, context), monitors),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
@@ -186,9 +193,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             log=_metrics_log(config, run_dir, state, ranks=ranks),
             startup=startup,
             interruption=interruption,
-            monitors=stack.enter_context(
-                _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
-            ),
+            monitors=monitors,
             saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
@@ -318,28 +323,67 @@ def _state(
 
 
 def _record_start(
-    config: RunConfig, run_dir: Path, state: RunState, *, world_size: int, is_resumed: bool
+    config: RunConfig, run_dir: Path, state: RunState, *, ranks: Ranks, is_resumed: bool
 ) -> None:
-    """Clean the run folder and note the start in it; rank 0 alone, once nothing can be refused any more."""
+    """Clean the run folder and note the start in it; rank 0 alone does."""
+    if ranks.rank != 0:
+        return
     for left in remove_incomplete(run_dir):
         logger.info("deleted %s, left by an interrupted save", left)
     write_config_snapshot(run_dir, config, is_resumed=is_resumed)
-    append_json(run_dir / "starts.jsonl", {"step": state.step, "world_size": world_size, "time": time.time()})
+    line = {"step": state.step, "world_size": ranks.world_size, "time": time.time()}
+    append_json(run_dir / "starts.jsonl", line)
 
 
-def _micro_batch_runner(
-    config: RunConfig, loader: TrainLoader, trainer: Trainer, context: ParallelContext
-) -> MicroBatchRunner:
-    sharder = BatchSharder(
+def _sharder(config: RunConfig, context: ParallelContext) -> BatchSharder:
+    """How a pack becomes this rank's share."""
+    return BatchSharder(
         context=context,
         dtype=DTYPES[config.runtime.dtype],
         norm=NORMALIZATION[config.data.normalize_type],
     )
+
+
+def _micro_batch_runner(loader: TrainLoader, trainer: Trainer, sharder: BatchSharder) -> MicroBatchRunner:
     runner = MicroBatchRunner(
-        shard=sharder.shard, device=context.ranks.device, source_names=tuple(loader.source_names)
+        shard=sharder.shard,
+        device=sharder.context.ranks.device,
+        source_names=tuple(loader.source_names),
     )
     attach(runner, trainer.wrapped)
     return runner
+
+
+def _validation(
+    config: RunConfig, arch: InternVLArchitecture, sharder: BatchSharder, monitors: Monitors
+) -> Validation:
+    """Held-out packs of this rank, and a runner that keeps their groups apart."""
+    plan, ranks = sharder.context.plan, sharder.context.ranks
+    packs = None
+    if config.data.validation:
+        packs = ValidationPacks(
+            config,
+            arch,
+            hf_folder_of(config),
+            dp_rank=ranks.dp_rank,
+            dp=plan.dp,
+            tile_share=TileShare(
+                rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
+            ),
+            pad_to_multiple=plan.pad_to_multiple,
+            runs_multiple=plan.pp if config.parallel.vpp > 1 else 1,
+        )
+        logger.info("%d held-out samples in %d packs", packs.num_samples, packs.num_packs)
+    names = tuple(f"{group.source} {group.length_name}" for group in packs.groups) if packs else ()
+    return Validation(
+        packs=packs,
+        every=config.runtime.validate_every,
+        last_step=config.optim.steps,
+        runner=MicroBatchRunner(shard=sharder.shard, device=ranks.device, source_names=names),
+        ranks=ranks,
+        pp=plan.pp,
+        on_progress=monitors.keep_alive,
+    )
 
 
 def _damaged_samples(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
+from megatron_v2pe.assembly.router_counts import take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
@@ -24,14 +25,14 @@ from megatron_v2pe.train.by_source import SourceTotals, weights_and_tokens
 from megatron_v2pe.train.forward_step import MicroBatchRunner
 from megatron_v2pe.train.reduce import sum_by_name
 
-_NOT_METRICS = ("part_norms", "loss_limit", "bad_packs", "seconds")
+_NOT_METRICS = ("part_norms", "loss_limit", "bad_packs", "seconds", "routers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one step did; sums are over all ranks, equal on every rank.
 
-    A field is a number of metrics.jsonl of the same name, but for the last four.
+    A field is a number of metrics.jsonl of the same name, but for the last five.
 
     Attributes:
         is_applied: the weights were updated; False when the loss or a gradient was not finite, or the loss too large.
@@ -45,6 +46,7 @@ class StepReport:
         loss_limit: largest loss that would have been applied.
         bad_packs: micro batches of this rank whose own loss is not finite; only the last stage knows.
         seconds: wall time of the step, data wait excluded.
+        routers: numbers of a mixture of experts, see `RouterTotals.numbers`; empty without experts.
     """
 
     is_applied: bool
@@ -58,11 +60,13 @@ class StepReport:
     loss_limit: float
     bad_packs: tuple[int, ...]
     seconds: float
+    routers: dict[str, Any] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
         """Its numbers by their names in metrics.jsonl."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_METRICS}
-        return {**own, **{f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}}
+        by_part = {f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}
+        return {**own, **by_part, **self.routers}
 
 
 def train_step(
@@ -90,6 +94,7 @@ def train_step(
         clip_gradients(trainer.optimizer, grad_norm)
         trainer.optimizer.step_with_ready_grads()
     trainer.scheduler.step(increment=1)
+    routers = take_router_totals(trainer.model_chunks, ranks=ranks)
     return StepReport(
         is_applied=is_applied,
         loss=loss,
@@ -102,6 +107,7 @@ def train_step(
         loss_limit=loss_limit,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
+        routers=routers.numbers(float(runner.weight_sum)) if routers else {},
     )
 
 

@@ -174,6 +174,12 @@ class PackLayout:
         """Largest whole position of the pack plus one; dynamic NTK scales by it."""
         return max(document.next_position for document in self.documents)
 
+    def is_token(self, index: Int64Array) -> NDArray[np.bool_]:
+        """Whether tokens of the pack are a document's own, not padding; bool, of the shape of `index`."""
+        document = np.searchsorted(self.cu_seqlens, index, side="right") - 1
+        lengths = np.array([each.num_tokens for each in self.documents], dtype=np.int64)
+        return index - self.cu_seqlens[document] < lengths[document]
+
 
 def pack_layout(documents: Sequence[SampleLayout], *, pad_to_multiple: int = 1) -> PackLayout:
     """Lay documents out one after the other, each padded to `pad_to_multiple` tokens.

@@ -96,6 +96,13 @@ def test_links_are_alive(page):
     assert dead == []
 
 
+def test_every_page_is_in_the_site():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert [
+        page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in menu
+    ] == []
+
+
 # Words in backticks that look like a path of this repository have to be one.
 PATH = re.compile(r"`((?:megatron_v2pe|tools|tests|docs|launch|examples|constraints)/[\w./\-]*[\w/])`")
 MADE_LATER = ("examples/quickstart/work",)

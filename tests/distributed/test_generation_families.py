@@ -18,6 +18,7 @@ from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.tiles import ArrayTiles
 from megatron_v2pe.v2pe.layout import SampleLayout
 from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
 from tests.support.spawn import run_ranks
@@ -52,14 +53,14 @@ def make_prompt(arch, stride):
         tokens_per_tile=arch.tokens_per_tile,
     )
     tiles = generator.standard_normal((2, 3, arch.image_size, arch.image_size), dtype=np.float32)
-    return Prompt(tokens=tokens, layout=layout, tiles=tiles)
+    return Prompt(tokens=tokens, layout=layout, tiles=ArrayTiles(tiles, [2]))
 
 
 def reference_answer(key, stride):
     arch = read_architecture(CKPT / key)
     prompt = make_prompt(arch, stride)
     model = ReferenceModel(arch, HFWeights(CKPT / key).read, is_v2pe=stride > 0)
-    *_, hidden = model.vision_states(torch.from_numpy(prompt.tiles))
+    *_, hidden = model.vision_states(torch.from_numpy(prompt.tiles.load(0, 2)))
     features = model.features(hidden)
     slots = torch.arange(9, 9 + len(features))
     step = (stride or arch.tokens_per_tile) / arch.tokens_per_tile

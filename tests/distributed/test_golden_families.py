@@ -1,4 +1,4 @@
-"""Packed V2PE cases of the Qwen2, Llama and Phi-3 families over tensor and pipeline parallel ranks."""
+"""Packed V2PE cases of the Qwen2, Llama and Phi-3 families over tensor and pipeline parallel ranks; experts."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
 from megatron_v2pe.verification.golden.runner import select_groups
+from tests.support.hf_folders import FAMILIES_GOLDEN
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
@@ -42,3 +43,12 @@ def test_two_ranks(folder, parallel):
     assert [row for row in rows if row.status != "pass"] == []
     assert {row.name for row in rows} == {f"model/{key}/{CASE}" for key in KEYS}
     assert {row.quantity for row in rows} >= {"logits", "per_token_loss", "mean_loss", "grad_l2", "grad"}
+
+
+def test_experts_on_two_ranks():
+    """Qwen3-MoE: which expert each token goes to, and the load balancing loss of each layer, among the rest."""
+    groups = select_groups(FAMILIES_GOLDEN, name="model", model_only=True)
+    parallel = ParallelConfig(ep=2, cp=2)
+    rows = run_on_local_ranks(FAMILIES_GOLDEN, groups, family="j_qwen3moe_vit300m", parallel=parallel)
+    assert [row for row in rows if row.status != "pass"] == []
+    assert {row.quantity for row in rows} >= {"logits", "grad", "tokens_per_expert_1", "aux_loss_per_layer"}

@@ -17,10 +17,9 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.media.normalization import NORMALIZATION
-from megatron_v2pe.data.samples.records import Turn
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.prompt import build_prompt
+from megatron_v2pe.inference.messages import Message, build_prompt
 from megatron_v2pe.parallel.topology import shutdown
 from tests.support import tiny
 
@@ -113,10 +112,10 @@ def logits(checkpoint, image):
     """Logits of three greedy steps after a question about an image."""
     arch = read_architecture(hf_path(checkpoint))
     settings = sample_settings(RunConfig(), arch, hf_path(checkpoint))
-    turns = [Turn(role="human", value="What is on the page?")]
-    prompt = build_prompt(turns, [str(image)], settings=settings, stride=4)
+    question = Message(role="human", text="What is on the page?", images=(str(image),))
+    prompt = build_prompt([question], settings=settings, stride=4)
     engine = Engine.load(checkpoint, mode="v2pe_fixed", norm=NORMALIZATION["imagenet"])
-    steps = list(engine.stream(prompt, max_new_tokens=3, stop_ids=()))
+    steps = list(engine.stream(prompt, max_new_tokens=3, logits=True))
     shutdown()
     return torch.stack([step.logits for step in steps])
 

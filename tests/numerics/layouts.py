@@ -14,6 +14,7 @@ PROJECTOR_ALONE = Options(freeze_vision=True, freeze_language=True)
 LANGUAGE_ALONE = Options(freeze_vision=True, freeze_projector=True)
 TIED = Options(tied=True)
 OTHER = Options(other_parts=True)
+EXPERTS = Options(experts=True)
 
 
 def of(*, options=ALL_TRAINED, recompute="none", micro_batch_tiles=0, sp=False, layout="", **parallel):
@@ -55,6 +56,21 @@ TWO_RANKS_OPTIONS = {
     "tp2 sp, other parts, split tower": of(tp=2, sp=True, options=OTHER, vision="tensor"),
     "cp2, other parts": of(cp=2, options=OTHER),
     "pp2, other parts": of(pp=2, options=OTHER),
+}
+TWO_RANKS_EXPERTS = {
+    "ep2": of(ep=2, options=EXPERTS),
+    "tp2 sp ep2": of(tp=2, sp=True, ep=2, options=EXPERTS),
+    "cp2 ep2, selective recompute": of(cp=2, ep=2, options=EXPERTS, recompute="selective"),
+    "tp2 sp, experts": of(tp=2, sp=True, options=EXPERTS),
+    "pp2, experts, full recompute": of(pp=2, options=EXPERTS, recompute="full"),
+}
+FOUR_RANKS_EXPERTS = {
+    "pp2 ep2": of(pp=2, ep=2, options=EXPERTS),
+    "pp2 vpp2 ep2, full recompute": of(pp=2, vpp=2, ep=2, options=EXPERTS, recompute="full"),
+    "tp2 sp cp2 ep2": of(tp=2, sp=True, cp=2, ep=2, options=EXPERTS),
+    "tp2 sp cp2 ep4": of(tp=2, sp=True, cp=2, ep=4, options=EXPERTS),
+    "tp2 sp dp2 ep2 etp2": of(tp=2, sp=True, ep=2, etp=2, options=EXPERTS),
+    "cp2 dp2 ep2": of(cp=2, ep=2, options=EXPERTS),
 }
 THREE_RANKS = {
     "cp3": of(cp=3),
@@ -111,10 +127,20 @@ def three(layouts):
     ]
 
 
+def one(layouts):
+    """One case for each layout."""
+    return [
+        Work(name, layout, covering_cases(start=number)[:1])
+        for number, (name, layout) in enumerate(layouts.items())
+    ]
+
+
 GROUPS = {
     "2 ranks": (2, nine(TWO_RANKS)),
     "2 ranks, options": (2, three(TWO_RANKS_OPTIONS)),
+    "2 ranks, experts": (2, one(TWO_RANKS_EXPERTS)),
     "3 ranks": (3, three(THREE_RANKS)),
     "4 ranks with tp": (4, three(FOUR_RANKS_TP)),
     "4 ranks without tp": (4, three(FOUR_RANKS)),
+    "4 ranks, experts": (4, one(FOUR_RANKS_EXPERTS)),
 }

@@ -26,7 +26,7 @@ from tests.numerics.layouts import EIGHT_RANKS, GROUPS
 from tests.support import parity, parity_cases
 
 TOLERANCES = {"loss": 1e-6, "norm": 3e-6, "gradient": 1e-5, "weight 1": 3e-4, "weight 2": 3e-4}
-SLOW = ("2 ranks, options", "4 ranks without tp")
+SLOW = ("2 ranks, options", "4 ranks without tp", "4 ranks, experts")
 EIGHT = [
     parity.Work(name, layout, parity_cases.covering_cases(start=number))
     for number, (name, layout) in enumerate(EIGHT_RANKS.items())

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 
 from megatron_v2pe.batch.packed_batch import tile_share
+from megatron_v2pe.config.architecture import ExpertsArchitecture
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,
@@ -35,6 +37,15 @@ from tests.support.parity_cases import ARCH, DOCUMENTS, POSITIONS, pack
 from tests.support.spawn import run_ranks
 
 NO_ADAPTERS = LoRAConfig()
+# Layer 1 is dense; strong losses, so that they show in gradients and weights.
+EXPERTS = ExpertsArchitecture(
+    num_experts=4,
+    top_k=2,
+    ffn_size=40,
+    is_sparse=(True, False, True, True),
+    normalizes_top_k=True,
+    aux_loss_coefficient=0.5,
+)
 QUANTITIES = ("loss", "norm", "gradient", "weight 1", "weight 2")
 
 
@@ -42,7 +53,8 @@ QUANTITIES = ("loss", "norm", "gradient", "weight 1", "weight 2")
 class Options:
     """What the reference must be run with, too: it changes which numbers come out.
 
-    `other_parts`: queries, keys and values have biases, as in Qwen2; the tower is in the style of InternViT-6B.
+    `experts`: mixture of experts as in Qwen3-MoE, with both router losses. `other_parts`: queries, keys and values have
+    biases, as in Qwen2; the tower is in the style of InternViT-6B.
     """
 
     freeze_vision: bool = False
@@ -51,6 +63,7 @@ class Options:
     tied: bool = False
     other_parts: bool = False
     architecture: str = ARCH.language.architecture
+    experts: bool = False
     lora: LoRAConfig = NO_ADAPTERS
 
     @property
@@ -61,6 +74,10 @@ class Options:
             tie_word_embeddings=self.tied,
             qkv_bias=self.other_parts,
         )
+        if self.experts:
+            language = dataclasses.replace(
+                language, architecture="Qwen3MoeForCausalLM", qk_norm=True, head_dim=12, experts=EXPERTS
+            )
         vision = ARCH.vision
         if self.other_parts:
             vision = dataclasses.replace(vision, norm_type="rms_norm", qkv_bias=False, qk_normalization=True)
@@ -92,6 +109,7 @@ class Layout:
                 recompute=self.recompute,
             ),
             lora=self.options.lora,
+            moe=MoEConfig(z_loss=0.05),
             # eps 1e-2, above most gradients: see docs/numerics.md. Clipping lets the norm reach every weight.
             optim=OptimConfig(lr=1e-1, min_lr=1e-1, eps=1e-2, clip_grad=0.5, steps=10, global_batch_size=4),
             runtime=RuntimeConfig(dtype="float32"),

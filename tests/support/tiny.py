@@ -1,6 +1,7 @@
 """A tiny training set and run configuration over the golden checkpoint, for end-to-end tests."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def _record(index: int, generator: np.random.Generator) -> dict:
     return {"id": f"s{index}", **image, "conversations": turns}
 
 
-def import_golden(folder: Path) -> Path:
-    """The golden checkpoint, imported."""
-    import_hf(GOLDEN_HF, folder)
+def import_golden(folder: Path, *, hf_folder: Path = GOLDEN_HF) -> Path:
+    """A golden checkpoint, imported."""
+    import_hf(hf_folder, folder)
     return folder
 
 
@@ -71,9 +72,9 @@ runtime: {{run_dir: {run_dir}, dtype: float32, tensorboard: false, seed: 3}}
     return path
 
 
-def prepared(root: Path, *, run: str = "run", num_sets: int = 1) -> Path:
-    """The golden checkpoint, data, and the YAML file of a run in `root / run`, which is returned."""
-    checkpoint = import_golden(root / "checkpoint")
+def prepared(root: Path, *, run: str = "run", num_sets: int = 1, hf_folder: Path = GOLDEN_HF) -> Path:
+    """A golden checkpoint, data, and the YAML file of a run in `root / run`, which is returned."""
+    checkpoint = import_golden(root / "checkpoint", hf_folder=hf_folder)
     meta = make_data(root / "data", num_sets=num_sets)
     return run_yaml(root / "run.yaml", checkpoint=checkpoint, meta=meta, run_dir=root / run)
 
@@ -104,3 +105,13 @@ def metrics(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return lines
+
+
+def back_to(run_dir: Path, name: str) -> None:
+    """Make the step folder `name` the newest one of a run that has ended; steps after it are trained again."""
+    checkpoints = run_dir / "checkpoints"
+    latest = checkpoints / "latest"
+    newest = latest.read_text().strip()
+    assert newest != name, newest
+    shutil.rmtree(checkpoints / newest)
+    latest.write_text(name + "\n")

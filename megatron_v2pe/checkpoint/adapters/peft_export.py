@@ -25,7 +25,7 @@ from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
@@ -56,8 +56,10 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
         raise CheckpointError(
             f"{checkpoint}: holds a whole model and no adapters; export it without --adapter"
         )
-    names = name_map(read_architecture(hf_path(checkpoint)))
-    linears = list(adapted_linears(record.lora, read_architecture(hf_path(checkpoint)), names))
+    arch = read_architecture(hf_path(checkpoint))
+    refuse_native(arch, checkpoint)
+    names = name_map(arch)
+    linears = list(adapted_linears(record.lora, arch, names))
     stored = StateReader(state_path(checkpoint))
     infos, readers = _tensors(linears, names, record, stored)
     file = WeightFile(WEIGHTS_FILE, infos, {"format": "pt"})
@@ -66,6 +68,15 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
         text = json.dumps(peft_config(record, linears, hf_path(checkpoint)), indent=2)
         write_atomic(folder / CONFIG_FILE, text + "\n")
     return len(infos)
+
+
+def refuse_native(arch: InternVLArchitecture, checkpoint: str | Path) -> None:
+    """Adapters are exchanged under the names of a GitHub folder's modules."""
+    if arch.folder_format != "github":
+        raise CheckpointError(
+            f"{checkpoint}: came from a native (-hf) folder, whose modules have other names than PEFT folders here; "
+            "merge the adapters (export-hf without --adapter), or convert the base with convert-hf --format github"
+        )
 
 
 def _tensors(

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import fused_parts
-from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, refuse_native
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import (
     AdapterRecord,
@@ -59,6 +59,7 @@ def import_peft(
     info = read_info(base)
     require_whole(base)
     arch = read_architecture(hf_path(base))
+    refuse_native(arch, base)
     config, weights = _read_config(Path(folder) / CONFIG_FILE), HFWeights(folder)
     raise_problems(f"{folder}: cannot be imported", list(weights.problems))
     linears = list(_present(arch, weights))

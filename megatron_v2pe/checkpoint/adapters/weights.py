@@ -62,8 +62,8 @@ class AdaptedLinear:
 def adapted_linears(
     lora: LoRAConfig, arch: InternVLArchitecture, names: NameMap | None = None
 ) -> Iterator[AdaptedLinear]:
-    """All linears with adapters, layer by layer, from the names table."""
-    entries = (names or name_map(arch)).by_ours.values()
+    """All linears with adapters, layer by layer, from the names table; names are those of a GitHub folder."""
+    entries = (names or name_map(arch, "github")).by_ours.values()
     roles = {part: linear_names(part, arch) for part in PARTS}
     chosen = {part: adapted_names(lora, part, arch) for part in PARTS}
     for entry in entries:

@@ -8,15 +8,21 @@ Several ranks (`launched_ranks`) share the tensors and write the same bytes as o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
-from megatron_v2pe.checkpoint.convert.hf_source import copy_side_files
+from megatron_v2pe.checkpoint.convert.exported_tensors import ConvertedTensors, ExportedTensors
+from megatron_v2pe.checkpoint.convert.remote_code import (
+    add_remote_code,
+    check_family,
+    check_stride,
+    record_stride,
+)
 from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
+from megatron_v2pe.checkpoint.convert.side_files import files_of_other_format
 from megatron_v2pe.checkpoint.files.block_stream import BlockStream
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
-from megatron_v2pe.checkpoint.files.tensor_files import WeightFile
+from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, read_layout
 from megatron_v2pe.checkpoint.hf.config_json import update_dtype
 from megatron_v2pe.checkpoint.hf.converted_blocks import Dtype, Progress, silent
@@ -27,7 +33,12 @@ from megatron_v2pe.checkpoint.state.ranks import (
     on_first_rank,
     rank_and_world_size,
 )
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.native import FolderFormat
 from megatron_v2pe.core.files import write_atomic
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weight file where the files of a folder are planned anew; transformers' own habit."""
 
 
 def export_hf(
@@ -37,6 +48,9 @@ def export_hf(
     force: bool = False,
     dtype: Dtype = "keep",
     max_shard_bytes: int = 0,
+    to: FolderFormat | None = None,
+    stride: int | None = None,
+    remote_code: bool = False,
     progress: Progress = silent,
     expect: Progress = silent,
 ) -> None:
@@ -47,32 +61,88 @@ def export_hf(
         target: folder to create.
         force: replace `target` if it exists, once the new one is complete.
         dtype: cast floating point tensors.
-        max_shard_bytes: largest weight file; 0 keeps the files of the imported folder.
+        max_shard_bytes: largest weight file; 0 keeps the files of the imported folder, or in another format than its
+            own makes files of `SHARD_BYTES`.
+        to: format of the folder; None is that of the imported one.
+        stride: stride to recommend for a checkpoint that was trained with random ones; None records nothing.
+        remote_code: put code beside the weights, with which transformers loads them without this package.
         progress: called with the bytes of each block.
         expect: called once, before, with all bytes of this rank.
 
     Raises:
-        CheckpointError: not a complete checkpoint, a tensor is missing, or the target cannot be written.
+        ConfigError: the stride is none that was trained.
+        CheckpointError: not a complete checkpoint, a tensor is missing, the format cannot hold the model, or the target
+            cannot be written.
     """
     read_info(checkpoint_folder)
     hf = hf_path(checkpoint_folder)
-    exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress)
-    files = [exported.as_stored(file) for file in read_layout(hf)]
-    if max_shard_bytes:
-        everything = {name: tensor for file in files for name, tensor in file.tensors.items()}
-        files = plan_weight_files(everything, max_shard_bytes=max_shard_bytes)
+    check_stride(hf / "config.json", stride)
+    is_other = to not in (None, read_architecture(hf).folder_format)
+    if remote_code:
+        check_family(hf / "config.json", to=to)
+    exported = ExportedTensors(checkpoint_folder, dtype=dtype, progress=progress, in_other_format=is_other)
+    if is_other:
+        _, copied = files_of_other_format(hf)
+        files = plan_weight_files(exported.infos(), max_shard_bytes=max_shard_bytes or SHARD_BYTES)
+    else:
+        paths = [path for path in side_files(hf) if str(path) != LAYOUT_FILE]
+        copied = {str(path): (hf / path).read_bytes() for path in paths}
+        files = [exported.as_stored(file) for file in read_layout(hf)]
+        if max_shard_bytes:
+            files = plan_weight_files(_tensors_of(files), max_shard_bytes=max_shard_bytes)
+
+    def finish(folder: Path) -> None:
+        record_stride(folder / "config.json", stride)
+        if remote_code:
+            add_remote_code(folder)
+
+    write_folder(target, exported, files, copied, force=force, dtype=dtype, expect=expect, finish=finish)
+
+
+def _tensors_of(files: Sequence[WeightFile]) -> dict[str, TensorInfo]:
+    return {name: tensor for file in files for name, tensor in file.tensors.items()}
+
+
+def write_folder(
+    target: str | Path,
+    tensors: ConvertedTensors,
+    files: Sequence[WeightFile],
+    side_contents: Mapping[str, bytes],
+    *,
+    force: bool,
+    dtype: Dtype,
+    expect: Progress,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write a Hugging Face folder: side files, index, tensors. Collective where there are several ranks.
+
+    Args:
+        target: folder to create.
+        tensors: what is written.
+        files: where each tensor lies.
+        side_contents: path in the folder -> contents, of everything but weights.
+        force: replace `target` if it exists.
+        dtype: of a cast, for config.json.
+        expect: called once, before, with all bytes of this rank.
+        finish: called on rank 0 with the folder, before its tensors are written.
+    """
     needed_bytes = sum(file.num_bytes for file in files)
     with ensure_process_group(), staged_by_ranks(target, force=force, needed_bytes=needed_bytes) as folder:
-        on_first_rank(lambda: _write_all_but_tensors(folder, hf, files, dtype))
+        on_first_rank(lambda: _write_all_but_tensors(folder, side_contents, files, dtype))
+        on_first_rank(lambda: finish(folder))
         mine = _share(files, *rank_and_world_size())
         expect(sum(file.tensors[name].num_bytes for file, names in mine for name in names))
-        on_all_ranks(lambda: _write_tensors(folder, mine, exported))
-        warn_of_not_finite(exported.not_finite, dtype)
+        on_all_ranks(lambda: _write_tensors(folder, mine, tensors))
+        warn_of_not_finite(tensors.not_finite, dtype)
 
 
-def _write_all_but_tensors(folder: Path, hf: Path, files: Sequence[WeightFile], dtype: Dtype) -> None:
+def _write_all_but_tensors(
+    folder: Path, side_contents: Mapping[str, bytes], files: Sequence[WeightFile], dtype: Dtype
+) -> None:
     """Side files, index, and weight files of their final size with a header."""
-    copy_side_files(hf, folder, [path for path in side_files(hf) if str(path) != LAYOUT_FILE])
+    for path, contents in side_contents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(contents)
     update_dtype(folder / "config.json", dtype)
     _write_index(folder, files)
     for file in files:
@@ -110,7 +180,7 @@ def _share(files: Sequence[WeightFile], rank: int, world_size: int) -> list[tupl
 
 
 def _write_tensors(
-    folder: Path, share: Iterable[tuple[WeightFile, Iterable[str]]], exported: ExportedTensors
+    folder: Path, share: Iterable[tuple[WeightFile, Iterable[str]]], exported: ConvertedTensors
 ) -> None:
     with BlockStream() as stream:
         for file, names in share:

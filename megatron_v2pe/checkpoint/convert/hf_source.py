@@ -11,6 +11,7 @@ from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, write_layout
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
+from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.hf.weight_files import side_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
@@ -32,7 +33,7 @@ def open_hf(
     names = None
     try:
         arch = read_architecture(hf_folder)
-        names = name_map(arch)
+        names = name_map(arch, spelling_of(arch, weights.tensors))
     except CheckpointError as error:
         problems.append(str(error))
     if names is not None and weights.files:

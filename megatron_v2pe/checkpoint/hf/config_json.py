@@ -33,17 +33,18 @@ def update_positions(config_path: Path, *, mode: str, stride: int) -> None:
 
 
 def update_dtype(config_path: Path, dtype: str) -> None:
-    """Write the dtype of a cast into the `torch_dtype` that a config.json has, also those of its parts.
+    """Write the dtype of a cast into the `torch_dtype` or `dtype` that a config.json has, also those of its parts.
 
     A config that has the same dtype keeps its bytes, and so does any config when `dtype` is `keep`.
     """
     text = config_path.read_text(encoding="utf-8")
     values = json.loads(text)
     sections = [values, *(value for value in values.values() if isinstance(value, dict))]
-    stale = [section for section in sections if section.get("torch_dtype", dtype) != dtype]
+    keys = ("torch_dtype", "dtype")
+    stale = [(section, key) for section in sections for key in keys if section.get(key, dtype) != dtype]
     if dtype == "keep" or not stale:
         return
-    for section in stale:
-        section["torch_dtype"] = dtype
+    for section, key in stale:
+        section[key] = dtype
     end = "\n" if text.endswith("\n") else ""
     write_atomic(config_path, json.dumps(values, indent=2, ensure_ascii=False) + end)

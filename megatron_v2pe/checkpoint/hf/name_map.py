@@ -1,20 +1,20 @@
-"""The tables of `families`, filled in for one architecture and inverted by code: names, shapes, transforms."""
+"""The tables of `config.families`, filled in for one architecture and inverted by code: names, shapes, transforms."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.hf.families.internvit import vision_table
-from megatron_v2pe.checkpoint.hf.families.piip import branch_tables, interaction_rules
-from megatron_v2pe.checkpoint.hf.families.registry import model_tables
-from megatron_v2pe.checkpoint.hf.rules import Rule
+from megatron_v2pe.checkpoint.hf.pyramid_table import branch_tables, interaction_rules
+from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, transform_of, vision_rules
 from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.families.rules import Rule
+from megatron_v2pe.config.native import FolderFormat
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,24 @@ def family_name(arch: InternVLArchitecture) -> str:
     return f"{arch.language.architecture.removesuffix('ForCausalLM').lower()}_{vision}"
 
 
-def name_map(arch: InternVLArchitecture) -> NameMap:
-    """Fill in the tables for an architecture."""
+def name_map(arch: InternVLArchitecture, spelling: Spelling | None = None) -> NameMap:
+    """Fill in the tables for an architecture.
+
+    Args:
+        arch: from a config.json.
+        spelling: of the Hugging Face names; None is that of published folders of the config's format.
+    """
     sizes = _sizes(arch)
     entries: list[Entry] = []
     dropped: dict[re.Pattern[str], str] = {}
-    for rules, num_layers in model_tables(arch):
+    for rules, num_layers in tables(arch, spelling or spelling_of(arch)):
         for rule in rules:
             if rule.reason:
                 patterns = (re.escape(name).replace(r"\{i\}", r"\d+") for name in rule.hf)
                 dropped.update({re.compile(pattern): rule.reason for pattern in patterns})
             else:
-                entries.extend(_expand(rule, num_layers, sizes, rule.transform(arch)))
+                places = _places(rule, num_layers, arch)
+                entries.extend(_expand(rule, places, sizes, transform_of(rule, arch)))
     entries.extend(pyramid_entries(arch))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
@@ -98,22 +104,40 @@ def name_map(arch: InternVLArchitecture) -> NameMap:
 def pyramid_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> Iterator[Entry]:
     """Entries of the smaller branches and interactions of a PIIP tower; see `interaction_rules`."""
     for own, rules in branch_tables(arch):
-        for rule in rules:
-            yield from _expand(rule, own.vision.num_layers, _sizes(own), rule.transform(own))
+        yield from _vision_entries(own, rules)
     for rule in interaction_rules(arch, returns_all=returns_all):
-        yield from _expand(rule, 1, {}, rule.transform(arch))
+        yield from _expand(rule, [{}], {}, transform_of(rule, arch))
 
 
 def vision_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> dict[str, Entry]:
-    """Entries of the vision tower alone, by our names."""
-    sizes = _sizes(arch)
-    entries = [
-        entry
-        for rule in vision_table(arch)
-        for entry in _expand(rule, arch.vision.num_layers, sizes, rule.transform(arch))
-    ]
-    entries.extend(pyramid_entries(arch, returns_all=returns_all))
+    """Entries of the vision tower alone, by our names; Hugging Face's are GitHub's."""
+    entries = [*_vision_entries(arch, vision_rules(arch)), *pyramid_entries(arch, returns_all=returns_all)]
     return {entry.ours: entry for entry in entries}
+
+
+def _vision_entries(arch: InternVLArchitecture, rules: Iterable[Rule]) -> Iterator[Entry]:
+    sizes = _sizes(arch)
+    for rule in rules:
+        places = _places(rule, arch.vision.num_layers, arch)
+        yield from _expand(rule, places, sizes, transform_of(rule, arch))
+
+
+def other_names(arch: InternVLArchitecture) -> NameMap:
+    """The names table of the Hugging Face format that a folder does not have."""
+    other: FolderFormat = "hf-native" if arch.folder_format == "github" else "github"
+    return name_map(replace(arch, folder_format=other))
+
+
+def _places(rule: Rule, num_layers: int, arch: InternVLArchitecture) -> list[dict[str, int]]:
+    """Values of `{i}` and `{e}` for which there is a parameter."""
+    if "{i}" not in rule.ours:
+        return [{}]
+    experts = arch.language.experts
+    is_sparse = experts.is_sparse if experts and rule.layers != "all" else (False,) * num_layers
+    wanted = [i for i in range(num_layers) if is_sparse[i] == (rule.layers == "sparse")]
+    if experts is None or "{e}" not in rule.ours:
+        return [{"i": i} for i in wanted]
+    return [{"i": i, "e": e} for i in wanted for e in range(experts.num_experts)]
 
 
 def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
@@ -131,18 +155,22 @@ def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
         "A": language.num_heads * language.head_dim,
         "B": language.num_kv_heads * language.head_dim,
         "QKV": (language.num_heads + 2 * language.num_kv_heads) * language.head_dim,
+        "D": language.head_dim,
         "V": language.vocab_size,
+        "E": language.experts.num_experts if language.experts else 0,
+        "I": language.experts.ffn_size if language.experts else 0,
     }
 
 
-def _expand(rule: Rule, num_layers: int, sizes: dict[str, int], transform: Transform) -> Iterable[Entry]:
+def _expand(
+    rule: Rule, places: Iterable[dict[str, int]], sizes: dict[str, int], transform: Transform
+) -> Iterable[Entry]:
     shapes = [
         tuple(sizes[size] if size in sizes else int(size) for size in shape.split())
         for shape in rule.shape.split("|")
     ]
     if len(shapes) == 1:
         shapes *= len(rule.hf)
-    for i in range(num_layers) if "{i}" in rule.ours else (0,):
-        names = tuple(name.replace("{i}", str(i)) for name in rule.hf)
-        ours = rule.ours.replace("{i}", str(i))
-        yield Entry(hf=names, ours=ours, hf_shapes=tuple(shapes), transform=transform)
+    for place in places:
+        names = tuple(name.format(**place) for name in rule.hf)
+        yield Entry(hf=names, ours=rule.ours.format(**place), hf_shapes=tuple(shapes), transform=transform)

@@ -28,9 +28,9 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -74,17 +74,24 @@ def is_written_here(shard: ShardedTensor) -> bool:
     return bool(is_main_replica(shard.replica_id))
 
 
-class _PlanInsteadOfSave(SaveShardedStrategy):
-    """Calls a function where mcore's own strategy would write tensors and objects."""
+class _PlanInsteadOfSave(TorchDistSaveShardedStrategy):
+    """Calls a function where mcore's own strategy would write tensors and objects.
 
-    can_handle_sharded_objects = True
+    Derived from the class whose instances mcore 0.19 keeps; of any other it would make its own.
+    """
 
     def __init__(self, plan: Callable[[dict[str, Any]], None]) -> None:
         super().__init__("torch_dist", 1)
         self._plan = plan
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Called by mcore when its checks are done."""
+        """Called by mcore when its checks are done.
+
+        mcore 0.19 gives the plain values along, as one object; 0.16 writes them to `common.pt`, as is done here.
+        """
+        common = sharded_state_dict.pop("common_state", None)
+        if common is not None and torch.distributed.get_rank() == 0:
+            torch.save(common.data, Path(checkpoint_dir) / "common.pt")
         self._plan(sharded_state_dict)
 
 

@@ -138,7 +138,8 @@ def encode_conversation(
 
     spans: list[Span] = [(shifted(start), shifted(end)) for start, end in text.answers]
     lengths_disagree = False
-    if settings.label_rule == "release":
+    # Per message there is no bookkeeping of lengths to repeat: the answers' own ranges are the release's.
+    if settings.label_rule == "release" and settings.template.release_rule != "per_message":
         spans, lengths_disagree = release_spans(
             _expanded(text.rendered, text.image_marks, lengths),
             tokens,
@@ -267,7 +268,7 @@ def encode_record(
     """
     grids = [image.grid for each in media for image in each.images]
     num_tiles = np.array([grid.num_tiles for grid in grids], dtype=np.int64)
-    encoded = encode_conversation(record.turns, num_tiles=num_tiles.tolist(), settings=settings)
+    encoded = encode_conversation(record.messages, num_tiles=num_tiles.tolist(), settings=settings)
     ends = encoded.image_starts + num_tiles * settings.tokens_per_tile
     was_cut = encoded.num_uncut_tokens > settings.max_tokens
     # `</img>` follows the visual tokens; without it the image is incomplete.

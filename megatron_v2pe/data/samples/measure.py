@@ -91,7 +91,7 @@ def measure_record(
     media = record_tiles(record, sizes, entry=entry, settings=settings)
     record = write_images(record, sizes)
     num_tiles = [image.grid.num_tiles for each in media for image in each.images]
-    uncut, supervised = conversation_length(record.turns, num_tiles=num_tiles, settings=settings.text)
+    uncut, supervised = conversation_length(record.messages, num_tiles=num_tiles, settings=settings.text)
     num_tokens = uncut
     if uncut > settings.text.max_tokens or not supervised:  # the cut decides, and what is wrong is said there
         strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)

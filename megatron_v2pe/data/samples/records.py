@@ -32,12 +32,20 @@ class Record:
         where: `file:line`, for messages.
         turns: human and gpt in turn, human first, with one placeholder for each medium.
         media: in order of their placeholders.
+        system: system prompt of the record's own; empty takes the template's.
     """
 
     sample_id: str
     where: str
     turns: tuple[Turn, ...]
     media: tuple[Medium, ...]
+    system: str = ""
+
+    @property
+    def messages(self) -> tuple[Turn, ...]:
+        """The turns, after the record's own system prompt where it has one."""
+        own = (Turn(role="system", value=self.system),) if self.system else ()
+        return (*own, *self.turns)
 
 
 def sizes_by_medium(record: Record, sizes: Sequence[Size]) -> list[Sequence[Size]]:
@@ -117,7 +125,7 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     """Check one record; see `parse_line`."""
     images = _parse_images(values, entry, where)
     video = _parse_video(values, entry, where)
-    turns = _parse_turns(values.get("conversations"), where)
+    system, turns = _parse_turns(values.get("conversations"), where)
     if video is not None:
         turns = _place_video(turns, where)
     num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
@@ -131,7 +139,7 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
             "exactly one placeholder"
         )
     media = images if video is None else (video,)
-    return Record(sample_id=sample_id, where=where, turns=turns, media=media)
+    return Record(sample_id=sample_id, where=where, turns=turns, media=media, system=system)
 
 
 def _with_first_line(turns: tuple[Turn, ...], line: str) -> tuple[Turn, ...]:
@@ -202,26 +210,36 @@ def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:
     return resolve_path(root, name, where=where)
 
 
-def _parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
+def _parse_turns(conversations: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
+    """The system prompt, empty where the record has none, and the turns."""
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: conversations must be a list of at least one message")
     turns = [_parse_turn(message, index, where) for index, message in enumerate(conversations)]
-    if turns[0].role != "human":  # an opening of the assistant is dropped, as in the release
+    system = ""
+    if turns[0].role == "system":
+        system, turns = turns[0].value, turns[1:]
+        if IMAGE_PLACEHOLDER in system or VIDEO_PLACEHOLDER in system:
+            raise DataError(
+                f"{where}: conversations[0] is a system prompt with an image; move it to a human message"
+            )
+    if turns and turns[0].role == "gpt":  # an opening of the assistant is dropped, as in the release
         turns = turns[1:]
     if not turns:
         raise DataError(f"{where}: conversations have no human message")
     for index, turn in enumerate(turns):
         if turn.role != ("human", "gpt")[index % 2]:
             raise DataError(f"{where}: messages must alternate human, gpt, ...; two of {turn.role!r} follow")
-    return tuple(turns)
+    return system, tuple(turns)
 
 
 def _parse_turn(message: Any, index: int, where: str) -> Turn:
     if not isinstance(message, dict) or not isinstance(message.get("value"), str):
         raise DataError(f"{where}: conversations[{index}] must be an object with 'from' and a text 'value'")
     role = message.get("from")
-    if role not in ("human", "gpt"):
-        raise DataError(f"{where}: conversations[{index}].from is {role!r}, but must be 'human' or 'gpt'")
+    if role not in ("human", "gpt") and not (role == "system" and index == 0):
+        raise DataError(
+            f"{where}: conversations[{index}].from is {role!r}, but must be 'human' or 'gpt', or 'system' in the first"
+        )
     value = message["value"]
     _check_text(value, f"conversations[{index}]", where)
     for token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT):

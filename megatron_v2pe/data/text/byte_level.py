@@ -171,8 +171,8 @@ def read_qwen2(folder: Path) -> ByteLevelVocabulary:
     return _of_description(backend, backend.to_str(), composes=True)
 
 
-def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]]:
-    """Vocabulary of a `tokenizer.json`, and its added tokens.
+def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int], frozenset[str]]:
+    """Vocabulary of a `tokenizer.json`, its added tokens, and those of them that are special.
 
     Raises:
         CheckpointError: missing, damaged, or not byte level.
@@ -188,7 +188,9 @@ def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]
         vocabulary = _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
     except Exception as error:  # the library raises plain exceptions
         raise CheckpointError(f"{path}: cannot be read by the tokenizers library ({error})") from None
-    return vocabulary, {str(entry["content"]): int(entry["id"]) for entry in values.get("added_tokens", [])}
+    entries = values.get("added_tokens", [])
+    added = {str(entry["content"]): int(entry["id"]) for entry in entries}
+    return vocabulary, added, frozenset(str(entry["content"]) for entry in entries if entry.get("special"))
 
 
 def _check_merges(path: Path, merges: Sequence[tuple[str, str]], vocabulary: Container[str]) -> None:

@@ -46,13 +46,8 @@ def release_spans(
         half-open token ranges, and whether the lengths disagreed, in which case there are none.
 
     Raises:
-        ValueError: the release does not have the template, or the user's role appears inside a message, which
-            its rule for internlm2-chat cannot split.
+        ValueError: the user's role appears inside a message, which the rule for internlm2-chat cannot split.
     """
-    if template.release_rule is None:
-        raise ValueError(
-            f"the release does not have template {template.name!r}, so it has no label rule for it"
-        )
     if template.release_rule == "internlm":
         spans, position = _internlm_spans(text, tokenizer, template)
     else:

@@ -5,9 +5,9 @@ r"""Chat templates as data, and the one function that renders them.
     phi3-chat:
     <|system|>\n{system}<|end|><|user|>\n{Q}<|end|><|assistant|>\n{A}<|end|>
 
-There is no newline after `<|im_end|>` (only InternVL2.5 has one), and an empty message renders its role only, as in
-the release. The release also lists templates of models before InternVL2 (vicuna_v1.1, internvl_zh, internlm2-base);
-no checkpoint that this package reads names them.
+There is no newline after `<|im_end|>`, and an empty message renders its role only, as in the release; `internvl2_5`, of
+InternVL 2.5, 3 and 3.5, has the newline, also after empty messages. The release also lists templates of models before
+InternVL2 (vicuna_v1.1, internvl_zh, internlm2-base); no checkpoint that this package reads names them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Literal
 
 from megatron_v2pe.core.errors import ConfigError
 
-Role = Literal["human", "gpt"]
-ReleaseRule = Literal["internlm", "mpt", "phi3"]
+Role = Literal["human", "gpt", "system"]
+ReleaseRule = Literal["internlm", "mpt", "phi3", "per_message"]
 
 # "You are the multimodal model InternVL, developed jointly by Shanghai AI Laboratory and SenseTime, ..."
 _INTERNVL_SYSTEM = (
@@ -51,21 +51,25 @@ class ChatTemplate:
 
     Attributes:
         system: everything before the first turn, without its separator.
+        system_role: written before a system message of the conversation's own, which takes the place of `system`.
         user_role: written before a human message.
         assistant_role: written before an answer; the prompt of a generation ends with it.
         separator: written after the system text and after each message.
         strip_values: blanks around each message are dropped.
-        release_rule: which of the release's three ways to count label lengths belongs to it; None where the
-            release does not have the template.
+        keeps_empty: an empty message has its separator too.
+        release_rule: which of the release's three ways to count label lengths belongs to it; `per_message` where each
+            message is tokenised by itself and nothing is counted.
     """
 
     name: str
     system: str
+    system_role: str = "<|im_start|>system\n"
     user_role: str
     assistant_role: str
     separator: str
     strip_values: bool
-    release_rule: ReleaseRule | None
+    keeps_empty: bool = False
+    release_rule: ReleaseRule
 
     @property
     def stop_token(self) -> str:
@@ -90,6 +94,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
         replace(_INTERNLM2_CHAT, name="Hermes-2", strip_values=False, release_rule="mpt"),
         ChatTemplate(
             name="phi3-chat",
+            system_role="<|system|>\n",
             system="<|system|>\n" + _INTERNVL_SYSTEM,
             user_role="<|user|>\n",
             assistant_role="<|assistant|>\n",
@@ -103,7 +108,8 @@ TEMPLATES: dict[str, ChatTemplate] = {
             system="<|im_start|>system\n" + _INTERNVL2_5_SYSTEM,
             separator="<|im_end|>\n",
             strip_values=False,
-            release_rule=None,
+            keeps_empty=True,
+            release_rule="per_message",
         ),
     )
 }
@@ -145,17 +151,19 @@ def render(
 
     Args:
         template: see `get_template`.
-        turns: messages, human and gpt in turn.
+        turns: messages, human and gpt in turn; a system message may come first.
         add_generation_prompt: end with the assistant's role, so that the model answers next.
     """
-    text = template.system + template.separator
-    starts: list[int] = []
+    text, starts = "", []
+    if not turns or turns[0].role != "system":
+        text = template.system + template.separator
     answers: list[tuple[int, int]] = []
     num_unsupervised = len(template.separator) - len(template.stop_token)
+    roles = {"system": template.system_role, "human": template.user_role, "gpt": template.assistant_role}
     for turn in turns:
-        text += template.assistant_role if turn.role == "gpt" else template.user_role
+        text += roles[turn.role]
         starts.append(len(text))
-        text += turn.value + template.separator if turn.value else ""
+        text += turn.value + template.separator if turn.value or template.keeps_empty else ""
         if turn.role == "gpt":
             answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""

@@ -30,7 +30,13 @@ from megatron_v2pe.data.text.vocabularies import (
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 _SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
 _NO_MARK = 2**62  # after any text
-SUPPORTED_CLASSES = ("InternLM2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
+SUPPORTED_CLASSES = (
+    "InternLM2Tokenizer",
+    "InternLM3Tokenizer",
+    "LlamaTokenizer",
+    "Qwen2Tokenizer",
+    "PreTrainedTokenizerFast",
+)
 
 
 class Tokenizer:
@@ -252,7 +258,7 @@ def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, T
     # The release loads slow tokenizers, which have the name without Fast.
     slow = kind.removesuffix("Fast")
     wants_bos = files.config.get("add_bos_token")
-    if slow == "InternLM2Tokenizer":
+    if slow in ("InternLM2Tokenizer", "InternLM3Tokenizer"):  # one encoding, two names
         return (
             InternLM2Vocabulary(read_sentencepiece(folder / "tokenizer.model")),
             files,
@@ -263,8 +269,9 @@ def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, T
     if slow == "Qwen2Tokenizer":
         return read_qwen2(folder), files, False
     if kind == "PreTrainedTokenizerFast":
-        byte_level, added = read_tokenizer_json(folder / "tokenizer.json")
-        return byte_level, replace(files, added=added | files.added), bool(byte_level.opens_with())
+        byte_level, added, special = read_tokenizer_json(folder / "tokenizer.json")
+        files = replace(files, added=added | files.added, special=files.special | special)
+        return byte_level, files, bool(byte_level.opens_with())
     raise CheckpointError(
         f"{folder / 'tokenizer_config.json'}: tokenizer_class is {kind!r}; "
         f"supported: {', '.join(SUPPORTED_CLASSES)}"

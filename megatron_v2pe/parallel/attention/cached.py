@@ -1,104 +1,197 @@
-"""Attention of new tokens to a cache of keys and values, on one rank or over context parallel ranks.
+"""Attention of new tokens to themselves and to a cache of keys and values spread over context parallel ranks.
 
-    prompt     one rank: all tokens attend causally, keys are kept
-               cp ranks: the back end attends over ranks as in training, each rank keeps its own shard's keys
-    new token  one rank: it attends to all keys
-               cp ranks: it attends to each rank's keys; the parts are merged by their log-sum-exp
+    prefill chunk   own part: causal, zigzag over ranks, keys exchanged as in training
+                    past:     pass-Q   gather queries -> partial over the own shard of keys -> partials back -> merge
+                              pass-KV  shards of keys go round the ring -> partial over each -> merge
+    new tokens      every rank has them all: partial over the own shard -> parts of all ranks -> merge
 
-Every rank computes the new token's query; only keys and values are spread, so that a document of a million tokens
-needs a cp-th of them on each rank. What is sent for a new token is one output and log-sum-exp per layer.
+Parts are merged by their log-sum-exp, so which rank holds which key does not matter. Pass-Q sends as much for a past
+of a million tokens as for none; pass-KV moves the past, and wins while it is shorter than the chunk or so.
 
-Shape legend: t new tokens, T tokens seen, h query heads, k key heads, d head dimension.
+Shape legend: l local tokens of a chunk, b sequences, h query heads, k key heads, d head dimension, r rows [k, r, d].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.batch.kv_cache import KeyValueCache
+from megatron_v2pe.batch.kv_cache import CacheStep
+from megatron_v2pe.parallel.attention.block_batches import block_batches
+from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV
 from megatron_v2pe.parallel.attention.kernels import block_forward
+from megatron_v2pe.parallel.attention.ring import Ring
+from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold
+
+PAST_TAG = 3  # beside those of `ring`
 
 
 def cached_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cache: KeyValueCache,
-    layer_number: int,
-    scale: float,
-    attend_prompt: Callable[[], Tensor],
+    query: Tensor, key: Tensor, value: Tensor, *, step: CacheStep, layer_number: int, scale: float
 ) -> Tensor:
-    """Attend with a cache, which is extended; without gradients.
+    """Attend with caches, which are extended; without gradients.
 
     Args:
-        query: [t, h, d], the newest tokens, rotated; on cp ranks the zigzag shard of the prompt, or one token.
-        key: [t, k, d], rotated like `query`.
-        value: [t, k, d].
-        cache: keys and values of earlier tokens.
-        layer_number: its key.
+        query: [l, h, d] of a chunk, this rank's zigzag shard; [b, h, d] of new tokens, the same on all ranks.
+        key: [l, k, d] or [b, k, d], rotated like `query`.
+        value: as `key`.
+        step: what is done.
+        layer_number: key of the caches.
         scale: factor of the scores.
-        attend_prompt: attention over ranks of the whole prompt, [t, h * d]; called on cp ranks only.
 
     Returns:
-        [t, h * d].
+        [l, h * d] or [b, h * d] in the dtype of `query`.
     """
-    if cache.group is None:
-        key, value = cache.extend(layer_number, key, value)
-        return attend_to_all(query, key, value, scale=scale).flatten(1)
-    if cache.is_empty(layer_number):
-        cache.add_prompt_share(layer_number, key, value)
-        return attend_prompt()
-    key, value = cache.add_turn(layer_number, key, value)
-    return attend_over_ranks(query, key, value, scale=scale, group=cache.group).flatten(1)
-
-
-def attend_to_all(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Attention of the last tokens of a document to all of it, without gradients.
-
-    Query i sees keys 0..T-t+i, the mask aligned at the bottom right.
-
-    Args:
-        query: [t, h, d], the newest tokens.
-        key: [T, k, d], all tokens.
-        value: [T, k, d].
-        scale: factor of the scores.
-    """
-    past = len(key) - len(query)
     with torch.no_grad():
-        out, lse = block_forward(query, key[past:], value[past:], causal=True, scale=scale)
-        if past:
-            before, before_lse = block_forward(query, key[:past], value[:past], causal=False, scale=scale)
-            out = out + torch.sigmoid(before_lse - lse).unsqueeze(-1) * (before - out)
-    return out.to(query.dtype)
+        attend = _attend_chunk if step.is_chunk else _attend_new_tokens
+        return attend(query, key, value, step, layer_number, scale).to(query.dtype).flatten(1)
 
 
-def attend_over_ranks(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, group: dist.ProcessGroup
+def _attend_chunk(
+    query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer_number: int, scale: float
 ) -> Tensor:
-    """Attention of one token to the keys of all ranks, without gradients; the same bits on every rank.
+    store = step.stores[0]
+    total = attend_own(
+        query, key, value, scale=scale, transport=LocalKV() if step.group is None else Ring(step.group)
+    )
+    if any(step.past_rows):
+        if step.group is None:
+            past = attend_parts(fold(query, key.shape[1]), store.parts(layer_number), scale=scale)
+            past = unfolded(past, len(query))
+        elif passes_queries(query, key, past_rows=step.past_rows):
+            past = attend_past_by_queries(
+                query, key.shape[1], store.parts(layer_number), step.group, scale=scale
+            )
+        else:
+            parts = store.parts(layer_number)
+            past = attend_past_by_keys(query, key, parts, step.past_rows, step.group, scale=scale)
+        total.add(past)
+    store.append(layer_number, key[: step.kept], value[: step.kept])
+    return total.out
 
-    Args:
-        query: [1, h, d], the same on all ranks.
-        key: [T_local, k, d], what this rank holds; may be nothing.
-        value: [T_local, k, d].
-        scale: factor of the scores.
-        group: context parallel ranks.
+
+def _attend_new_tokens(
+    query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer_number: int, scale: float
+) -> Tensor:
+    rank = 0 if step.group is None else step.group.rank()
+    found = []
+    for index, (store, owner) in enumerate(zip(step.stores, step.owners, strict=True)):
+        row = slice(index, index + 1)
+        if owner == rank:
+            store.append(layer_number, key[row], value[row])
+        part = attend_parts(fold(query[row], key.shape[1]), store.parts(layer_number), scale=scale)
+        found.append(unfolded(part, 1))
+    out, lse = torch.cat([part.out for part in found]), torch.cat([part.lse for part in found])
+    return out if step.group is None else merge_over_ranks(Partial(out, lse), step.group)
+
+
+def attend_parts(rows: Tensor, parts: Iterator[tuple[Tensor, Tensor]], *, scale: float) -> Partial:
+    """Attention of rows [k, r, d] to keys that come piece by piece."""
+    total = Partial.empty(rows)
+    for keys, values in parts:
+        total.add(attend_rows(rows, keys, values, scale=scale))
+    return total
+
+
+def unfolded(part: Partial, tokens: int) -> Partial:
+    """Rows [k, t*g, d] of a part as tokens [t, h, d]."""
+    return Partial(unfold(part.out, tokens), unfold(part.lse, tokens))
+
+
+def attend_own(query: Tensor, key: Tensor, value: Tensor, *, scale: float, transport: KVTransport) -> Partial:
+    """Causal attention of one document to itself, zigzag over ranks: [l, h, d] with its log-sum-exp [l, h]."""
+    total = Partial.empty(query)
+    for source, keys, values in transport.iter_kv(key, value):
+        for batch in block_batches((len(query),), rank=transport.rank, source=source, device=query.device):
+            rows = query[batch.queries], keys[batch.keys], values[batch.keys]
+            part = Partial(*block_forward(*rows, causal=batch.causal, scale=scale))
+            if batch.causal:  # my own keys, first to come: they fill every row
+                total = Partial(part.out.to(total.out.dtype), part.lse.to(total.lse.dtype))
+                continue
+            some = Partial(total.out[batch.queries], total.lse[batch.queries])
+            some.add(part)
+            total.out[batch.queries], total.lse[batch.queries] = some.out, some.lse
+    return total
+
+
+def passes_queries(query: Tensor, key: Tensor, *, past_rows: Sequence[int]) -> bool:
+    """Whether pass-Q moves fewer bytes than pass-KV; the same answer on all ranks.
+
+    pass-Q   l h (d e + (d + 1) e')     queries to every peer, and partial outputs with log-sum-exp back
+    pass-KV  n 2 k d e                  keys and values of the fullest rank, n tokens, to every peer
+
+    with e bytes of an element and e' of a partial's. Both are sent cp - 1 times.
     """
-    heads, dim = query.shape[1:]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    part = query.new_zeros(heads, dim + 1, dtype=dtype)  # output beside its log-sum-exp
-    part[:, dim] = float("-inf")
-    with torch.no_grad():
-        if len(key):
-            out, lse = block_forward(query, key, value, causal=False, scale=scale)
-            part = torch.cat([out[0], lse[0].unsqueeze(-1)], dim=-1).to(dtype)
-        parts = part.new_empty(group.size() * heads, dim + 1)
-        dist.all_gather_into_tensor(parts, part, group=group)
-        parts = parts.unflatten(0, (group.size(), heads))
-        weights = parts[..., dim:].softmax(dim=0)
-        return (weights * parts[..., :dim]).sum(dim=0, keepdim=True).to(query.dtype)
+    tokens, heads, dim = query.shape
+    partial_bytes = torch.promote_types(query.dtype, torch.float32).itemsize
+    by_queries = tokens * heads * (dim * query.element_size() + (dim + 1) * partial_bytes)
+    by_keys = max(past_rows) * 2 * key.shape[1] * dim * key.element_size()
+    return by_queries <= by_keys
+
+
+def attend_past_by_queries(
+    query: Tensor,
+    key_heads: int,
+    parts: Iterator[tuple[Tensor, Tensor]],
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+) -> Partial:
+    """Pass-Q: every rank attends for all; returns [l, h, d], merged over all ranks' keys."""
+    size, (tokens, heads, dim) = group.size(), query.shape
+    everyone = query.new_empty(size * tokens, heads, dim)
+    dist.all_gather_into_tensor(everyone, query.contiguous(), group=group)
+    part = unfolded(attend_parts(fold(everyone, key_heads), parts, scale=scale), size * tokens)
+    del everyone
+    sent = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=-1)  # [cp*l, h, d+1], by destination
+    del part
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    del sent
+    parts_of_mine = received.unflatten(0, (size, tokens))
+    total = Partial.empty(query)
+    for some in parts_of_mine:
+        total.add(Partial(some[..., :dim], some[..., dim]))
+    return total
+
+
+def attend_past_by_keys(
+    query: Tensor,
+    key: Tensor,
+    parts: Iterator[tuple[Tensor, Tensor]],
+    past_rows: Sequence[int],
+    group: dist.ProcessGroup,
+    *,
+    scale: float,
+) -> Partial:
+    """Pass-KV: the ranks' shards of the past go round the ring; returns [l, h, d]."""
+    ring, (_, key_heads, dim) = Ring(group), key.shape
+    rows = fold(query, key_heads)
+    mine = [torch.stack(part) for part in parts]
+    here = torch.cat(mine, dim=2) if mine else key.new_empty(2, key_heads, 0, dim)  # [2, k, n, d]
+    total = Partial.empty(rows)
+    for hop in range(ring.size):
+        coming = None
+        if hop < ring.size - 1:
+            source = (ring.rank - hop - 1) % ring.size
+            receive = here.new_empty(2, key_heads, past_rows[source], dim)
+            coming = ring.exchange(here.contiguous(), to=1, receive=receive, tag=PAST_TAG)
+        if here.shape[2]:
+            total.add(attend_rows(rows, here[0], here[1], scale=scale))
+        if coming is not None:
+            here = coming.wait()
+    return unfolded(total, len(query))
+
+
+def merge_over_ranks(part: Partial, group: dist.ProcessGroup) -> Tensor:
+    """Parts [b, h, d] of all ranks merged, the same bits on every rank."""
+    dim = part.out.shape[-1]
+    mine = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=-1).contiguous()
+    parts = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
+    dist.all_gather_into_tensor(parts, mine, group=group)
+    parts = parts.unflatten(0, (group.size(), len(mine)))
+    weights = parts[..., dim:].softmax(dim=0)
+    return (weights * parts[..., :dim]).sum(dim=0)

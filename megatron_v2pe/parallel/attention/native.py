@@ -1,7 +1,7 @@
 """Attention core on torch's own kernels: the CPU's, and a GPU's without Transformer Engine.
 
     decoder   packed (thd): rotate -> per-document causal attention over context parallel ranks (see `context_parallel`)
-              decoding:     rotate -> extend the cache -> new queries attend to all keys (see `cached`)
+              generation:   rotate -> attend to themselves and the cache, which is extended (see `cached`)
     vision    sbhd, no mask: torch's scaled dot product attention, tile by tile
 
 It is what mcore calls a core attention: it has no parameters; projections are done outside.
@@ -102,17 +102,16 @@ class NativeContextAttention(torch.nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         query, key = rotate(query, key, params)
-        cache = getattr(params, "kv_cache", None)
-        if cache is None:
+        step = getattr(params, "kv_cache", None)
+        if step is None:
             return self._attend(query, key, value, params)
         return cached_attention(
             query,
             key,
             value,
-            cache=cache,
+            step=step,
             layer_number=self.layer_number,
             scale=self.scale,
-            attend_prompt=lambda: self._attend(query, key, value, params),
         )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:

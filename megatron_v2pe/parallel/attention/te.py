@@ -25,7 +25,7 @@ from megatron_v2pe.parallel.attention.rotary import rotate
 
 
 class RotaryTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention for the decoder; rotates, and decodes with a cache on torch's kernels."""
+    """Transformer Engine's attention for the decoder; rotates, and generates with a cache on torch's kernels."""
 
     def forward(
         self,
@@ -42,22 +42,17 @@ class RotaryTEAttention(TEDotProductAttention):
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
             raise ValueError("the decoder's attention supports packed sequences (thd) only")
         query, key = rotate(query, key, packed_seq_params)
-        cache = getattr(packed_seq_params, "kv_cache", None)
-
-        def attend() -> Tensor:
+        step = getattr(packed_seq_params, "kv_cache", None)
+        if step is None:
             params = padding_counts_as_tokens(packed_seq_params)
             return TEDotProductAttention.forward(
                 self, query, key, value, attention_mask, attn_mask_type, attention_bias, params, **kwargs
             )
-
-        if cache is None:
-            return attend()
         return cached_attention(
             query,
             key,
             value,
-            cache=cache,
+            step=step,
             layer_number=self.layer_number,
             scale=self.config.softmax_scale or self.config.kv_channels**-0.5,
-            attend_prompt=attend,
         )

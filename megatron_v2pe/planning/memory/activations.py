@@ -70,12 +70,13 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
     longest = max(setting.pack.document_lengths)
     gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
+    experts = language.experts
     sizes = DecoderShape(
         tokens=setting.tokens,
         rows=setting.rows,
         hidden=language.hidden_size,
         query_width=language.num_heads * language.head_dim // plan.tp,
-        key_width=language.num_kv_heads * language.head_dim // plan.tp,
+        key_width=language.kv_heads_of_rank(plan.tp) * language.head_dim,
         ffn=language.ffn_size // plan.tp,
         num_heads=language.num_heads // plan.tp,
         head_dim=language.head_dim,
@@ -83,6 +84,10 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         tp=plan.tp,
         sequence_parallel=plan.sequence_parallel,
         mlp_chunks=model.mlp_chunks if model.recompute == "selective" or model.mlp_chunks > 1 else 0,
+        # A chunk with sparse and dense layers counts as sparse: those need more.
+        routed_rows=round(setting.routed_rows) if experts else 0,
+        expert_ffn=experts.ffn_size // plan.etp if experts else 0,
+        num_experts=experts.num_experts if experts else 0,
     )
     shape = AttentionShape(
         tokens=sizes.tokens,

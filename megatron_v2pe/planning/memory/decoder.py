@@ -7,7 +7,7 @@ are bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_v2pe.planning.memory.attention import AttentionShape, decoder_attention_bytes
 from megatron_v2pe.planning.memory.operations import (
@@ -38,6 +38,12 @@ class DecoderShape:
     sequence_parallel: bool
     mlp_chunks: int
     """Slices of rows of a recomputed MLP; 0 keeps its activations."""
+    routed_rows: int = 0
+    """Rows that this rank's experts get; 0 for a layer with one MLP."""
+    expert_ffn: int = 0
+    """Channels of an expert on this rank."""
+    num_experts: int = 0
+    """Of the whole layer."""
 
     @property
     def mixed_width(self) -> int:
@@ -166,6 +172,46 @@ def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens
     ]
 
 
+def experts_ops(source: str, sizes: DecoderShape, costs: LayerCosts) -> list[Op]:
+    """Router in float32 -> rows by expert -> all-to-all -> by local expert -> gated MLPs -> back -> weighted sum.
+
+    Every step from `permuted` to `returned` has all routed rows n; the router keeps weights and choice, [r, E] each.
+    """
+    e, n = costs.element_bytes, sizes.routed_rows
+    hidden, routed = sizes.rows * sizes.hidden * e, n * sizes.hidden * e
+    logits = sizes.rows * sizes.num_experts * FLOAT_BYTES
+    router = Op(
+        name="router",
+        inputs=(source,),
+        output_bytes=logits,
+        keeps=(source, "router"),
+        keeps_extra_bytes=logits + sizes.rows * sizes.num_experts,
+        forward_bytes=sizes.rows * sizes.hidden * FLOAT_BYTES,
+        backward_bytes=sizes.rows * sizes.hidden * FLOAT_BYTES,
+        gradient_bytes=(hidden,),
+        is_matrix=True,
+    )
+    steps = (
+        ("permuted", source, hidden),
+        ("dispatched", "permuted", routed),
+        ("sorted", "dispatched", routed),
+    )
+    moved = [
+        Op(name=name, inputs=(before,), output_bytes=routed, gradient_bytes=(size,))
+        for name, before, size in steps
+    ]
+    inner = replace(sizes, ffn=sizes.expert_ffn, tp=1, sequence_parallel=False)
+    mlp = gated_mlp_ops("sorted", inner, replace(costs, adapters=()), tokens=n)
+    back = [
+        Op(name=name, inputs=(before,), output_bytes=routed, gradient_bytes=(routed,))
+        for name, before in (("unsorted", "fc2"), ("returned", "unsorted"))
+    ]
+    combined = Op(
+        name="combined", inputs=("returned", "router"), output_bytes=hidden, gradient_bytes=(routed, logits)
+    )
+    return [router, *moved, *mlp, *back, combined]
+
+
 def decoder_layer_ops(
     sizes: DecoderShape, shape: AttentionShape, *, backend: str, costs: LayerCosts
 ) -> list[Op]:
@@ -173,7 +219,16 @@ def decoder_layer_ops(
     hidden = sizes.rows * sizes.hidden * costs.element_bytes
     ops = decoder_attention_ops(sizes, decoder_attention_bytes(shape, costs, backend), costs)
     ops += norm_ops("mlp norm", "middle", hidden, costs)
-    if sizes.mlp_chunks:
+    if sizes.routed_rows and sizes.mlp_chunks:
+        experts = experts_ops(INPUT, sizes, costs)
+        ops.append(
+            recomputed_mlp_op(
+                "mlp", "mlp norm", experts, input_bytes=hidden, output_bytes=hidden, mlp_chunks=1
+            )
+        )
+    elif sizes.routed_rows:
+        ops += experts_ops("mlp norm", sizes, costs)
+    elif sizes.mlp_chunks:
         mlp = gated_mlp_ops(INPUT, sizes, costs, tokens=sizes.tokens // sizes.mlp_chunks)
         ops.append(
             recomputed_mlp_op(

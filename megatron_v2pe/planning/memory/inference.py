@@ -1,14 +1,17 @@
-"""Memory of generation and evaluation: weights, the cache of keys and values, and the prefill of a long prompt.
+"""Memory of generation and evaluation: weights, the cache of keys and values, and one prefill chunk.
 
-    total = weights + KV cache + most of (tower forward, a decoder layer forward, logits of one token)
+    total = weights + KV cache + most of (tower on a slice of tiles, a decoder layer on a chunk, logits of one token)
 
-Nothing is kept for backward. A prompt is prefilled in one pass; context parallel ranks share it and its cache.
+Nothing is kept for backward. Context parallel ranks share the cache and every chunk; tiles of a chunk are shared by
+tp x cp ranks, as `inference` does it, so what is beside weights and cache does not grow with the prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS, MICRO_BATCH_TILES
+from megatron_v2pe.inference.memory import kv_shape
 from megatron_v2pe.planning.memory.activations import decoder_stack
 from megatron_v2pe.planning.memory.operations import FLOAT_BYTES
 from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
@@ -16,6 +19,7 @@ from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.memory.vision import VisionShape, vision_peaks
 from megatron_v2pe.planning.request.hardware import GIB, Hardware
 from megatron_v2pe.planning.request.stages import ModelChunk
+from megatron_v2pe.planning.request.workload import Pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +39,35 @@ class InferenceMemory:
 
 
 def kv_cache_bytes(setting: Setting, num_layers: int, prompt_tokens: int) -> float:
-    """2 (keys, values) * layers * KV channels of a tp rank * tokens of a cp rank * e."""
-    language, plan = setting.arch.language, setting.plan
-    width = language.num_kv_heads * language.head_dim / plan.tp
-    return 2.0 * num_layers * width * prompt_tokens / plan.cp * setting.element_bytes
+    """Of a context parallel rank; the formula that the engine checks before a prefill."""
+    shape = kv_shape(
+        setting.arch, layers=num_layers, tp=setting.plan.tp, element_bytes=setting.element_bytes, kind="model"
+    )
+    return shape.row_bytes * prompt_tokens / setting.plan.cp
+
+
+def chunk_pack(setting: Setting) -> Pack:
+    """One prefill chunk of the prompt."""
+    tokens = min(DEFAULT_CHUNK_TOKENS, setting.pack.num_tokens)
+    tiles = min(setting.pack.num_tiles, tokens // setting.arch.tokens_per_tile + 1)
+    return replace(setting.pack, document_lengths=(tokens,), num_tiles=tiles)
+
+
+def past_attention_bytes(setting: Setting) -> float:
+    """Attention of a chunk to what is in the cache: queries of all ranks twice, their partial results four times."""
+    language = setting.arch.language
+    width = language.num_heads * language.head_dim / setting.plan.tp
+    return setting.pack.num_tokens * width * (2 * setting.element_bytes + 4 * FLOAT_BYTES)
 
 
 def inference_memory(
     setting: Setting, model_chunks: tuple[ModelChunk, ...], hardware: Hardware
 ) -> InferenceMemory:
-    """One pipeline rank; `setting.pack` is the prompt, sequence parallelism is off as in the engine."""
-    plan = replace(setting.plan, sequence_parallel=False)
-    setting = replace(setting, plan=plan, pack=setting.pack.padded(plan))
+    """One pipeline rank; `setting.pack` is the prompt; as in the engine neither sequence nor tower is split over tp."""
+    plan = replace(setting.plan, sequence_parallel=False, vision="replicated")
+    prompt_tokens = setting.pack.num_tokens
+    setting = replace(setting, plan=plan)
+    setting = replace(setting, pack=chunk_pack(setting).padded(plan))
     model_chunk = ModelChunk(
         num_layers=sum(model_chunk.num_layers for model_chunk in model_chunks),
         is_first=model_chunks[0].is_first,
@@ -58,24 +79,26 @@ def inference_memory(
         for _, size in model_chunk_parameters(setting.arch, plan, part, setting.config.lora)
     )
     hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
-    moments = {"decoder layer": decoder_stack(setting, 1).inference_bytes + hidden}
+    layer = decoder_stack(setting, 1).inference_bytes + past_attention_bytes(setting)
+    moments = {"decoder layer": layer + hidden}
     if model_chunk.is_last:
         moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
     if model_chunk.is_first:
+        tiles = max(1, -(-setting.pack.num_tiles // (plan.tp * plan.cp)))
         shape = VisionShape(
-            tiles=setting.tiles,
+            tiles=min(tiles, MICRO_BATCH_TILES),
             tower_tp=plan.tower_tp,
             is_trained=False,
             trains_projector=False,
             projector=setting.costs("projector"),
         )
         tower = vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
-        pixels = 3 * setting.arch.image_size**2 * setting.tiles * setting.element_bytes
+        pixels = 3 * setting.arch.image_size**2 * tiles * setting.element_bytes
         moments["vision tower"] = pixels + hidden + tower.forward_bytes
     largest = max(moments, key=lambda name: moments[name])
     return InferenceMemory(
         weights_bytes=weights * setting.element_bytes,
-        kv_cache_bytes=kv_cache_bytes(setting, model_chunk.num_layers, setting.pack.num_tokens),
+        kv_cache_bytes=kv_cache_bytes(setting, model_chunk.num_layers, prompt_tokens),
         prefill_bytes=moments[largest],
         prefill_part=largest,
         reserved_bytes=hardware.reserved_gib * GIB,

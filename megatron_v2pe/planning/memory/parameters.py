@@ -26,6 +26,8 @@ from megatron_v2pe.planning.memory.adapters import (
 )
 from megatron_v2pe.planning.request.stages import ModelChunk
 
+LOCAL_EXPERTS = "experts.local_experts"
+
 
 def linear(
     name: str, *, rows: int, columns: int, bias: bool, adapters: Adapters = NO_ADAPTERS
@@ -98,10 +100,35 @@ def projector_parameters(
     yield from linear(fc2, rows=hidden, columns=share, bias=True, adapters=adapters)
 
 
-def language_layer_parameters(
-    name: str, language: LanguageArchitecture, tp: int, adapters: Adapters = NO_ADAPTERS
+def expert_parameters(
+    name: str, language: LanguageArchitecture, plan: ParallelPlan
 ) -> Iterator[ParameterSize]:
-    """One decoder layer on one of `tp` ranks."""
+    """Router, whole, and this rank's experts, each split over etp ranks."""
+    assert language.experts is not None
+    experts, hidden = language.experts, language.hidden_size
+    ffn = experts.ffn_size // plan.etp
+    yield f"{name}.router.weight", experts.num_experts * hidden
+    for expert in range(experts.num_experts // plan.ep):
+        local = f"{name}.{LOCAL_EXPERTS}.{expert}"
+        yield from linear(f"{local}.linear_fc1", rows=2 * ffn, columns=hidden, bias=False)
+        yield from linear(f"{local}.linear_fc2", rows=hidden, columns=ffn, bias=False)
+
+
+def is_expert(parameter: str) -> bool:
+    """Whether a parameter belongs to an expert, whose gradients and state have a data parallel group of their own."""
+    return f".{LOCAL_EXPERTS}." in parameter
+
+
+def language_layer_parameters(
+    name: str,
+    language: LanguageArchitecture,
+    plan: ParallelPlan,
+    adapters: Adapters = NO_ADAPTERS,
+    *,
+    is_sparse: bool = False,
+) -> Iterator[ParameterSize]:
+    """One decoder layer on one rank."""
+    tp = plan.tp
     hidden, head_dim = language.hidden_size, language.head_dim
     queries = language.num_heads * head_dim // tp
     keys_and_values = 2 * language.num_kv_heads * head_dim // tp
@@ -113,8 +140,14 @@ def language_layer_parameters(
     yield from linear(
         f"{attention}.linear_qkv", rows=mixed, columns=hidden, bias=language.qkv_bias, adapters=adapters
     )
+    if language.qk_norm:
+        yield f"{attention}.q_layernorm.weight", head_dim
+        yield f"{attention}.k_layernorm.weight", head_dim
     yield f"{name}.pre_mlp_layernorm.weight", hidden
     mlp = f"{name}.mlp"
+    if is_sparse:
+        yield from expert_parameters(mlp, language, plan)
+        return
     yield from linear(f"{mlp}.linear_fc1", rows=2 * ffn, columns=hidden, bias=False, adapters=adapters)
     yield from linear(f"{mlp}.linear_fc2", rows=hidden, columns=ffn, bias=False, adapters=adapters)
 
@@ -128,7 +161,9 @@ def language_parameters(
     if model_chunk.is_first:
         yield "language.embedding.word_embeddings.weight", vocab_rows
     for index in range(model_chunk.num_layers):
-        yield from language_layer_parameters(f"language.decoder.layers.{index}", language, plan.tp, adapters)
+        is_sparse = language.is_sparse(model_chunk.first_layer + index)
+        name = f"language.decoder.layers.{index}"
+        yield from language_layer_parameters(name, language, plan, adapters, is_sparse=is_sparse)
     if model_chunk.is_last:
         yield "language.decoder.final_layernorm.weight", language.hidden_size
         if not (language.tie_word_embeddings and model_chunk.is_first):

@@ -12,6 +12,9 @@ from megatron_v2pe.planning.memory.adapters import planned_adapters
 from megatron_v2pe.planning.memory.operations import LayerCosts
 from megatron_v2pe.planning.request.workload import Pack
 
+EXPERT_IMBALANCE = 1.25
+"""Rows of the fullest rank's experts over an even share, assumed; what it is, `expert_load_by_layer` of a run shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -52,6 +55,12 @@ class Setting:
     def tiles(self) -> int:
         """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
         return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
+
+    @property
+    def routed_rows(self) -> float:
+        """Rows that the experts of a rank get in a layer, at most: its even share times `EXPERT_IMBALANCE`."""
+        experts = self.arch.language.experts
+        return EXPERT_IMBALANCE * self.rows * self.plan.etp * experts.top_k if experts else 0.0
 
     def trains(self, part: Part) -> bool:
         """Whether a part's own weights are trained."""

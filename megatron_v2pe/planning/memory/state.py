@@ -21,7 +21,7 @@ from megatron_v2pe.config.lora import PARTS, is_adapter_parameter, parts_trained
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.memory.adapters import ParameterSize
-from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
+from megatron_v2pe.planning.memory.parameters import is_expert, model_chunk_parameters
 from megatron_v2pe.planning.request.stages import ModelChunk, model_chunks_of_rank
 
 PARAMETER_ALIGNMENT = 64
@@ -166,14 +166,26 @@ def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan
     pp_rank, rest = divmod(rank, sharing_ranks * plan.tp)
     total = StateBytes(weights_bytes=0, gradients_bytes=0, optimizer_bytes=0)
     for model_chunk in model_chunks_of_rank(config.parallel, arch.language.num_layers, plan, pp_rank):
+        parameters = model_chunk_parameters(arch, plan, model_chunk, config.lora)
+        element_bytes = 2 if config.runtime.dtype == "bfloat16" else 4
+        frozen = frozen_parts(config)
         total = total + state_bytes(
-            model_chunk_parameters(arch, plan, model_chunk, config.lora),
-            element_bytes=2 if config.runtime.dtype == "bfloat16" else 4,
+            tuple(each for each in parameters if not is_expert(each[0])),
+            element_bytes=element_bytes,
             sharing_ranks=sharing_ranks,
             sharing_rank=rest // plan.tp,
-            frozen=frozen_parts(config),
+            frozen=frozen,
             own_bucket=own_bucket(arch, plan),
         )
+        experts = tuple(each for each in parameters if is_expert(each[0]))
+        if experts:
+            total = total + state_bytes(
+                experts,
+                element_bytes=element_bytes,
+                sharing_ranks=plan.expert_dp,
+                sharing_rank=rest // (plan.etp * plan.ep),
+                frozen=frozen,
+            )
     return total
 
 
@@ -183,6 +195,7 @@ class TrainedNumbers:
 
     all: int
     summed_over_tp: int
+    experts: int = 0
 
 
 @lru_cache(maxsize=512)
@@ -214,11 +227,12 @@ def trained_numbers(
     sums = plan.tp > 1 and plan.sequence_parallel
     return TrainedNumbers(
         all=sum(size for _, size in trained),
+        experts=sum(size for name, size in trained if is_expert(name)),
         summed_over_tp=sum(size for name, size in trained if _is_summed(name, plan)) if sums else 0,
     )
 
 
 def _is_summed(parameter: str, plan: ParallelPlan) -> bool:
     if parameter.startswith("language."):
-        return "layernorm" in parameter
+        return "layernorm" in parameter or parameter.endswith("router.weight")
     return plan.vision == "replicated"

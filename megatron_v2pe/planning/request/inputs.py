@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.published import PUBLISHED, published_key
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.errors import ConfigError
@@ -83,9 +83,10 @@ def find_architecture(name: str | None, config: RunConfig) -> tuple[str, InternV
                 f"SIZE ({', '.join(PUBLISHED)}) or --arch CONFIG_JSON"
             )
         return str(folder), read_architecture(folder)
-    size = name.upper().removeprefix("INTERNVL2-")
+    size = published_key(name)
     if size in PUBLISHED:
-        return f"InternVL2-{size}", parse_architecture(PUBLISHED[size], f"published {size}")
+        series = "InternVL" if size[1] in ".-" else "InternVL2-"
+        return f"{series}{size}", parse_architecture(PUBLISHED[size], f"published {size}")
     path = Path(name)
     if path.is_dir():
         return name, read_architecture(path)

@@ -21,6 +21,7 @@ class ModelChunk:
 
     Attributes:
         num_layers: decoder layers.
+        first_layer: number of the first of them in the whole model.
         is_first: tower, projector and embedding are here.
         is_last: final norm, head and loss are here.
     """
@@ -28,6 +29,7 @@ class ModelChunk:
     num_layers: int
     is_first: bool
     is_last: bool
+    first_layer: int = 0
 
 
 def model_chunks_of_rank(
@@ -41,7 +43,12 @@ def model_chunks_of_rank(
         counts = [num_layers // num_stages] * num_stages
     stages = [virtual * plan.pp + pp_rank for virtual in range(plan.vpp)]
     return tuple(
-        ModelChunk(num_layers=counts[stage], is_first=stage == 0, is_last=stage == num_stages - 1)
+        ModelChunk(
+            num_layers=counts[stage],
+            first_layer=sum(counts[:stage]),
+            is_first=stage == 0,
+            is_last=stage == num_stages - 1,
+        )
         for stage in stages
     )
 

@@ -20,7 +20,7 @@ from megatron_v2pe.config.flops import (
     tower_linear_flops,
 )
 from megatron_v2pe.config.schema import ModelConfig, VisionConfig
-from megatron_v2pe.planning.memory.setting import Setting
+from megatron_v2pe.planning.memory.setting import EXPERT_IMBALANCE, Setting
 from megatron_v2pe.planning.request.stages import ModelChunk
 
 ATTENTION_BACKWARD = 2.5
@@ -60,17 +60,20 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
     arch, plan, model = setting.arch, setting.plan, setting.config.model
     language = arch.language
     hidden, share = language.hidden_size, model_chunk.num_layers / language.num_layers
-    attention_weights = 2 * hidden * hidden + 2 * hidden * language.num_kv_heads * language.head_dim
     is_trained = setting.trains("language")
     projections, mlp = linear_passes(model, is_trained=is_trained)
-    weights = projections * attention_weights + mlp * 3 * hidden * language.ffn_size
+    attention_weights = language.num_layers * language.attention_weights
+    mlp_weights = float(language.active_weights - attention_weights)
+    if language.experts is not None:
+        mlp_weights *= EXPERT_IMBALANCE
+    weights = projections * attention_weights + mlp * mlp_weights
     attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
     attention_forwards = 2.0 if model.recompute == "full" else 1.0
     supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0
     tower_linear, tower_attention_bytes = tower_flops(setting) if model_chunk.is_first else (0.0, 0.0)
     return ModelChunkFlops(
-        linear=2.0 * model_chunk.num_layers * weights * setting.tokens / plan.tp,
+        linear=2.0 * share * weights * setting.tokens / plan.tp,
         attention_forward=attention_forwards * attention,
         attention_backward=ATTENTION_BACKWARD * attention,
         head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,

@@ -106,7 +106,12 @@ def exposed_seconds(
     )
     tile_rate = group_gb_s(hardware, size=plan.tp * plan.cp, stride=1) * 1e9
     tp_calls = 8 * model_chunk.num_layers * (plan.tp > 1)
+    experts = {}
+    if traffic.ep_bytes:
+        ep_rate = group_gb_s(hardware, size=plan.ep, stride=plan.etp) * 1e9
+        experts["expert parallel traffic"] = traffic.ep_bytes / ep_rate
     return {
+        **experts,
         "tensor parallel traffic": traffic.tp_bytes / tp_rate + tp_calls * hardware.launch_us * 1e-6,
         "context parallel traffic": cp + fixed,
         "feature router": traffic.router_bytes / tile_rate,
@@ -116,7 +121,13 @@ def exposed_seconds(
 
 
 def once_a_step_seconds(
-    setting: Setting, traffic: StepTraffic, hardware: Hardware, *, trained: int, micro_batches: int
+    setting: Setting,
+    traffic: StepTraffic,
+    hardware: Hardware,
+    *,
+    trained: int,
+    experts: int = 0,
+    micro_batches: int,
 ) -> dict[str, float]:
     """Gradients, weights and optimizer, once a step, and the accumulation of gradients of each micro batch.
 
@@ -125,6 +136,7 @@ def once_a_step_seconds(
         traffic: of the step.
         hardware: the GPU.
         trained: trained numbers of the rank.
+        experts: those of them in experts, whose optimizer is shared over fewer ranks.
         micro_batches: of a data parallel rank.
     """
     plan = setting.plan
@@ -135,7 +147,9 @@ def once_a_step_seconds(
     return {
         "gradients and weights over dp, cp": (traffic.gradients_bytes + traffic.weights_bytes) / rate
         + traffic.tp_sum_bytes / tp_rate,
-        "optimizer": OPTIMIZER_BYTES * trained / sharing / memory_rate,
+        "optimizer": OPTIMIZER_BYTES
+        * ((trained - experts) / sharing + experts / plan.expert_dp)
+        / memory_rate,
         "gradient accumulation": ACCUMULATION_BYTES * trained * micro_batches / memory_rate,
     }
 

@@ -5,6 +5,7 @@
     router   features of tiles to the owners of their tokens, and their gradients back
     pp       hidden states to the next stage, gradients to the one before
     dp       gradients once a step (reduce-scatter), weights once a step (all-gather), over dp * cp
+    ep       rows to the ranks of their experts and back, and their gradients
     tp sum   gradients of parameters that tp ranks hold copies of
 
 A collective over n ranks sends (n - 1) / n of its result per rank; an all-reduce twice that.
@@ -29,6 +30,7 @@ class ModelChunkTraffic:
         cp_backward_bytes: attention, backward.
         router_bytes: forward and backward.
         pp_bytes: forward and backward.
+        ep_bytes: all-to-all of the experts, forward (recomputed too) and backward.
     """
 
     tp_bytes: float
@@ -36,6 +38,7 @@ class ModelChunkTraffic:
     cp_backward_bytes: float
     router_bytes: float
     pp_bytes: float
+    ep_bytes: float = 0.0
 
 
 def model_chunk_traffic(setting: Setting, model_chunk: ModelChunk) -> ModelChunkTraffic:
@@ -50,7 +53,23 @@ def model_chunk_traffic(setting: Setting, model_chunk: ModelChunk) -> ModelChunk
         cp_backward_bytes=layers * backward,
         router_bytes=router_bytes(setting) if model_chunk.is_first else 0.0,
         pp_bytes=neighbours * setting.rows * hidden if plan.pp > 1 else 0.0,
+        ep_bytes=expert_bytes(setting, model_chunk),
     )
+
+
+def expert_bytes(setting: Setting, model_chunk: ModelChunk) -> float:
+    """All-to-all over ep, there and back, (ep - 1) / ep * n H e each way; once a forward pass and once in backward.
+
+    n is the rows of the fullest rank (`Setting.routed_rows`): the others wait for it.
+    """
+    plan, language = setting.plan, setting.arch.language
+    if language.experts is None or plan.ep == 1:
+        return 0.0
+    first = model_chunk.first_layer
+    layers = range(first, first + model_chunk.num_layers)
+    sparse = sum(language.is_sparse(layer) for layer in layers)
+    each_way = (plan.ep - 1) / plan.ep * setting.routed_rows * language.hidden_size * setting.element_bytes
+    return sparse * 2 * each_way * (forward_passes(setting) + 1)
 
 
 def forward_passes(setting: Setting) -> int:
@@ -91,7 +110,7 @@ def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
         return 0.0, 0.0
     e = setting.element_bytes
     query = language.num_heads * language.head_dim // plan.tp
-    key = language.num_kv_heads * language.head_dim // plan.tp
+    key = language.kv_heads_of_rank(plan.tp) * language.head_dim
     if setting.config.parallel.cp_comm_type == "a2a":
         both = (plan.cp - 1) / plan.cp * setting.tokens * (2 * query + 2 * key) * e
         return both, both

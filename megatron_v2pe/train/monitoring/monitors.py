@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Protocol
 
+from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
+from megatron_v2pe.train.monitoring.watchdog import Watchdog
+
 
 class Monitor(AbstractContextManager[Any], Protocol):
     """Entered before the first step, left after the last or at an error."""
@@ -41,3 +44,9 @@ class Monitors:
         """Step `step` is under way now."""
         for monitor in (*self._monitors, self._entered):
             monitor.beat(step)
+
+    def keep_alive(self, step: int) -> None:
+        """Something other than a step is making progress: those that wait for the next step wait longer."""
+        for monitor in (*self._monitors, self._entered):
+            if isinstance(monitor, Watchdog | RankMonitor):
+                monitor.beat(step)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig
@@ -51,7 +52,22 @@ def _import(hf_folder: Path, target: Path) -> Imported:
     return target
 
 
-def fitting_layers(parallel: ParallelConfig, arch: InternVLArchitecture) -> ParallelConfig:
-    """The plan with a layout of its own where the checkpoint's few layers do not divide over the stages."""
+def fitting_layout(parallel: ParallelConfig, arch: InternVLArchitecture) -> ParallelConfig:
+    """The plan, made to suit a checkpoint.
+
+    Layers that do not divide over the stages get a layout of their own; experts under tensor parallelism run with
+    sequence parallelism, as in training, where they cannot do without.
+    """
     layout = split_layers(arch.language.num_layers, num_stages=parallel.pp)
-    return dataclasses.replace(parallel, pipeline_layout=layout) if layout else parallel
+    if layout:
+        parallel = dataclasses.replace(parallel, pipeline_layout=layout)
+    if arch.language.experts is not None and parallel.tp > 1:
+        parallel = dataclasses.replace(parallel, sequence_parallel=True)
+    return parallel
+
+
+def is_left_out(parallel: ParallelConfig, checkpoint: Imported) -> bool:
+    """Expert parallelism is for checkpoints with experts."""
+    if parallel.ep == 1 or isinstance(checkpoint, CheckpointError):
+        return False
+    return read_architecture(hf_path(checkpoint)).language.experts is None

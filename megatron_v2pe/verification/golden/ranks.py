@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,21 @@ from megatron_v2pe.verification.golden.rows import Row, format_row
 from megatron_v2pe.verification.golden.runner import Group, run_groups, select_groups
 
 
+def ranks_needed(parallel: ParallelConfig) -> int:
+    """Smallest world of whole model replicas whose pipeline stages have etp x ep ranks."""
+    stage, spread = parallel.tp * parallel.cp, parallel.ep * parallel.expert_tp
+    return parallel.pp * math.lcm(stage, spread)
+
+
 def run_on_local_ranks(
     folder: Path, groups: Sequence[Group], *, family: str | None, parallel: ParallelConfig
 ) -> list[Row]:
-    """Start tp x pp x cp ranks, print rank 0's rows, and return them.
+    """Start the ranks of one model replica, or of as many as its experts lie on, print rank 0's rows, and return them.
 
     Raises:
         RuntimeError: a rank ended with an error; its traceback is on stderr.
     """
-    num_ranks = parallel.tp * parallel.pp * parallel.cp
+    num_ranks = ranks_needed(parallel)
     with tempfile.TemporaryDirectory() as scratch:
         rows_file = Path(scratch) / "rows.jsonl"
         task = {

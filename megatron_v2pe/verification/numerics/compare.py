@@ -21,12 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
+from megatron_v2pe.checkpoint.convert.exported_tensors import ConvertedTensors, ExportedTensors
 from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+from megatron_v2pe.checkpoint.convert.other_format import OursInHF
 from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, is_complete, read_info
+from megatron_v2pe.checkpoint.hf.name_map import other_names
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.native import github_config
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.validate import check_model_split, check_vision_split
@@ -204,11 +207,14 @@ def to_json(rows: list[StageRow]) -> list[dict[str, Any]]:
 
 
 def _open_source(source: str | Path) -> tuple[ReadTensor, Path]:
-    """Tensors of the reference by Hugging Face names, and the folder of its config.json."""
+    """Tensors of the reference by the names of the GitHub format, and the folder of its config.json."""
     if is_complete(source):
         read_info(source)
-        return ExportedTensors(source).read, hf_path(source)
-    weights, _, _ = open_hf(source)
+        is_native = read_architecture(hf_path(source)).folder_format == "hf-native"
+        return ExportedTensors(source, in_other_format=is_native).read, hf_path(source)
+    weights, arch, names = open_hf(source)
+    if arch.folder_format == "hf-native":
+        return ConvertedTensors(OursInHF(weights, names), other_names(arch)).read, Path(source)
     return weights.read, Path(source)
 
 
@@ -217,8 +223,10 @@ def _reference(kind: str, read: ReadTensor, folder: Path, *, is_v2pe: bool) -> R
     is_v2pe = is_v2pe or arch.position_mode != "default"
     if kind == "plain":
         return ReferenceModel(arch, read, is_v2pe=is_v2pe)
-    llm_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["llm_config"]
-    return TransformersReference(arch, read, is_v2pe=is_v2pe, llm_config=llm_config)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if arch.folder_format == "hf-native":
+        values = github_config(values, "config.json")
+    return TransformersReference(arch, read, is_v2pe=is_v2pe, llm_config=values["llm_config"])
 
 
 def _check_layout(parallel: ParallelConfig, arch: InternVLArchitecture, world_size: int) -> None:

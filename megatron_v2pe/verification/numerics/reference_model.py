@@ -9,7 +9,7 @@ megatron-core, no mapping table, no transform, no position units. It is slow and
 when their layer runs and dropped after it, so memory holds one layer whatever the size of the model.
 
 Shape legend: n tiles, P patches of a tile, C vision channels, t tokens of all documents, H language channels,
-d channels of a head, g kv heads, m query heads of a kv head.
+d channels of a head, g kv heads, m query heads of a kv head, e experts.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ class ReferenceModel:
             normed = _rms_norm(x, self._read(f"{layer}{names['norm1']}.weight"), language.norm_eps)
             x = x + self._language_attention(layer, normed, angles, documents)
             normed = _rms_norm(x, self._read(f"{layer}{names['norm2']}.weight"), language.norm_eps)
-            x = x + self._gated_mlp(layer, normed)
+            experts = language.experts
+            is_sparse = experts is not None and experts.is_sparse[i]
+            x = x + (self._experts(layer, normed) if is_sparse else self._gated_mlp(layer, normed))
             yield x
         yield _rms_norm(x, self._read("language_model.model.norm.weight"), language.norm_eps)
 
@@ -231,7 +233,30 @@ class ReferenceModel:
                 self._linear(x, f"{layer}self_attn.{kind}_proj", bias=language.qkv_bias) for kind in "qkv"
             )
         q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
+        if language.qk_norm:
+            q = _rms_norm(q, self._read(layer + "self_attn.q_norm.weight"), language.norm_eps)
+            k = _rms_norm(k, self._read(layer + "self_attn.k_norm.weight"), language.norm_eps)
         return q, k, v
+
+    def _experts(self, layer: str, x: Tensor) -> Tensor:
+        """Each token through its `top_k` experts, weighted by the router's softmax."""
+        experts = self.arch.language.experts
+        assert experts is not None
+        weights, chosen = (
+            self._linear(x, layer + "mlp.gate", bias=False).softmax(-1).topk(experts.top_k, dim=-1)
+        )
+        if experts.normalizes_top_k:
+            weights = weights / weights.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(x)
+        for e in range(experts.num_experts):
+            rows, ranks = (chosen == e).nonzero(as_tuple=True)
+            if len(rows):
+                expert = f"{layer}mlp.experts.{e}."
+                inner = F.silu(self._linear(x[rows], expert + "gate_proj", bias=False))
+                inner = inner * self._linear(x[rows], expert + "up_proj", bias=False)
+                out = self._linear(inner, expert + "down_proj", bias=False)
+                mixed[rows] += out * weights[rows, ranks, None]
+        return mixed
 
     def _gated_mlp(self, layer: str, x: Tensor) -> Tensor:
         if self.arch.language.architecture == "Phi3ForCausalLM":

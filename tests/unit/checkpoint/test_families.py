@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
-from megatron_v2pe.checkpoint.hf.families.registry import LANGUAGE_TABLES
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import LANGUAGE_ARCHITECTURES, parse_architecture
+from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.families import FAMILIES
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import (
@@ -37,10 +37,6 @@ SIZES = {
 }
 
 
-def test_every_known_architecture_has_a_table():
-    assert set(LANGUAGE_TABLES) == set(LANGUAGE_ARCHITECTURES)
-
-
 @pytest.mark.parametrize("key", GOLDENS)
 def test_golden_checkpoints_come_back_byte_for_byte(tmp_path, key):
     info = import_hf(CKPT / key, tmp_path / "ckpt")
@@ -51,10 +47,19 @@ def test_golden_checkpoints_come_back_byte_for_byte(tmp_path, key):
     assert verify(CKPT / key, tmp_path / "ckpt").is_equal
 
 
-@pytest.mark.parametrize("architecture", LANGUAGE_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 def test_other_sizes_come_back_byte_for_byte(tmp_path, architecture, kv_heads):
     llm = {**SIZES, "architectures": [architecture], "num_key_value_heads": kv_heads}
+    if FAMILIES[architecture].reads_head_dim:
+        llm["head_dim"] = 14
+    if FAMILIES[architecture].experts:
+        llm |= {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "mlp_only_layers": [0],
+        }
     source = random_folder(tmp_path / "hf", shards=2, dtype=torch.bfloat16, llm=llm, vision={})
     import_hf(source, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "back")

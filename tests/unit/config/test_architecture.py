@@ -77,8 +77,8 @@ def test_scaling_that_v2pe_takes_the_place_of():
     [
         (
             QWEN2,
-            {"architectures": ["Qwen3ForCausalLM"]},
-            "'Qwen3ForCausalLM' is not supported; known: InternLM2",
+            {"architectures": ["Qwen4ForCausalLM"]},
+            "'Qwen4ForCausalLM' is not supported; known: InternLM2",
         ),
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' is unknown; known: .*llama3"),
         (LLAMA, {"rope_scaling": {"factor": 4.0}}, "type 'None' is unknown"),
@@ -87,7 +87,7 @@ def test_scaling_that_v2pe_takes_the_place_of():
         (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),
         (INTERNLM2, {"bias": True}, "bias is True"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu', known values are 'silu'"),
-        (LLAMA, {"head_dim": 16}, "head_dim is 16, known values are 8"),
+        (QWEN2, {"head_dim": 24}, "head_dim is 24, known values are 16"),
         (PHI3, {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
         (
             PHI3,

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.architecture import ExpertsArchitecture, parse_architecture
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.schema import (
     CurriculumStage,
     DataConfig,
@@ -90,11 +91,85 @@ def test_warmup_leaves_a_step_for_the_decay():
 
 
 def test_kv_heads_by_tp():
-    with pytest.raises(
-        ConfigError, match=r"parallel.tp is 8, but must divide the 4 KV heads.*possible: 1, 2, 4$"
-    ):
-        run(8, parallel=ParallelConfig(tp=8))
+    """More ranks than KV heads share them, if they are a multiple; their rows fit no adapter."""
     run(4, parallel=ParallelConfig(tp=4))
+    run(8, parallel=ParallelConfig(tp=8))
+    with pytest.raises(
+        ConfigError, match=r"lora\.language_rank is 4 and parallel\.tp is 8, .* the 4 KV heads"
+    ):
+        run(8, parallel=ParallelConfig(tp=8), lora=LoRAConfig(language_rank=4))
+    three = dataclasses.replace(
+        ARCH, language=dataclasses.replace(ARCH.language, num_kv_heads=3, num_heads=12)
+    )
+    with pytest.raises(
+        ConfigError, match=r"parallel.tp is 2, but must divide the 3 KV heads.*possible: 1, 3$"
+    ):
+        validate(dataclasses.replace(BASE, parallel=ParallelConfig(tp=2)), three, 2)
+
+
+EXPERTS = ExpertsArchitecture(
+    num_experts=6,
+    top_k=2,
+    ffn_size=32,
+    is_sparse=(True,) * 6,
+    normalizes_top_k=True,
+    aux_loss_coefficient=0.001,
+)
+
+
+def run_experts(world_size=1, **sections):
+    language = dataclasses.replace(ARCH.language, architecture="Qwen3MoeForCausalLM", experts=EXPERTS)
+    validate(dataclasses.replace(BASE, **sections), dataclasses.replace(ARCH, language=language), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sections", "words"),
+    [
+        (
+            4,
+            {"parallel": ParallelConfig(ep=4)},
+            r"parallel\.ep is 4, but must divide the 6 experts.*1, 2, 3, 6",
+        ),
+        (
+            3,
+            {"parallel": ParallelConfig(ep=2)},
+            r"a pipeline stage has 3 ranks .* 2 x 1 = 2 must divide them",
+        ),
+        (
+            2,
+            {"parallel": ParallelConfig(tp=2)},
+            r"with experts tensor parallel ranks must hold different tokens",
+        ),
+        (
+            1,
+            {"model": ModelConfig(checkpoint="c", recompute="full", mlp_chunks=2)},
+            "mlp_chunks is 2, but the load",
+        ),
+    ],
+)
+def test_experts_by_layout(world_size, sections, words):
+    with pytest.raises(ConfigError, match=words):
+        run_experts(world_size, **sections)
+
+
+def test_experts_that_fit():
+    run_experts(
+        4,
+        parallel=ParallelConfig(tp=2, ep=2, etp=2, sequence_parallel=True),
+        optim=OptimConfig(global_batch_size=2),
+    )
+    run_experts(2, parallel=ParallelConfig(cp=2, ep=2), moe=MoEConfig(z_loss=0.1))
+
+
+def test_settings_of_experts_are_for_models_that_have_them():
+    with pytest.raises(ConfigError, match=r"parallel\.ep is 2, but InternLM2ForCausalLM has no experts"):
+        run(2, parallel=ParallelConfig(ep=2))
+    with pytest.raises(ConfigError, match="section moe is set, but InternLM2ForCausalLM has no experts"):
+        run(moe=MoEConfig(aux_loss=0.1))
+    with pytest.raises(ConfigError, match=r"moe\.z_loss is -1, but must be >= 0"):
+        MoEConfig(z_loss=-1)
+    with pytest.raises(ConfigError, match=r"parallel\.etp is 2 with parallel\.ep 1 and parallel\.tp 1"):
+        ParallelConfig(etp=2)
 
 
 def test_heads_by_tp():

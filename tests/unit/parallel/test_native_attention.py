@@ -9,12 +9,15 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference.chunks import plan_chunks
+from megatron_v2pe.inference.kv_cache import KVCache, KVPlace, token_step
 from megatron_v2pe.parallel.attention import kernels
 from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.v2pe.rope import apply_rotary
+from tests.support.packs import sample
 
 LENGTHS = (3, 1, 5, 3, 3)
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -111,36 +114,27 @@ def test_unpacked_tiles_attend_within_themselves(dtype, mask):
         torch.testing.assert_close(out[:, tile].double(), expected, rtol=0, atol=tolerance)
 
 
-class Cache:
-    """Keys and values of one layer."""
-
-    group = None
-
-    def __init__(self):
-        self.held = {}
-
-    def extend(self, layer_number, key, value):
-        before = self.held.get(layer_number)
-        both = (
-            (key, value) if before is None else tuple(map(torch.cat, zip(before, (key, value), strict=True)))
-        )
-        self.held[layer_number] = both
-        return both
-
-
 @pytest.mark.parametrize("steps", [(15,), (9, 1, 1, 4)])
-def test_decoding_with_a_cache_equals_one_pass_over_the_document(steps):
+def test_generation_with_a_cache_equals_one_pass_over_the_document(steps):
+    """Prefill chunks, and single tokens as a decoding step."""
     query, key, value = draw(HEADS, KEY_HEADS, KEY_HEADS)
     angles = angles_of(len(query))
-    cache, found, start = Cache(), [], 0
-    for step in steps:
-        new = slice(start, start + step)
-        params = packed(V2PEPackedSeqParams, rotary_angles=angles[new], kv_cache=cache)
+    cache, found, start = KVCache(KVPlace()), [], 0
+    for length in steps:
+        new = slice(start, start + length)
+        if length == 1:
+            cache.reserve([], 1)
+            step = token_step([cache])
+        else:
+            (chunk,) = plan_chunks(sample([start + length]), chunk_tokens=100, start=start)
+            cache.reserve([chunk], 0)
+            step = cache.note_chunk(chunk)
+        params = packed(V2PEPackedSeqParams, rotary_angles=angles[new], kv_cache=step)
         found.append(core()(query[new], key[new], value[new], packed_seq_params=params))
-        start += step
+        start += length
     expected = plain(apply_rotary(query, angles), apply_rotary(key, angles), value).flatten(1)
     torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-13)
-    assert list(cache.held) == [1]
+    assert [len(block.layers) for block, _ in cache.blocks] == [1] * len(steps)
 
 
 def test_bfloat16_gradients_come_back_in_bfloat16():

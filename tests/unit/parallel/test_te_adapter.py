@@ -5,6 +5,7 @@ The stand-in attends like the real one is documented to; the real one runs on a 
 
 import importlib
 import sys
+from functools import partial
 
 import megatron.core.extensions.transformer_engine as mcore_extension
 import pytest
@@ -14,9 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.inference.chunks import plan_chunks
+from megatron_v2pe.inference.kv_cache import KVCache, KVPlace
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.v2pe.rope import apply_rotary
+from tests.support.packs import sample
 
 CONFIG = TransformerConfig(
     num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=1, attention_dropout=0.0
@@ -90,17 +94,16 @@ def test_rotates_and_passes_plain_parameters_without_padding(adapter):
 def test_decodes_with_a_cache_as_the_native_core_does(adapter):
     (query, key, value), angles = draw()
 
-    class Cache:
-        group = None
-
-        def extend(self, layer_number, new_key, new_value):
-            assert layer_number == 3
-            return torch.cat([key, new_key]), torch.cat([value, new_value])
-
-    given = params(angles, kv_cache=Cache())
-    out = adapter(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=given)
+    outs = []
     native = NativeContextAttention(CONFIG, 3, AttnMaskType.causal, "self")
-    assert torch.equal(out, native(query, key, value, packed_seq_params=given))
+    for attend in (partial(adapter, attention_mask=None, attn_mask_type=AttnMaskType.causal), native):
+        cache = KVCache(KVPlace())
+        (chunk,) = plan_chunks(sample([len(query)]), chunk_tokens=100)
+        cache.reserve([chunk], 0)
+        given = params(angles, kv_cache=cache.note_chunk(chunk))
+        outs.append(attend(query, key, value, packed_seq_params=given))
+        assert list(cache.blocks[0][0].layers) == [3]
+    assert torch.equal(*outs)
     assert not hasattr(adapter, "given")
 
 

@@ -143,6 +143,12 @@ RECIPES = {  # recipe: (size, GPUs)
     "internvl2_8b_256k": ("8B", 32),
     "internvl2_26b_256k": ("26B", 64),
     "internvl2_76b_256k": ("76B", 256),
+    "internvl3_2b_32k": ("InternVL3-2B", 8),
+    "internvl3_2b_256k": ("InternVL3-2B", 8),
+    "internvl3_5_8b_32k": ("InternVL3_5-8B", 8),
+    "internvl3_5_8b_256k": ("InternVL3_5-8B", 32),
+    "internvl3_5_30b_a3b_32k": ("InternVL3_5-30B-A3B", 32),
+    "internvl3_5_30b_a3b_256k": ("InternVL3_5-30B-A3B", 64),
 }
 
 

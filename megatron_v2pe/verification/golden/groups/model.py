@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+from megatron_v2pe.assembly.router_counts import take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
 from megatron_v2pe.checkpoint.model_loading import load_model
+from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
@@ -29,7 +31,13 @@ from megatron_v2pe.parallel.collect import gather_tokens, max_error_over_ranks
 from megatron_v2pe.parallel.topology import ParallelContext, init_distributed, resolve
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.verification.golden.cases import Case, ForwardFile, to_unpadded
-from megatron_v2pe.verification.golden.checkpoints import Imported, fitting_layers, imported_checkpoints
+from megatron_v2pe.verification.golden.checkpoints import (
+    Imported,
+    fitting_layout,
+    imported_checkpoints,
+    is_left_out,
+)
+from megatron_v2pe.verification.golden.groups.experts import RecordedLogits, count_rows, logit_rows
 from megatron_v2pe.verification.golden.groups.gradients import gradient_rows
 from megatron_v2pe.verification.golden.groups.tower import vision_rows
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
@@ -45,9 +53,8 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
     checkpoints = imported_checkpoints(folder, family)  # before the world is joined
     context = init_distributed(plan, seed=0)
     for path in sorted((folder / "forward").glob("*.json")):
-        if path.stem in checkpoints:
-            file = ForwardFile.open(folder, path)
-            yield from run_file(file, checkpoints[file.key], parallel=parallel, context=context)
+        if path.stem in checkpoints and not is_left_out(parallel, checkpoints[path.stem]):
+            yield from run_file(ForwardFile.open(folder, path), checkpoints[path.stem], parallel=parallel)
     if plan.world_size == 1:
         yield from vision_rows(folder, checkpoints, context)
 
@@ -57,15 +64,17 @@ def run_file(
     checkpoint: Imported,
     *,
     parallel: ParallelConfig,
-    context: ParallelContext,
 ) -> Iterator[Row]:
-    """All cases of one checkpoint."""
-    for case in file.cases():
-        if isinstance(checkpoint, CheckpointError):
-            reason = str(checkpoint).splitlines()[0]
+    """All cases of one checkpoint. Collective; the world has been joined."""
+    if isinstance(checkpoint, CheckpointError):
+        reason = str(checkpoint).splitlines()[0]
+        for case in file.cases():
             yield unsupported(f"model/{file.key}/{case.name}", "all", reason=reason)
-        else:
-            yield from CaseRun(case, checkpoint, parallel=parallel, context=context).rows()
+        return
+    parallel = fitting_layout(parallel, file.architecture())
+    context = init_distributed(resolve(parallel, launcher().world_size), seed=0)
+    for case in file.cases():
+        yield from CaseRun(case, checkpoint, parallel=parallel, context=context).rows()
 
 
 class CaseRun:
@@ -91,7 +100,8 @@ class CaseRun:
         is_default = case.mode == "default"
         self.arch = case.file.architecture(case.values.get("override"))
         self.config = RunConfig(
-            parallel=fitting_layers(parallel, self.arch),
+            parallel=parallel,
+            moe=MoEConfig(aux_loss=0.0),  # the recorded gradients are without it
             position=PositionConfig() if is_default else PositionConfig(mode="v2pe_fixed", stride=1),
             runtime=RuntimeConfig(dtype="float32"),
         )
@@ -103,9 +113,12 @@ class CaseRun:
         pack = self.case.pack(pad_to_multiple=self.plan.pad_to_multiple, loss_reduction="token")
         if self.plan.world_size == 1 and self.case.file.has(f"{self.case.name}/llm_hidden_0"):
             yield from self._compare_hidden_states(pack)
+        if self.plan.world_size == 1 and self.arch.language.experts is not None:
+            yield from self._compare_router_logits(pack)
         yield self._compare_logits(pack)
         losses = self._train_pass(pack)
         yield from self._compare_losses(pack, losses)
+        yield from self._compare_counts(pack)
         yield from gradient_rows(self.name, self.case, self.model_chunks, arch=self.arch, ranks=self.ranks)
         yield from self._compare_reductions(losses)
 
@@ -155,6 +168,20 @@ class CaseRun:
             wanted = self.case.wanted(f"llm_hidden_{index}")
             error = float((to_unpadded(state.squeeze(1).cpu(), pack) - wanted).abs().max())
             yield compared(self.name, f"llm_hidden_{index}", error=error, tolerance=tolerance)
+
+    def _compare_counts(self, pack: PackedBatch) -> Iterator[Row]:
+        """Of the training pass: tokens per expert and load balancing losses."""
+        totals = take_router_totals(self.model_chunks, ranks=self.ranks)
+        if totals is None:
+            return
+        weight = float(pack.loss_weights.sum())
+        yield from count_rows(self.name, self.case, totals, weight=weight, copies=self.plan.dp)
+
+    def _compare_router_logits(self, pack: PackedBatch) -> Iterator[Row]:
+        with RecordedLogits(self.model_chunks[0]) as recorded:
+            self._hidden(pack)
+        tolerance = self.case.tolerance("router_logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
+        yield from logit_rows(self.name, self.case, recorded.by_layer, tolerance=tolerance)
 
     def _compare_logits(self, pack: PackedBatch) -> Row:
         hidden = self._hidden(pack)

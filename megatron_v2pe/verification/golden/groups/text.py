@@ -114,6 +114,13 @@ def _conversation_rows(
     if isinstance(text, Unsupported):
         yield unsupported(name, "tokens", reason=text.reason)
         return
+    roles = {message["from"] for message in record["conv"]}
+    if not roles <= {"human", "gpt", "system"}:
+        others = ", ".join(sorted(roles - {"human", "gpt", "system"}))
+        yield unsupported(
+            name, "tokens", reason=f"messages from {others} are not taken as training data here"
+        )
+        return
     turns = [Turn(role=message["from"], value=message["value"]) for message in record["conv"]]
     turns = turns[1:] if turns[0].role == "gpt" else turns  # as parse_record does
     ours = _encode(turns, case, text, "release")

@@ -132,7 +132,9 @@ def test_only_internlm2_chat_strips_messages():
 def test_the_newline_behind_a_stop_token_is_not_supervised():
     template, tokenizer = get_template("internvl2_5"), TOKENIZERS["qwen2"]
     encoded = encode(["one", "two dogs", "more", ""], tokenizer=tokenizer, template=template)
-    assert tokenizer.decode(encoded.labels[encoded.labels != IGNORE_INDEX].tolist()) == "two dogs<|im_end|>"
+    # An empty answer is rendered too, and its stop token learned.
+    supervised = tokenizer.decode(encoded.labels[encoded.labels != IGNORE_INDEX].tolist())
+    assert supervised == "two dogs<|im_end|><|im_end|>"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "yi", "phi3"])
@@ -161,6 +163,8 @@ def test_what_the_release_drops_is_kept(family, values):
     assert (exact.labels == stop).sum() == sum(1 for value in values[1::2] if value)
 
 
-def test_a_template_that_the_release_lacks_has_no_release_rule():
-    with pytest.raises(ValueError, match="does not have template 'internvl2_5'"):
-        encode(["q", "a"], rule="release", template=get_template("internvl2_5"))
+def test_a_system_message_takes_the_place_of_the_templates():
+    turns = [Turn(role="system", value="Be brief."), Turn(role="human", value="Hi")]
+    assert render(get_template("internvl2_5"), turns, add_generation_prompt=True).text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -87,7 +87,10 @@ def test_add_bos_token_false_is_kept(folder):
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: no such file"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"nonsense"), "not a sentencepiece model"),
         (lambda f: (f / "added_tokens.json").write_text("{"), "added_tokens.json: not valid json"),
-        (lambda f: edit_config(f, tokenizer_class="BertTokenizer"), "supported: InternLM2Tokenizer, Llama"),
+        (
+            lambda f: edit_config(f, tokenizer_class="BertTokenizer"),
+            "supported: InternLM2Tokenizer, InternLM3Tokenizer, Llama",
+        ),
         (
             lambda f: edit_config(f, added_tokens_decoder={"7": {"content": "<x>", "lstrip": True}}),
             "'<x>' has lstrip or single_word",

@@ -85,6 +85,24 @@ LAYOUTS = {
             lora=LoRAConfig(language_rank=8, vision_rank=8, projector_rank=4),
         ),
     ),
+    "3.5-8B, norms of queries and keys": (
+        "3.5-8B",
+        8,
+        [0, 7],
+        run(parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
+    ),
+    "3.5-30B-A3B, experts over 8 ranks": (
+        "3.5-30B-A3B",
+        16,
+        [0, 5, 15],
+        run(parallel=ParallelConfig(tp=2, cp=2, pp=2, ep=8, sequence_parallel=True)),
+    ),
+    "3.5-30B-A3B, experts split": (
+        "3.5-30B-A3B",
+        16,
+        [3],
+        run(parallel=ParallelConfig(tp=2, ep=4, etp=2, sequence_parallel=True)),
+    ),
     "8B, adapters of two linears": (
         "8B",
         8,
@@ -154,6 +172,6 @@ def test_stages_of_a_layout():
     model_chunks = [model_chunks_of_rank(parallel, 6, ParallelPlan(pp=2, vpp=2), rank) for rank in range(2)]
     assert model_chunks[0] == (
         ModelChunk(num_layers=0, is_first=True, is_last=False),
-        ModelChunk(num_layers=1, is_first=False, is_last=False),
+        ModelChunk(num_layers=1, is_first=False, is_last=False, first_layer=2),
     )
-    assert model_chunks[1][1] == ModelChunk(num_layers=3, is_first=False, is_last=True)
+    assert model_chunks[1][1] == ModelChunk(num_layers=3, is_first=False, is_last=True, first_layer=3)

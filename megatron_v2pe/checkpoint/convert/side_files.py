@@ -1,0 +1,158 @@
+"""Configuration, tokenizer and processor files of a folder in the other Hugging Face format.
+
+    github -> hf-native   config.json in transformers' words; tokenizer files as they are, with the names that the
+                          processor asks for; processor files and chat template added; code of the folder left out
+    hf-native -> github   config.json in the words of InternVLChatConfig; tokenizer files as they are; processor files
+                          left out
+
+A GitHub folder written from a native one names the release's classes and ships no code: this package reads it, and so
+does transformers with the release's code beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE
+from megatron_v2pe.checkpoint.hf.sentencepiece_json import tokenizer_json
+from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.native import FolderFormat, github_config, native_config
+from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, load_tokenizer
+
+_PROCESSOR_FILES = (
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    "chat_template.jinja",
+)
+_REPLACED = ("config.json", "tokenizer_config.json", "generation_config.json", INDEX_FILE, LAYOUT_FILE)
+_POSITIONS = ("rope_pos_id_version", "rope_pos_id_stride")
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_VIDEO_TOKEN = "<|video_pad|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<IMG_CONTEXT>\\n' -}}"
+    "{%- elif part['type'] == 'video' -%}{{- '<|video_pad|>\\n' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""The turns of template `internvl2_5`; native folders have no system prompt unless a message brings one."""
+
+
+def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]:
+    """The side files of a folder, in the format that it does not have.
+
+    Args:
+        folder: a Hugging Face folder, or the `hf/` of a checkpoint.
+
+    Returns:
+        the other format; path in the folder -> contents.
+
+    Raises:
+        CheckpointError: the other format cannot hold the model.
+    """
+    is_github = read_architecture(folder).folder_format == "github"
+    kept = {
+        str(path): (folder / path).read_bytes()
+        for path in side_files(folder)
+        if str(path) not in (*_REPLACED, *_PROCESSOR_FILES) and path.suffix != ".py"
+    }
+    values = _read(folder / "config.json")
+    positions = {key: values[key] for key in _POSITIONS if key in values}
+    tokenizer = _read(folder / "tokenizer_config.json")
+    tokenizer.pop("auto_map", None)
+    if is_github:
+        image_token_id = load_tokenizer(folder).token_id(IMAGE_CONTEXT)
+        config = native_config(values, str(folder / "config.json"), image_token_id=image_token_id)
+        kept |= _processor_files(values, config)
+        tokenizer, added = _native_tokenizer(folder, tokenizer)
+        kept |= added
+    else:
+        config = github_config(values, str(folder / "config.json"))
+        tokenizer = _github_tokenizer(tokenizer)
+    kept["config.json"] = _text({**config, **positions})
+    kept["tokenizer_config.json"] = _text(tokenizer)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        kept["generation_config.json"] = _generation(generation, folder, is_native=is_github)
+    return "hf-native" if is_github else "github", kept
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _text(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _processor_files(github: dict[str, Any], native: dict[str, Any]) -> dict[str, bytes]:
+    """What InternVLProcessor reads; its class defaults are another model's (384 px, CLIP's mean)."""
+    side = native["vision_config"]["image_size"][0]
+    side = int(github.get("force_image_size") or side)
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        **_IMAGENET,
+        "processor_class": "InternVLProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": side, "width": side},
+    }
+    images = {
+        **common,
+        "crop_to_patches": bool(github.get("dynamic_image_size", True)),
+        "data_format": "channels_first",
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "max_patches": int(github.get("max_dynamic_patch", 12)),
+        "min_patches": int(github.get("min_dynamic_patch", 1)),
+    }
+    videos = {**common, "initial_shift": True, "video_processor_type": "InternVLVideoProcessor"}
+    processor = {"image_seq_length": native["image_seq_length"], "processor_class": "InternVLProcessor"}
+    return {
+        "preprocessor_config.json": _text(images),
+        "video_preprocessor_config.json": _text(videos),
+        "processor_config.json": _text(processor),
+        "chat_template.jinja": CHAT_TEMPLATE.encode(),
+    }
+
+
+def _native_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """tokenizer_config.json with the names that the processor asks for; a tokenizer.json where its class needs code."""
+    known = load_tokenizer(folder).added_tokens
+    names = {
+        "start_image_token": IMAGE_START,
+        "end_image_token": IMAGE_END,
+        "context_image_token": IMAGE_CONTEXT,
+        "video_token": _VIDEO_TOKEN if _VIDEO_TOKEN in known else IMAGE_CONTEXT,
+    }
+    config = {**config, "processor_class": "InternVLProcessor", "extra_special_tokens": names}
+    config["return_token_type_ids"] = False
+    if config.get("tokenizer_class") not in ("InternLM2Tokenizer", "InternLM3Tokenizer"):
+        return config, {}
+    added: dict[str, bytes] = {}
+    if not (folder / "tokenizer.json").is_file():
+        added["tokenizer.json"] = tokenizer_json(folder)
+    original = config["tokenizer_class"]
+    return {**config, "tokenizer_class": "PreTrainedTokenizerFast", "github_tokenizer_class": original}, added
+
+
+def _github_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("processor_class", "extra_special_tokens", "return_token_type_ids")
+    kept = {key: value for key, value in config.items() if key not in names}
+    original = kept.pop("github_tokenizer_class", None)
+    return {**kept, "tokenizer_class": original} if original else kept
+
+
+def _generation(path: Path, folder: Path, *, is_native: bool) -> bytes:
+    """Answers end at `<|im_end|>`; a GitHub folder leaves that to the template, a native one needs it here."""
+    values = _read(path)
+    if is_native:
+        values["eos_token_id"] = load_tokenizer(folder).token_id("<|im_end|>")
+    return _text(values)

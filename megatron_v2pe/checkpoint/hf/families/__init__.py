@@ -1,1 +1,0 @@
-"""Tables of names, one file for each language model family."""

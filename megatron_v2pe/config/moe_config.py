@@ -1,0 +1,31 @@
+"""The section `moe`: what is added to the loss for a mixture of experts, and how full an expert may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_v2pe.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Training of a mixture of experts (InternVL3.5-30B-A3B, 241B-A28B)."""
+
+    aux_loss: float | None = None
+    """Strength of the load balancing loss, a mean over layers; empty takes the checkpoint's router_aux_loss_coef, 0 is
+    without it, as the release trains."""
+    z_loss: float = 0.0
+    """Strength of the router's z-loss, a mean over layers and tokens; 0 is without it."""
+    capacity_factor: float = 0.0
+    """An expert takes at most this many times its even share of a rank's tokens and drops others; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss", "z_loss", "capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"moe.{name} is {value}, but must be >= 0")
+
+    @property
+    def is_default(self) -> bool:
+        """Nothing was set."""
+        return self == MoEConfig()

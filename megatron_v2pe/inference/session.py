@@ -1,0 +1,216 @@
+"""A document that was answered about, on disk: its keys and values, and what they depend on.
+
+    folder/session.json                     checkpoint, sizes, tokens, images, conversation; written last
+    folder/kv_tp0_pp0_cp0.safetensors       rows of one rank, as they are stored; its SHA-256 is in `.sha256`
+
+A session belongs to one checkpoint and one layout of ranks. What is loaded is used only as far as a prompt has the same
+content, so a changed image or text is computed anew and never answered from old keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_v2pe.core.errors import CheckpointError, ConfigError
+from megatron_v2pe.core.files import commit_folder, write_atomic
+from megatron_v2pe.inference.chunks import Span
+from megatron_v2pe.inference.engine import Engine
+from megatron_v2pe.inference.kv_cache import KVCache
+from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prefix import Content
+from megatron_v2pe.parallel.replica import agree_on_problem
+from megatron_v2pe.v2pe.layout import SampleLayout
+
+SESSION_FILE = "session.json"
+FORMAT_VERSION = 1
+_READ_BYTES = 2**20
+
+
+def checkpoint_digest(checkpoint: str | Path) -> str:
+    """SHA-256 of `checkpoint.json`, which holds the hashes of all files of the checkpoint."""
+    return hashlib.sha256((Path(checkpoint) / "checkpoint.json").read_bytes()).hexdigest()
+
+
+def save_session(
+    engine: Engine, folder: str | Path, *, checkpoint: str | Path, messages: Sequence[Message]
+) -> None:
+    """Write the document that was answered about last; every rank of the replica calls it alike.
+
+    Args:
+        engine: it keeps documents (`keep_tokens`).
+        folder: to be made; must not exist.
+        checkpoint: folder of the engine's checkpoint.
+        messages: the conversation, answer included.
+
+    Raises:
+        ConfigError: nothing was answered yet, or the folder exists or cannot be written; on all ranks alike.
+    """
+    target, kept = Path(folder), engine.documents.newest
+    if kept is None:
+        raise ConfigError("there is no document to be saved; ask something first")
+    content, cache = kept
+    aside = target.with_name(target.name + ".incomplete")
+    problem = ""
+    if engine.ranks.rank == 0:
+        problem = _make_folder(target, aside)
+    _raise(agree_on_problem(problem, ranks=engine.ranks))
+    _raise(agree_on_problem(_write_rows(cache, aside / _file_name(engine)), ranks=engine.ranks))
+    if engine.ranks.rank == 0:
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "checkpoint": checkpoint_digest(checkpoint),
+            **_identity(engine),
+            "spans": [[span.start, span.stop, span.padded] for span in cache.spans],
+            "content": _content_data(content),
+            "messages": [dataclasses.asdict(message) for message in messages],
+        }
+        write_atomic(aside / SESSION_FILE, json.dumps(facts) + "\n")
+        commit_folder(aside, target)
+    _raise(agree_on_problem("", ranks=engine.ranks))  # nobody continues before the folder is there
+
+
+def load_session(engine: Engine, folder: str | Path, *, checkpoint: str | Path) -> list[Message]:
+    """Put a saved document among the engine's, and return its conversation; every rank calls it alike.
+
+    Raises:
+        CheckpointError: not a session, a damaged one, or one of another checkpoint, layout or storage.
+    """
+    source = Path(folder)
+    problem, found = "", None
+    try:
+        found = _read(engine, source, checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    agreed = agree_on_problem(problem, ranks=engine.ranks)
+    if agreed or found is None:
+        raise CheckpointError(agreed)
+    content, cache, messages = found
+    engine.documents.add(content, cache)
+    return messages
+
+
+def _raise(problem: str) -> None:
+    if problem:
+        raise ConfigError(problem)
+
+
+def _make_folder(target: Path, aside: Path) -> str:
+    if target.exists():
+        return f"{target} exists; give a folder that is to be made"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        return f"{aside}: cannot be made ({error.strerror}); give another folder"
+    return ""
+
+
+def _file_name(engine: Engine) -> str:
+    ranks = engine.ranks
+    return f"kv_tp{ranks.tp_rank}_pp{ranks.pp_rank}_cp{ranks.cp_rank}.safetensors"
+
+
+def _identity(engine: Engine) -> dict[str, Any]:
+    """What must be the same where a session is loaded."""
+    plan = engine.plan
+    dtype = str(engine.runner.dtype).removeprefix("torch.")
+    return {"tp": plan.tp, "pp": plan.pp, "cp": plan.cp, "kv": engine.kv, "dtype": dtype}
+
+
+def _content_data(content: Content) -> dict[str, Any]:
+    layout = content.layout
+    return {
+        "tokens": content.tokens.tolist(),
+        "num_tokens": layout.num_tokens,
+        "image_starts": layout.image_starts.tolist(),
+        "num_tiles": layout.num_tiles.tolist(),
+        "strides": layout.strides.tolist(),
+        "tokens_per_tile": layout.tokens_per_tile,
+        "digests": list(content.digests),
+        "frequencies": list(content.frequencies),
+    }
+
+
+def _content(data: dict[str, Any]) -> Content:
+    layout = SampleLayout(
+        num_tokens=int(data["num_tokens"]),
+        image_starts=np.array(data["image_starts"], dtype=np.int64),
+        num_tiles=np.array(data["num_tiles"], dtype=np.int64),
+        strides=np.array(data["strides"], dtype=np.int64),
+        tokens_per_tile=int(data["tokens_per_tile"]),
+    )
+    return Content(
+        tokens=np.array(data["tokens"], dtype=np.int64),
+        layout=layout,
+        digests=tuple(data["digests"]),
+        frequencies=tuple(data["frequencies"]),
+    )
+
+
+def _write_rows(cache: KVCache, path: Path) -> str:
+    try:
+        save_file(cache.stored_rows(), path)
+        write_atomic(path.with_suffix(".sha256"), _sha256(path) + "\n")
+    except OSError as error:
+        return f"{path}: cannot be written ({error.strerror or error}); make room or give another folder"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(engine: Engine, source: Path, checkpoint: str | Path) -> tuple[Content, KVCache, list[Message]]:
+    path = source / SESSION_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "checkpoint": checkpoint_digest(checkpoint),
+            **_identity(engine),
+        }
+        for key, value in wanted.items():
+            if facts.get(key) != value:
+                raise CheckpointError(
+                    f"{source}: was saved with {key} {facts.get(key)!r}, but here it is {value!r}; start as it was "
+                    "saved, or ask without it"
+                )
+        content = _content(facts["content"])
+        messages = [
+            Message(role=m["role"], text=m["text"], images=tuple(m["images"]), videos=tuple(m["videos"]))
+            for m in facts["messages"]
+        ]
+        spans = [Span(start=start, stop=stop, padded=padded) for start, stop, padded in facts["spans"]]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a folder that --save-session wrote") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the session is damaged") from None
+    cache = KVCache(engine.runner.place(engine.kv))
+    cache.restore(spans, _rows(source / _file_name(engine), engine.runner.device), engine.runner.dtype)
+    return content, cache, messages
+
+
+def _rows(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        if path.with_suffix(".sha256").read_text(encoding="utf-8").strip() != _sha256(path):
+            raise CheckpointError(
+                f"{path}: is damaged, its SHA-256 is not the one that was written; ask without it"
+            )
+        return load_file(path, device=str(device))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -1,0 +1,55 @@
+"""A mixture of experts from the command line: spread over ranks, resumed on others, started from either format."""
+
+import numpy as np
+import pytest
+
+from tests.support import tiny
+from tests.support.hf_folders import FAMILIES_GOLDEN
+
+KEY = "j_qwen3moe_vit300m"
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """YAML file and curve of a run on one rank, with both router losses."""
+    root = tmp_path_factory.mktemp("experts")
+    config = tiny.prepared(root, run="single", hf_folder=FAMILIES_GOLDEN / "ckpt" / KEY)
+    config.write_text(config.read_text() + "moe: {aux_loss: 0.5, z_loss: 0.01}\n")
+    tiny.train(config, [])
+    return root, config
+
+
+def test_routers_are_in_the_metrics(setup):
+    root, _ = setup
+    for line in tiny.metrics(root / "single"):
+        assert line["aux_loss"] >= 2.0 - 1e-6  # top-2: 2 where experts are used evenly
+        assert sum(line["tokens_per_expert"].values()) == 2 * line["tokens"]
+        assert line["expert_load_max"] == pytest.approx(max(line["expert_load_by_layer"].values()), abs=1e-3)
+        assert set(line["expert_load_by_layer"]) == {"0", "1"}
+        assert line["drop_rate"] == 0
+
+
+SPREAD = [
+    "parallel.ep=2",
+    "parallel.cp=2",
+]  # two optimizers, one of them of the experts; one rank has a single one
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("first", "then"), [(SPREAD, []), ([], SPREAD)], ids=["2 ranks to 1", "1 rank to 2"])
+def test_experts_resumed_over_other_ranks(setup, tmp_path, first, then):
+    """Two updates after the resume: a wrong step count of Adam shows in the second only."""
+    root, config = setup
+    own = [f"runtime.run_dir={tmp_path / 'run'}", "checkpoint.save_every=3", "checkpoint.keep=3"]
+    tiny.train(config, [*own, *first], ranks=2 if first else 1)
+    tiny.back_to(tmp_path / "run", "step_00000003")
+    tiny.train(config, [*own, *then], ranks=2 if then else 1)
+    np.testing.assert_allclose(tiny.curve(tmp_path / "run"), tiny.curve(root / "single"), rtol=1e-5)
+
+
+def test_either_format_gives_the_same_curve_to_the_bit(setup, tmp_path):
+    _, config = setup
+    for folder in ("ckpt", "ckpt_hf"):
+        source = f"model.hf_path={FAMILIES_GOLDEN / folder / KEY}"
+        tiny.train(config, [source, "model.checkpoint=''", f"runtime.run_dir={tmp_path / folder}"])
+    assert tiny.curve(tmp_path / "ckpt") == tiny.curve(tmp_path / "ckpt_hf")

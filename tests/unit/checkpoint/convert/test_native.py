@@ -1,0 +1,188 @@
+"""Native (-hf) folders: import and export byte for byte, conversion either way bit for bit, and what is refused."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.convert.other_format import convert_hf
+from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.data.text.byte_level import read_tokenizer_json
+from megatron_v2pe.data.text.tokenizer import load_tokenizer
+from megatron_v2pe.verification.bits import verify
+from tests.support.hf_folders import FAMILIES_GOLDEN, folder_bytes
+
+GITHUB, NATIVE = FAMILIES_GOLDEN / "ckpt", FAMILIES_GOLDEN / "ckpt_hf"
+QWEN3_6B, MOE, INTERNLM2 = "i_qwen3_vit6b", "j_qwen3moe_vit300m", "n_internlm2_vit300m"
+NESTED = {
+    "model.language_model.": "language_model.model.",
+    "model.": "",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
+def tensors(folder):
+    """All tensors; the spelling of transformers 5 brought to the published one."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            prefix = next((each for each in NESTED if name.startswith(each)), None)
+            found[NESTED[prefix] + name.removeprefix(prefix) if prefix else name] = tensor
+    return found
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.mark.parametrize("key", [QWEN3_6B, MOE], ids=["nested names", "published names"])
+def test_a_native_folder_comes_back_byte_for_byte(tmp_path, key):
+    import_hf(NATIVE / key, tmp_path / "ckpt")
+    assert verify(NATIVE / key, tmp_path / "ckpt").is_equal
+    export_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == folder_bytes(NATIVE / key)
+
+
+@pytest.mark.parametrize("key", [QWEN3_6B, MOE])
+def test_both_formats_hold_the_same_weights(tmp_path, key):
+    assert convert_hf(GITHUB / key, tmp_path / "hf") == "hf-native"
+    assert equal(tensors(tmp_path / "hf"), tensors(NATIVE / key))
+    assert convert_hf(NATIVE / key, tmp_path / "github") == "github"
+    assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
+
+
+@pytest.mark.parametrize("key", [QWEN3_6B, MOE, INTERNLM2])
+def test_there_and_back_through_checkpoints(tmp_path, key):
+    """GitHub -> ours -> -hf -> ours -> GitHub; InternLM2, a llama in between, is InternLM2 again."""
+    import_hf(GITHUB / key, tmp_path / "first")
+    export_hf(tmp_path / "first", tmp_path / "hf", to="hf-native")
+    import_hf(tmp_path / "hf", tmp_path / "second")
+    export_hf(tmp_path / "second", tmp_path / "github", to="github")
+    assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
+    there, back = read_architecture(GITHUB / key), read_architecture(tmp_path / "github")
+    assert there == back
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+        if (GITHUB / key / name).is_file():
+            assert (tmp_path / "github" / name).read_bytes() == (GITHUB / key / name).read_bytes()
+    ids = load_tokenizer(tmp_path / "github").encode("<img></img> a dog")
+    assert ids == load_tokenizer(GITHUB / key).encode("<img></img> a dog")
+
+
+def test_norms_of_the_6b_towers_queries_and_keys_survive(tmp_path):
+    """The release's converter drops them; they are not 1 here, so a lost one would show."""
+    convert_hf(GITHUB / QWEN3_6B, tmp_path / "hf")
+    before, after = tensors(GITHUB / QWEN3_6B), tensors(tmp_path / "hf")
+    for layer in range(2):
+        for side in "qk":
+            norm = before[f"vision_model.encoder.layers.{layer}.attn.{side}_norm.weight"]
+            assert not bool((norm == 1).all())
+            assert torch.equal(
+                after[f"vision_tower.encoder.layer.{layer}.attention.{side}_norm.weight"], norm
+            )
+
+
+def test_a_folder_that_lost_them_is_warned_of(tmp_path, caplog):
+    folder = shutil.copytree(NATIVE / QWEN3_6B, tmp_path / "lost", copy_function=shutil.copyfile)
+    weights = load_file(folder / "model.safetensors")
+    weights = {
+        name: torch.ones_like(t) if "vision" in name and "_norm" in name else t for name, t in weights.items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        convert_hf(folder, tmp_path / "github")
+    assert "is exactly 1, as in folders that the release's converter made" in caplog.text
+
+
+def test_processor_files_of_a_converted_folder(tmp_path):
+    convert_hf(GITHUB / MOE, tmp_path / "hf")
+    config, wanted = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", NATIVE / MOE)
+    )
+    for key in ("image_token_id", "image_seq_length", "downsample_ratio", "model_type", "architectures"):
+        assert config[key] == wanted[key]
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["num_experts"] == 8
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (tmp_path / "hf", NATIVE / MOE))
+        assert {key: ours[key] for key in theirs} == theirs
+    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert tokenizer["extra_special_tokens"]["context_image_token"] == "<IMG_CONTEXT>"
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 354
+
+
+def test_sentencepiece_as_tokenizer_json(tmp_path):
+    """The library gives the ids of InternLM2's own tokenizer."""
+    import tokenizers
+
+    convert_hf(GITHUB / INTERNLM2, tmp_path / "hf")
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    slow = load_tokenizer(GITHUB / INTERNLM2)
+    for text in ("a dog", "  two  dogs\n", "<img></img><|im_end|>\n", "\u4e09\u6761\u8239 \U0001f600", ""):
+        assert fast.encode(text).ids == slow.encode(text)
+
+
+def edited(folder, tmp_path, **sections):
+    copy = shutil.copytree(folder, tmp_path / "edited", copy_function=shutil.copyfile)
+    values = json.loads((copy / "config.json").read_text())
+    for name, changes in sections.items():
+        if isinstance(changes, dict):
+            values[name] |= changes
+        else:
+            values[name] = changes
+    (copy / "config.json").write_text(json.dumps(values))
+    (copy / "model.safetensors").unlink()  # every mistake below is found in config.json
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"text_config": {"model_type": "qwen2_moe"}}, "model_type 'qwen2_moe' is not supported"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias is True"),
+        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
+        (
+            {"text_config": {"layer_types": ["sliding_attention", "full_attention"]}},
+            "layer_types has sliding",
+        ),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "type 'yarn' is unknown"),
+        (
+            {"text_config": {"num_experts_per_tok": 9}},
+            r"num_experts_per_tok is 9, .* 2\.\.num_experts = 8",
+        ),
+        ({"vision_config": {"use_mean_pooling": False}}, "use_mean_pooling is False"),
+        ({"vision_config": {"use_qk_norm": True, "layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
+        ({"vision_config": {"image_size": [56, 112]}}, "tiles and patches are square"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ({"vision_feature_layer": -4}, "select_layer is -4"),
+        ({"use_vision_router": True, "model_type": "internvl_chat"}, "this is an InternVL-Flash|llm_config"),
+    ],
+)
+def test_models_that_look_near_are_refused_before_a_weight_is_read(tmp_path, sections, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_architecture(edited(NATIVE / MOE, tmp_path, **sections))
+
+
+def test_mixed_formats_in_one_folder(tmp_path):
+    folder = shutil.copytree(GITHUB / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
+    shutil.copyfile(NATIVE / MOE / "config.json", folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
+        import_hf(folder, tmp_path / "ckpt")
+
+
+def test_a_format_that_the_folder_has_already(tmp_path):
+    with pytest.raises(CheckpointError, match="has the format github already"):
+        convert_hf(GITHUB / MOE, tmp_path / "out", to="github")
+
+
+def test_special_tokens_of_a_tokenizer_json(tmp_path):
+    convert_hf(GITHUB / INTERNLM2, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="pre_tokenizer is not ByteLevel"):
+        read_tokenizer_json(tmp_path / "hf" / "tokenizer.json")

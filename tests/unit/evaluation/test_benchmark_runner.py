@@ -1,0 +1,343 @@
+"""Rows that survive, with stand-in models: torn lines, kills, other numbers of replicas, changed data."""
+
+import json
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.jsonl import append_json
+from megatron_v2pe.evaluation import benchmark_job
+from megatron_v2pe.evaluation import benchmark_report as report
+from megatron_v2pe.evaluation.benchmark_job import JobOptions, run_job
+from megatron_v2pe.evaluation.benchmark_runner import BrokenReplicaError, Work, answer_all
+from megatron_v2pe.evaluation.benchmarks.base import Response
+from megatron_v2pe.evaluation.benchmarks.registry import find_benchmark
+from megatron_v2pe.evaluation.eta import TimeLeft, fit_seconds
+from megatron_v2pe.evaluation.response_rows import read_rows
+from megatron_v2pe.evaluation.retrieval import Share, parse_strides
+from tests.support import benchmark_data as data
+
+
+class StandIn:
+    """Answers by a function of the request; one replica of several."""
+
+    def __init__(self, say, *, share=None, seconds=0.0):
+        self.say, self.share, self.seconds, self.asked = say, share or Share(), seconds, []
+
+    def prepare(self, setting):
+        return self.share
+
+    def answer(self, request, setting):
+        self.asked.append(request.id)
+        time.sleep(self.seconds)
+        said = self.say(request)
+        return (
+            said if isinstance(said, Response) else Response(id=request.id, text=said, seconds=self.seconds)
+        )
+
+    def close(self):
+        pass
+
+
+def oracle(request):
+    return data.oracle("mm-niah", request.gold)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes most of the time of these tests; one of them draws."""
+    if "whole_job" not in request.node.name:
+        monkeypatch.setattr(benchmark_job, "draw", lambda *args, **options: None)
+
+
+@pytest.fixture
+def niah(tmp_path):
+    return data.mm_niah(tmp_path / "data")
+
+
+def options(niah, out, **changes):
+    checkpoint = out.parent / "checkpoint"
+    if not checkpoint.exists():
+        checkpoint.mkdir()
+        (checkpoint / "checkpoint.json").write_text("{}")
+    base = JobOptions(
+        checkpoint=checkpoint,
+        data_dir=niah,
+        out=out,
+        sets=(),
+        limit=0,
+        is_forced=False,
+        retry_errors=False,
+        settings="stand-in",
+        mode="clean",
+        is_first=True,
+        trained_length=4096,
+        tokens_per_tile=4,
+    )
+    return replace(base, **changes)
+
+
+def run(niah, out, answerer, strides="2", **changes):
+    settings = parse_strides(strides, tokens_per_tile=4)
+    return run_job(find_benchmark("mm-niah"), settings, answerer, options(niah, out, **changes))
+
+
+def rows(out, stride="2"):
+    return {name: row.response.text for name, row in read_rows(out, stride).items()}
+
+
+def test_a_whole_job(niah, tmp_path):
+    out = tmp_path / "out"
+    text, scores = run(niah, out, StandIn(oracle), "default,2")
+    assert "Avg" in text
+    assert [item.name for item in scores] == ["default", "2"]
+    assert all(item.is_complete and item.score.metrics["Avg"] == 1 for item in scores)
+    made = {path.name for path in out.iterdir()}
+    assert made >= {
+        "benchmark.json",
+        "rows_2.0.jsonl",
+        "scores.json",
+        "cells.csv",
+        "table.txt",
+        "heatmap_2.png",
+        "heatmap_default.png",
+        "accuracy_by_length.png",
+        "stride_sweep.png",
+    }
+    again = StandIn(oracle)
+    run(niah, out, again, "default,2")
+    assert again.asked == []
+
+
+def test_a_model_that_remembers_the_tail_makes_a_staircase(tmp_path):
+    niah = data.mm_niah(tmp_path / "data")
+
+    def tail(request):
+        depth = request.gold["placed_depth"]
+        depth = depth[0] if isinstance(depth, list) else depth
+        reach = (1 - depth) * request.gold["context_length"]
+        return oracle(request) if reach <= 1400 else "no idea at all"
+
+    _, (score,) = run(niah, tmp_path / "out", StandIn(tail))
+    cells = {(c.length, c.depth): c.mean for c in score.score.cells if c.group == "retrieval-text"}
+    assert cells == {(1000, 0.0): 1, (1000, 0.8): 1, (8000, 0.0): 0, (8000, 0.8): 1}
+
+
+def test_a_torn_line_is_asked_again(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    path = out / "rows_2.0.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-25])
+    again = StandIn(oracle)
+    run(niah, out, again)
+    assert len(again.asked) == 1
+    assert sorted(path.read_bytes().splitlines()) != []
+    assert len(rows(out)) == 24
+
+
+def test_other_numbers_of_replicas_continue(niah, tmp_path):
+    out = tmp_path / "out"
+    parts = [StandIn(oracle, share=Share(index=n, count=3, is_writer=True)) for n in range(2)]
+    settings = parse_strides("2", tokens_per_tile=4)
+    requests = list(find_benchmark("mm-niah").requests(niah))
+    out.mkdir()
+    # Two of three replicas, each with the questions as they were before anybody answered.
+    for part in parts:
+        folder = tmp_path / f"part{part.share.index}"
+        folder.mkdir()
+        answer_all(Work(requests=requests, settings=settings, folder=folder, waits=False), part)
+        for path in folder.iterdir():
+            path.rename(out / path.name)
+    assert len(parts[0].asked) == len(parts[1].asked) == 8
+    last = StandIn(oracle)
+    _, (score,) = run(niah, out, last)
+    assert set(last.asked) == {request.id for request in requests} - set(parts[0].asked) - set(parts[1].asked)
+    assert score.is_complete
+    assert len(rows(out)) == 24
+
+
+def test_kills_at_any_moment_leave_the_same_rows(niah, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(niah, whole, StandIn(oracle))
+    generator = random.Random(3)
+    kills = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(niah, out, StandIn(oracle, seconds=0.02))
+            finally:
+                os._exit(0)
+        time.sleep(generator.uniform(0.02, 0.12))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        for path in out.glob("rows_2.*.jsonl"):  # a writer that died in the middle of its line
+            if generator.random() < 0.5 and path.read_bytes().endswith(b"\n"):
+                with open(path, "ab") as file:
+                    file.write(b'{"id": "retrieval-te')
+    assert kills >= 5
+    _, (score,) = run(niah, out, StandIn(oracle))
+    assert score.is_complete
+    assert rows(out) == rows(whole)
+
+
+def test_a_replica_waits_for_the_rows_of_the_others(niah, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = parse_strides("2", tokens_per_tile=4)
+    requests = list(find_benchmark("mm-niah").requests(niah))
+
+    def replica(index, seconds):
+        answerer = StandIn(oracle, share=Share(index=index, count=2), seconds=seconds)
+        answer_all(Work(requests=requests, settings=settings, folder=out), answerer)
+        return len(rows(out))
+
+    with ThreadPoolExecutor(2) as pool:
+        slow, fast = pool.submit(replica, 0, 0.05), pool.submit(replica, 1, 0.0)
+        assert [slow.result(20), fast.result(20)] == [24, 24], "the fast one saw all rows when it ended"
+
+
+def test_a_changed_question_is_refused(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    path = niah / "mm_niah_test" / "annotations" / "retrieval-text.jsonl"
+    path.write_text(path.read_text().replace("Which one?", "Which two?", 1))
+    with pytest.raises(
+        ConfigError, match=r"an annotation file is not the same \(.*retrieval-text.jsonl changed\)"
+    ):
+        run(niah, out, StandIn(oracle))
+    requests = list(find_benchmark("mm-niah").requests(niah))
+    settings = parse_strides("2", tokens_per_tile=4)
+    with pytest.raises(DataError, match=r"the question 'retrieval-text/0' is not the one that was answered"):
+        answer_all(Work(requests=requests, settings=settings, folder=out), StandIn(oracle))
+
+
+def test_a_changed_image_is_refused(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    data.picture(niah / "mm_niah_test" / "images" / "a.png", (56, 56))
+    with pytest.raises(DataError, match=r"an image or video of '.*' is not the one that was shown"):
+        run(niah, out, StandIn(oracle))
+
+
+@pytest.mark.parametrize(
+    ("changes", "strides", "message"),
+    [
+        ({}, "4", "the list of strides is not the same"),
+        ({"limit": 1}, "2", "limit is not the same"),
+        ({"is_forced": True}, "2", "--mode is not the same"),
+        ({"settings": "bfloat16"}, "2", "settings is not the same"),
+        ({"sets": ("retrieval-text",)}, "2", "sets is not the same"),
+    ],
+)
+def test_another_evaluation_needs_another_folder(niah, tmp_path, changes, strides, message):
+    run(niah, tmp_path / "out", StandIn(oracle))
+    with pytest.raises(ConfigError, match=message):
+        run(niah, tmp_path / "out", StandIn(oracle), strides, **changes)
+
+
+def test_another_checkpoint_needs_another_folder(niah, tmp_path):
+    run(niah, tmp_path / "out", StandIn(oracle))
+    (tmp_path / "checkpoint" / "checkpoint.json").write_text('{"step": 2}')
+    with pytest.raises(ConfigError, match="the checkpoint is not the same"):
+        run(niah, tmp_path / "out", StandIn(oracle))
+
+
+def test_errors_are_rows_and_never_scored(niah, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def fails(request):
+        if request.id == "retrieval-text/2":
+            return Response(id=request.id, error="no such image: banana")
+        return oracle(request)
+
+    _, (score,) = run(niah, out, StandIn(fails))
+    assert score.errors == {"retrieval-text/2": "no such image: banana"}
+    assert score.num_rows == 23
+    assert "retrieval-text/2" not in score.score.rows
+    assert report.problems([score]) == [
+        "2: 1 questions ended with an error and are in no number above; the first is retrieval-text/2: no such image: "
+        "banana"
+    ]
+    again = StandIn(oracle)
+    run(niah, out, again)
+    assert again.asked == [], "an error does not end the evaluation for ever, nor is it asked for ever"
+    _, (score,) = run(niah, out, again, retry_errors=True)
+    assert again.asked == ["retrieval-text/2"]
+    assert score.is_complete
+
+
+def test_a_replica_that_breaks_leaves_its_question(niah, tmp_path):
+    out = tmp_path / "out"
+
+    def breaks(request):
+        raise BrokenReplicaError(Response(id=request.id, error="out of memory"))
+
+    with pytest.raises(BrokenReplicaError, match="out of memory"):
+        run(niah, out, StandIn(breaks))
+    _, (score,) = run(niah, out, StandIn(oracle))
+    assert len(score.errors) == 1
+    assert not score.missing
+
+
+def test_two_answers_to_one_question_are_refused_by_name(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    line = json.loads((out / "rows_2.0.jsonl").read_text().splitlines()[0])
+    append_json(out / "rows_2.1.jsonl", line)
+    with pytest.raises(
+        DataError, match=rf"rows_2.1.jsonl:1: id '{line['id']}' was answered at .*rows_2.0.jsonl:1"
+    ):
+        run(niah, out, StandIn(oracle))
+
+
+def test_rows_of_other_strides_and_questions_are_refused(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    lines = [json.loads(line) for line in (out / "rows_2.0.jsonl").read_text().splitlines()]
+    data.lines(out / "rows_2.0.jsonl", [{**lines[0], "stride": "1"}])
+    with pytest.raises(DataError, match="was answered with stride 1, not 2"):
+        run(niah, out, StandIn(oracle))
+    data.lines(out / "rows_2.0.jsonl", [{**lines[0], "id": "odd"}])
+    with pytest.raises(DataError, match="answers 'odd', which is not asked"):
+        run(niah, out, StandIn(oracle))
+    data.lines(out / "rows_2.0.jsonl", [{"id": "x"}])
+    with pytest.raises(DataError, match=r"rows_2.0.jsonl:1: not a row of answers"):
+        run(niah, out, StandIn(oracle))
+
+
+def test_missing_rows_are_counted(niah, tmp_path):
+    out = tmp_path / "out"
+    run(niah, out, StandIn(oracle))
+    kept = (out / "rows_2.0.jsonl").read_text().splitlines()[:20]
+    (out / "rows_2.0.jsonl").write_text("\n".join(kept) + "\n")
+    (score,) = report.score_folder(find_benchmark("mm-niah"), out, mode="clean")
+    assert score.missing == 4
+    assert report.problems([score]) == ["2: 4 questions have no answer yet; run `evaluate` again"]
+
+
+def test_the_time_left_grows_with_the_square_of_the_length():
+    assert fit_seconds([10, 20], [2, 5]) == pytest.approx((1, 0.01))
+    assert fit_seconds([10, 10], [2, 4]) == (3, 0)
+    assert fit_seconds([1, 2], [1, 4]) == pytest.approx((0, 1))
+    assert fit_seconds([], []) == (0, 0)
+    left = TimeLeft([20, 10, 40])
+    assert left.seconds() is None
+    left.answered(20, 5)
+    left.answered(10, 2)
+    assert left.seconds() == pytest.approx(1 + 0.01 * 1600)
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such folder; download OpenGVLab/MM-NIAH"):
+        run(tmp_path / "none", tmp_path / "out", StandIn(oracle))
+    assert not Path(tmp_path / "out").exists()

@@ -1,0 +1,340 @@
+"""The server with the real `openai` client, and with requests that it has to refuse."""
+
+import base64
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference.chat import Chat, ChatOptions
+from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.sampling import Sampling
+
+pytest.importorskip("starlette", reason="extra 'serve' is not installed")
+openai = pytest.importorskip("openai", reason="extra 'test' is not installed")
+
+try:  # the client library that the installed openai brings
+    import httpx2 as httpx
+except ModuleNotFoundError:
+    import httpx
+import uvicorn  # noqa: E402
+
+from megatron_v2pe.inference.serve.app import Server  # noqa: E402
+from megatron_v2pe.inference.serve.jobs import Inbox  # noqa: E402
+from megatron_v2pe.inference.serve.metrics import Metrics  # noqa: E402
+from megatron_v2pe.inference.serve.run import bind  # noqa: E402
+from megatron_v2pe.inference.serve.wire import Limits, RequestError, parse_request  # noqa: E402
+from megatron_v2pe.inference.serve.worker import Worker  # noqa: E402
+
+KEY = "secret"
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 240, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    (folder.parent / "outside.png").write_bytes((folder / "a.png").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint):
+    options = ChatOptions(dtype="float32", stride=4, keep_tokens=100_000, chunk_tokens=32)
+    return Chat(checkpoint, options)
+
+
+@contextlib.contextmanager
+def serving(chat, *, max_waiting=8, max_running=4, **limits):
+    """A server in threads of this process."""
+    inbox, metrics = Inbox(max_waiting), Metrics()
+    server = Server(inbox=inbox, metrics=metrics, limits=Limits(model="tiny", **limits), api_key=KEY)
+    listener = bind("127.0.0.1", 0, api_key="")
+    http = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", lifespan="off"))
+    worker = Worker(chat, inbox=inbox, metrics=metrics, max_running=max_running)
+    threads = [
+        threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True),
+        threading.Thread(target=worker.run, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", inbox
+    finally:
+        inbox.drain()
+        threads[1].join(timeout=30)
+        http.should_exit = True
+        threads[0].join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.fixture(scope="module")
+def address(chat, media):
+    with serving(chat, media_root=str(media), max_new_tokens=5000) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
+def data_url(path):
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def question(text, *urls):
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def direct(chat, text, *images, **how):
+    message = Message(role="human", text="<image>\n" * len(images) + text, images=tuple(map(str, images)))
+    reply = chat.reply([message], Sampling(**how))
+    return "".join(reply), reply
+
+
+def test_an_answer_is_that_of_generate(client, chat, media):
+    wanted, reply = direct(chat, "What is it?", media / "a.png", max_new_tokens=8)
+    for url in (data_url(media / "a.png"), "a.png", f"file://{media / 'a.png'}"):
+        found = client.chat.completions.create(
+            model="tiny", messages=question("What is it?", url), max_tokens=8
+        )
+        assert found.choices[0].message.content == wanted
+        assert found.choices[0].finish_reason == "length"
+        assert found.usage.prompt_tokens == reply.prompt.layout.num_tokens
+        assert found.usage.completion_tokens == 8
+        assert found.usage.v2pe == {"visual_tokens": 48, "last_position": reply.last_position, "stride": 4}
+    assert found.usage.prompt_tokens_details.cached_tokens == reply.prompt.layout.num_tokens - 1
+
+
+def test_a_stream_joins_to_the_answer_and_counts(client, chat):
+    wanted, _ = direct(chat, "Who are you?", max_new_tokens=9)
+    events = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Who are you?"}],
+            max_completion_tokens=9,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(event.choices[0].delta.content for event in events if event.choices) == wanted
+    assert events[0].choices[0].delta.role == "assistant"
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
+    assert events[-1].usage.completion_tokens == 9
+
+
+def test_stride_sampling_stop_and_system(client, chat, media):
+    def ask(**how):
+        return client.chat.completions.create(
+            model="tiny",
+            messages=question("What is it?", "a.png"),
+            max_tokens=8,
+            logprobs=True,
+            top_logprobs=2,
+            **how,
+        ).choices[0]
+
+    plain = ask()
+    other = ask(extra_body={"stride": 16})
+    assert plain.logprobs.content[0].logprob != other.logprobs.content[0].logprob
+    assert len(plain.logprobs.content[0].top_logprobs) == 2
+    assert plain.logprobs.content[0].top_logprobs[0].logprob == plain.logprobs.content[0].logprob
+    text = plain.message.content
+    stopped = ask(stop=[text[2:4]])
+    assert stopped.message.content == text[: text.index(text[2:4])]
+    assert stopped.finish_reason == "stop"
+    drawn = [ask(temperature=2.0, seed=seed).message.content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    messages = [{"role": "system", "content": "Be short."}, *question("What is it?", "a.png")]
+    system = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+    assert system.usage.prompt_tokens != 0
+
+
+def test_requests_at_the_same_time_get_their_own_answers(client, chat):
+    texts = [f"Question {number}? " * (number * 3 + 1) for number in range(6)]
+    wanted = [direct(chat, text.strip(), max_new_tokens=6)[0] for text in texts]
+    found = [""] * len(texts)
+
+    def ask(number):
+        messages = [{"role": "user", "content": texts[number]}]
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6)
+        found[number] = answer.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("broken.png", "cannot_answer", "broken.png"),
+        ("none.png", "file_not_found", "none.png"),
+        ("../outside.png", "file_not_found", "outside.png"),
+        ("/etc/passwd", "file_not_found", "passwd"),
+        ("https://example.com/a.png", "unsupported_url", "not fetched"),
+        ("data:image/png;base64,@@", "bad_request", "base64"),
+        ("data:text/html;base64,aa==", "bad_request", "base64 of one of"),
+    ],
+)
+def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, code, message):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=question("What?", url), max_tokens=2)
+    assert refused.value.code == code
+    assert message in str(refused.value)
+    alive = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+    )
+    assert alive.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"messages": []}, "at least one message"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "alternate"),
+        ({"messages": [{"role": "user", "content": "see <image>"}]}, "<image>"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the question is empty"),
+        ({"max_tokens": 0}, "--max-new-tokens is 0"),
+        ({"max_tokens": 6000}, "limit is 5000"),
+        ({"stride": 99}, "stride is 99"),
+        ({"stride": "4"}, "whole number"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_p": 0, "temperature": 1}, "--top-p"),
+        ({"n": 2}, "n is 2"),
+        ({"tools": []}, "unknown fields tools"),
+        ({"stream": 1}, "stream must be true or false"),
+        ({"top_logprobs": 99, "logprobs": True}, "0..20"),
+        ({"stop": [3]}, "stop must be"),
+    ],
+)
+def test_bad_requests(address, changes, message):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, **changes}
+    found = httpx.post(
+        f"{address}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=30
+    )
+    assert found.status_code == 400
+    assert message in found.json()["error"]["message"]
+
+
+def test_model_key_and_json(address, client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+    found = httpx.post(
+        f"{address}/v1/chat/completions", content="{", headers={"authorization": f"Bearer {KEY}"}
+    )
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "bad_json")
+
+
+def test_health_and_metrics(address, client):
+    client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{address}/metrics").text
+    assert 'v2pe_requests_total{status="200"}' in text
+    assert "v2pe_generated_tokens_total" in text
+    assert "v2pe_first_token_seconds_bucket" in text
+
+
+def generated(address):
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("v2pe_generated_tokens_total "))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_answer(address, stream):
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Talk"}],
+        "max_tokens": 5000,
+        "stream": stream,
+    }
+    headers = {"authorization": f"Bearer {KEY}"}
+    before = generated(address)
+    url = f"{address}/v1/chat/completions"
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.Client(timeout=1.0) as client,
+        client.stream("POST", url, json=body, headers=headers) as answer,
+    ):
+        next(answer.iter_lines())
+    time.sleep(1.5)
+    stopped = generated(address)
+    time.sleep(0.5)
+    assert generated(address) == stopped < before + 4000
+
+
+def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
+    with serving(chat, max_waiting=1, max_running=1) as (address, inbox):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        done = []
+
+        def ask(length):
+            messages = [{"role": "user", "content": "Talk"}]
+            done.append(client.chat.completions.create(model="tiny", messages=messages, max_tokens=length))
+
+        threads = [threading.Thread(target=ask, args=(400,)) for _ in range(2)]
+        threads[0].start()
+        time.sleep(0.4)
+        threads[1].start()
+        time.sleep(0.4)
+        with pytest.raises(openai.RateLimitError) as refused:
+            ask(2)
+        assert refused.value.code == "queue_full"
+        inbox.drain()
+        assert httpx.get(f"{address}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as ended:
+            ask(2)
+        assert ended.value.code == "draining"
+        for thread in threads:
+            thread.join(timeout=60)
+        assert [answer.usage.completion_tokens for answer in done] == [400, 400]
+
+
+def test_an_address_that_is_taken_or_open():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot be bound"):
+        bind("127.0.0.1", taken.getsockname()[1], api_key="")
+    with pytest.raises(ConfigError, match="--api-key-file"):
+        bind("0.0.0.0", 0, api_key="")
+    bind("0.0.0.0", 0, api_key="x").close()
+
+
+def test_a_body_that_is_too_large(chat):
+    with serving(chat, max_body_bytes=1000) as (address, _):
+        found = httpx.post(
+            f"{address}/v1/chat/completions", content=b"x" * 2000, headers={"authorization": f"Bearer {KEY}"}
+        )
+        assert (found.status_code, found.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_requests_travel_to_other_ranks_unchanged():
+    from megatron_v2pe.inference.serve.wire import ChatRequest
+
+    body = {
+        "model": "m",
+        "messages": question("What?", "data:image/png;base64,aGk="),
+        "stop": ["a", "b"],
+        "temperature": 0.5,
+        "top_k": 3,
+        "stride": 2,
+        "logprobs": True,
+    }
+    request = parse_request(body, Limits(model="m"))
+    assert ChatRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+    with pytest.raises(RequestError, match="reads no files"):
+        parse_request({**body, "messages": question("What?", "a.png")}, Limits(model="m"))
