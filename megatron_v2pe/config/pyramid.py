@@ -7,7 +7,7 @@ piip_config     smaller branches at more pixels of the same tile, interactions b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_v2pe.config.section import Section
 from megatron_v2pe.config.vision_architecture import VisionArchitecture

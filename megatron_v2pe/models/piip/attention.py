@@ -92,7 +92,7 @@ class DeformableAttention(torch.nn.Module):
 def sample(read: Sampling, value_grid: Grid) -> Tensor:
     """Weighted bilinear samples [n, q, H * d], float32 or wider."""
     value, locations, weights = read
-    n, num_values, heads, head_dim = value.shape
+    n, _, heads, head_dim = value.shape
     working = locations.dtype
     maps = value.to(working).permute(0, 2, 3, 1).reshape(n * heads, head_dim, *value_grid)
     # Cell centres are whole numbers at location * size - 1/2: grid_sample's align_corners=False.

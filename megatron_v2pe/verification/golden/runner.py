@@ -41,6 +41,7 @@ class Group:
     is_model: bool = False
 
 
+PIIP_FILES = ("modules", "classification", "detection", "towers", "llava", "resize", "geometry")
 GROUPS = (
     Group(name="positions", module="positions", files=("positions/positions.json",)),
     Group(name="rope", module="positions", function="run_rope", files=("positions/rope_tables.json",)),
@@ -53,8 +54,7 @@ GROUPS = (
     Group(
         name="piip",
         module="piip",
-        files=("piip/*.json", *(f"{name}.json" for name in ("modules", "towers", "llava", "classification")))
-        + tuple(f"{name}.json" for name in ("detection", "resize", "geometry")),
+        files=("piip/*.json", *(f"{name}.json" for name in PIIP_FILES)),
     ),
     Group(name="generation", module="generation", files=("generation/*.json",), is_model=True),
 )
