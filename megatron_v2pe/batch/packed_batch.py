@@ -179,7 +179,7 @@ def split_rows(rows: NDArray[np.uint8], sizes: tuple[int, ...]) -> list[NDArray[
 
 
 def normalized(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
-    """uint8 tiles to float32: [n, 3, S, S] as `normalize_tiles` gives them; rows of several sizes to rows, size by size.
+    """uint8 tiles to float32: [n, 3, S, S] as `normalize_tiles` gives them; rows of several sizes to such rows.
 
     Within a row each size comes with its channels last and leaves with its channels first.
     """

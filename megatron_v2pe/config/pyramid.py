@@ -138,7 +138,7 @@ def check_pyramid(
         if own.hidden_size > parent.hidden_size:
             raise CheckpointError(
                 f"{name}.hidden_size is {own.hidden_size}, more than the {parent.hidden_size} of the branch before it; "
-                "a pyramid has ever smaller networks at ever more pixels: reorder the branches or make this one narrower"
+                "a pyramid has ever smaller networks at ever more pixels: reorder or narrow the branches"
             )
         if sizes[index] <= sizes[index - 1]:
             raise CheckpointError(
@@ -157,11 +157,13 @@ def _check_tower(
     if size % tower.patch_size:
         below, above = size - size % tower.patch_size, size + tower.patch_size - size % tower.patch_size
         raise CheckpointError(
-            f"{name}.image_size is {size}, which its patch_size {tower.patch_size} does not divide; use {below} or {above}"
+            f"{name}.image_size is {size}, which its patch_size {tower.patch_size} does not divide; "
+            f"use {below} or {above}"
         )
     if tower.hidden_size % tower.num_heads:
         raise CheckpointError(
-            f"{name}.num_attention_heads is {tower.num_heads}, which does not divide its hidden_size {tower.hidden_size}"
+            f"{name}.num_attention_heads is {tower.num_heads}, which does not divide its hidden_size "
+            f"{tower.hidden_size}; change one of them"
         )
     if not 1 <= pyramid.num_interactions <= tower.num_layers:
         raise CheckpointError(
@@ -177,5 +179,6 @@ def _check_tower(
         )
     if int(tower.hidden_size * pyramid.ffn_ratio) < 1:
         raise CheckpointError(
-            f"{path}: cffn_ratio is {pyramid.ffn_ratio}, which leaves no channel of {name}'s {tower.hidden_size}; raise it"
+            f"{path}: cffn_ratio is {pyramid.ffn_ratio}, which leaves no channel of {name}'s "
+            f"{tower.hidden_size}; raise it"
         )

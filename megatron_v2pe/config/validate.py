@@ -188,8 +188,8 @@ def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
         return
     if tower == "internvit":
         raise ConfigError(
-            "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to piip, "
-            "or give a checkpoint without a pyramid"
+            "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to "
+            "piip, or give a checkpoint without a pyramid"
         )
     if config.lora.vision_rank:
         raise ConfigError(

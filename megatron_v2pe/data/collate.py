@@ -111,7 +111,10 @@ def _tiles(
     *,
     damaged: dict[int, str] | None,
 ) -> NDArray[np.uint8]:
-    """Pixels of the tiles that `load` reads of a list of media; images that cannot be read are noted by document in `damaged`, where it is given."""
+    """Pixels of the tiles that `load` reads of a list of media.
+
+    Images that cannot be read are noted by document in `damaged`, where it is given.
+    """
     media = [medium for sample in samples for medium in sample.media]
     document_of = [number for number, sample in enumerate(samples) for _ in sample.media]
 

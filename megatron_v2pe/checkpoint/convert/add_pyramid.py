@@ -106,7 +106,7 @@ def read_recipe(path: str | Path) -> tuple[list[str], dict[str, Any]]:
         source = row.get("weights")
         if not isinstance(source, str) or not source:
             raise ConfigError(
-                f"{path}: branches[{index}].weights is {source!r}, but must be a folder, a safetensors file, or {RANDOM}"
+                f"{path}: branches[{index}].weights is {source!r}, but must be a folder, a file, or {RANDOM}"
             )
         sources.append(source)
     plain = [{key: value for key, value in row.items() if key != "weights"} for row in rows]

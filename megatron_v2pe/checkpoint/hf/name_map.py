@@ -15,6 +15,7 @@ from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.families.rules import Rule
 from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,16 @@ def _vision_entries(arch: InternVLArchitecture, rules: Iterable[Rule]) -> Iterat
 
 
 def other_names(arch: InternVLArchitecture) -> NameMap:
-    """The names table of the Hugging Face format that a folder does not have."""
+    """The names table of the Hugging Face format that a folder does not have.
+
+    Raises:
+        CheckpointError: a pyramid, which no other format can hold.
+    """
+    if arch.pyramid is not None:
+        raise CheckpointError(
+            "this model has a pyramid around its vision tower (PIIP), which only this package's own folders hold; the "
+            "native format would load as the plain model without a word. Keep the format (github)"
+        )
     other: FolderFormat = "hf-native" if arch.folder_format == "github" else "github"
     return name_map(replace(arch, folder_format=other))
 
