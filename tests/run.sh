@@ -3,16 +3,37 @@
 #
 # Without arguments: ruff, shellcheck, mypy, import contracts, the documentation site, then the whole test suite on two workers.
 # With arguments: pytest with just those, for instance  bash tests/run.sh tests/unit -k stride
+# With  -m gpu  or  -m nullgpu  first: only those tests are collected, on a Python that has what they need ($PYTHON, .venv,
+# python3), and nothing is installed, so that a GPU machine needs no network.
 set -u
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root" || exit 1
+# One thread per process: several ranks share the cores, and more threads only make them wait.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+device_python() { # the first Python that can run the tests as it is; prints its path
+    local candidate needed="import torch, megatron.core, omegaconf, safetensors, pytest, pytest_timeout, hypothesis"
+    for candidate in "${PYTHON:-}" "$root/.venv/bin/python" python3; do
+        if [ -n "$candidate" ] && "$candidate" -c "$needed" >/dev/null 2>&1; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    echo "[run] no Python here can import: ${needed#import }" >&2
+    echo "[run] install them for one, or run  bash tools/setup.sh  on a machine with a network, or set PYTHON" >&2
+    return 1
+}
+
+if [ "${1:-}" = -m ] && { [ "${2:-}" = gpu ] || [ "${2:-}" = nullgpu ]; }; then
+    python="$(device_python)" || exit 1
+    echo "[run] the tests marked $2 with $python, nothing is installed" >&2
+    PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest "tests/$2" "$@"
+fi
 # shellcheck source=tools/venv.sh
 source tools/venv.sh
 ensure_venv "$root" || exit 1
 VENV_PYTHON="$VENV_PYTHON" bash tests/te/install.sh || echo "[run] the tests marked te will fail" >&2
 
-# One thread per process: several ranks share the cores, and more threads only make them wait.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 failed=()
 
 check() { # NAME COMMAND...

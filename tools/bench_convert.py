@@ -1,4 +1,4 @@
-"""Import and export of a random checkpoint with the true shapes of an InternVL2, against a plain copy of its files.
+"""Import and export of a random checkpoint with the true shapes of an InternVL, against a plain copy of its files.
 
     python tools/bench_convert.py --size 2B                    4.4 GB, four times on the disk at most
     python tools/bench_convert.py --size 8B --folder /data     where there is room

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import PartSplit, adapted_modules
 from megatron_v2pe.assembly.backend_modules import choose_modules
+from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.assembly.mcore_config import (
     language_config,
     projector_config,
@@ -30,6 +31,7 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.models.elementwise import ElementwiseOps
 from megatron_v2pe.models.experts import ExpertRouter, RouterSettings
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
@@ -37,6 +39,7 @@ from megatron_v2pe.models.layer_specs import BackendModules
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
+from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.piip.interaction import InteractionSettings
 from megatron_v2pe.models.piip.tower import PyramidTower
 from megatron_v2pe.models.projector import Projector
@@ -64,13 +67,16 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
     plain = choose_modules(config.parallel, dtype=config.runtime.dtype)
     modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
+    elementwise = choose_elementwise(config.runtime)
     model_chunks = []
     for stage in stages_of_rank(context):
-        language = _build_language(config, arch, decoder_config, modules["language"], context, stage)
+        language = _build_language(
+            config, arch, decoder_config, modules["language"], elementwise, context, stage
+        )
         vision, projector = None, None
         if stage.pre_process:
-            vision = build_vision(config, arch, modules["vision"], context)
-            projector = _build_projector(config, arch, modules["projector"], context)
+            vision = build_vision(config, arch, modules["vision"], elementwise, context)
+            projector = _build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
@@ -78,6 +84,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
             language=language,
             tile_sizes=arch.tile_sizes,
             micro_batch_tiles=config.vision.micro_batch_tiles,
+            tile_multiple=config.vision.tile_multiple,
             route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
             replica_group=ranks.vision_replica_group if plan.vision == "replicated" else None,
         )
@@ -120,6 +127,7 @@ def _build_language(
     arch: InternVLArchitecture,
     decoder_config: TransformerConfig,
     modules: BackendModules,
+    elementwise: ElementwiseOps,
     context: ParallelContext,
     stage: Stage,
 ) -> LanguageModel:
@@ -131,6 +139,7 @@ def _build_language(
         vocab_size=arch.language.vocab_size,
         padded_vocab_size=padded,
         memory=memory_savings(config.model),
+        elementwise=elementwise,
         head_ports=head_ports(context, rows_per_rank=padded // context.plan.tp),
         router=router_of(config, arch, context),
         share_embeddings_and_output_weights=arch.language.tie_word_embeddings,
@@ -147,6 +156,7 @@ def build_vision(
     config: RunConfig,
     arch: InternVLArchitecture,
     modules: BackendModules,
+    elementwise: ElementwiseOps,
     context: ParallelContext,
     *,
     returns_all: bool = False,
@@ -157,10 +167,11 @@ def build_vision(
         config: the run.
         arch: architecture of the checkpoint.
         modules: modules of the back end.
+        elementwise: operations between the linears.
         context: sizes of the parallel axes and this rank's place on them.
         returns_all: of a pyramid, keep what only the smaller branches' last hidden states need.
     """
-    arguments = partial(_tower_arguments, config, modules=modules, context=context)
+    arguments = partial(_tower_arguments, config, modules=modules, elementwise=elementwise, context=context)
     pyramid = arch.pyramid
     if pyramid is None:
         vision = InternViT(**arguments(arch))
@@ -188,7 +199,12 @@ def build_vision(
 
 
 def _tower_arguments(
-    config: RunConfig, arch: InternVLArchitecture, *, modules: BackendModules, context: ParallelContext
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    modules: BackendModules,
+    elementwise: ElementwiseOps,
+    context: ParallelContext,
 ) -> dict[str, Any]:
     """Arguments of `InternViT` for `arch.vision`."""
     return dict(
@@ -199,12 +215,17 @@ def _tower_arguments(
         drop_path_rate=config.vision.drop_path_rate,
         qk_norm=_qk_norm(arch, modules, context),
         mlp_chunks=1 if config.vision.recompute == "selective" else 0,
+        elementwise=elementwise,
         groups=tower_groups(context),
     )
 
 
 def _build_projector(
-    config: RunConfig, arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    modules: BackendModules,
+    elementwise: ElementwiseOps,
+    context: ParallelContext,
 ) -> Projector:
     projector = Projector(
         projector_config(config, arch, context.plan),
@@ -212,6 +233,7 @@ def _build_projector(
         input_size=arch.projector_width,
         ratio=arch.downsample_ratio,
         version=arch.pixel_shuffle_version,
+        elementwise=elementwise,
         groups=tower_groups(context),
     )
     _mark_tower_part(projector, context)
@@ -236,7 +258,7 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
             "model.offload_activations is true, but this host has no GPU: activations are in host memory already; "
             "set it to false"
         )
-    return replace(savings, saved_tensors=partial(torch.autograd.graph.save_on_cpu, pin_memory=True))
+    return replace(savings, offload=ActivationOffload())
 
 
 def tower_groups(context: ParallelContext) -> ProcessGroupCollection:

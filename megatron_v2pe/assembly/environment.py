@@ -61,6 +61,8 @@ def describe_choices() -> Iterator[Finding]:
 
 def adam_source() -> str:
     """Whose Adam megatron-core's distributed optimizer gets."""
+    if not torch.cuda.is_available():
+        return "this package's FusedAdam (no CUDA device)"
     if has_module("transformer_engine"):
         return "Transformer Engine's FusedAdam"
     if has_nvidia_apex():

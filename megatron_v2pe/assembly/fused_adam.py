@@ -1,4 +1,4 @@
-"""AdamW that keeps its step count in the parameter group, for hosts without Transformer Engine and apex.
+"""AdamW that keeps its step count in the parameter group, for hosts without Transformer Engine, apex, or a GPU.
 
 megatron-core's distributed optimizer is written for their FusedAdam. With torch's AdamW in its place it
 cannot resume: the step lives in the state of each parameter, it is looked for before the first update has
@@ -99,18 +99,33 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install_fused_adam() -> bool:
-    """Make megatron-core use `FusedAdam` if it fell back to torch's optimizers. Returns whether it had to.
+    """Make megatron-core use `FusedAdam` where it chose torch's optimizers, or kernels of a GPU that is not there.
 
-    mcore then runs the branches that it runs with apex, in building, saving and loading alike.
+    mcore decides by what can be imported: in a container with Transformer Engine or apex it takes their FusedAdam on a
+    host without a GPU, too, whose constructor already needs one. mcore then runs the branches that it runs with
+    apex, in building, saving and loading alike; clipping uses mcore's own implementation on torch.
+
+    Returns:
+        Whether mcore uses it now; False where Transformer Engine's or apex's kernels can run.
     """
     import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.utils import (
+        local_multi_tensor_applier,
+        local_multi_tensor_l2_norm,
+        local_multi_tensor_scale,
+    )
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if not optimizer.USING_PYTORCH_OPTIMIZER and torch.cuda.is_available():
         return optimizer.Adam is FusedAdam
     optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam = FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
+    if not torch.cuda.is_available():
+        clip_grads.multi_tensor_applier = local_multi_tensor_applier
+        clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+        clip_grads.multi_tensor_scale_impl = local_multi_tensor_scale
     return True

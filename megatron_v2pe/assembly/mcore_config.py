@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_v2pe.assembly.compiled import fuses_swiglu
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
@@ -31,7 +32,7 @@ def _common(dtype: torch.dtype) -> dict[str, Any]:
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # mcore's fused kernels for local layers need apex or CUDA; Transformer Engine brings its own.
+        # mcore's fused GELU is the tanh approximation, the tower's and the projector's is exact (see `elementwise`).
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -51,7 +52,8 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _pipeline(parallel: ParallelConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    # Waiting for the GPU after every exchange protects from a fault of batched sends that torch had before 2.6.
+    fields: dict[str, Any] = {"batch_p2p_sync": False}
     if parallel.pipeline_layout:
         fields["pipeline_model_parallel_layout"] = parallel.pipeline_layout
     if parallel.vpp > 1:
@@ -83,8 +85,9 @@ def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) 
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
+    common = {**_common(DTYPES[config.runtime.dtype]), "bias_activation_fusion": fuses_swiglu(config.model)}
     return TransformerConfig(
-        **_common(DTYPES[config.runtime.dtype]),
+        **common,
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
         **_experts(config, arch, plan),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_v2pe.batch.kv_cache import CacheStep
+from megatron_v2pe.v2pe.rope import apply_rotary
 
 
 @dataclass
@@ -22,6 +24,8 @@ class V2PEPackedSeqParams(PackedSeqParams):
         rotary_angles: float32 [l, d/2], angles of this rank's tokens, one table for all layers.
         rotary_scale: attention factor of the rotary embedding, multiplies cos and sin.
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
+        apply_rotary: how rotations are computed.
+        document_lengths: padded tokens of each document, global, on the host; None reads them from the boundaries.
         kv_cache: what is done with keys and values of earlier tokens (generation); None in training.
         routed: what the routers of a mixture of experts must know of the rows, a `models.experts.RoutedRows`; it
             travels here because a layer that is computed again must get that of its own micro batch.
@@ -30,5 +34,7 @@ class V2PEPackedSeqParams(PackedSeqParams):
     rotary_angles: Tensor | None = None
     rotary_scale: float = 1.0
     round_rotary: bool = False
+    apply_rotary: Callable[..., Tensor] = apply_rotary
+    document_lengths: tuple[int, ...] | None = None
     kv_cache: CacheStep | None = None
     routed: Any = None

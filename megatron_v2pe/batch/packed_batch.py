@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -93,6 +94,9 @@ class LocalBatch:
         rope_length: largest whole position of the whole pack plus one.
         cu_seqlens: int32 [N+1], global padded document boundaries.
         max_seqlen: longest padded document in tokens, global.
+        document_lengths: padded tokens of each document, global, on the host; empty reads them from `cu_seqlens`.
+        has_fractions: some position is not whole; None where the device has to be asked.
+        supervised: int64 [u], local tokens with a label; None where the device has to be asked.
         pixels: [n_local, *tile_shape] normalised tiles of this rank in the model's dtype; None on ranks
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
@@ -110,6 +114,9 @@ class LocalBatch:
     max_seqlen: int
     pixels: Tensor | None
     route: FeatureRoute | None
+    document_lengths: tuple[int, ...] = ()
+    has_fractions: bool | None = None
+    supervised: Tensor | None = None
     kv_cache: CacheStep | None = None
     is_token: Tensor | None = None
     pack_weight: Tensor | None = None
@@ -197,7 +204,15 @@ def normalized(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
 
 def normalize_tiles(tiles: Tensor, norm: PixelNorm) -> Tensor:
     """uint8 [n, 3, S, S] to float32 (x/255 - mean) / std, channel by channel, as the release's transform."""
-    shape = (1, 3, 1, 1)
-    mean = torch.tensor(norm.mean, dtype=torch.float32, device=tiles.device).view(shape)
-    std = torch.tensor(norm.std, dtype=torch.float32, device=tiles.device).view(shape)
+    mean, std = _channel_tables(norm, tiles.device) if tiles.is_cuda else _channels(norm, tiles.device)
     return tiles.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+def _channels(norm: PixelNorm, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32 [1, 3, 1, 1]."""
+    numbers = (torch.tensor(values, dtype=torch.float32, device=device) for values in (norm.mean, norm.std))
+    mean, std = (values.view(1, 3, 1, 1) for values in numbers)
+    return mean, std
+
+
+_channel_tables = lru_cache(maxsize=8)(_channels)  # a copy to the GPU makes the host wait; once is enough

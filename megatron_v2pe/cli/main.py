@@ -28,6 +28,7 @@ VERBS = {
     "convert-hf": "Hugging Face folder of GitHub's format -> native (-hf) folder, or back",
     "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
     "verify-numerics": "compare what a checkpoint computes with plain PyTorch, stage by stage",
+    "convert-data": "one record a line from json, gzip and parquet files, or a look through them",
     "index-data": "measure a run's data once, and show what it holds",
     "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
     "train": "fine-tune from a run's YAML file; also under torchrun",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_v2pe.cli.arguments import add_run_config
-from megatron_v2pe.core.env import launcher
+from megatron_v2pe.core.env import launcher, prepare_gpu_environment
 
 NAME = "train"
 HELP = """fine-tune an imported checkpoint as RUN.yaml says
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     verify = [f"checkpoint.verify={args.verify_checkpoint}"] if args.verify_checkpoint else []
     # Before torch is imported: a typo is reported in a blink.
     config = load_run_config(args.config, [*args.overrides, *verify])
+    prepare_gpu_environment(config.runtime.run_dir)
 
     import torch
 

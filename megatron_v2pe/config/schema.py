@@ -39,6 +39,10 @@ class ModelConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole decoder layers."""
     mlp_chunks: int = 1
     """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
+    swiglu: Literal["auto", "fused", "plain"] = "auto"
+    """What an MLP keeps for backward. fused: its first linear's output and the product, 3 inner activations, from which
+    backward computes the gate again, at no time on a GPU; plain: 5. They round in another order, in backward only.
+    auto: fused on a GPU, plain on a CPU, where it is faster."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
@@ -81,6 +85,9 @@ class VisionConfig:
     """What backward computes again instead of keeping it: nothing, each layer's MLP, or whole vision layers."""
     micro_batch_tiles: int = 0
     """Tiles that a rank encodes at a time; each slice is recomputed as a whole in backward. 0 takes all at once."""
+    tile_multiple: int = 1
+    """Round the tiles that are encoded at a time up to a multiple of this with blank ones. A GPU chooses and builds its
+    kernels anew for every number of tiles, a second each time; blank tiles cost as much as others, and no gradient."""
 
     def __post_init__(self) -> None:
         require(
@@ -89,6 +96,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
+        if self.micro_batch_tiles % self.tile_multiple:
+            raise ConfigError(
+                f"vision.tile_multiple is {self.tile_multiple}, but must divide vision.micro_batch_tiles = "
+                f"{self.micro_batch_tiles}, or full slices would grow; change one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +213,8 @@ class DataConfig:
     """The release's meta json: data set name -> annotation, root, repeat_time, ..."""
     validation: str = ""
     """Meta json of held-out data sets, whose loss is measured every runtime.validate_every steps; empty: none."""
+    retrieval: str = ""
+    """Meta json of questions with short answers, asked every runtime.evaluate_every steps; empty: none."""
     template: str = ""
     """Chat template; empty uses the checkpoint's own (`template` of its config.json)."""
     max_pack_tokens: int = 4096
@@ -240,8 +255,16 @@ class DataConfig:
     """Memory of a rank for packs that are made but not yet used, in MiB; at least one pack is always under way."""
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
-    max_image_pixels: int = 178_956_970
-    """Largest width x height that is decoded, of images and of frames."""
+    max_image_pixels: int = 89_478_485
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
+    alpha: Literal["black", "white"] = "black"
+    """Transparent pixels. black: the transparency is dropped, as in the release, and the colors stored below it are
+    shown, mostly black; white: the picture is laid on white."""
+    control_tokens: Literal["text", "refuse"] = "text"
+    """Control tokens that a record's text spells (`<|im_end|>`, `</s>`, `<img>`). text: they are text like any other,
+    and end or forge nothing; refuse: the record is bad."""
     min_num_frame: int = 4
     """Fewest frames of a video; fewer only where it has fewer."""
     max_num_frame: int = 20
@@ -352,10 +375,17 @@ class RuntimeConfig:
     """Seed of data order, strides, drop path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; bfloat16 keeps float32 main weights and gradients."""
+    elementwise: Literal["auto", "compiled", "eager"] = "auto"
+    """How element-wise operations run (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale, drop
+    path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
+    operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0
     """Steps between losses of data.validation, which are measured after the last step, too; 0 for none."""
+    evaluate_every: int = 0
+    """Steps between answers to data.retrieval (the share of samples of which every token is the most probable one),
+    which are asked for after the last step, too; 0 for none."""
     tensorboard: bool = True
     """Write curves to <run_dir>/tensorboard."""
     wandb_project: str = ""
@@ -382,6 +412,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
         require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
+        require(self.evaluate_every >= 0, "runtime.evaluate_every", self.evaluate_every, "must be >= 0")
         require(self.max_bad_steps >= 1, "runtime.max_bad_steps", self.max_bad_steps, "must be at least 1")
         require(
             self.hang_timeout_s >= 0 and math.isfinite(self.hang_timeout_s),

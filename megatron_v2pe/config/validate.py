@@ -266,11 +266,15 @@ def check_lengths(data: DataConfig) -> None:
 
 def check_validation(config: RunConfig) -> None:
     """Held-out data and how often it is used come together."""
-    data, every = config.data.validation, config.runtime.validate_every
-    if bool(data) != bool(every):
-        raise ConfigError(
-            f"data.validation is {data!r} and runtime.validate_every is {every}; give both, or neither"
-        )
+    data, runtime = config.data, config.runtime
+    for name, meta, field, every in (
+        ("validation", data.validation, "validate_every", runtime.validate_every),
+        ("retrieval", data.retrieval, "evaluate_every", runtime.evaluate_every),
+    ):
+        if bool(meta) != bool(every):
+            raise ConfigError(
+                f"data.{name} is {meta!r} and runtime.{field} is {every}; give both, or neither"
+            )
 
 
 def check_part_rates(config: RunConfig) -> None:

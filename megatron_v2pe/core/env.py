@@ -83,6 +83,31 @@ def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if environ is None else environ).get("SLURM_JOB_ID")
 
 
+GPU_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels queue in the order of their calls, on which overlap relies
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packs differ in size; fixed ones fragment
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives that a dump shows
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""What training on a GPU wants of CUDA, torch's allocator and NCCL, which read it when they start."""
+
+
+def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
+    """Set what training wants and nobody has set, before torch is imported; without a GPU it changes nothing.
+
+    Args:
+        run_dir: folder of the run; NCCL's dumps of collectives that timed out go into `stacks/` in it.
+
+    Returns:
+        What was set.
+    """
+    dumps = str(Path(run_dir) / "stacks" / "nccl_rank_")
+    wanted = {**GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE": dumps, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps}
+    changes = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(changes)
+    return changes
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """A copy of the environment for a process that we start, without this rank's launcher variables."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}

@@ -163,6 +163,7 @@ class TrainLoader:
         indexes, plan = plan_mixture(config, settings)
         if dp_rank == 0 and tile_rank == 0:
             plan.log_bad()
+            plan.log_notices()
         self.fingerprint = plan.fingerprint
         self.facts = plan.facts
         self.num_bad = plan.num_bad

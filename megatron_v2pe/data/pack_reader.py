@@ -39,7 +39,7 @@ class SampleRequest:
     line_number: int
     num_tokens: int
     num_tiles: int
-    sizes: tuple[Size, ...]
+    sizes: tuple[tuple[Size, ...], ...]
     units: Units
     draw: Draw
 
@@ -170,7 +170,7 @@ def _sample_request(dataset: int, index: DatasetIndex, row: int, *, draw: Draw) 
         line_number=int(index.line_numbers[row]),
         num_tokens=int(index.num_tokens[row]),
         num_tiles=int(index.num_tiles[row]),
-        sizes=tuple(index.image_sizes(row)),
+        sizes=index.media_sizes(row),
         units=index.sample_units(row),
         draw=draw,
     )

@@ -20,6 +20,7 @@ from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
 from megatron_v2pe.data.plan.balance import assign_packs, imbalance, whole_steps
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
+from megatron_v2pe.data.samples.notes import notice_text
 from megatron_v2pe.v2pe.layout import Int64Array
 
 _MAX_STEPS = 400  # that are simulated, evenly spread over the epoch
@@ -29,7 +30,8 @@ _MAX_STEPS = 400  # that are simulated, evenly spread over the epoch
 class DatasetRow:
     """One data set: what was measured, and what an epoch draws of it.
 
-    `parts` counts samples that are parts of long ones, `cut` those whose text was cut.
+    `parts` counts samples that are parts of long ones, `cut` those whose text was cut, `lost` images that lose
+    something by rule (see `media.traits`).
     """
 
     name: str
@@ -37,6 +39,7 @@ class DatasetRow:
     bad: int
     parts: int
     cut: int
+    lost: int
     tokens: int
     supervised: int
     tiles: int
@@ -107,6 +110,7 @@ def describe_datasets(indexes: Sequence[DatasetIndex], plan: MixturePlan | None)
                 bad=len(index.bad),
                 parts=int((np.asarray(index.units)[:, 1] > 0).sum()),
                 cut=index.num_cut,
+                lost=sum(notice.count for notice in index.notices if notice.note.startswith("image:")),
                 tokens=int(lengths.sum()),
                 supervised=int(np.asarray(index.num_supervised).sum()),
                 tiles=int(np.asarray(index.num_tiles).sum()),
@@ -171,8 +175,18 @@ def step_imbalances(costs: Any, sizes: Int64Array, dp: int, *, by_cost: bool) ->
     return np.array(found)
 
 
-def data_table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
-    """Data sets, their sum, and the packs, as text."""
+def notice_lines(indexes: Sequence[DatasetIndex], *, exif: str, alpha: str) -> list[str]:
+    """What was not read, read under another name, or lost by rule: one line each, losses first."""
+    found = [(index, notice) for index in indexes for notice in index.notices]
+    found.sort(key=lambda each: not each[1].is_lost)
+    return [
+        f"{index.entry.name}: {notice_text(notice, annotation=index.entry.annotation, exif=exif, alpha=alpha)}"
+        for index, notice in found
+    ]
+
+
+def data_table(rows: Sequence[DatasetRow], report: PlanReport | None, *, notices: Sequence[str] = ()) -> str:
+    """Data sets, their sum, what was noticed, and the packs, as text."""
     header = [
         "data set",
         "samples",
@@ -185,7 +199,7 @@ def data_table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
         "longest",
         "supervised",
     ]
-    header += ["images", "tiles", "x", "drawn", "share"]
+    header += ["images", "lost", "tiles", "x", "drawn", "share"]
     total = max(sum(row.drawn_tokens for row in rows), 1)
     text = "\n".join(text_table(header, [_cells(row, total) for row in rows]))
     sums = (
@@ -193,12 +207,13 @@ def data_table(rows: Sequence[DatasetRow], report: PlanReport | None) -> str:
         f"{sum(row.tokens for row in rows):,} tokens, {sum(row.tiles for row in rows):,} tiles; an epoch draws "
         f"{sum(row.draws for row in rows):,} samples, {sum(row.drawn_tokens for row in rows):,} tokens"
     )
-    return f"{text}\n\n{sums}\n" + (_plan_text(report) if report is not None else "")
+    noticed = "".join(f"{line}\n" for line in notices)
+    return f"{text}\n\n{sums}\n{noticed}" + (_plan_text(report) if report is not None else "")
 
 
 def _cells(row: DatasetRow, total: int) -> list[str]:
     numbers = [row.samples, row.bad, row.cut, row.parts, row.tokens, row.median_tokens, row.p95_tokens]
-    numbers += [row.longest, row.supervised, row.images, row.tiles]
+    numbers += [row.longest, row.supervised, row.images, row.lost, row.tiles]
     shown = [f"{number:,}" for number in numbers]
     return [row.name, *shown, f"{row.repeat_time:g}", f"{row.draws:,}", f"{row.drawn_tokens / total:.1%}"]
 

@@ -64,6 +64,7 @@ class ValidationPacks:
     """Packs of the held-out data for one rank.
 
     Args:
+        meta: meta json of the data sets.
         config: sections data, position and runtime are read.
         arch: of the checkpoint that is trained.
         hf_folder: Hugging Face folder with the tokenizer files.
@@ -72,6 +73,7 @@ class ValidationPacks:
         tile_share: tiles of a pack that this rank decodes.
         pad_to_multiple: see `collate.collate_pack`.
         runs_multiple: each rank's runs are a multiple of it.
+        field: configuration field that names the data, for messages.
 
     Attributes:
         groups: what losses are kept apart by; `PackedBatch.sources` counts them.
@@ -84,6 +86,7 @@ class ValidationPacks:
 
     def __init__(
         self,
+        meta: str,
         config: RunConfig,
         arch: InternVLArchitecture,
         hf_folder: str | Path,
@@ -93,12 +96,13 @@ class ValidationPacks:
         tile_share: TileShare,
         pad_to_multiple: int,
         runs_multiple: int = 1,
+        field: str = "data.validation",
     ) -> None:
         settings = sample_settings(config, arch, hf_folder)
         cache_dir = config.data.cache_dir or str(Path(config.runtime.run_dir) / "data_cache")
-        entries = tuple(replace(entry, data_augment=False) for entry in read_meta(config.data.validation))
+        entries = tuple(replace(entry, data_augment=False) for entry in read_meta(meta))
         indexes = tuple(index_dataset(entry, settings=settings, cache_dir=cache_dir) for entry in entries)
-        samples = _fit_samples(config, indexes)
+        samples = _fit_samples(config, indexes, field)
         self.num_samples = len(samples)
         packs = _next_fit(config, indexes, samples)
         self.num_packs = len(packs)
@@ -155,7 +159,7 @@ def _places(count: int, *, dp_rank: int, dp: int, multiple: int) -> range:
     return range(dp_rank, runs * dp, dp)
 
 
-def _fit_samples(config: RunConfig, indexes: tuple[DatasetIndex, ...]) -> list[PlannedSample]:
+def _fit_samples(config: RunConfig, indexes: tuple[DatasetIndex, ...], field: str) -> list[PlannedSample]:
     """Samples in the order of the files, without those that cannot be used."""
     data = config.data
     samples, num_bad = [], 0
@@ -174,11 +178,11 @@ def _fit_samples(config: RunConfig, indexes: tuple[DatasetIndex, ...]) -> list[P
         first = next((bad for index in indexes for bad in index.bad), None)
         reason = f"; the first is {first}" if first else "; samples without a label, or longer than a pack"
         raise DataError(
-            f"data.validation: {num_bad} of {total} samples cannot be used, more than data.max_bad_samples = "
+            f"{field}: {num_bad} of {total} samples cannot be used, more than data.max_bad_samples = "
             f"{data.max_bad_samples} allows{reason}"
         )
     if num_bad:
-        _log.warning("data.validation: %d of %d samples cannot be used and are left out", num_bad, total)
+        _log.warning("%s: %d of %d samples cannot be used and are left out", field, num_bad, total)
     return samples
 
 

@@ -14,7 +14,7 @@ from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
-from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
@@ -112,7 +112,7 @@ class EngineAnswerer:
 
         Images are cut as in training, so limits of the data set come before those of the command.
         """
-        sizes = probe_record(item.record, settings=self._settings)
+        sizes = probe_sizes(item.record, settings=self._settings)
         media = record_tiles(item.record, sizes, entry=item.entry, settings=self._settings)
         turns = write_images(item.record, sizes).messages
         return prompt_with(turns, media, settings=self._settings, stride=setting.stride)

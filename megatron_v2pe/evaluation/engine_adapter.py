@@ -21,14 +21,13 @@ from megatron_v2pe.config.architecture import InternVLArchitecture, read_archite
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media.cut import CutRule
-from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, Medium, MediumTiles
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.samples.encode import encode_conversation
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.templates import Turn
-from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from megatron_v2pe.evaluation.benchmark_runner import BrokenReplicaError
 from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.retrieval import Share, StrideSetting, parse_strides
@@ -215,7 +214,8 @@ class ModelAnswerer:
             tiling=dataclasses.replace(self._settings.tiling, max_tiles=max_tiles, dynamic=max_tiles > 1)
         )
         rules = self._settings.media
-        sizes = medium.probe(rules, sample_id=name, size_of=check_image)
+        headers = medium.probe(rules, sample_id=name, header_of=read_header)
+        sizes = [header.size for header in headers]
         images = medium.tiles(sizes, rule)
         return MediumTiles(medium=medium, images=images, rules=rules, seed=DrawSeed(identity=name))
 
@@ -258,7 +258,7 @@ def _lengths(prompt: Prompt) -> dict[str, Any]:
 
 
 def _plain(text: str, name: str) -> str:
-    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, IMAGE_START, IMAGE_END, IMAGE_CONTEXT):
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
         if mark in text:
             raise DataError(f"{name}: a text holds {mark}, which is reserved for images")
     return text

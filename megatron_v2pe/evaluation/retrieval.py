@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
+from megatron_v2pe.data.media.medium import plain_text
 from megatron_v2pe.data.samples.records import Record, parse_record
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
 
@@ -189,7 +190,7 @@ def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number:
         item_id=str(values["id"]),
         record=question,
         entry=entry,
-        answer=record.turns[-1].value.strip(),
+        answer=plain_text(record.turns[-1].value.strip()),
         length=values["length"],
         depth=float(values["depth"]),
     )

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.cut import CutRule
-from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, Medium, MediumTiles
 from megatron_v2pe.data.media.tiling import rule_for_sample
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
+from megatron_v2pe.data.samples.records import literal_placeholders
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
-from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from megatron_v2pe.inference.prompt import Prompt, prompt_with
 
 _PLACEHOLDER = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
-_RESERVED = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +47,26 @@ def build_prompt(
     """Encode a conversation that ends with a question. Of images and videos the headers are read.
 
     Args:
-        messages: human and gpt in turn, the last one human.
+        messages: human and gpt in turn, the last one human. Control tokens in them are text, as in training, and a
+            placeholder after a backslash is text too.
         settings: template, tokenizer and tiling of the checkpoint.
         stride: position units that a visual token advances.
         system: replaces the template's system text.
 
     Raises:
-        ConfigError: the question is empty, placeholders and attachments differ in number, a message has a reserved
-            token, or the prompt is too long.
+        ConfigError: the question is empty, placeholders and attachments differ in number, or the prompt is too long.
         DataError: an image or video cannot be read.
     """
     if not messages[-1].text.strip() and not (messages[-1].images or messages[-1].videos):
         raise ConfigError("the question is empty; ask something")
     num_images = sum(len(message.images) for message in messages)
-    turns, media = [], list[MediumTiles]()
+    turns, media = list[Turn](), list[MediumTiles]()
+    if system is not None:
+        turns.append(Turn(role="system", value=system))
     for message in messages:
         text, found = _message_media(message, num_images=num_images, settings=settings)
         turns.append(Turn(role=message.role, value=text))
         media += found
-    if system is not None:
-        template = settings.text.template
-        opening = template.system[: template.system.index("\n") + 1]
-        template = replace(template, system=opening + system)
-        settings = replace(settings, text=replace(settings.text, template=template))
     return prompt_with(turns, media, settings=settings, stride=stride)
 
 
@@ -78,11 +74,6 @@ def _message_media(
     message: Message, *, num_images: int, settings: SampleSettings
 ) -> tuple[str, list[MediumTiles]]:
     """The text of a message with one `<image>` for each image and frame, and how each is cut."""
-    for token in _RESERVED:
-        if token in message.text:
-            raise ConfigError(
-                f"the text contains the reserved token {token}; images are marked by {IMAGE_PLACEHOLDER}"
-            )
     text = _with_placeholders(message)
     files: dict[str, Iterator[Medium]] = {
         IMAGE_PLACEHOLDER: iter([ImageFile(path=path) for path in message.images]),
@@ -93,7 +84,8 @@ def _message_media(
 
     def expand(match: re.Match[str]) -> str:
         medium = next(files[match.group()])
-        sizes = medium.probe(settings.media, sample_id=medium.path, size_of=check_image)
+        headers = medium.probe(settings.media, sample_id=medium.path, header_of=read_header)
+        sizes = [header.size for header in headers]
         images = medium.tiles(sizes, rule)
         found.append(MediumTiles(medium=medium, images=images, rules=settings.media))
         return medium.text(len(images)).removesuffix("\n")
@@ -102,7 +94,7 @@ def _message_media(
 
 
 def _with_placeholders(message: Message) -> str:
-    text = message.text
+    text = literal_placeholders(message.text)
     wanted = ((IMAGE_PLACEHOLDER, message.images), (VIDEO_PLACEHOLDER, message.videos))
     for placeholder, attached in reversed(wanted):
         count = text.count(placeholder)

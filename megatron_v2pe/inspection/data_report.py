@@ -25,6 +25,7 @@ from megatron_v2pe.data.report import (
     datasets_csv,
     describe_datasets,
     describe_plan,
+    notice_lines,
     packs_csv,
 )
 from megatron_v2pe.data.samples.settings import sample_settings
@@ -97,20 +98,26 @@ def overview(
     except DataError as error:
         problem = error
     rows = describe_datasets(indexes, plan)
-    text = data_table(rows, report)
+    notices = notice_lines(indexes, exif=config.data.exif, alpha=config.data.alpha)
+    text = data_table(rows, report, notices=notices)
     if report_dir is not None:
-        files = _write_report(Path(report_dir), indexes, rows, report)
+        files = _write_report(Path(report_dir), indexes, rows, report, table=text)
         text += "".join(f"{path}\n" for path in files)
     return Overview(text=text, bad_text=_bad_text(indexes, report_dir), problem=problem)
 
 
 def _write_report(
-    out: Path, indexes: Sequence[DatasetIndex], rows: Sequence[DatasetRow], plan: PlanReport | None
+    out: Path,
+    indexes: Sequence[DatasetIndex],
+    rows: Sequence[DatasetRow],
+    plan: PlanReport | None,
+    *,
+    table: str,
 ) -> list[Path]:
     """Write all tables and pictures; returns the files."""
     bad = [sample for index in indexes for sample in index.bad]
     texts = {
-        "report.txt": data_table(rows, plan),
+        "report.txt": table,
         "datasets.csv": datasets_csv(rows),
         "bad.txt": "".join(f"{sample.kind}\t{sample.sample_id}\t{sample.message}\n" for sample in bad),
     }

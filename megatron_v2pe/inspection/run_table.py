@@ -29,6 +29,7 @@ def run_rows(run: RunRecord) -> dict[str, str]:
         "loss": _loss(run.lines),
         **_losses_by_source(run.lines),
         **_held_out(run.lines),
+        **_asked(run.lines),
         "tokens": _tokens(run.lines),
         "tokens/s, median": _rates(run.lines),
         "TFLOP/s a rank, median": _flops(run.lines),
@@ -117,6 +118,19 @@ def _losses_by_source(lines: Sequence[Line]) -> dict[str, str]:
     if more := len(ranked) - len(found):
         found["  others"] = f"{more} more data set{'s' if more > 1 else ''}, in metrics.jsonl"
     return found
+
+
+def _asked(lines: Sequence[Line]) -> dict[str, str]:
+    """A row for the answers to held-out questions, if any were asked."""
+    found = [line for line in lines if line.get("retrieval_accuracy") is not None]
+    if not found:
+        return {}
+    first, last = found[0]["retrieval_accuracy"], found[-1]["retrieval_accuracy"]
+    best = max(found, key=lambda line: line["retrieval_accuracy"])
+    return {
+        "held-out answers right": f"{_percent(first)} to {_percent(last)} in {len(found)} evaluations, best "
+        f"{_percent(best['retrieval_accuracy'])} at step {best['step']}"
+    }
 
 
 def _held_out(lines: Sequence[Line]) -> dict[str, str]:

@@ -40,6 +40,7 @@ class InternVL(MegatronModule):
         language: this stage's part of the decoder.
         tile_sizes: pixels of a tile's side, of every branch of the vision tower.
         micro_batch_tiles: tiles that are encoded at a time; 0 encodes all at once and recomputes nothing.
+        tile_multiple: tiles that are encoded at a time are filled up to a multiple of it with blank ones.
         route_features: port, (features [n*K, H], route) -> [v, H]; differentiable. All ranks of the
             routing group must call it for every micro batch, with or without tiles.
         replica_group: ranks that hold copies of the vision tower; checkpoints write one of them.
@@ -54,6 +55,7 @@ class InternVL(MegatronModule):
         language: LanguageModel,
         tile_sizes: tuple[int, ...],
         micro_batch_tiles: int = 0,
+        tile_multiple: int = 1,
         route_features: Callable[[Tensor, FeatureRoute], Tensor] = keep_rows,
         replica_group: ProcessGroup | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class InternVL(MegatronModule):
         self.language = language
         self.tile_sizes = tile_sizes
         self.micro_batch_tiles = micro_batch_tiles
+        self.tile_multiple = tile_multiple
         self.route_features = route_features
         self.replica_group = replica_group
         # What mcore's schedules, DDP and gradient finalisation ask of a top-level module.
@@ -84,8 +87,10 @@ class InternVL(MegatronModule):
         num_tiles = len(pixels)
         if num_tiles == 0 and not torch.is_grad_enabled():
             return pixels.new_zeros(0, self.config.hidden_size)
-        if num_tiles == 0:
-            pixels = pixels.new_zeros(1, *tile_shape(self.tile_sizes))
+        num_blank = -num_tiles % self.tile_multiple if num_tiles else self.tile_multiple
+        if num_blank:
+            blank = pixels.new_zeros(num_blank, *tile_shape(self.tile_sizes))
+            pixels = torch.cat([pixels, blank]) if num_tiles else blank
         slices = pixels.split(self.micro_batch_tiles or len(pixels))
         if len(slices) == 1:
             features = self._features(pixels)

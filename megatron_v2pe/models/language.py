@@ -13,6 +13,7 @@ sequence parallelism), H hidden.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
+from megatron_v2pe.models.elementwise import ElementwiseOps
 from megatron_v2pe.models.experts import RoutedRows
 from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
@@ -43,6 +45,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: rows of embedding and head, a multiple of the tensor parallel size.
         memory: what is recomputed; sizes of loss chunks and MLP chunks.
         head_ports: collectives of the head.
+        elementwise: how queries and keys are rotated.
         router: builds the router of layers with experts; which layers those are, `config.moe_layer_freq` says.
         share_embeddings_and_output_weights: the head is the embedding.
         groups: mcore's process groups.
@@ -59,6 +62,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: int,
         memory: MemorySavings,
         head_ports: HeadPorts,
+        elementwise: ElementwiseOps,
         router: Any = None,
         share_embeddings_and_output_weights: bool,
         groups: ProcessGroupCollection | None,
@@ -79,8 +83,19 @@ class LanguageModel(GPTModel):
         )
         self.rope = rope
         self.head_ports = head_ports
+        self.elementwise = elementwise
         self.vocab_size = vocab_size
         self.memory = memory
+        if memory.offload is not None and self.decoder.final_layernorm is not None:
+            self.decoder.final_layernorm.register_forward_pre_hook(self._keep_on_device)
+
+    def _set_attention_backend(self) -> None:
+        """mcore would set Transformer Engine's environment for the whole process; see `parallel.attention.te`."""
+
+    def _keep_on_device(self, *_: Any) -> None:
+        """What comes after the layers is needed at once in backward."""
+        assert self.memory.offload is not None
+        self.memory.offload.paused = True
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[1, l] token ids to [r, 1, H]."""
@@ -100,10 +115,17 @@ class LanguageModel(GPTModel):
             cu_seqlens_kv_padded=batch.cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
-            rotary_angles=rope_angles(batch.position_units, self.rope, rope_length=batch.rope_length),
+            rotary_angles=rope_angles(
+                batch.position_units,
+                self.rope,
+                rope_length=batch.rope_length,
+                has_fractions=batch.has_fractions,
+            ),
+            document_lengths=batch.document_lengths or None,
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
+            apply_rotary=self.elementwise.apply_rotary,
             routed=self.routed_rows(batch),
         )
 
@@ -128,21 +150,27 @@ class LanguageModel(GPTModel):
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         params = self.attention_params(batch)
-        with self.memory.saved_tensors():
+        with self.memory.offload or nullcontext():
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden
-        return self.loss(hidden, batch.labels, batch.loss_weights)
+        return self.loss(hidden, batch.labels, batch.loss_weights, batch.supervised)
 
     def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
         recomputes = self.training and self.config.recompute_granularity is not None
         return recomputes and torch.is_grad_enabled() and not decoder_input.requires_grad
 
-    def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l]."""
+    def loss(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor, supervised: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states [r, 1, H], labels and weights [1, l] to their weighted sum and losses [1, l].
+
+        `supervised` are the tokens with a label, int64 [u]; None asks the device, for which the host waits.
+        """
         labels = labels.squeeze(0)
-        supervised = (labels >= 0).nonzero().squeeze(1)
+        if supervised is None:
+            supervised = (labels >= 0).nonzero().squeeze(1)
         rows = self.head_ports.gather_hidden(hidden).squeeze(1)[supervised]
         total, losses = weighted_cross_entropy(
             rows,

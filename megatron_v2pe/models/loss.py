@@ -6,8 +6,11 @@ This is the release's formula with `loss_reduction_all_gather`; the division hap
 step, after the sums over context and data parallel ranks. Rows without a label are never multiplied with the
 output projection, and logits exist for one loss chunk of rows at a time, once.
 
-Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank (the whole vocabulary
-when serial).
+All rows of the projection are multiplied, padding included: 92,553 columns would give matrices whose rows start at odd
+addresses, which tensor cores read slowly. Columns of padding are -inf before the softmax, so they get no probability,
+and their weights, which are zero, no gradient.
+
+Shape legend: r supervised rows, c rows of a loss chunk, H hidden, V vocabulary rows of this rank, padding included.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_weight: Tensor,
         labels: Tensor,
         weights: Tensor,
+        rows_of_rank: int,
         loss_chunk_tokens: int,
         ports: HeadPorts,
         is_differentiated: bool,
@@ -78,6 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), loss_chunk_tokens):
             rows = slice(start, start + loss_chunk_tokens)
             logits = (hidden[rows] @ vocab_weight.t()).to(working)  # [c, V]
+            logits[:, rows_of_rank:] = -torch.inf
             losses[rows], normalizers = _losses(logits, labels[rows], ports)
             if not any(wanted):
                 continue
@@ -102,12 +107,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_vocab_weight is not None:
             # In place: it is as large as the head.
             grad_vocab_weight = grad_vocab_weight.mul_(grads[0]).to(ctx.dtype)
-        return grad_hidden, grad_vocab_weight, None, None, None, None, None
+        return grad_hidden, grad_vocab_weight, None, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, ports: HeadPorts) -> tuple[Tensor, Tensor]:
     """Cross entropy of each row, and its sum of exponentials; the logits [c, V] become those exponentials."""
-    shift = ports.reduce_max(_row_max(logits))
+    shift = ports.reduce_max(logits.amax(-1))
     target_logit, _ = _pick(logits, targets, ports.vocab_start_index)
     exp_sum = logits.sub_(shift[:, None]).exp_().sum(-1)
     target_logit, exp_sum = ports.reduce_sum(torch.stack([target_logit, exp_sum])).unbind()
@@ -120,25 +125,14 @@ def _grad_logits(
     """(softmax - one_hot) * weight, in the place of the exponentials [c, V]."""
     gradient = exponentials.mul_((weights / normalizers)[:, None])
     _, (index, owned) = _pick(gradient, targets, vocab_start_index)
-    if gradient.shape[1]:
-        gradient.scatter_add_(1, index[:, None], -(owned * weights)[:, None])
-    return gradient
-
-
-def _row_max(logits: Tensor) -> Tensor:
-    """Maximum of each row; -inf on a rank without vocabulary rows."""
-    if logits.shape[1] == 0:
-        return logits.new_full((len(logits),), -torch.inf)
-    return logits.amax(-1)
+    return gradient.scatter_add_(1, index[:, None], -(owned * weights)[:, None])
 
 
 def _pick(values: Tensor, targets: Tensor, vocab_start_index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Value of each row's target where this rank owns it, else 0; with (local index, owned)."""
     index = targets - vocab_start_index
     owned = (index >= 0) & (index < values.shape[1])
-    index = index.clamp(0, max(values.shape[1] - 1, 0))
-    if values.shape[1] == 0:  # a rank whose vocabulary rows are all padding
-        return values.new_zeros(len(values)), (index, owned)
+    index = index.clamp(0, values.shape[1] - 1)
     picked = values.gather(1, index[:, None]).squeeze(1)
     return torch.where(owned, picked, torch.zeros_like(picked)), (index, owned)
 
@@ -157,7 +151,7 @@ def weighted_cross_entropy(
 
     Args:
         hidden: [r, H], final hidden states after `ports.gather_hidden`.
-        vocab_weight: [V_padded, H], output projection of this rank.
+        vocab_weight: [V, H], output projection of this rank; rows that pad it must be finite, and are zero.
         labels: int64 [r], global token ids.
         row_weights: [r], weight of each row's loss.
         vocab_size: entries of the whole vocabulary; rows beyond it are padding and get no probability.
@@ -171,9 +165,10 @@ def weighted_cross_entropy(
     rows_of_rank = min(max(vocab_size - ports.vocab_start_index, 0), len(vocab_weight))
     return _ChunkedCrossEntropy.apply(
         hidden,
-        vocab_weight[:rows_of_rank],
+        vocab_weight,
         labels,
         row_weights,
+        rows_of_rank,
         loss_chunk_tokens,
         ports,
         torch.is_grad_enabled(),

@@ -13,7 +13,6 @@ does not allow.)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,8 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_v2pe.models.offload import ActivationOffload
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySavings:
@@ -32,12 +33,12 @@ class MemorySavings:
     Attributes:
         loss_chunk_tokens: supervised rows whose logits exist at a time.
         mlp_chunks: MLP chunks (of tokens) that are recomputed one by one; 0 keeps its activations.
-        saved_tensors: context in which the decoder runs; it may move what is kept for backward elsewhere.
+        offload: moves layer inputs to host memory until backward; None keeps them on the device.
     """
 
     loss_chunk_tokens: int
     mlp_chunks: int = 0
-    saved_tensors: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    offload: ActivationOffload | None = None
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -64,10 +65,15 @@ class RecomputingLayer(TransformerLayer):
 
     Args:
         mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations. Experts are one piece.
+        mlp_forward: (MLP, rows) -> (output, bias), in place of the MLP's own forward.
     """
 
-    def __init__(self, *args: Any, mlp_chunks: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mlp_chunks: int, mlp_forward: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if mlp_forward is not None:
+            self.mlp.forward = partial(mlp_forward, self.mlp)
         if mlp_chunks and self.is_moe_layer:
             self.mlp.forward = partial(_experts_again, self.mlp.forward, self.mlp.router)
         elif mlp_chunks:

@@ -6,6 +6,7 @@ Shape legend: n tiles, g patches of a tile's side, C vision channels, K visual t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_v2pe.models.elementwise import ElementwiseOps, mlp_with_bias_gelu
 from megatron_v2pe.models.layer_specs import BackendModules, mlp_submodules
 
 
@@ -42,6 +44,7 @@ class Projector(MegatronModule):
         input_size: channels after the pixel shuffle, C / ratio^2.
         ratio: downsample ratio of the pixel shuffle.
         version: order of the pixel shuffle.
+        elementwise: how bias and GELU are computed.
         groups: singleton process groups.
     """
 
@@ -53,6 +56,7 @@ class Projector(MegatronModule):
         input_size: int,
         ratio: float,
         version: Literal["v1", "v2"],
+        elementwise: ElementwiseOps,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
@@ -67,6 +71,7 @@ class Projector(MegatronModule):
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=groups.tp,
         )
+        self.mlp.forward = partial(mlp_with_bias_gelu, self.mlp, fused=elementwise.bias_gelu)
 
     def forward(self, hidden_npc: Tensor) -> Tensor:
         """Vision hidden states [n, 1 + g*g, C], class token first, to features [n, K, H]."""

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
+from megatron_v2pe.models.elementwise import ElementwiseOps, mlp_with_bias_gelu
 from megatron_v2pe.models.layer_specs import BackendModules, vision_layer_spec
 from megatron_v2pe.models.memory import RecomputingLayer, is_trained
 
@@ -31,11 +32,10 @@ _ALONG_HEADS = {"linear_qkv": (".weight", ".bias", ".lora_B"), "linear_proj": ("
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Zero whole tiles of [P, n, C] with probability `rate`, scaling the others by 1/(1-rate)."""
+def drop_mask(x: Tensor, rate: float) -> Tensor:
+    """Factors [1, n, 1] of tiles [P, n, C]: 0 with probability `rate`, else 1/(1-rate)."""
     keep = 1.0 - rate
-    mask = x.new_empty(1, x.shape[1], 1).bernoulli_(keep).div_(keep)
-    return x * mask
+    return x.new_empty(1, x.shape[1], 1).bernoulli_(keep).div_(keep)
 
 
 class InternViTAttention(SelfAttention):
@@ -96,12 +96,20 @@ class InternViTLayer(RecomputingLayer):
 
     Args:
         drop_path_rates: stochastic depth rate of each layer of the tower.
+        elementwise: how bias, GELU, LayerScale and drop path are computed.
     """
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, drop_path_rates: tuple[float, ...], **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        drop_path_rates: tuple[float, ...],
+        elementwise: ElementwiseOps,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(config, *args, **kwargs)
+        mlp_forward = partial(mlp_with_bias_gelu, fused=elementwise.bias_gelu)
+        super().__init__(config, *args, mlp_forward=mlp_forward, **kwargs)
+        self.elementwise = elementwise
         self.ls1 = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.ls2 = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.drop_path_rate = drop_path_rates[self.layer_number - 1]
@@ -113,11 +121,11 @@ class InternViTLayer(RecomputingLayer):
 
         def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
             x, bias = output_with_bias
-            x = x if bias is None else x + bias
-            x = x * getattr(self, scale_name)
+            scale = getattr(self, scale_name)
             if training and self.drop_path_rate > 0:
-                x = drop_path(x, self.drop_path_rate)
-            return residual + x
+                mask = drop_mask(x, self.drop_path_rate)
+                return self.elementwise.scaled_dropped_residual(x, bias, scale, mask, residual)
+            return self.elementwise.scaled_residual(x, bias, scale, residual)
 
         return apply
 
@@ -133,6 +141,7 @@ class InternViT(MegatronModule):
         drop_path_rate: rate of the last layer; rises linearly from 0 (release: linspace).
         qk_norm: what normalises queries and keys over the full width, or None.
         mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps an MLP's activations.
+        elementwise: how bias, GELU, LayerScale and drop path are computed.
         groups: process groups; singletons for a whole tower.
     """
 
@@ -146,6 +155,7 @@ class InternViT(MegatronModule):
         drop_path_rate: float,
         qk_norm: Any,
         mlp_chunks: int,
+        elementwise: ElementwiseOps,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
@@ -165,6 +175,7 @@ class InternViT(MegatronModule):
             qk_norm=qk_norm,
             drop_path_rates=rates,
             mlp_chunks=mlp_chunks,
+            elementwise=elementwise,
         )
         self.encoder = TransformerBlock(
             config,

@@ -11,19 +11,13 @@ This is the only place where a pack becomes a rank's tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import (
-    LocalBatch,
-    PackedBatch,
-    normalized,
-    tile_share,
-)
+from megatron_v2pe.batch.device_copy import to_device
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalized, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.parallel.feature_router import feature_route
 from megatron_v2pe.parallel.topology import ParallelContext
@@ -72,24 +66,53 @@ class BatchSharder:
                 tp_rank=ranks.tp_rank,
                 device=device,
             )
+        positions = position_units(layout, own)
+        labels = batch.labels[index]
+        tokens, labels_there, loss_weights, units, cu_seqlens, supervised, is_token, weight = to_device(
+            [
+                batch.tokens[index],
+                labels,
+                batch.loss_weights[index],
+                positions,
+                layout.cu_seqlens.astype(np.int32),
+                np.flatnonzero(labels >= 0),
+                layout.is_token(index),
+                np.asarray(batch.loss_weights.sum(dtype=np.float64)),
+            ],
+            device,
+        )
+        lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
         return LocalBatch(
-            tokens=_row(batch.tokens[index], device),
-            labels=_row(batch.labels[index], device),
-            loss_weights=_row(batch.loss_weights[index], device),
-            position_units=torch.from_numpy(position_units(layout, own)).to(device),
+            tokens=tokens.unsqueeze(0),
+            labels=labels_there.unsqueeze(0),
+            loss_weights=loss_weights.unsqueeze(0),
+            position_units=units,
             rope_length=layout.rope_length,
-            cu_seqlens=torch.from_numpy(layout.cu_seqlens).to(device=device, dtype=torch.int32),
-            max_seqlen=int((layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).max()),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=int(lengths.max()),
+            document_lengths=tuple(lengths.tolist()),
+            has_fractions=bool((positions % layout.tokens_per_tile).any()),
+            supervised=supervised,
             pixels=pixels,
             route=route,
-            is_token=torch.from_numpy(layout.is_token(index)).to(device),
-            pack_weight=torch.tensor(batch.loss_weights.sum(dtype=np.float64), device=device),
+            is_token=is_token,
+            pack_weight=weight,
         )
+
+    def rows(self, batch: PackedBatch) -> int:
+        """Rows of a pack between the layers of every rank of the replica (r)."""
+        plan = self.context.plan
+        return batch.layout.num_tokens // plan.cp // (plan.tp if plan.sequence_parallel else 1)
 
     def _pixels(self, batch: PackedBatch) -> Tensor:
         """Normalised tiles of this rank [n_local, *tile_shape] in the model's dtype."""
         self._check_tiles(batch)
-        tiles = torch.from_numpy(batch.tiles).to(self.context.ranks.device).contiguous()  # channels were last
+        device = self.context.ranks.device
+        if batch.tile_sizes:
+            (tiles,) = to_device([batch.tiles], device)
+        else:  # copied as they lie in memory, channels last
+            (tiles,) = to_device([batch.tiles.transpose(0, 2, 3, 1)], device)
+            tiles = tiles.permute(0, 3, 1, 2).contiguous()
         if tiles.dtype == torch.uint8 and self.norm is not None:
             tiles = normalized(tiles, self.norm, batch.tile_sizes)
         elif tiles.dtype == torch.uint8 and len(tiles):
@@ -107,8 +130,3 @@ class BatchSharder:
                 f"samples {list(batch.sample_ids)}: tiles {batch.tile_range} were decoded, but rank {tile_rank} of "
                 f"{num_ranks} encodes {share}; assign tiles by tile_share with the plan's tile_ranks"
             )
-
-
-def _row(values: NDArray[Any], device: torch.device) -> Tensor:
-    """[l] to a tensor [1, l]."""
-    return torch.from_numpy(values).to(device).unsqueeze(0)

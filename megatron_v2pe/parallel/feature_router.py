@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import FeatureRoute, tile_share
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
@@ -84,17 +85,18 @@ def feature_route(
     owned = owned_rows(layout, shards, plan=plan)
     sent = [rows[slice(*np.searchsorted(rows, [start, stop]))] - start for _, rows in owned]
     slots, received = owned[tile_rank]
-    kept = None
+    arrays = [np.concatenate(sent)]
     if plan.sequence_parallel and not plan.shares_tiles_over_tp:
         numbers = np.arange(len(slots), dtype=np.int64)
         slots, own = _slice(slots, numbers, tp_rank, layout.num_tokens // plan.cp // plan.tp)
-        kept = torch.from_numpy(own).to(device)
+        arrays.append(own)
+    send_rows, slots_there, *kept = to_device([arrays[0], slots, *arrays[1:]], device)
     return FeatureRoute(
-        send_rows=torch.from_numpy(np.concatenate(sent)).to(device),
+        send_rows=send_rows,
         send_splits=tuple(len(rows) for rows in sent),
         receive_splits=tuple(np.diff(np.searchsorted(received, first_rows)).tolist()),
-        slots=torch.from_numpy(slots).to(device),
-        kept=kept,
+        slots=slots_there,
+        kept=kept[0] if kept else None,
     )
 
 

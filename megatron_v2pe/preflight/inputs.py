@@ -9,7 +9,8 @@ from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.image import ImageFile, open_image
+from megatron_v2pe.data.media.image import ImageFile, read_rgb
+from megatron_v2pe.data.media.medium import MediaRules
 from megatron_v2pe.data.samples.records import Record, parse_line
 from megatron_v2pe.data.sources import storage
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
@@ -51,8 +52,7 @@ def _decode_images(entry: DatasetEntry, *, max_pixels: int) -> int:
     pictures = [[each.path for each in record.media if isinstance(each, ImageFile)] for record in records]
     paths = [path for own in [own for own in pictures if own][:PICTURED] for path in own]
     for path in paths:
-        with open_image(path, max_pixels=max_pixels) as image:
-            image.load()
+        read_rgb(path, MediaRules(max_pixels=max_pixels))
     return len(paths)
 
 

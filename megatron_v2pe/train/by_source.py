@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.v2pe.layout import Int64Array
 
@@ -83,7 +84,7 @@ def local_loss_sums(pack: PackedBatch, losses: Tensor, weights: Tensor, *, num_s
     Returns:
         float64 [S], on the losses' device.
     """
-    index = torch.from_numpy(source_of_tokens(pack, losses.shape[1])).to(losses.device)
+    (index,) = to_device([source_of_tokens(pack, losses.shape[1])], losses.device)
     sums = torch.zeros(num_sources, dtype=torch.float64, device=losses.device)
     return sums.index_add_(0, index, (losses * weights).squeeze(0).double())
 

@@ -31,6 +31,7 @@ class MicroBatchRunner:
     Attributes:
         shard: (pack, encodes_tiles) -> this rank's share; `BatchSharder.shard`.
         device: where the weight sum is kept.
+        rows: rows of a pack between this rank's layers, `BatchSharder.rows`; None has stages send them.
         source_names: data sets in the order of `PackedBatch.sources`, whose losses are also added up one by one
             (`by_source`); empty adds up the loss of all only.
         weight_sum: float64 [], loss weights seen by this rank's last stage since `reset`.
@@ -38,6 +39,7 @@ class MicroBatchRunner:
 
     shard: Callable[..., LocalBatch]
     device: torch.device
+    rows: Callable[[PackedBatch], int] | None = None
     source_names: tuple[str, ...] = ()
     weight_sum: Tensor = field(init=False)
 

@@ -46,6 +46,7 @@ def steps(run: Run) -> str:
 
         line = run.meter.line(report, batches, step=step, data_s=data_s)
         held_out = run.validation.after_step(step, run.trainer.wrapped)
+        held_out |= run.retrieval.after_step(step, run.trainer.wrapped)
         own = {"bad_samples": run.damaged.num_skipped, "save_s": run.saver.take_pause()}
         run.log.write({**line, **own, **held_out})
         run.bad_steps.record(report, batches, step=step)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.parallel.topology import Ranks
 
 
@@ -29,7 +30,9 @@ def sum_by_name(
         float64 tensors of the same shapes, in host memory.
     """
     tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    if flat.device.type == "cpu":
+        (flat,) = to_device([flat.numpy()], device)
     dist.all_reduce(flat, group=group)
     sums = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
     return {

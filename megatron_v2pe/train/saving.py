@@ -190,7 +190,8 @@ class Saver:
         if self._memory is None or self._is_memory_known:
             return self._memory
         self._is_memory_known = True
-        lacking = shortage(save.num_bytes)
+        needed = self._memory.block_bytes(save.num_bytes)
+        lacking = shortage(needed)
         if lacking:
             logger.warning(
                 "checkpoint.async_save is true, but %s; training will wait for every save of this run. Fewer "
@@ -199,7 +200,7 @@ class Saver:
             )
             self._memory = None
         else:
-            logger.info("saves copy %.2f GiB of this rank's state to host memory", save.num_bytes / 2**30)
+            logger.info("copies of this rank's state for saves use %.2f GiB of host memory", needed / 2**30)
         return self._memory
 
 

@@ -68,6 +68,7 @@ from megatron_v2pe.train.monitoring.monitors import Monitors
 from megatron_v2pe.train.monitoring.profiling import StepProfiler
 from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
 from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
+from megatron_v2pe.train.retrieval import Retrieval
 from megatron_v2pe.train.saving import Saver
 from megatron_v2pe.train.step import StepReport
 from megatron_v2pe.train.validation import Validation
@@ -87,6 +88,7 @@ class Run:
         loader: this data parallel rank's packs, from the next step on.
         runner: runs micro batches through this stage.
         validation: loss of held-out data, when it is due.
+        retrieval: answers to held-out questions, when they are due.
         damaged: removes damaged samples from the loss.
         loss_guard: how large the next loss may be.
         bad_steps: records steps that were not applied.
@@ -107,6 +109,7 @@ class Run:
     loader: TrainLoader
     runner: MicroBatchRunner
     validation: Validation
+    retrieval: Retrieval
     damaged: DamagedSamples
     loss_guard: LossGuard
     bad_steps: BadSteps
@@ -175,8 +178,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         loader = _loader(config, arch, context, start_step=saved.step if saved else 0)
         state = _state(config, loader, saved, resume_from)
         _record_start(config, run_dir, state, ranks=ranks, is_resumed=saved is not None)
-        observing = _monitors(config, run_dir, state, interruption, rank_monitor, ranks=ranks)
-        monitors = stack.enter_context(observing)
+        monitors = stack.enter_context(_monitors(config, run_dir, state, interruption, rank_monitor, ranks))
         startup.done("data")
         return Run(
             config=config,
@@ -185,7 +187,8 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             trainer=trainer,
             loader=loader,
             runner=_micro_batch_runner(loader, trainer, _sharder(config, context)),
-            validation=_validation(config, arch, _sharder(config, context), monitors),
+            validation=_validation(config, arch, context, monitors),
+            retrieval=_retrieval(config, arch, context, monitors),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
@@ -348,40 +351,66 @@ def _micro_batch_runner(loader: TrainLoader, trainer: Trainer, sharder: BatchSha
     runner = MicroBatchRunner(
         shard=sharder.shard,
         device=sharder.context.ranks.device,
+        rows=sharder.rows,
         source_names=tuple(loader.source_names),
     )
     attach(runner, trainer.wrapped)
     return runner
 
 
+def _held_out_packs(
+    meta: str, field: str, config: RunConfig, arch: InternVLArchitecture, context: ParallelContext
+) -> ValidationPacks | None:
+    """Packs of this rank of held-out data; None where a field names none."""
+    if not meta:
+        return None
+    plan, ranks = context.plan, context.ranks
+    packs = ValidationPacks(
+        meta,
+        config,
+        arch,
+        hf_folder_of(config),
+        dp_rank=ranks.dp_rank,
+        dp=plan.dp,
+        tile_share=TileShare(
+            rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
+        ),
+        pad_to_multiple=plan.pad_to_multiple,
+        runs_multiple=plan.pp if config.parallel.vpp > 1 else 1,
+        field=field,
+    )
+    logger.info("%s: %d samples in %d packs", field, packs.num_samples, packs.num_packs)
+    return packs
+
+
 def _validation(
-    config: RunConfig, arch: InternVLArchitecture, sharder: BatchSharder, monitors: Monitors
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, monitors: Monitors
 ) -> Validation:
-    """Held-out packs of this rank, and a runner that keeps their groups apart."""
-    plan, ranks = sharder.context.plan, sharder.context.ranks
-    packs = None
-    if config.data.validation:
-        packs = ValidationPacks(
-            config,
-            arch,
-            hf_folder_of(config),
-            dp_rank=ranks.dp_rank,
-            dp=plan.dp,
-            tile_share=TileShare(
-                rank=ranks.tile_rank, num_ranks=plan.tile_ranks, holds_vision=ranks.is_first_stage
-            ),
-            pad_to_multiple=plan.pad_to_multiple,
-            runs_multiple=plan.pp if config.parallel.vpp > 1 else 1,
-        )
-        logger.info("%d held-out samples in %d packs", packs.num_samples, packs.num_packs)
+    """Held-out packs, and a runner that keeps their groups apart."""
+    packs = _held_out_packs(config.data.validation, "data.validation", config, arch, context)
     names = tuple(f"{group.source} {group.length_name}" for group in packs.groups) if packs else ()
+    shard, device = _sharder(config, context).shard, context.ranks.device
     return Validation(
         packs=packs,
         every=config.runtime.validate_every,
         last_step=config.optim.steps,
-        runner=MicroBatchRunner(shard=sharder.shard, device=ranks.device, source_names=names),
-        ranks=ranks,
-        pp=plan.pp,
+        runner=MicroBatchRunner(shard=shard, device=device, source_names=names),
+        ranks=context.ranks,
+        pp=context.plan.pp,
+        on_progress=monitors.keep_alive,
+    )
+
+
+def _retrieval(
+    config: RunConfig, arch: InternVLArchitecture, context: ParallelContext, monitors: Monitors
+) -> Retrieval:
+    return Retrieval(
+        packs=_held_out_packs(config.data.retrieval, "data.retrieval", config, arch, context),
+        every=config.runtime.evaluate_every,
+        last_step=config.optim.steps,
+        shard=_sharder(config, context).shard,
+        ranks=context.ranks,
+        pp=context.plan.pp,
         on_progress=monitors.keep_alive,
     )
 
@@ -417,7 +446,6 @@ def _monitors(
     state: RunState,
     interruption: Interruption,
     rank_monitor: RankMonitor,
-    *,
     ranks: Ranks,
 ) -> Monitors:
     """What observes the steps; the watchdog observes the writing of traces, too."""

@@ -18,7 +18,8 @@ import torch
 from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
 from megatron_v2pe.assembly.optimizer import Trainer
 from megatron_v2pe.assembly.router_counts import take_router_totals
-from megatron_v2pe.assembly.schedule import run_schedule
+from megatron_v2pe.assembly.schedule import StageRows, run_schedule
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.by_source import SourceTotals, weights_and_tokens
@@ -84,7 +85,10 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
-    outputs = run_schedule(trainer.wrapped, runner.forward_step, batches)
+    stages = None
+    if runner.rows is not None:
+        stages = StageRows(rows=[runner.rows(batch) for batch in batches], groups=ranks.groups)
+    outputs = run_schedule(trainer.wrapped, runner.forward_step, batches, stages=stages)
     loss, totals = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
     part_norms = grad_norms(trainer.optimizer, trainer.model_chunks, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
@@ -136,14 +140,16 @@ def _mean_losses(
             if num_sources:
                 source_loss_sums += output["source_loss_sums"]
         if num_sources and ranks.cp_rank == 0:
-            whole = torch.from_numpy(weights_and_tokens(batches, num_sources=num_sources))
-            source_weights, source_tokens = whole.to(runner.device)
+            (whole,) = to_device([weights_and_tokens(batches, num_sources=num_sources)], runner.device)
+            source_weights, source_tokens = whole
     sums = sum_by_name(
         {
             "loss": loss_sum,
             "source_losses": source_loss_sums,
             "source_weights": source_weights,
             "source_tokens": source_tokens,
+            # Summed over the world already; it comes to the host with the others.
+            "weight": runner.weight_sum * (ranks.rank == 0),
         },
         device=runner.device,
     )
@@ -152,4 +158,4 @@ def _mean_losses(
         weights=tuple(sums["source_weights"].tolist()),
         tokens=tuple(map(int, sums["source_tokens"].tolist())),
     )
-    return float(sums["loss"] / runner.weight_sum.cpu()), totals
+    return float(sums["loss"] / sums["weight"]), totals

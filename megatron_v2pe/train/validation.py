@@ -72,8 +72,10 @@ class Validation:
         groups = self.packs.groups
         return {
             "validation_loss": _mean(sums, weights),
-            "validation_loss_by_source": _means(groups, sums, weights, lambda group: group.source),
-            "validation_loss_by_length": _means(groups, sums, weights, lambda group: group.length_name),
+            "validation_loss_by_source": means_of_groups(groups, sums, weights, lambda group: group.source),
+            "validation_loss_by_length": means_of_groups(
+                groups, sums, weights, lambda group: group.length_name
+            ),
             "validation_s": time.perf_counter() - started,
         }
 
@@ -85,9 +87,8 @@ class Validation:
         count = len(packs.groups)
         losses = torch.zeros(count, dtype=torch.float64, device=self.runner.device)
         weights = torch.zeros(count, dtype=torch.float64, device=self.runner.device)
-        at_once = -(-_AT_ONCE // self.pp) * self.pp
         own = iter(packs)
-        while batches := list(islice(own, at_once)):
+        while batches := list(islice(own, packs_at_once(self.pp))):
             self._add(batches, model_chunks, losses, weights)
             self.on_progress(step + 1)
         sums = sum_by_name({"losses": losses, "weights": weights}, device=self.runner.device)
@@ -100,7 +101,7 @@ class Validation:
         losses: torch.Tensor,
         weights: torch.Tensor,
     ) -> None:
-        self._refuse_damaged(batches)
+        refuse_damaged(batches, ranks=self.ranks, name="data.validation")
         outputs = run_schedule(model_chunks, self.runner.forward_step, batches, forward_only=True)
         if not self.ranks.is_last_stage or self.ranks.tp_rank != 0:
             return  # tp ranks of the last stage have the same losses, so one of them adds its own
@@ -110,15 +111,28 @@ class Validation:
             whole = torch.from_numpy(weights_and_tokens(batches, num_sources=len(weights))[0])
             weights += whole.to(weights.device)
 
-    def _refuse_damaged(self, batches: Sequence[PackedBatch]) -> None:
-        """A held-out loss must not change with the state of a disk: one unreadable image ends the run, on all ranks."""
-        own = [message for batch in batches for _, message in batch.damaged]
-        found = gather_by_name({"damaged": float(len(own))}, ranks=self.ranks)["damaged"]
-        if any(found):
-            rank = next(rank for rank, count in enumerate(found) if count)
-            raise DataError(
-                f"data.validation: {own[0]}" if own else f"data.validation: rank {rank} cannot read a sample"
-            )
+
+def packs_at_once(pp: int) -> int:
+    """Packs of one call of the schedule: a multiple of the pipeline's length."""
+    return -(-_AT_ONCE // pp) * pp
+
+
+def refuse_damaged(batches: Sequence[PackedBatch], *, ranks: Ranks, name: str) -> None:
+    """End the run where a rank cannot read a sample: the number must not change with the state of a disk. Collective.
+
+    Args:
+        batches: of this rank.
+        ranks: its place.
+        name: field of the configuration that names the data.
+
+    Raises:
+        DataError: on all ranks; those that met it say what it is.
+    """
+    own = [message for batch in batches for _, message in batch.damaged]
+    found = gather_by_name({"damaged": float(len(own))}, ranks=ranks)["damaged"]
+    if any(found):
+        rank = next(rank for rank, count in enumerate(found) if count)
+        raise DataError(f"{name}: {own[0]}" if own else f"{name}: rank {rank} cannot read a sample")
 
 
 def _mean(sums: Sequence[float], weights: Sequence[float]) -> float | None:
@@ -127,13 +141,13 @@ def _mean(sums: Sequence[float], weights: Sequence[float]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _means(
+def means_of_groups(
     groups: Sequence[Group],
     sums: Sequence[float],
     weights: Sequence[float],
     name_of: Callable[[Group], str],
 ) -> dict[str, float | None]:
-    """Weighted mean of the groups of each name."""
+    """Weighted mean of the groups of each name, from sums of weight * value and of weight."""
     names = list(dict.fromkeys(name_of(group) for group in groups))
     found: dict[str, float | None] = {}
     for name in names:

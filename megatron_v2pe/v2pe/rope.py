@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -85,7 +86,9 @@ def _llama3_ramp(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
-def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> Tensor:
+def rope_angles(
+    position_units: Tensor, spec: RopeSpec, *, rope_length: int, has_fractions: bool | None = None
+) -> Tensor:
     """Angles of each token, float32 [t, d/2].
 
     Args:
@@ -93,6 +96,7 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
         spec: rotary embedding of the checkpoint.
         rope_length: largest position of the whole pack plus one, by which dynamic NTK and longrope choose; the
             same on every shard.
+        has_fractions: some position is not whole, where the caller knows; None looks, for which a GPU's host waits.
 
     Raises:
         ValueError: fractional positions for a module without V2PE, or a wrong dtype.
@@ -101,7 +105,9 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
         raise ValueError(
             f"positions are int64 counts of 1/{spec.tokens_per_tile}, got {position_units.dtype}"
         )
-    if not spec.fractional and bool((position_units % spec.tokens_per_tile).any()):
+    if not spec.fractional and has_fractions is None:
+        has_fractions = bool((position_units % spec.tokens_per_tile).any())
+    if has_fractions and not spec.fractional:
         raise ValueError(
             "fractional positions reached a rotary module without V2PE; set position.mode to v2pe_fixed or "
             "v2pe_random, or use the default stride"
@@ -109,12 +115,25 @@ def rope_angles(position_units: Tensor, spec: RopeSpec, *, rope_length: int) -> 
     linear = spec.scaling.factor if spec.scaling.kind == "linear" else 1.0
     if spec.precision == "reference":
         positions = (position_units.double() / spec.tokens_per_tile).float()
-        frequencies = inverse_frequencies(spec, rope_length, dtype=torch.float32).to(positions.device)
+        frequencies = _frequencies_on(positions.device, spec, rope_length, torch.float32)
         return torch.outer(positions / linear, frequencies)
-    frequencies = inverse_frequencies(spec, rope_length).to(position_units.device)
+    frequencies = _frequencies_on(position_units.device, spec, rope_length, torch.float64)
     frequencies = frequencies / (linear * spec.tokens_per_tile)
     angles = torch.outer(position_units.double(), frequencies)
     return torch.remainder(angles, 2.0 * math.pi).float()
+
+
+def _frequencies_on(device: torch.device, spec: RopeSpec, rope_length: int, dtype: torch.dtype) -> Tensor:
+    """`inverse_frequencies` on a device; a GPU's are kept, because the host waits for a copy of them."""
+    if device.type != "cuda":
+        return inverse_frequencies(spec, rope_length, dtype=dtype).to(device)
+    is_by_length = spec.scaling.kind in ("dynamic", "longrope")
+    return _kept_frequencies(device, spec, rope_length if is_by_length else 0, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_frequencies(device: torch.device, spec: RopeSpec, rope_length: int, dtype: torch.dtype) -> Tensor:
+    return inverse_frequencies(spec, rope_length, dtype=dtype).to(device)
 
 
 def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tables: bool = False) -> Tensor:

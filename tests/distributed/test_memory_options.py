@@ -7,7 +7,6 @@ so only sums over slices, MLP chunks and loss chunks are in another order: 2e-5 
 
 import collections
 import dataclasses
-import functools
 import weakref
 
 import numpy as np
@@ -51,6 +50,8 @@ VARIANTS = {
     "full, offloaded": dict(model=ModelConfig(recompute="full")),
     "selective, MLP chunks": dict(model=ModelConfig(recompute="selective", mlp_chunks=3)),
     "full, MLP chunks": dict(model=ModelConfig(recompute="full", mlp_chunks=3)),
+    "fused SwiGLU": dict(model=ModelConfig(swiglu="fused")),
+    "tile multiple": dict(vision=VisionConfig(tile_multiple=4)),
     "loss chunks": dict(model=ModelConfig(loss_chunk_tokens=5)),
     "vision selective": dict(vision=VisionConfig(recompute="selective")),
     "vision full": dict(vision=VisionConfig(recompute="full")),
@@ -180,8 +181,8 @@ def keep_slices(model):
 
 def offload(model):
     """What `model.offload_activations` does on a GPU, from host memory to host memory."""
-    elsewhere = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
-    model.language.memory = dataclasses.replace(model.language.memory, saved_tensors=elsewhere)
+    elsewhere = torch.autograd.graph.save_on_cpu(pin_memory=True)
+    model.language.memory = dataclasses.replace(model.language.memory, offload=elsewhere)
 
 
 PATCHES = {"drop path, slices kept": keep_slices, "full, offloaded": offload}

@@ -9,6 +9,7 @@ from megatron_v2pe.cli.main import main
 from tests.support import tiny
 
 KEYS = ("validation_loss", "validation_loss_by_source", "validation_loss_by_length")
+ASKED = ("retrieval_accuracy", "retrieval_accuracy_by_source", "retrieval_accuracy_by_length")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,9 @@ def setup(tmp_path_factory):
     root = tmp_path_factory.mktemp("validation")
     config = tiny.prepared(root, run="single")
     held_out = tiny.make_data(root / "held_out", num_samples=9, seed=5, num_sets=2)
+    asked = tiny.make_data(root / "asked", num_samples=7, seed=0)
     given = [f"data.validation={held_out}", "runtime.validate_every=2"]
+    given += [f"data.retrieval={asked}", "runtime.evaluate_every=4"]
     tiny.train(config, given)
     return root, config, held_out, given
 
@@ -36,6 +39,15 @@ def test_it_is_due_every_so_many_steps_and_at_the_end(setup):
     assert list(lines[5]["validation_loss_by_length"]) == ["up_to_1024"]
     assert lines[5]["validation_loss_by_length"]["up_to_1024"] == pytest.approx(lines[5]["validation_loss"])
     assert lines[5]["validation_loss"] < lines[2]["validation_loss"]
+
+
+def test_questions_are_asked_every_so_many_steps_and_at_the_end(setup):
+    root, *_ = setup
+    lines = {line["step"]: line for line in tiny.metrics(root / "single") if ASKED[0] in line}
+    assert list(lines) == [4, 5]
+    assert 0 <= lines[5]["retrieval_accuracy"] <= 1
+    assert list(lines[5]["retrieval_accuracy_by_source"]) == ["tiny"]
+    assert list(lines[5]["retrieval_accuracy_by_length"]) == ["up_to_1024"]
 
 
 def test_training_does_not_notice(setup, tmp_path):
@@ -61,7 +73,7 @@ def test_the_loss_is_that_of_a_step_on_the_same_samples(setup, tmp_path):
 # The pipeline with virtual stages and the odd packs of dp are the ones that could differ most.
 LAYOUTS = [
     pytest.param(["parallel.cp=2"], id="cp2", marks=pytest.mark.slow),
-    pytest.param(["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2sp"),
+    pytest.param(["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2sp", marks=pytest.mark.slow),
     pytest.param(["parallel.pp=2"], id="pp2", marks=pytest.mark.slow),
     pytest.param(["parallel.pp=2", "parallel.vpp=2", "parallel.pipeline_layout=E|t|t|L"], id="vpp2"),
     pytest.param([], id="dp2"),
@@ -82,6 +94,59 @@ def test_every_layout_has_the_same_losses(setup, overrides, tmp_path):
             np.testing.assert_allclose(list(found[step][key].values()), list(line[key].values()), rtol=1e-5)
 
 
+LEARNT = ["optim.lr=1e-2", "optim.steps=40", "optim.global_batch_size=1", "data.loss_reduction=token"]
+
+
+@pytest.fixture(scope="module")
+def learnt(setup):
+    """One text question, learnt by heart, and another one, never seen."""
+    root, config, *_ = setup
+    folder = root / "learnt"
+    folder.mkdir()
+    entries = {}
+    for name, text in (("known", "a small red square"), ("unknown", "the page has a number on it")):
+        turns = [{"from": "human", "value": f"What is {name}?"}, {"from": "gpt", "value": text}]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"id": n, "conversations": turns}) + "\n" for n in range(3)))
+        entries[name] = {"annotation": str(path), "root": str(folder), "repeat_time": 1}
+        entries[name] |= {"length": 3, "data_augment": False}
+    (folder / "train.json").write_text(json.dumps({"known": entries["known"]}))
+    (folder / "asked.json").write_text(json.dumps(entries))
+    given = [f"data.meta={folder / 'train.json'}", f"data.retrieval={folder / 'asked.json'}"]
+    return config, [*given, "runtime.evaluate_every=40", "data.max_pack_tokens=128", *LEARNT]
+
+
+def accuracies(config, given, run_dir, **ranks):
+    tiny.train(config, [*given, f"runtime.run_dir={run_dir}", "data.max_sample_tokens=128"], **ranks)
+    return tiny.metrics(run_dir)[-1]["retrieval_accuracy_by_source"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(
+            ["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2sp", marks=pytest.mark.slow
+        ),
+        pytest.param(["parallel.cp=2"], id="cp2", marks=pytest.mark.slow),
+        pytest.param(
+            ["parallel.pp=2", "parallel.vpp=2", "parallel.pipeline_layout=E|t|t|L"],
+            id="vpp2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_was_learnt_by_heart_is_right_on_every_layout(learnt, overrides, tmp_path):
+    config, given = learnt
+    wanted = {"known": 1.0, "unknown": 0.0}
+    assert accuracies(config, [*given, *overrides], tmp_path / "two", ranks=2) == wanted
+
+
+def test_what_was_learnt_by_heart_is_right(learnt, tmp_path):
+    config, given = learnt
+    assert accuracies(config, given, tmp_path / "one") == {"known": 1.0, "unknown": 0.0}
+
+
 def test_runs_shows_it(setup, capsys):
     root, *_ = setup
     assert main(["runs", str(root / "single")]) == 0
@@ -89,6 +154,7 @@ def test_runs_shows_it(setup, capsys):
     assert "held-out loss" in out
     assert "in 3 validations" in out
     assert "held-out, tiny/1" in out
+    assert "in 2 evaluations, best" in out
 
 
 def test_an_unreadable_image_of_held_out_data_is_named(setup, tmp_path, capsys):

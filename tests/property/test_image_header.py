@@ -18,6 +18,7 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media import image as image_module
 from megatron_v2pe.data.media.image import check_image
 from megatron_v2pe.data.media.image_header import HEADER_BYTES, LONG_HEADER_BYTES, plain_header
+from megatron_v2pe.data.media.traits import orientation_of, traits_of
 
 LIMIT = 10**6
 
@@ -83,12 +84,12 @@ ODD = {
 
 
 def by_pillow(content):
-    """What Pillow says: format and size, or None. The bound on pixels is ours and another question."""
+    """What Pillow says: format, size and traits, or None. The bound on pixels is ours and another question."""
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
             with Image.open(io.BytesIO(content)) as image:
-                return image.format, image.size
+                return image.format, image.size, traits_of(image, orientation_of(image))
     except Exception:  # whatever it raises, it does not accept the file
         return None
 

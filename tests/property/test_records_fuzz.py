@@ -64,11 +64,10 @@ def test_any_record(values):
         assert not any("\ud83d" in turn.value for turn in record.turns)  # no tokenizer accepts it
         paths = [medium.path for medium in record.media]
         assert all(path.startswith("images") and ".." not in path.split("/") for path in paths)
-        if len(pictures) < len(record.media):
-            (video,) = record.media
-            shown = write_images(record, [(64, 48)] * 3)
-            assert sum(turn.value.count("<image>") for turn in shown.turns) == 3
-            assert not video.clip or 0 <= video.clip[0] < video.clip[1]
+        videos = [medium for medium in record.media if not isinstance(medium, ImageFile)]
+        shown = write_images(record, [[(64, 48)] * (medium.num_images or 3) for medium in record.media])
+        assert sum(turn.value.count("<image>") for turn in shown.turns) == len(pictures) + 3 * len(videos)
+        assert all(not video.clip or 0 <= video.clip[0] < video.clip[1] for video in videos)
 
 
 @given(data=st.data())

@@ -37,8 +37,8 @@ def inject(kind: str, rank: int, steps: set[int]) -> None:
             time.sleep(NAP_SECONDS)
         return apply(trainer, runner, batches, ranks=ranks, **kwargs)
 
-    def run_schedule(wrapped, *args):
-        outputs = schedule(wrapped, *args)
+    def run_schedule(wrapped, *args, **kwargs):
+        outputs = schedule(wrapped, *args, **kwargs)
         if kind == "gradient" and launcher().rank == rank and count in steps:
             for parameter in wrapped[0].module.language.parameters():
                 parameter.main_grad.fill_(float("inf"))  # this rank's shard is somewhere in them

@@ -158,7 +158,7 @@ def two_steps(layout, case, context):
     trainer = wrap_for_training(model_chunks, config)
     norm = PixelNorm((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     sharder = BatchSharder(context=context, dtype=torch.float32, norm=norm)
-    runner = MicroBatchRunner(shard=sharder.shard, device=ranks.device)
+    runner = MicroBatchRunner(shard=sharder.shard, device=ranks.device, rows=sharder.rows)
     attach(runner, trainer.wrapped)
     outcome = Outcome([], [], [], [])
     prepare, norms_of_mcore = trainer.optimizer.prepare_grads, []

@@ -276,3 +276,17 @@ def run(model, context, dtype):
     total, _ = model(local)
     total.backward()
     return float(total.detach())
+
+
+def train_without_a_gpu(rank, world_size, folder, config, overrides):
+    """Module of the Adam that mcore chose, and of the one it used in a run; Transformer Engine sees no device."""
+    engine._give_a_device = lambda torch: None
+    engine.start(folder, kernels.references())
+    import megatron.core.optimizer as optimizer
+
+    from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.train.loop import train
+
+    chosen = optimizer.Adam.__module__
+    train(load_run_config(str(config), overrides))
+    return chosen, optimizer.Adam.__module__

@@ -75,6 +75,8 @@ def _index(name: str, repeat: float, lengths: Any, tiles: Any) -> DatasetIndex:
         num_supervised=np.ones(count, dtype=np.int64),
         num_tiles=tiles,
         first_image=np.zeros(count + 1, dtype=np.int64),
+        first_medium=np.zeros(count + 1, dtype=np.int64),
+        media_images=np.zeros(0, dtype=np.int32),
         sizes=np.zeros((0, 2), dtype=np.int32),
         units=np.zeros((count, 2), dtype=np.int32),
         num_cut=0,

@@ -39,6 +39,10 @@ class HostCopy:
         """Size of the block so far."""
         return self._block.numel()
 
+    def block_bytes(self, num_bytes: int) -> int:
+        """Host memory of a block for `num_bytes`: torch rounds pinned blocks up to a power of two."""
+        return 1 << max(num_bytes - 1, 0).bit_length() if self._is_pinned and num_bytes else num_bytes
+
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies of the tensors, contiguous, in host memory; earlier copies are overwritten."""
         starts, end = [], 0

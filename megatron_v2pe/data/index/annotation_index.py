@@ -25,12 +25,13 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.cache import IndexCache, locked
 from megatron_v2pe.data.index.rows import BadSample, IndexRows
 from megatron_v2pe.data.media.cut import Size
+from megatron_v2pe.data.samples.notes import Notice, count_notes
 from megatron_v2pe.data.samples.settings import SampleSettings, dataset_tiling
 from megatron_v2pe.data.samples.split import Units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.v2pe.layout import Int64Array
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,9 +49,12 @@ class DatasetIndex:
         num_tiles: int64 [n], tiles of all images.
         first_image: int64 [n+1], where the images of each sample start in `sizes`.
         sizes: int [I, 2], width and height.
+        first_medium: int64 [n+1], where the media of each sample start in `media_images`.
+        media_images: int [M], images of each medium of the samples with videos.
         units: int [n, 2], which part of the line each sample is, see `split`.
         num_cut: samples whose text was cut.
         bad: lines that cannot be used.
+        notices: what was read otherwise than it is written, or not at all, and what images lose.
     """
 
     entry: DatasetEntry
@@ -63,9 +67,12 @@ class DatasetIndex:
     num_tiles: Int64Array
     first_image: Int64Array
     sizes: NDArray
+    first_medium: Int64Array
+    media_images: NDArray
     units: NDArray
     num_cut: int
     bad: tuple[BadSample, ...]
+    notices: tuple[Notice, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -79,6 +86,13 @@ class DatasetIndex:
         """(width, height) of each image of a sample."""
         rows = self.sizes[self.first_image[row] : self.first_image[row + 1]]
         return [(int(width), int(height)) for width, height in rows]
+
+    def media_sizes(self, row: int) -> tuple[tuple[Size, ...], ...]:
+        """(width, height) of each image of each medium of a sample."""
+        sizes = self.image_sizes(row)
+        counts = self.media_images[self.first_medium[row] : self.first_medium[row + 1]].tolist()
+        ends = np.cumsum(counts or [1] * len(sizes)).tolist()
+        return tuple(tuple(sizes[low:high]) for low, high in zip([0, *ends], ends, strict=False))
 
     def sample_units(self, row: int) -> Units:
         """Which part of its line a sample is."""
@@ -146,6 +160,8 @@ def describe_settings(entry: DatasetEntry, settings: SampleSettings) -> dict[str
         **{f"tiling.{name}": value for name, value in tiling.items()},
         **{f"video.{name}": value for name, value in dataclasses.asdict(settings.media.video).items()},
         "max_image_pixels": settings.media.max_pixels,
+        "exif": settings.media.exif,
+        "control_tokens": settings.text.control_tokens,
         "tokenizer": settings.text.tokenizer.fingerprint,
         "template": f"{settings.text.template.name} {hashlib.sha256(template.encode()).hexdigest()[:8]}",
         "tokens_per_tile": settings.text.tokens_per_tile,
@@ -160,12 +176,23 @@ def _to_index(
     rows: IndexRows, *, entry: DatasetEntry, content: str, facts: Mapping[str, Any]
 ) -> DatasetIndex:
     arrays = rows.arrays
-    names = ("offsets", "line_numbers", "num_tokens", "num_supervised", "num_tiles", "sizes", "units")
+    names = (
+        "offsets",
+        "line_numbers",
+        "num_tokens",
+        "num_supervised",
+        "num_tiles",
+        "sizes",
+        "units",
+        "media_images",
+    )
     return DatasetIndex(
         entry=entry,
         content=content,
         settings=facts,
         first_image=np.concatenate([[0], np.cumsum(arrays["num_images"], dtype=np.int64)]),
+        first_medium=np.concatenate([[0], np.cumsum(arrays["num_media"], dtype=np.int64)]),
+        notices=count_notes(arrays["notes"], arrays["line_numbers"], rows.note_sets),
         num_cut=int((arrays["num_uncut_tokens"] > arrays["num_tokens"]).sum()),
         bad=rows.bad,
         **{name: arrays[name] for name in names},

@@ -30,6 +30,7 @@ from megatron_v2pe.data.sources.storage import open_binary
 logger = logging.getLogger(__name__)
 _TURN_S = 2.0  # longest turn of a worker
 _LOG_EVERY_S = 10.0
+_MOST_MESSAGE = 800  # characters
 Progress = Callable[[int, int], None]
 
 
@@ -77,11 +78,16 @@ def measure_into(
             BadSample(
                 sample_id=f"{entry.name}:{number}",
                 line_number=number,
-                message=message if message.startswith(where) else f"{where}: {message}",
+                message=_of_a_line(message if message.startswith(where) else f"{where}: {message}"),
                 kind="long" if isinstance(error, LongSampleError) else "broken",
                 offset=offset,
             )
         )
+
+
+def _of_a_line(message: str) -> str:
+    """A message that a terminal shows on a few lines, whatever a record made of it."""
+    return message if len(message) <= _MOST_MESSAGE else f"{message[:_MOST_MESSAGE]}..."
 
 
 def build_rows(

@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_v2pe.data.index.rows import (
     sorted_rows,
     write_rows,
 )
-from megatron_v2pe.data.index.scan import FileScan, byte_range, scan_file
+from megatron_v2pe.data.index.scan import FileScan, byte_range, check_kind, scan_file
 from megatron_v2pe.data.samples.measure import LineMeasurer
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -69,6 +70,7 @@ class IndexCache:
         known = self._known()
         if known is not None and known[1]["stat"] == stat:
             return self._retried(*known, stat)
+        check_kind(self._entry.annotation)
         scan = scan_file(self._entry.annotation, prefix=known[1]["size"] if known else 0)
         if known is not None and scan.digest == known[1]["content"]:
             rows, content = self._retried(*known, stat)
@@ -155,7 +157,7 @@ class IndexCache:
         logger.info(
             "%s: %d bad lines are good now", self._entry.annotation, len(rows.bad) - len(collected.bad)
         )
-        good = IndexRows(arrays=collected.rows().arrays, bad=())
+        good = replace(collected.rows(), bad=())
         kept = rows.without_bad({bad.offset for bad in rows.bad} - still_bad)
         return self._stored(sorted_rows(concatenate([kept, good])), {**facts, "stat": stat}), facts["content"]
 

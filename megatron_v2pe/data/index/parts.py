@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -77,18 +78,14 @@ def _ranges_of(
     rows: IndexRows, ranges: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[IndexRows, ByteRange]]:
     """Rows of a part, range by range."""
-    row = image = bad = 0
+    starts: dict[str, int] = {}
+    bad = 0
     for (start, end, first_line, num_lines), (num_rows, num_bad) in zip(ranges, counts, strict=True):
-        images = int(rows.arrays["num_images"][row : row + num_rows].sum())
-        arrays = {
-            name: values[image : image + images] if name == "sizes" else values[row : row + num_rows]
-            for name, values in rows.arrays.items()
-        }
         yield (
-            IndexRows(arrays=arrays, bad=rows.bad[bad : bad + num_bad]),
+            replace(rows.slice(starts, num_rows), bad=rows.bad[bad : bad + num_bad]),
             ByteRange(start=start, end=end, first_line=first_line, num_lines=num_lines),
         )
-        row, image, bad = row + num_rows, image + images, bad + num_bad
+        bad += num_bad
 
 
 def remaining(blocks: Sequence[ByteRange], done: Sequence[ByteRange]) -> list[ByteRange]:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from megatron_v2pe.core.files import commit_folder, write_atomic
 from megatron_v2pe.data.samples.measure import MeasuredSample
 
 _FACTS = "facts.json"
+_MOST_NOTE_SETS = 2000
 _NPY_HEADER_BYTES = 128  # of an array without elements, which cannot be mapped
 _TYPES = {
     "offsets": np.int64,
@@ -31,9 +32,14 @@ _TYPES = {
     "num_supervised": np.int64,
     "num_tiles": np.int64,
     "num_images": np.int32,
+    "num_media": np.int32,
+    "notes": np.int32,
     "units": np.int32,
     "sizes": np.int32,
+    "media_images": np.int32,
 }
+# Arrays of all samples' images or media, one after the other, and the array that counts them by sample.
+_FLAT = {"sizes": "num_images", "media_images": "num_media"}
 _WIDTHS = {"units": 2, "sizes": 2}
 
 
@@ -61,12 +67,15 @@ class IndexRows:
     """n samples with I images in all, in the order of the file.
 
     Attributes:
-        arrays: by the names of `_TYPES`; [n], `units` [n, 2], `sizes` [I, 2].
+        arrays: by the names of `_TYPES`; [n], `units` [n, 2], `sizes` [I, 2], and `media_images`, images of each medium
+            of the samples with videos (`num_media` is 0 for the others, each of whose media is one image).
         bad: lines that cannot be used, in the order of the file.
+        note_sets: what array `notes` counts: the notes of a sample; of a long one's parts only the first has them.
     """
 
     arrays: Mapping[str, NDArray]
     bad: tuple[BadSample, ...]
+    note_sets: tuple[tuple[str, ...], ...] = ((),)
 
     def __len__(self) -> int:
         return len(self.arrays["offsets"])
@@ -74,17 +83,30 @@ class IndexRows:
     def before(self, offset: int) -> IndexRows:
         """The rows of lines that begin before a byte offset."""
         count = int(np.searchsorted(self.arrays["offsets"], offset))
-        images = int(self.arrays["num_images"][:count].sum())
-        return IndexRows(
-            arrays={
-                name: values[: images if name == "sizes" else count] for name, values in self.arrays.items()
-            },
-            bad=tuple(bad for bad in self.bad if bad.offset < offset),
-        )
+        bad = tuple(bad for bad in self.bad if bad.offset < offset)
+        return replace(self.slice({}, count), bad=bad)
+
+    def slice(self, starts: dict[str, int], count: int) -> IndexRows:
+        """The next `count` rows of an iteration from the first row on, with none of the bad lines.
+
+        Args:
+            starts: where the iteration is in each array; empty at its beginning, moved on here.
+            count: rows.
+        """
+        first = starts.get("offsets", 0)
+        counts = dict.fromkeys(_TYPES, count)
+        for name, counter in _FLAT.items():
+            counts[name] = int(self.arrays[counter][first : first + count].sum())
+        arrays = {}
+        for name, values in self.arrays.items():
+            start = starts.get(name, 0)
+            arrays[name] = values[start : start + counts[name]]
+            starts[name] = start + counts[name]
+        return IndexRows(arrays=arrays, bad=(), note_sets=self.note_sets)
 
     def without_bad(self, offsets: set[int]) -> IndexRows:
         """The same rows, with some of the bad lines removed from the list."""
-        return IndexRows(arrays=self.arrays, bad=tuple(bad for bad in self.bad if bad.offset not in offsets))
+        return replace(self, bad=tuple(bad for bad in self.bad if bad.offset not in offsets))
 
 
 class RowCollector:
@@ -104,15 +126,37 @@ class RowCollector:
         columns: dict[str, list[Any]] = {
             "offsets": [offset for offset, _, _ in self._rows],
             "line_numbers": [number for _, number, _ in self._rows],
-            "num_images": [len(each.sizes) for each in measured],
+            "num_images": [sum(map(len, each.sizes)) for each in measured],
             "units": [sample.units for _, _, sample in self._rows],
-            "sizes": [size for each in measured for size in each.sizes],
+            "sizes": [size for each in measured for own in each.sizes for size in own],
         }
+        media = [_listed_counts(each.sizes) for each in measured]
+        columns["num_media"] = [len(counts) for counts in media]
+        columns["media_images"] = [count for counts in media for count in counts]
+        note_sets: dict[tuple[str, ...], int] = {(): 0}
+        columns["notes"] = [_note_set(note_sets, each.notes) for each in measured]
         for name in ("num_tokens", "num_uncut_tokens", "num_supervised", "num_tiles"):
             columns[name] = [getattr(each, name) for each in measured]
         return IndexRows(
-            arrays={name: _array(name, values) for name, values in columns.items()}, bad=tuple(self.bad)
+            arrays={name: _array(name, values) for name, values in columns.items()},
+            bad=tuple(self.bad),
+            note_sets=tuple(note_sets),
         )
+
+
+def _listed_counts(sizes: Sequence[Sequence[Any]]) -> list[int]:
+    """Images of each medium; none where each is one image."""
+    counts = [len(own) for own in sizes]
+    return [] if all(count == 1 for count in counts) else counts
+
+
+def _note_set(note_sets: dict[tuple[str, ...], int], notes: tuple[str, ...]) -> int:
+    """Number of a set of notes; a file with a key of its own in each record does not make thousands of them."""
+    if notes not in note_sets and len(note_sets) >= _MOST_NOTE_SETS:
+        notes = (*(note for note in notes if not note.startswith("unread:")), "unread:(others)")
+        if notes not in note_sets and len(note_sets) >= 2 * _MOST_NOTE_SETS:
+            notes = ("unread:(others)",)
+    return note_sets.setdefault(notes, len(note_sets))
 
 
 def _array(name: str, values: Sequence[Any]) -> NDArray:
@@ -128,22 +172,28 @@ def no_rows() -> IndexRows:
 def concatenate(ranges: Sequence[IndexRows]) -> IndexRows:
     """Rows of consecutive byte ranges as one."""
     ranges = [no_rows(), *ranges]
-    return IndexRows(
-        arrays={name: np.concatenate([rows.arrays[name] for rows in ranges]) for name in _TYPES},
-        bad=tuple(bad for rows in ranges for bad in rows.bad),
-    )
+    arrays = {name: np.concatenate([rows.arrays[name] for rows in ranges]) for name in _TYPES}
+    note_sets: dict[tuple[str, ...], int] = {(): 0}
+    numbers = []
+    for rows in ranges:
+        known = np.array([_note_set(note_sets, notes) for notes in rows.note_sets], dtype=_TYPES["notes"])
+        numbers.append(known[rows.arrays["notes"]])
+    arrays["notes"] = np.concatenate(numbers)
+    bad = tuple(bad for rows in ranges for bad in rows.bad)
+    return IndexRows(arrays=arrays, bad=bad, note_sets=tuple(note_sets))
 
 
 def sorted_rows(rows: IndexRows) -> IndexRows:
     """The same rows in the order of the file; parts of a sample stay in order."""
     order = np.argsort(rows.arrays["offsets"], kind="stable")
-    counts = rows.arrays["num_images"].astype(np.int64)
-    firsts = np.cumsum(counts) - counts
-    images = [np.arange(firsts[row], firsts[row] + counts[row]) for row in order.tolist() if counts[row]]
-    arrays = {name: values[order] for name, values in rows.arrays.items() if name != "sizes"}
-    sizes = rows.arrays["sizes"]
-    arrays["sizes"] = sizes[np.concatenate(images)] if images else sizes[:0]
-    return IndexRows(arrays=arrays, bad=tuple(sorted(rows.bad, key=lambda bad: bad.offset)))
+    arrays = {name: values[order] for name, values in rows.arrays.items() if name not in _FLAT}
+    for name, counter in _FLAT.items():
+        counts = rows.arrays[counter].astype(np.int64)
+        firsts = np.cumsum(counts) - counts
+        places = [np.arange(firsts[row], firsts[row] + counts[row]) for row in order.tolist() if counts[row]]
+        values = rows.arrays[name]
+        arrays[name] = values[np.concatenate(places)] if places else values[:0]
+    return replace(rows, arrays=arrays, bad=tuple(sorted(rows.bad, key=lambda bad: bad.offset)))
 
 
 def write_rows(folder: Path, rows: IndexRows, facts: Mapping[str, Any]) -> None:
@@ -160,7 +210,8 @@ def write_rows(folder: Path, rows: IndexRows, facts: Mapping[str, Any]) -> None:
     for name, values in rows.arrays.items():
         np.save(aside / f"{name}.npy", values)
     bad = [dataclasses.asdict(sample) for sample in rows.bad]
-    (aside / _FACTS).write_text(json.dumps({**facts, "bad": bad}), encoding="utf-8")
+    stored = {**facts, "bad": bad, "note_sets": rows.note_sets}
+    (aside / _FACTS).write_text(json.dumps(stored), encoding="utf-8")
     commit_folder(aside, folder)
 
 
@@ -186,7 +237,7 @@ def write_part(path: Path, rows: IndexRows, facts: Mapping[str, Any]) -> None:
         OSError: it cannot be written.
     """
     bad = [dataclasses.asdict(sample) for sample in rows.bad]
-    text = json.dumps({**facts, "bad": bad}).encode()
+    text = json.dumps({**facts, "bad": bad, "note_sets": rows.note_sets}).encode()
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"facts": np.frombuffer(text, dtype=np.uint8), **rows.arrays}
     np.savez(buffer, **arrays)
@@ -209,6 +260,11 @@ def _checked(arrays: Mapping[str, NDArray], facts: dict[str, Any], path: Path) -
     for name, kind in _TYPES.items():
         if arrays[name].dtype != kind:
             raise ValueError(f"{path}: {name} holds {arrays[name].dtype}, not {np.dtype(kind)}")
-    if len({len(values) for name, values in arrays.items() if name != "sizes"}) != 1:
+    if len({len(values) for name, values in arrays.items() if name not in _FLAT}) != 1:
         raise ValueError(f"{path}: arrays of different lengths")
-    return IndexRows(arrays=arrays, bad=tuple(BadSample(**sample) for sample in facts.pop("bad")))
+    note_sets = tuple(tuple(notes) for notes in facts.pop("note_sets"))
+    notes = arrays["notes"]
+    if len(notes) and not 0 <= int(notes.min()) <= int(notes.max()) < len(note_sets):
+        raise ValueError(f"{path}: notes that do not exist")
+    bad = tuple(BadSample(**sample) for sample in facts.pop("bad"))
+    return IndexRows(arrays=arrays, bad=bad, note_sets=note_sets)

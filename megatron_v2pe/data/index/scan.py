@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
 from megatron_v2pe.data.sources.storage import open_binary
 
 _BLOCK_BYTES = 2**20
@@ -50,6 +51,22 @@ class FileScan:
     blocks: tuple[ByteRange, ...]
     covered: int
     covered_lines: int
+
+
+def check_kind(path: str) -> None:
+    """Refuse a file that is something else than one json object a line, by its first bytes.
+
+    Raises:
+        DataError: it is, or it cannot be read.
+    """
+    try:
+        with open_binary(path) as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the annotation file cannot be read") from None
+    kind = annotation_kind(head) if head else ""
+    if kind:
+        raise DataError(f"{path}: is {kind}, not one json object a line; {CONVERT}")
 
 
 def scan_file(path: str, *, prefix: int = 0) -> FileScan:

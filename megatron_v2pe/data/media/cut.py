@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_v2pe.batch.packed_batch import split_rows, tile_shape
+from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.tiling import TileGrid, TilingRule, choose_grid
 
 UInt8Array = NDArray[np.uint8]
@@ -29,11 +30,13 @@ class CutRule:
         tiling: grid by size.
         pad_color: fill of the square that an image is padded to, if it is not tiled; None does not pad.
         augment: draws the JPEG quality of every tile; None does not re-encode.
+        max_pixels: largest square that an image is padded to, width x height.
     """
 
     tiling: TilingRule
     pad_color: Color | None = None
     augment: np.random.Generator | None = None
+    max_pixels: int = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,17 @@ def plan_tiles(sizes: Sequence[Size], rule: CutRule) -> tuple[ImageTiles, ...]:
     """How images of some sizes are cut.
 
     Qualities of the JPEG augmentation are drawn uniformly from 75..100 for every tile, as in the release.
+
+    Raises:
+        DataError: the square that an image is padded to is too large.
     """
     pad_color = None if rule.tiling.dynamic else rule.pad_color
+    largest = max((max(size) for size in sizes), default=0)
+    if pad_color is not None and largest**2 > rule.max_pixels:
+        raise DataError(
+            f"padded to a square (data.pad2square) it has {largest} x {largest} pixels, more than "
+            f"data.max_image_pixels = {rule.max_pixels}; scale the image down, or switch data.pad2square off"
+        )
     grids = [choose_grid(width, height, rule=rule.tiling) for width, height in sizes]
     return tuple(
         ImageTiles(size=size, grid=grid, pad_color=pad_color, jpeg_qualities=_qualities(rule, grid))

@@ -15,9 +15,12 @@ from __future__ import annotations
 from struct import Struct
 from zlib import crc32
 
+from megatron_v2pe.data.media.traits import ALPHA, CMYK, DEEP
+
 HEADER_BYTES = 1024  # enough for nearly all
 LONG_HEADER_BYTES = 16384  # color profiles, texts
-Header = tuple[str, tuple[int, int]]
+Header = tuple[str, tuple[int, int], tuple[str, ...]]
+_Found = tuple[tuple[int, int], tuple[str, ...]]
 
 _read_segment, _read_frame, _read_header = (
     Struct(layout).unpack_from for layout in (">BBH", ">BHHB", ">IIBBBB")
@@ -30,6 +33,7 @@ _PROFILE = b"ICC_PROFILE\0"
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by color type
+_WITH_ALPHA = (4, 6)
 # Length of a PNG chunk between IHDR and IDAT; -1 is any.
 _CHUNKS = {b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"PLTE": -1, b"tEXt": -1}
 
@@ -41,29 +45,30 @@ def plain_header(head: bytes) -> Header | None:
         head: the beginning of the file; `HEADER_BYTES` are mostly enough.
 
     Returns:
-        (Pillow's name of the format, (width, height)); None where `head` is too short or Pillow has to look.
+        (Pillow's name of the format, (width, height), its `media.traits`); None where `head` is too short or Pillow has
+        to look.
     """
     if head.startswith(b"\xff\xd8\xff"):
-        size = _jpeg_size(head)
-        return None if size is None else ("JPEG", size)
+        jpeg = _jpeg_image(head)
+        return None if jpeg is None else ("JPEG", *jpeg)
     if head.startswith(_SIGNATURE):
-        size = _png_size(head)
-        return None if size is None else ("PNG", size)
+        png = _png_image(head)
+        return None if png is None else ("PNG", *png)
     return None
 
 
-def _jpeg_size(head: bytes) -> tuple[int, int] | None:
-    place, end, size = 2, len(head), None
+def _jpeg_image(head: bytes) -> _Found | None:
+    place, end, found = 2, len(head), None
     while place + 4 <= end:
         fill, marker, length = _read_segment(head, place)
         start, place = place + 4, place + 2 + length
         if fill != 0xFF or length < 2 or place > end:
             return None
         if marker == _SOS:
-            return size
-        if marker in _FRAMES and size is None:
-            size = _frame_size(head, start, length)
-            if size is None:
+            return found
+        if marker in _FRAMES and found is None:
+            found = _frame_image(head, start, length)
+            if found is None:
                 return None
         elif not _is_plain_segment(marker, length, head[start:place]):
             return None
@@ -84,16 +89,18 @@ def _is_plain_quantization(tables: bytes) -> bool:
     return bool(tables) and not len(tables) % _TABLE_BYTES and max(tables[::_TABLE_BYTES]) <= 15
 
 
-def _frame_size(head: bytes, start: int, length: int) -> tuple[int, int] | None:
-    """(width, height) of a start of frame whose content begins at `start`."""
+def _frame_image(head: bytes, start: int, length: int) -> _Found | None:
+    """(width, height) and traits of a start of frame whose content begins at `start`."""
     if length < 11:
         return None
     bits, height, width, layers = _read_frame(head, start)
     is_plain = bits == 8 and layers in (1, 3, 4) and length == 8 + 3 * layers
-    return (width, height) if is_plain and width and height else None
+    if not is_plain or not width or not height:
+        return None
+    return (width, height), (CMYK,) if layers == 4 else ()
 
 
-def _png_size(head: bytes) -> tuple[int, int] | None:
+def _png_image(head: bytes) -> _Found | None:
     if len(head) < 41 or not head.startswith(b"\0\0\0\rIHDR", 8) or not _is_sound(head, 8, 13):
         return None
     width, height, depth, color, _, filters = _read_header(head, 16)
@@ -105,7 +112,9 @@ def _png_size(head: bytes) -> tuple[int, int] | None:
         if _CHUNKS.get(name) not in (length, -1) or not _is_sound(head, place, length):
             return None
         place += 12 + length
-    return width, height
+    if color in _WITH_ALPHA:
+        return (width, height), (ALPHA,)
+    return (width, height), (DEEP,) if depth == 16 and color == 0 else ()
 
 
 def _is_sound(head: bytes, place: int, length: int) -> bool:

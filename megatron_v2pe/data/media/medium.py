@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -22,10 +22,15 @@ from megatron_v2pe.data.media.frames import DEFAULT_RULE, VideoRule
 from megatron_v2pe.v2pe.strides import sample_generator
 
 IMAGE_PLACEHOLDER = "<image>"
-# Size of an image file: path, largest width x height.
-SizeOf = Callable[[str, int], Size]
+# Inside a placeholder that is meant as text; a code point that Unicode keeps out of texts.
+LITERAL_MARK = "\ufdd0"
 # Number of the medium that failed, and why.
 OnDamage = Callable[[int, DataError], None]
+
+
+def plain_text(text: str) -> str:
+    """A text as it was meant, without the marks of literal placeholders."""
+    return text.replace(LITERAL_MARK, "") if LITERAL_MARK in text else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +39,32 @@ class MediaRules:
 
     Attributes:
         max_pixels: largest width x height that is decoded.
+        exif: `apply` turns a picture as its EXIF orientation says; `ignore` takes the stored pixels, as the release.
+        alpha: `white` lays transparent pictures on white; `black` drops the transparency, as the release, which shows
+            the colors stored below it, mostly black.
         video: how videos are sampled.
     """
 
-    max_pixels: int = 178_956_970
+    max_pixels: int = 89_478_485
+    exif: Literal["ignore", "apply"] = "ignore"
+    alpha: Literal["black", "white"] = "black"
     video: VideoRule = DEFAULT_RULE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What the header of an image says.
+
+    Attributes:
+        size: (width, height) as the model sees it.
+        traits: what reading it by the rules of the run loses or leaves, see `media.traits`.
+    """
+
+    size: Size
+    traits: tuple[str, ...] = ()
+
+
+HeaderOf = Callable[[str, MediaRules], ImageHeader]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +109,8 @@ class Medium(Protocol):
     def text(self, num_images: int) -> str:
         """What replaces its placeholder: one `<image>` for each image."""
 
-    def probe(self, rules: MediaRules, *, sample_id: str, size_of: SizeOf) -> tuple[Size, ...]:
-        """(width, height) of each image that it shows in a sample; nothing is decoded that a header can say.
+    def probe(self, rules: MediaRules, *, sample_id: str, header_of: HeaderOf) -> tuple[ImageHeader, ...]:
+        """Header of each image that it shows in a sample; nothing is decoded that a header can say.
 
         Raises:
             DataError: missing, damaged, or beyond a limit.

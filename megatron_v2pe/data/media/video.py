@@ -17,8 +17,14 @@ from megatron_v2pe.data.media.frames import (
     natural_order,
     wanted_frames,
 )
-from megatron_v2pe.data.media.image import open_image
-from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediaRules, MediumTiles, SizeOf
+from megatron_v2pe.data.media.image import read_rgb
+from megatron_v2pe.data.media.medium import (
+    IMAGE_PLACEHOLDER,
+    HeaderOf,
+    ImageHeader,
+    MediaRules,
+    MediumTiles,
+)
 from megatron_v2pe.data.media.video_stream import probe_video, read_frames
 from megatron_v2pe.data.sources import storage
 
@@ -56,8 +62,8 @@ class VideoFile:
         """
         return "".join(f"Frame{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, num_images + 1))
 
-    def probe(self, rules: MediaRules, *, sample_id: str, size_of: SizeOf) -> tuple[Size, ...]:
-        """Size of each frame that a sample shows; the frames of a folder count as equal.
+    def probe(self, rules: MediaRules, *, sample_id: str, header_of: HeaderOf) -> tuple[ImageHeader, ...]:
+        """Header of each frame that a sample shows; the frames of a folder count as equal.
 
         Raises:
             DataError: missing, not a video, or beyond a limit.
@@ -66,7 +72,7 @@ class VideoFile:
         wanted = wanted_frames(sample_id, rule)
         if self._is_folder():
             paths = self._frame_paths()
-            return (size_of(paths[0], rules.max_pixels),) * min(wanted, len(paths))
+            return (header_of(paths[0], rules),) * min(wanted, len(paths))
         size, count = probe_video(
             self.path,
             clip=self.clip,
@@ -74,7 +80,7 @@ class VideoFile:
             max_seconds=rule.max_seconds,
             max_pixels=rules.max_pixels,
         )
-        return (size,) * count
+        return (ImageHeader(size=size),) * count
 
     def tiles(self, sizes: Sequence[Size], rule: CutRule) -> tuple[ImageTiles, ...]:
         """One tile for each frame."""
@@ -90,7 +96,7 @@ class VideoFile:
         places = draw_places(rule, len(own.images), own.seed.generator("frames"))
         numbers = range(first, last)
         if self._is_folder():
-            frames = self._folder_frames(numbers, places, max_pixels=max_pixels)
+            frames = self._folder_frames(numbers, places, rules=own.rules)
         else:
             frames = read_frames(
                 self.path,
@@ -126,7 +132,7 @@ class VideoFile:
             raise DataError(f"{self.path}: cannot be looked up ({error.strerror})") from None
 
     def _folder_frames(
-        self, numbers: Sequence[int], places: Sequence[float], *, max_pixels: int
+        self, numbers: Sequence[int], places: Sequence[float], *, rules: MediaRules
     ) -> Iterator[Image.Image]:
         """RGB images of some frames of a draw of a folder."""
         paths, count = self._frame_paths(), len(places)
@@ -137,8 +143,7 @@ class VideoFile:
             )
         for number in numbers:
             path = paths[frame_index(number, places[number], count=count, available=len(paths))]
-            with open_image(path, max_pixels=max_pixels) as image:
-                yield image.convert("RGB")
+            yield read_rgb(path, rules)
 
     def _frame_paths(self) -> list[str]:
         """Frames of a folder, in natural order, cut to the clip.

@@ -29,10 +29,12 @@ from megatron_v2pe.data.plan.balance import assign_packs, order_for_steps, whole
 from megatron_v2pe.data.plan.packing import best_fit_packs, pack_fill, release_packs
 from megatron_v2pe.data.plan.store import EpochPlan, stored_plan
 from megatron_v2pe.data.samples.cost import NO_COST, PackCost
+from megatron_v2pe.data.samples.notes import notice_text
 from megatron_v2pe.v2pe.layout import Int64Array
 
 logger = logging.getLogger(__name__)
 _SHOWN_BAD = 20
+_SHOWN_NOTICES = 20
 _EPOCHS_PER_STAGE = 2**32  # keeps epoch numbers of different stages apart
 _VERSION = 2  # of the order that this file makes
 _PACKERS = {"best_fit": best_fit_packs, "release_greedy": release_packs}
@@ -290,7 +292,7 @@ class MixturePlan:
             )
 
     def log_bad(self) -> None:
-        """Name the samples that are skipped, and count those that are cut."""
+        """Name the samples that are skipped, and count those that are cut and what is lost by rule."""
         if self.num_bad:
             logger.warning(
                 "%d bad samples are skipped (of %d)", self.num_bad, self.num_bad + self.num_samples
@@ -304,6 +306,24 @@ class MixturePlan:
                 num_cut,
                 self._data.max_sample_tokens,
             )
+
+    def log_notices(self) -> None:
+        """Say, once for each data set, what is not read, read under another name, or lost by rule."""
+        for index in self._indexes:
+            notices = sorted(index.notices, key=lambda notice: not notice.is_lost)
+            for notice in notices[:_SHOWN_NOTICES]:
+                text = notice_text(
+                    notice, annotation=index.entry.annotation, exif=self._data.exif, alpha=self._data.alpha
+                )
+                logger.log(
+                    logging.WARNING if notice.is_lost else logging.INFO, "%s: %s", index.entry.name, text
+                )
+            if len(notices) > _SHOWN_NOTICES:
+                logger.warning(
+                    "%s: and %d more; `index-data` lists them",
+                    index.entry.name,
+                    len(notices) - _SHOWN_NOTICES,
+                )
 
     def _facts(self) -> dict[str, Any]:
         data = self._data

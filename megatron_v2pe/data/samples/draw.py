@@ -7,15 +7,14 @@ No media file is opened. Random choices depend on the run's seed, the epoch and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_v2pe.data.media.cut import CutRule, Size
+from megatron_v2pe.data.media.cut import CutRule
 from megatron_v2pe.data.media.medium import DrawSeed, MediumTiles
 from megatron_v2pe.data.media.normalization import mean_color
 from megatron_v2pe.data.media.tiling import rule_for_sample
 from megatron_v2pe.data.samples.encode import EncodedSample, encode_record
-from megatron_v2pe.data.samples.records import Record, parse_line, sizes_by_medium, write_images
+from megatron_v2pe.data.samples.records import MediaSizes, Record, check_sizes, parse_line, write_images
 from megatron_v2pe.data.samples.settings import SampleSettings, dataset_tiling
 from megatron_v2pe.data.samples.split import WHOLE, Units, part_of
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -42,7 +41,7 @@ class Draw:
 
 def record_tiles(
     record: Record,
-    sizes: Sequence[Size],
+    sizes: MediaSizes,
     *,
     entry: DatasetEntry,
     settings: SampleSettings,
@@ -51,24 +50,25 @@ def record_tiles(
     """How each image of a record is cut; with a draw, also how it is augmented.
 
     Raises:
-        DataError: the record does not have so many images.
+        DataError: the record does not have so many images, or one is too large to be padded.
     """
     seed = (draw or Draw(epoch=0)).seed(record.sample_id, run_seed=settings.seed)
     is_padded = settings.pad2square and not entry.data_augment
     rule = CutRule(
-        tiling=rule_for_sample(dataset_tiling(settings, entry), len(sizes)),
+        tiling=rule_for_sample(dataset_tiling(settings, entry), sum(map(len, sizes))),
         pad_color=mean_color(settings.normalize_type) if is_padded else None,
         augment=seed.generator("augmentation") if entry.data_augment and draw is not None else None,
+        max_pixels=settings.media.max_pixels,
     )
     return tuple(
         MediumTiles(medium=medium, images=medium.tiles(own, rule), rules=settings.media, seed=seed)
-        for medium, own in zip(record.media, sizes_by_medium(record, sizes), strict=True)
+        for medium, own in zip(record.media, check_sizes(record, sizes), strict=True)
     )
 
 
 def encode_draw(
     record: Record,
-    sizes: Sequence[Size],
+    sizes: MediaSizes,
     *,
     entry: DatasetEntry,
     settings: SampleSettings,
@@ -81,7 +81,7 @@ def encode_draw(
     """
     strides = image_strides(
         settings.position.mode,
-        len(sizes),
+        sum(map(len, sizes)),
         tokens_per_tile=settings.text.tokens_per_tile,
         stride=settings.position.stride or None,
         generator=draw.seed(record.sample_id, run_seed=settings.seed).generator(),
@@ -93,7 +93,7 @@ def encode_draw(
 def read_sample(
     line: bytes,
     line_number: int,
-    sizes: Sequence[Size],
+    sizes: MediaSizes,
     *,
     entry: DatasetEntry,
     settings: SampleSettings,
@@ -105,7 +105,7 @@ def read_sample(
     Args:
         line: as read from the annotation file.
         line_number: 1-based.
-        sizes: (width, height) of each image, of the part that is wanted.
+        sizes: (width, height) of each image of each medium, of the part that is wanted.
         entry: its data set.
         settings: of the run.
         draw: what random choices depend on.

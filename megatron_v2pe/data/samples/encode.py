@@ -8,21 +8,24 @@ Visual tokens never exist as text: a sample of a thousand tiles has a quarter mi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.media.cut import ImageTiles
-from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediumTiles
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediumTiles, plain_text
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.samples.records import Record
 from megatron_v2pe.data.text.masking import LabelRule, Span, make_labels, release_spans
 from megatron_v2pe.data.text.templates import ChatTemplate, Turn, render
-from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
+from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Range, Tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout, blank_layout
 
+ControlTokens = Literal["text", "refuse", "token"]
 _IMAGE_PAIR = IMAGE_START + IMAGE_END
 
 
@@ -92,6 +95,8 @@ class TextSettings:
         tokens_per_tile: visual tokens of one tile.
         max_tokens: longest sample; what follows is cut.
         label_rule: `release` repeats the release's bookkeeping, for comparisons.
+        control_tokens: what becomes of a control token that a record's text spells. `text`: it is text like any other;
+            `refuse`: the record is bad; `token`: it becomes the token, as in the release, for comparisons.
     """
 
     tokenizer: Tokenizer
@@ -99,6 +104,7 @@ class TextSettings:
     tokens_per_tile: int
     max_tokens: int
     label_rule: LabelRule = "exact"
+    control_tokens: ControlTokens = "text"
 
 
 def encode_conversation(
@@ -149,11 +155,19 @@ def encode_conversation(
         )
     return EncodedText(
         tokens=tokens,
-        labels=make_labels(tokens, spans),
+        labels=_labels(tokens, spans, settings),
         image_starts=gaps + np.cumsum(lengths) - lengths,
         num_uncut_tokens=len(whole),
         lengths_disagree=lengths_disagree,
     )
+
+
+def _labels(tokens: Int64Array, spans: Sequence[Span], settings: TextSettings) -> Int64Array:
+    """Labels of the spans; visual tokens are never labels, but where the release's rule is repeated."""
+    labels = make_labels(tokens, spans)
+    if settings.label_rule == "exact":
+        labels[labels == settings.tokenizer.image_token_id] = IGNORE_INDEX
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +196,10 @@ def _encode_text(
     rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
     image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
     marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
-    ids, places = settings.tokenizer.encode_marked(rendered.text, marks)
+    written = [] if settings.control_tokens == "token" else _without_pairs(rendered.written, image_marks)
+    if settings.control_tokens == "refuse":
+        _refuse_control_tokens(rendered.text, written, settings.tokenizer)
+    ids, places = settings.tokenizer.encode_marked(rendered.text, marks, written=written)
     place_of = dict(zip(marks, places, strict=True))
     return _TextTokens(
         ids=ids,
@@ -191,6 +208,31 @@ def _encode_text(
         rendered=rendered.text,
         image_marks=image_marks,
     )
+
+
+def _without_pairs(written: Sequence[Range], image_marks: Sequence[int]) -> list[Range]:
+    """What a record wrote itself: its texts without the `<img></img>` that replaced placeholders."""
+    ranges: list[Range] = []
+    marks = iter([*image_marks, -1])
+    mark = next(marks)
+    for low, high in written:
+        while low <= mark < high:
+            ranges.append((low, mark - len(IMAGE_START)))
+            low = mark + len(IMAGE_END)
+            mark = next(marks)
+        ranges.append((low, high))
+    return [(low, high) for low, high in ranges if low < high]
+
+
+def _refuse_control_tokens(text: str, written: Sequence[Range], tokenizer: Tokenizer) -> None:
+    for low, high in written:
+        token = tokenizer.control_token_in(text[low:high])
+        if token:
+            place = text.index(token, low)
+            raise DataError(
+                f"the text spells the control token {token} in {shortened(text[max(low, place - 20) : place + 40])}, "
+                "and data.control_tokens is refuse; change the text, or set data.control_tokens to text"
+            )
 
 
 def conversation_length(
@@ -208,9 +250,6 @@ def conversation_length(
     """
     text = _encode_text(turns, num_images=len(num_tiles), settings=settings)
     supervised = sum(end - start for start, end in text.answers)
-    for gap, tiles in zip(text.gaps, num_tiles, strict=True):
-        if any(start <= gap < end for start, end in text.answers):
-            supervised += tiles * settings.tokens_per_tile
     return len(text.ids) + sum(num_tiles) * settings.tokens_per_tile, supervised
 
 
@@ -229,11 +268,11 @@ def _mark_images(
         text, *rest = value.split(IMAGE_PLACEHOLDER)
         for following in rest:
             if len(offsets) < num_images:
-                offsets.append((index, len(text) + len(IMAGE_START)))
+                offsets.append((index, len(plain_text(text)) + len(IMAGE_START)))
                 text += _IMAGE_PAIR + following
             else:
                 text += IMAGE_PLACEHOLDER + following
-        marked.append(Turn(role=turn.role, value=text))
+        marked.append(replace(turn, value=plain_text(text)))
     if len(offsets) < num_images:
         raise ValueError(f"{len(offsets)} times {IMAGE_PLACEHOLDER} for {num_images} images")
     return marked, offsets

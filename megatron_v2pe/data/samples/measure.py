@@ -16,11 +16,12 @@ import numpy as np
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.cut import Size
-from megatron_v2pe.data.media.image import check_image
-from megatron_v2pe.data.media.medium import SizeOf
+from megatron_v2pe.data.media.image import read_header
+from megatron_v2pe.data.media.medium import HeaderOf, ImageHeader
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import conversation_length, encode_record
-from megatron_v2pe.data.samples.records import Record, parse_line, write_images
+from megatron_v2pe.data.samples.notes import image_notes
+from megatron_v2pe.data.samples.records import MediaSizes, Record, parse_line, write_images
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.samples.split import WHOLE, Units, part_of, split_units
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -42,14 +43,16 @@ class Measurement:
         num_uncut_tokens: before it.
         num_supervised: supervised tokens.
         num_tiles: tiles of all images.
-        sizes: (width, height) of each image.
+        sizes: (width, height) of each image of each medium.
+        notes: of the record and of its images, see `samples.notes`.
     """
 
     num_tokens: int
     num_uncut_tokens: int
     num_supervised: int
     num_tiles: int
-    sizes: tuple[Size, ...]
+    sizes: tuple[tuple[Size, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +64,40 @@ class MeasuredSample:
 
 
 def probe_record(
-    record: Record, *, settings: SampleSettings, size_of: SizeOf = check_image
-) -> tuple[Size, ...]:
-    """(width, height) of each image that the media of a record show, from the files' headers.
+    record: Record, *, settings: SampleSettings, header_of: HeaderOf = read_header
+) -> tuple[tuple[ImageHeader, ...], ...]:
+    """Headers of the images that each medium of a record shows.
 
     Args:
         record: see `records.parse_line`.
         settings: of the run.
-        size_of: size of an image file; `image.check_image`, or the same with a memory.
+        header_of: header of an image file; `image.read_header`, or the same with a memory.
 
     Raises:
         DataError: a medium is not usable.
     """
     return tuple(
-        size
+        medium.probe(settings.media, sample_id=record.sample_id, header_of=header_of)
         for medium in record.media
-        for size in medium.probe(settings.media, sample_id=record.sample_id, size_of=size_of)
     )
 
 
+def probe_sizes(record: Record, *, settings: SampleSettings) -> tuple[tuple[Size, ...], ...]:
+    """(width, height) of each image of each medium of a record, from the files' headers.
+
+    Raises:
+        DataError: a medium is not usable.
+    """
+    return sizes_of(probe_record(record, settings=settings))
+
+
+def sizes_of(headers: Sequence[Sequence[ImageHeader]]) -> tuple[tuple[Size, ...], ...]:
+    """The sizes of headers, medium by medium."""
+    return tuple(tuple(header.size for header in own) for own in headers)
+
+
 def measure_record(
-    record: Record, sizes: Sequence[Size], *, entry: DatasetEntry, settings: SampleSettings
+    record: Record, sizes: MediaSizes, *, entry: DatasetEntry, settings: SampleSettings
 ) -> Measurement:
     """Lengths of a record whose image sizes are known.
 
@@ -94,7 +110,7 @@ def measure_record(
     uncut, supervised = conversation_length(record.messages, num_tiles=num_tiles, settings=settings.text)
     num_tokens = uncut
     if uncut > settings.text.max_tokens or not supervised:  # the cut decides, and what is wrong is said there
-        strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)
+        strides = np.full(len(num_tiles), settings.text.tokens_per_tile, dtype=np.int64)
         sample = encode_record(record, media=media, settings=settings.text, strides=strides)
         num_tokens, supervised = len(sample.tokens), int((sample.labels != IGNORE_INDEX).sum())
     return Measurement(
@@ -102,7 +118,7 @@ def measure_record(
         num_uncut_tokens=uncut,
         num_supervised=supervised,
         num_tiles=sum(num_tiles),
-        sizes=tuple(sizes),
+        sizes=tuple(map(tuple, sizes)),
     )
 
 
@@ -118,7 +134,7 @@ class LineMeasurer:
         self._entry = entry
         self._settings = settings
         self._unlimited = replace(settings, text=replace(settings.text, max_tokens=_NO_LIMIT))
-        self._size_of = lru_cache(maxsize=_REMEMBERED_IMAGES)(check_image)
+        self._header_of = lru_cache(maxsize=_REMEMBERED_IMAGES)(read_header)
 
     def __call__(self, line: bytes, line_number: int) -> list[MeasuredSample]:
         """The samples of a line.
@@ -128,7 +144,12 @@ class LineMeasurer:
             DataError: the line, an image or the sample is not usable.
         """
         record = parse_line(line, entry=self._entry, line_number=line_number)
-        sizes = probe_record(record, settings=self._settings, size_of=self._size_of)
+        headers = probe_record(record, settings=self._settings, header_of=self._header_of)
+        first, *rest = self._samples(record, sizes_of(headers))
+        notes = (*record.notes, *image_notes(headers))
+        return [replace(first, measurement=replace(first.measurement, notes=notes)), *rest]
+
+    def _samples(self, record: Record, sizes: tuple[tuple[Size, ...], ...]) -> list[MeasuredSample]:
         if self._settings.long_samples == "cut":
             measured = measure_record(record, sizes, entry=self._entry, settings=self._settings)
             return [MeasuredSample(units=WHOLE, measurement=measured)]
@@ -144,7 +165,7 @@ class LineMeasurer:
             f"limit, shorten the sample, or {way_out or 'set data.long_samples to split or cut'}"
         )
 
-    def _split(self, record: Record, sizes: tuple[Size, ...]) -> list[MeasuredSample]:
+    def _split(self, record: Record, sizes: MediaSizes) -> list[MeasuredSample]:
         measured: dict[Units, Measurement] = {}
 
         def fits(units: Units) -> bool:
@@ -157,9 +178,9 @@ class LineMeasurer:
             raise LongSampleError(str(error)) from None
         return [MeasuredSample(units=units, measurement=measured[units]) for units in parts]
 
-    def _measure(self, record: Record, sizes: tuple[Size, ...], units: Units) -> Measurement:
-        part, images = part_of(record, units)
-        own = sizes if units == WHOLE else [sizes[image] for image in images]
+    def _measure(self, record: Record, sizes: MediaSizes, units: Units) -> Measurement:
+        part, media = part_of(record, units)
+        own = [sizes[number] for number in media]
         return measure_record(part, own, entry=self._entry, settings=self._unlimited)
 
     def _fits(self, measured: Measurement) -> bool:

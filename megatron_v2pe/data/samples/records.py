@@ -1,26 +1,38 @@
-"""One line of an annotation file: parsed, checked, its media named. Nothing is opened.
+r"""One line of an annotation file: parsed, checked, its media named. Nothing is opened.
+
+    line --json--> object --formats.to_native--> messages, images, videos --checked--> Record
 
 Example: {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What is it?"}, ...]}; a text
-record has no image, one with several has a list; {"video": "v.mp4", "clip": [3, 9.5]} has frames instead.
+record has no image, one with several has a list; {"video": "v.mp4", "clip": [3, 9.5]} has frames instead. Other formats
+are in `formats`. A placeholder that is meant as text is written with a backslash: `\<image>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.media.image import ImageFile
-from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, Medium
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, LITERAL_MARK, Medium
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
+from megatron_v2pe.data.samples.formats import HINT, NativeRecord, to_native
+from megatron_v2pe.data.samples.messages import Message
+from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.data.text.templates import Turn
-from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+
+MediaSizes = Sequence[Sequence[Size]]
+"""(width, height) of the images of each medium of a record, in order."""
+_PLACEHOLDERS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+_MOST_NAME = 4096  # characters of a path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +44,8 @@ class Record:
         where: `file:line`, for messages.
         turns: human and gpt in turn, human first, with one placeholder for each medium.
         media: in order of their placeholders.
-        system: system prompt of the record's own; empty takes the template's.
+        system: system prompt of the record's own; empty uses the template's.
+        notes: what was understood under another name, and what is not read; see `formats.note_text`.
     """
 
     sample_id: str
@@ -40,6 +53,7 @@ class Record:
     turns: tuple[Turn, ...]
     media: tuple[Medium, ...]
     system: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def messages(self) -> tuple[Turn, ...]:
@@ -48,40 +62,36 @@ class Record:
         return (*own, *self.turns)
 
 
-def sizes_by_medium(record: Record, sizes: Sequence[Size]) -> list[Sequence[Size]]:
-    """Sizes of all images of a record, medium by medium.
+def check_sizes(record: Record, sizes: MediaSizes) -> MediaSizes:
+    """The sizes, if they fit the record.
 
     Raises:
-        DataError: the record does not have so many images.
+        DataError: the record does not have so many media, or one of them not so many images.
     """
-    known = sum(medium.num_images or 0 for medium in record.media)
-    num_open = sum(medium.num_images is None for medium in record.media)
-    if num_open > 1 or len(sizes) < known or (len(sizes) > known and not num_open):
+    declared = [medium.num_images for medium in record.media]
+    found = [len(own) for own in sizes]
+    if len(found) != len(declared) or any(
+        known is not None and known != count for known, count in zip(declared, found, strict=True)
+    ):
         raise DataError(
-            f"{record.where}: has {known} images, but had {len(sizes)} when lengths were measured; "
+            f"{record.where}: has {len(declared)} images and videos, but had {len(found)} when lengths were measured; "
             "do not change annotation files during a run, and start it again"
         )
-    found: list[Sequence[Size]] = []
-    start = 0
-    for medium in record.media:
-        end = start + (len(sizes) - known if medium.num_images is None else medium.num_images)
-        found.append(sizes[start:end])
-        start = end
-    return found
+    return sizes
 
 
-def write_images(record: Record, sizes: Sequence[Size]) -> Record:
+def write_images(record: Record, sizes: MediaSizes) -> Record:
     """The record with one `<image>` for each image of its media.
 
     Args:
         record: see `parse_line`.
-        sizes: (width, height) of each image.
+        sizes: (width, height) of each image of each medium.
 
     Raises:
-        DataError: see `sizes_by_medium`.
+        DataError: see `check_sizes`.
     """
     turns = record.turns
-    for medium, own in zip(record.media, sizes_by_medium(record, sizes), strict=True):
+    for medium, own in zip(record.media, check_sizes(record, sizes), strict=True):
         if medium.placeholder != IMAGE_PLACEHOLDER:
             turns = _replace_first(turns, medium.placeholder, medium.text(len(own)))
     return record if turns is record.turns else replace(record, turns=turns)
@@ -93,7 +103,7 @@ def _replace_first(turns: Sequence[Turn], placeholder: str, text: str) -> tuple[
     for index, turn in enumerate(turns):
         before, found, after = turn.value.partition(placeholder)
         if found:
-            changed[index] = Turn(role=turn.role, value=before + text + after.removeprefix("\n"))
+            changed[index] = replace(turn, value=before + text + after.removeprefix("\n"))
             break
     return tuple(changed)
 
@@ -115,68 +125,177 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not utf-8 ({error})") from None
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
-        raise DataError(f"{where}: not valid json ({error})") from None
+        raise DataError(f"{where}: not valid json ({_json_problem(line, error)})") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a json object, found {type(values).__name__}")
     return parse_record(values, entry=entry, sample_id=f"{entry.name}:{line_number}", where=where)
 
 
+def _json_problem(line: bytes, error: Exception) -> str:
+    """What is wrong, and what the line is if not json."""
+    kind = annotation_kind(line[:HEAD_BYTES])
+    return f"it is {kind}; {CONVERT}" if kind else " ".join(str(error).split())[:200]
+
+
 def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str, where: str) -> Record:
     """Check one record; see `parse_line`."""
-    images = _parse_images(values, entry, where)
-    video = _parse_video(values, entry, where)
-    system, turns = _parse_turns(values.get("conversations"), where)
-    if video is not None:
-        turns = _place_video(turns, where)
-    num_placeholders = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns)
-    # The release puts a missing placeholder in front of a single image's conversation. It checks the first
-    # message only and would leave a placeholder of a later message as plain text.
-    if num_placeholders == 0 and isinstance(values.get("image"), str) and images:
-        turns, num_placeholders = _with_first_line(turns, IMAGE_PLACEHOLDER), 1
-    if num_placeholders != len(images):
+    native = to_native(values, format_name=entry.format, where=where)
+    native = _with_image_names(native, where)
+    images = _parse_images(native.image, entry, where)
+    videos = _parse_videos(native, entry, where)
+    turns = _parse_turns(native.messages, where)
+    notes = list(native.notes)
+    if native.has_video_image and videos and not images and _stands_for_videos(turns, len(videos)):
+        turns = _renamed(turns, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+        notes.append("video_image")
+    is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
+    turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
+    turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
+    system = _checked_text(native.system, "system text", where) or entry.system
+    if any(placeholder in system for placeholder in _PLACEHOLDERS):
+        raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
+    return Record(
+        sample_id=sample_id,
+        where=where,
+        turns=turns,
+        media=_in_order(turns, images, videos),
+        system=system,
+        notes=tuple(notes),
+    )
+
+
+def _stands_for_videos(turns: Sequence[Turn], num_videos: int) -> bool:
+    texts = [turn.value for turn in turns]
+    has_video = any(VIDEO_PLACEHOLDER in text for text in texts)
+    return not has_video and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) == num_videos
+
+
+def _renamed(turns: Sequence[Turn], old: str, new: str) -> tuple[Turn, ...]:
+    return tuple(replace(turn, value=turn.value.replace(old, new)) for turn in turns)
+
+
+def _placed(
+    turns: tuple[Turn, ...], placeholder: str, media: Sequence[Medium], *, where: str, may_add: bool
+) -> tuple[Turn, ...]:
+    """Turns with exactly one placeholder for each medium; a single one that has none gets it in front.
+
+    The release puts a missing placeholder in front of the conversation. It checks the first message only and would
+    leave a placeholder of a later message as plain text.
+    """
+    count = sum(turn.value.count(placeholder) for turn in turns)
+    if count == 0 and may_add and media:
+        turns = (replace(turns[0], value=f"{placeholder}\n{turns[0].value}"), *turns[1:])
+        count = 1
+    if count != len(media):
+        kind = placeholder[1:-1]
         raise DataError(
-            f"{where}: {num_placeholders} times {IMAGE_PLACEHOLDER} for {len(images)} images; each image needs "
-            "exactly one placeholder"
+            f"{where}: {count} times {placeholder} for {len(media)} {kind}s; each {kind} needs exactly one "
+            f"placeholder, and \\{placeholder} is the text itself"
         )
-    media = images if video is None else (video,)
-    return Record(sample_id=sample_id, where=where, turns=turns, media=media, system=system)
+    return turns
 
 
-def _with_first_line(turns: tuple[Turn, ...], line: str) -> tuple[Turn, ...]:
-    return (Turn(role=turns[0].role, value=f"{line}\n{turns[0].value}"), *turns[1:])
+def _in_order(
+    turns: Sequence[Turn], images: Sequence[Medium], videos: Sequence[Medium]
+) -> tuple[Medium, ...]:
+    """Media in the order of their placeholders."""
+    if not videos or not images:
+        return tuple(images or videos)
+    waiting = {IMAGE_PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)}
+    pattern = re.compile("|".join(_PLACEHOLDERS))
+    return tuple(next(waiting[found]) for turn in turns for found in pattern.findall(turn.value))
 
 
-def _parse_images(values: dict[str, Any], entry: DatasetEntry, where: str) -> tuple[Medium, ...]:
-    image = values.get("image")
+def _with_image_names(native: NativeRecord, where: str) -> NativeRecord:
+    """`{"<image_00>": "a.png"}` (MiniCPM-V): names of placeholders and their files, as a list of images."""
+    names = native.image
+    if not isinstance(names, dict):
+        return native
+    if not all(isinstance(name, str) and name.startswith("<") and name.endswith(">") for name in names):
+        raise DataError(f"{where}: image must be a path or a list of paths, found {shortened(names)}; {HINT}")
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    files: list[Any] = []
+
+    def placeholder(found: re.Match[str]) -> str:
+        files.append(names[found.group()])
+        return IMAGE_PLACEHOLDER
+
+    messages = [replace(each, text=pattern.sub(placeholder, each.text)) for each in native.messages]
+    if len(files) != len(names):
+        raise DataError(
+            f"{where}: image names {len(names)} placeholders, but the messages have {len(files)} of them; each needs "
+            "exactly one"
+        )
+    return replace(native, messages=messages, image=files, notes=(*native.notes, "alias:image{}=image"))
+
+
+def _parse_images(image: Any, entry: DatasetEntry, where: str) -> tuple[Medium, ...]:
     if not image:
         return ()
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: image must be a path or a list of paths, found {image!r}")
-    for name in names:
-        _check_text(name, "image", where)
+        found = _embedded_text(names) or shortened(image)
+        raise DataError(f"{where}: image must be a path or a list of paths, found {found}")
     root = entry.root2 if isinstance(image, list) and entry.root2 else entry.root
-    return tuple(ImageFile(path=_image_path(name, root, entry, where)) for name in names)
+    return tuple(
+        ImageFile(path=_image_path(_checked_name(name, "image", where), root, entry, where)) for name in names
+    )
 
 
-def _parse_video(values: dict[str, Any], entry: DatasetEntry, where: str) -> VideoFile | None:
-    name = values.get("video")
-    if not name:
+def _embedded_text(names: Any) -> str:
+    """What a list of images holds if it holds the images themselves, as parquet files of data sets do."""
+    first = names[0] if isinstance(names, list) and names else names
+    if isinstance(first, dict) and ("bytes" in first or "path" in first):
+        return "an image inside the record; `convert-data --media FOLDER` writes such images to files"
+    return ""
+
+
+def _checked_name(name: str, kind: str, where: str) -> str:
+    """A name that can be a file's.
+
+    Raises:
+        DataError: it holds the file itself, is too long for a name, or is no text that can be written.
+    """
+    if name[:5].lower() == "data:":
+        raise DataError(
+            f"{where}: {kind} is a data: address ({len(name):,} characters), not a file; write it to a file below the "
+            "root (`convert-data --media FOLDER` does)"
+        )
+    if len(name) > _MOST_NAME:
+        raise DataError(
+            f"{where}: {kind} has {len(name):,} characters, too many for a path; is it the file itself as base64? "
+            "Write it to a file below the root (`convert-data --media FOLDER` does)"
+        )
+    return _checked_text(name, kind, where)
+
+
+def _parse_videos(native: NativeRecord, entry: DatasetEntry, where: str) -> tuple[Medium, ...]:
+    names = native.videos
+    if not all(isinstance(name, (str, list)) and name for name in names):
+        raise DataError(f"{where}: video must be a path or a list of paths, found {shortened(names)}")
+    if any(isinstance(name, list) for name in names):
+        raise DataError(
+            f"{where}: a video is a list of frames; give the folder that holds them, with a slash at its end"
+        )
+    clip = _parse_clip(native.clip, where)
+    if clip is not None and len(names) != 1:
+        raise DataError(f"{where}: has a clip and {len(names)} videos, but a clip belongs to a single one")
+    return tuple(_video_file(name, clip, entry, where) for name in names)
+
+
+def _parse_clip(clip: Any, where: str) -> tuple[float, float] | None:
+    if clip is None:
         return None
-    if values.get("image"):
-        raise DataError(f"{where}: has an image and a video; make two records of it")
-    if not isinstance(name, str):
-        raise DataError(f"{where}: video must be one path, found {name!r}")
-    _check_text(name, "video", where)
-    path = resolve_path(entry.root, name, where=where, kind="video")
-    clip = values.get("clip")
-    if clip is not None:
-        is_pair = isinstance(clip, list) and len(clip) == 2 and all(_is_second(second) for second in clip)
-        if not is_pair or not clip[0] < clip[1]:
-            raise DataError(
-                f"{where}: clip must be [start, end] in seconds with 0 <= start < end, found {clip!r}"
-            )
-        clip = (float(clip[0]), float(clip[1]))
+    is_pair = isinstance(clip, list) and len(clip) == 2 and all(_is_second(second) for second in clip)
+    if not is_pair or not clip[0] < clip[1]:
+        raise DataError(
+            f"{where}: clip must be [start, end] in seconds with 0 <= start < end, found {shortened(clip)}"
+        )
+    return float(clip[0]), float(clip[1])
+
+
+def _video_file(name: str, clip: tuple[float, float] | None, entry: DatasetEntry, where: str) -> VideoFile:
+    path = resolve_path(entry.root, _checked_name(name, "video", where), where=where, kind="video")
     # A slash at the end says that the video is a folder of frames; normalised paths have lost it.
     return VideoFile(
         path=path.rstrip("/") + ("/" if name.endswith("/") else ""),
@@ -191,18 +310,6 @@ def _is_second(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
-def _place_video(turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
-    """Exactly one `<video>`; a missing one goes in front of the first message, as in the release."""
-    count = sum(turn.value.count(VIDEO_PLACEHOLDER) for turn in turns)
-    if count > 1:
-        raise DataError(
-            f"{where}: {count} times {VIDEO_PLACEHOLDER}, but a record has one video; keep one of them"
-        )
-    if count == 1:
-        return turns
-    return _with_first_line(turns, VIDEO_PLACEHOLDER)
-
-
 def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:
     """Web addresses are files named by their hash below `http_root`, as in the release."""
     if entry.http_root and name.lower().startswith("http"):
@@ -210,51 +317,38 @@ def _image_path(name: str, root: str, entry: DatasetEntry, where: str) -> str:
     return resolve_path(root, name, where=where)
 
 
-def _parse_turns(conversations: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
-    """The system prompt, empty where the record has none, and the turns."""
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{where}: conversations must be a list of at least one message")
-    turns = [_parse_turn(message, index, where) for index, message in enumerate(conversations)]
-    system = ""
-    if turns[0].role == "system":
-        system, turns = turns[0].value, turns[1:]
-        if IMAGE_PLACEHOLDER in system or VIDEO_PLACEHOLDER in system:
-            raise DataError(
-                f"{where}: conversations[0] is a system prompt with an image; move it to a human message"
-            )
+def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
+    turns = [_parse_turn(message) for message in messages]
     if turns and turns[0].role == "gpt":  # an opening of the assistant is dropped, as in the release
         turns = turns[1:]
     if not turns:
         raise DataError(f"{where}: conversations have no human message")
     for index, turn in enumerate(turns):
+        if turn.role == "system":
+            raise DataError(f"{where}: a message from 'system' is not the first; only the first may be")
         if turn.role != ("human", "gpt")[index % 2]:
             raise DataError(f"{where}: messages must alternate human, gpt, ...; two of {turn.role!r} follow")
-    return system, tuple(turns)
+    return tuple(turns)
 
 
-def _parse_turn(message: Any, index: int, where: str) -> Turn:
-    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        raise DataError(f"{where}: conversations[{index}] must be an object with 'from' and a text 'value'")
-    role = message.get("from")
-    if role not in ("human", "gpt") and not (role == "system" and index == 0):
-        raise DataError(
-            f"{where}: conversations[{index}].from is {role!r}, but must be 'human' or 'gpt', or 'system' in the first"
-        )
-    value = message["value"]
-    _check_text(value, f"conversations[{index}]", where)
-    for token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT):
-        if token in value:
-            raise DataError(
-                f"{where}: conversations[{index}] contains the reserved token {token}; images are marked by "
-                f"{IMAGE_PLACEHOLDER}"
-            )
-    return Turn(role=role, value=value)
+def _parse_turn(message: Message) -> Turn:
+    value = _checked_text(message.text, "its text", message.where)
+    return Turn(role=message.role, value=literal_placeholders(value), supervised=message.supervised)
 
 
-def _check_text(text: str, what: str, where: str) -> None:
+def literal_placeholders(text: str) -> str:
+    r"""A text whose `\<image>` and `\<video>` are no placeholders; see `medium.plain_text` for the way back."""
+    if "\\<" not in text:
+        return text
+    for placeholder in _PLACEHOLDERS:
+        text = text.replace("\\" + placeholder, placeholder[0] + LITERAL_MARK + placeholder[1:])
+    return text
+
+
+def _checked_text(text: str, what: str, where: str) -> str:
     """Refuse half a surrogate pair: an escape of json can spell it, but no file name, tokenizer or log can hold it."""
     if text.isascii():
-        return
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -263,3 +357,9 @@ def _check_text(text: str, what: str, where: str) -> None:
             f"{where}: {what} has {half!r} at character {error.start + 1}, half of a surrogate pair, which is no "
             "character; write both halves, or remove it"
         ) from None
+    if LITERAL_MARK in text:
+        raise DataError(
+            f"{where}: {what} has {LITERAL_MARK!r} at character {text.index(LITERAL_MARK) + 1}, which Unicode keeps "
+            "out of texts; remove it"
+        )
+    return text

@@ -63,6 +63,7 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
             template=get_template(data.template or arch.template),
             tokens_per_tile=arch.tokens_per_tile,
             max_tokens=data.max_sample_tokens,
+            control_tokens=data.control_tokens,
         ),
         tiling=TilingRule(
             image_size=arch.image_size,
@@ -78,6 +79,8 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
         seed=config.runtime.seed,
         media=MediaRules(
             max_pixels=data.max_image_pixels,
+            exif=data.exif,
+            alpha=data.alpha,
             video=VideoRule(
                 min_frames=data.min_num_frame,
                 max_frames=data.max_num_frame,

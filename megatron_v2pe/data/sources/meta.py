@@ -14,7 +14,9 @@ from typing import Any
 
 from megatron_v2pe.config.schema import MOST_TILES
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.sources import storage
+from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, kind_of
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "annotation": (str,),
@@ -28,8 +30,12 @@ _KNOWN: dict[str, tuple[type, ...]] = {
     "min_num_frame": (int,),
     "max_num_frame": (int,),
     "video_fps": (int, float),
+    "format": (str,),
+    "system": (str,),
     "length": (int,),  # informational, as in the release; the file itself is counted
 }
+FORMATS = ("auto", "internvl", "sharegpt", "openai", "llama_factory", "ms_swift", "llava_video")
+_MOST_META_BYTES = 64 * 2**20
 _MOST_REPEATS = 100_000  # of the release's recipes 16.668 is the largest
 
 
@@ -50,6 +56,8 @@ class DatasetEntry:
         min_num_frame: overrides `data.min_num_frame`; None keeps it.
         max_num_frame: overrides `data.max_num_frame`; None keeps it.
         video_fps: frames per second of folders of frames, which clips of them need.
+        format: how records are written, one of `FORMATS`; `auto` recognises each.
+        system: system text of records that have none; empty uses the template's.
     """
 
     name: str
@@ -64,6 +72,8 @@ class DatasetEntry:
     min_num_frame: int | None = None
     max_num_frame: int | None = None
     video_fps: float | None = None
+    format: str = "auto"
+    system: str = ""
 
 
 def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
@@ -77,11 +87,27 @@ def read_meta(path: str | Path) -> tuple[DatasetEntry, ...]:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct_keys)
+        with storage.open_binary(str(path)) as file:
+            content = file.read(_MOST_META_BYTES + 1)
+        if len(content) > _MOST_META_BYTES:
+            raise ValueError(
+                f"more than {_MOST_META_BYTES} bytes; annotations belong into files of their own"
+            )
+        kind = kind_of(content[:HEAD_BYTES])
+        if kind:
+            raise ValueError(f"it is {kind}")
+        values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_distinct_keys)
     except FileNotFoundError:
         raise DataError(f"data.meta: {path}: no such file; give the meta json of the data sets") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"data.meta: {path}: not valid json ({error})") from None
+    first = values[0] if isinstance(values, list) and values else values
+    if isinstance(first, dict) and ("conversations" in first or "messages" in first):
+        raise DataError(
+            f"data.meta: {path}: holds records, not a list of data sets; name their file as 'annotation' of a "
+            "meta json: "
+            '{"NAME": {"annotation": "FILE.jsonl", "root": "FOLDER", "repeat_time": 1, "data_augment": false}}'
+        )
     if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: must hold a json object of at least one data set: name -> settings")
     return tuple(_parse_entry(name, entry, path) for name, entry in values.items())
@@ -109,7 +135,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         is_bool_for_number = isinstance(value, bool) and bool not in _KNOWN[key]
         if not isinstance(value, _KNOWN[key]) or is_bool_for_number:
             wanted = " or ".join(kind.__name__ for kind in _KNOWN[key])
-            raise DataError(f"{where}: {key} is {value!r}, but must be {wanted}")
+            raise DataError(f"{where}: {key} is {shortened(value)}, but must be {wanted}")
     _check_values(entry, where)
     annotation = _locate(entry["annotation"], path)
     _require_file(annotation, entry["annotation"], where)
@@ -123,6 +149,8 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],
         **{key: entry.get(key) for key in own},
+        format=entry.get("format") or "auto",
+        system=entry.get("system") or "",
     )
 
 
@@ -133,6 +161,10 @@ def _check_values(entry: dict[str, Any], where: str) -> None:
     if not 0 < entry["repeat_time"] <= _MOST_REPEATS:  # also refuses NaN
         raise DataError(
             f"{where}: repeat_time is {entry['repeat_time']}, but must be positive and at most {_MOST_REPEATS}"
+        )
+    if entry.get("format", "auto") not in FORMATS:
+        raise DataError(
+            f"{where}: format is {shortened(entry['format'])}, but must be one of {', '.join(FORMATS)}"
         )
     if not 1 <= entry.get("max_dynamic_patch", 1) <= MOST_TILES:
         raise DataError(

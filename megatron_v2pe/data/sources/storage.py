@@ -14,6 +14,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -126,6 +127,18 @@ def _filesystem(path: str) -> tuple[Any, str]:
     return filesystem, inside
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """An opener that does not wait at a pipe, and takes nothing but files: no device either, which has no end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
+        raise OSError(errno.EINVAL, "is a pipe, socket or device, not a file", path)
+    return descriptor
+
+
 @contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
     """A file for reading, buffered and seekable.
@@ -136,7 +149,7 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
         ConfigError: the package for its scheme is not installed.
     """
     if not is_remote(path):
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_regular) as file:
             yield file
         return
     filesystem, inside = _filesystem(path)

@@ -39,10 +39,17 @@ _INTERNVL2_5_SYSTEM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        role: who says it.
+        value: its text.
+        supervised: an answer is learned; false masks it (`loss: false` of a message).
+    """
 
     role: Role
     value: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +129,14 @@ class RenderedConversation:
     Attributes:
         text: what is tokenised.
         value_starts: character offset of each turn's value in `text`.
+        written: half-open character ranges that the template did not write: system text and messages of a record.
         answers: half-open character ranges that are supervised: each answer with its stop token.
     """
 
     text: str
     value_starts: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
+    written: tuple[tuple[int, int], ...] = ()
 
 
 def get_template(name: str) -> ChatTemplate:
@@ -164,7 +173,10 @@ def render(
         text += roles[turn.role]
         starts.append(len(text))
         text += turn.value + template.separator if turn.value or template.keeps_empty else ""
-        if turn.role == "gpt":
+        if turn.role == "gpt" and turn.supervised:
             answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""
-    return RenderedConversation(text=text, value_starts=tuple(starts), answers=tuple(answers))
+    written = tuple((start, start + len(turn.value)) for start, turn in zip(starts, turns, strict=True))
+    return RenderedConversation(
+        text=text, value_starts=tuple(starts), answers=tuple(answers), written=written
+    )

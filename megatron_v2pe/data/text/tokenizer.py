@@ -14,10 +14,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.data.text.byte_level import read_qwen2, read_tokenizer_json
 from megatron_v2pe.data.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from megatron_v2pe.data.text.vocabularies import (
@@ -30,6 +31,9 @@ from megatron_v2pe.data.text.vocabularies import (
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 _SHORT_PART, _MAX_KNOWN_PARTS = 24, 8192
 _NO_MARK = 2**62  # after any text
+Range = tuple[int, int]
+# Added tokens that are written in texts on purpose: places of objects, as grounding data have them.
+GROUNDING_TOKENS = frozenset(("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
 SUPPORTED_CLASSES = (
     "InternLM2Tokenizer",
     "InternLM3Tokenizer",
@@ -55,6 +59,8 @@ class Tokenizer:
         pad_id: padding; the end of sequence where no token is named for it.
         image_token_id: id of `<IMG_CONTEXT>`, the token that image features replace.
         fingerprint: digest of everything that decides ids; part of the key of cached lengths.
+        control_tokens: added tokens that a template, an image or the end of a text is made of; where the text of a
+            record spells one, it is text (see `encode_marked`).
     """
 
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, adds_bos: bool) -> None:
@@ -68,6 +74,15 @@ class Tokenizer:
         # Longest first, so that at one place in the text the longest added token wins.
         names = sorted(files.added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self.control_tokens = frozenset(filter(self._is_control, files.added))
+        control = sorted(self.control_tokens, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, control)))
+        content = [token for token in names if token not in self.control_tokens]
+        self._content_splitter = (
+            re.compile("(" + "|".join(map(re.escape, content)) + ")") if content else None
+        )
+        unknown = files.roles.get("unk_token", "")
+        self._control_ids = frozenset(files.added[token] for token in control if token != unknown)
         # Added tokens that decoding sets apart from the text around them.
         self._apart = (files.added.keys() - files.special) | {
             token for token in files.additional if files.added[token] >= vocabulary.size
@@ -93,6 +108,18 @@ class Tokenizer:
         """Tokens that are cut out of a text before the vocabulary sees it; prose must not contain them."""
         return frozenset(self._files.added)
 
+    def _is_control(self, token: str) -> bool:
+        """Special tokens and everything written `<|...|>`, but for the marks of grounding data."""
+        if token in GROUNDING_TOKENS:
+            return False
+        is_image = token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+        return is_image or token in self._files.special or (token.startswith("<|") and token.endswith("|>"))
+
+    def control_token_in(self, text: str) -> str:
+        """The first control token that a text spells; empty if it spells none."""
+        found = self._control_pattern.search(text)
+        return found.group() if found else ""
+
     def token_id(self, token: str) -> int:
         """Id of one token.
 
@@ -112,7 +139,7 @@ class Tokenizer:
         return self.encode_marked(text, (), add_bos=add_bos)[0]
 
     def encode_marked(
-        self, text: str, marks: Sequence[int], *, add_bos: bool = True
+        self, text: str, marks: Sequence[int], *, add_bos: bool = True, written: Sequence[Range] = ()
     ) -> tuple[list[int], list[int]]:
         """Ids of a text, and where given places of the text lie among them.
 
@@ -120,10 +147,14 @@ class Tokenizer:
             text: any text; added tokens are recognised.
             marks: ascending character offsets into `text`, none inside an added token.
             add_bos: put the beginning-of-sequence token first, if the checkpoint wants one.
+            written: ascending half-open character ranges in which a control token is text like any other.
 
         Returns:
             ids, and for each mark the number of tokens that lie wholly before it. A token that straddles
             a mark counts as after it.
+
+        Raises:
+            DataError: the vocabulary has no other ids for what one of `written` spells.
         """
         ids = [self.bos_id] if add_bos and self._adds_bos and self.bos_id is not None else []
         prepared = self._vocabulary.prepare(text)
@@ -132,13 +163,15 @@ class Tokenizer:
         waiting = iter(marks)
         mark = next(waiting, _NO_MARK) + shift
         start = 0
-        for part, num_stripped, added in self._cut(prepared):
+        ranges = [(low + shift, high + shift) for low, high in written]
+        ids_of = self._plain_ids if written else self._encode_part
+        for part, num_stripped, added in self._cut(prepared, ranges):
             start += num_stripped
             end = start + len(part)
-            own = [added] if added is not None else self._encode_part(part) if part else []
+            own = [added] if added is not None else ids_of(part) if part else []
             while mark < end:
                 prefix = part[: max(0, mark - start)]
-                inside = _common_prefix(self._encode_part(prefix), own) if prefix else 0
+                inside = _common_prefix(ids_of(prefix), own) if prefix else 0
                 places.append(len(ids) + inside)
                 mark = next(waiting, _NO_MARK) + shift
             ids += own
@@ -156,6 +189,28 @@ class Tokenizer:
             if len(self._known_parts) < _MAX_KNOWN_PARTS:
                 self._known_parts[part] = known
         return known
+
+    def _plain_ids(self, part: str) -> list[int]:
+        """Ids of a text, none of them a control token's.
+
+        A vocabulary may have an entry for the id of a control token (`[UNUSED_TOKEN_145]` of InternLM2's is
+        `<|im_end|>`). A text that spells it is encoded in pieces, cut after the first character of the entry.
+        """
+        ids = self._encode_part(part)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        hits = self._control_ids.intersection(ids)
+        spelled = [self._vocabulary.token(index) for index in hits if index < self._vocabulary.size]
+        pattern = "|".join(
+            re.escape(entry[0]) + "(?=" + re.escape(entry[1:]) + ")" for entry in spelled if entry
+        )
+        cuts = [found.end() for found in re.finditer(pattern, part)] if pattern else []
+        pieces = [part[low:high] for low, high in pairwise([0, *cuts, len(part)]) if low < high]
+        ids = [index for piece in pieces for index in self._vocabulary.encode(piece)]
+        if not self._control_ids.isdisjoint(ids):
+            names = ", ".join(self._token(index) for index in self._control_ids.intersection(ids))
+            raise DataError(f"the text becomes the control token {names} of the vocabulary; change the text")
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids.
@@ -190,20 +245,44 @@ class Tokenizer:
                 tokens += [part] if added is not None else self._vocabulary.entries(part)
         return tokens
 
-    def _cut(self, text: str) -> Iterator[tuple[str, int, int | None]]:
+    def _pieces(self, text: str, written: Sequence[Range]) -> list[str]:
+        """Texts and added tokens in turn, as `re.split` gives them; control tokens inside `written` stay text."""
+        if not written:
+            return self._splitter.split(text)
+        parts, last = [""], 0
+        for low, high, splitter in self._segments(written, len(text)):
+            head, *rest = splitter.split(text[low:high]) if splitter else [text[low:high]]
+            parts[-1] += head  # a text goes on over the border of a segment
+            parts += rest
+            last = high
+        return [*parts[:-1], parts[-1] + text[last:]]
+
+    def _segments(
+        self, written: Sequence[Range], end: int
+    ) -> Iterator[tuple[int, int, re.Pattern[str] | None]]:
+        last = 0
+        for low, high in written:
+            yield last, low, self._splitter
+            yield low, high, self._content_splitter
+            last = high
+        yield last, end, self._splitter
+
+    def _cut(self, text: str, written: Sequence[Range] = ()) -> Iterator[tuple[str, int, int | None]]:
         """Parts of a prepared text: text, number of characters stripped in front of it, id if added token."""
-        parts = self._splitter.split(text)
+        parts = self._pieces(text, written)
         opening, known, strips_right = self._vocabulary.opening, self._files.added, self._files.strips_right
         strips = False
         if opening and parts[0] == opening and len(parts) > 1 and parts[1] in self._files.special:
             # No text precedes a special token, so no word mark is needed.
             yield "", len(opening), None
-            parts = parts[1:]
-        for part in filter(None, parts):  # two added tokens side by side have an empty text between them
-            added = known.get(part)
+            parts = ["", *parts[1:]]
+        for place, part in enumerate(parts):
+            if not part:  # two added tokens side by side have an empty text between them
+                continue
+            added = known[part] if place % 2 else None
             kept = part.lstrip() if strips and added is None else part
             yield kept, len(part) - len(kept), added
-            strips = part in strips_right
+            strips = added is not None and part in strips_right
 
     def _token(self, index: int) -> str:
         if index in self._added_by_id:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from megatron_v2pe.inference.serve.wire import Usage
@@ -17,24 +15,26 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        more: dict[str, Any] = {"registry": self._registry}
-        self._requests = Counter("v2pe_requests", "Requests by status of HTTP", ["status"], **more)
-        self._prompt = Counter("v2pe_prompt_tokens", "Tokens of prompts", **more)
-        self._cached = Counter("v2pe_cached_tokens", "Tokens of prompts that were known already", **more)
-        self._generated = Counter("v2pe_generated_tokens", "Tokens of answers", **more)
-        self._waiting = Gauge("v2pe_waiting_requests", "Requests in the queue", **more)
-        self._running = Gauge("v2pe_running_requests", "Requests being answered", **more)
+        registry = self._registry
+        self._requests = Counter("v2pe_requests", "Requests by status of HTTP", ["status"], registry=registry)
+        self._prompt = Counter("v2pe_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._cached = Counter(
+            "v2pe_cached_tokens", "Tokens of prompts that were known already", registry=registry
+        )
+        self._generated = Counter("v2pe_generated_tokens", "Tokens of answers", registry=registry)
+        self._waiting = Gauge("v2pe_waiting_requests", "Requests in the queue", registry=registry)
+        self._running = Gauge("v2pe_running_requests", "Requests being answered", registry=registry)
         self._first = Histogram(
             "v2pe_first_token_seconds",
             "From arrival to the first token",
             buckets=_FIRST_TOKEN_SECONDS,
-            **more,
+            registry=registry,
         )
         self._token = Histogram(
             "v2pe_token_seconds",
             "A forward pass over one token of each answer",
             buckets=_TOKEN_SECONDS,
-            **more,
+            registry=registry,
         )
 
     def note_request(self, status: int) -> None:

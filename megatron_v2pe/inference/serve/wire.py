@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.data.samples.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
+from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER
 from megatron_v2pe.inference.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 

@@ -40,7 +40,7 @@ class Branches(torch.nn.ModuleList):
         """mcore's shards of every branch, below `{b}.`; mcore would store a plain list as if it were whole."""
         shards: dict[str, Any] = {}
         for index, branch in enumerate(self):
-            shards.update(branch.sharded_state_dict(f"{prefix}{index}.", sharded_offsets, metadata))
+            shards.update(branch.sharded_state_dict(f"{prefix}{index}.", sharded_offsets, metadata))  # type: ignore[operator]
         return shards
 
 

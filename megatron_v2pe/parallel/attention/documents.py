@@ -12,8 +12,12 @@ _PLAIN_FIELDS = tuple(field.name for field in dataclasses.fields(PackedSeqParams
 def local_lengths(params: PackedSeqParams, cp: int) -> tuple[int, ...]:
     """Tokens of each document on this rank, on the host.
 
-    Read from the device once per micro batch: every layer is given the same object, which keeps the result.
+    Where the parameters do not say (`V2PEPackedSeqParams.document_lengths`), read from the device once per micro batch:
+    every layer is given the same object, which keeps the result.
     """
+    given = getattr(params, "document_lengths", None)
+    if given is not None:
+        return tuple(length // cp for length in given)
     known: tuple[int, tuple[int, ...]] | None = params.__dict__.get("_local_lengths")
     if known is None or known[0] != cp:
         boundaries = params.cu_seqlens_q_padded

@@ -9,7 +9,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
-from megatron_v2pe.v2pe.rope import apply_rotary
 
 
 class _Rotation(torch.autograd.Function):
@@ -19,16 +18,16 @@ class _Rotation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor, scale: float, round_tables: bool) -> Tensor:
-        ctx.save_for_backward(angles)
-        ctx.scale, ctx.round_tables = scale, round_tables
-        return apply_rotary(x, angles, scale=scale, round_tables=round_tables)
+    def forward(ctx: Any, x: Tensor, params: V2PEPackedSeqParams) -> Tensor:
+        ctx.save_for_backward(params.rotary_angles)
+        ctx.options = dict(scale=params.rotary_scale, round_tables=params.round_rotary)
+        ctx.apply_rotary = params.apply_rotary
+        return ctx.apply_rotary(x, params.rotary_angles, **ctx.options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (angles,) = ctx.saved_tensors
-        turned_back = apply_rotary(grads[0], -angles, scale=ctx.scale, round_tables=ctx.round_tables)
-        return turned_back, None, None, None
+        return ctx.apply_rotary(grads[0], -angles, **ctx.options), None
 
 
 def rotate(query: Tensor, key: Tensor, params: PackedSeqParams | None) -> tuple[Tensor, Tensor]:
@@ -46,5 +45,4 @@ def rotate(query: Tensor, key: Tensor, params: PackedSeqParams | None) -> tuple[
         raise ValueError(
             f"{len(angles)} rotary angles for {len(query)} local tokens; angles are cut by the same index as tokens"
         )
-    rotated = (_Rotation.apply(x, angles, params.rotary_scale, params.round_rotary) for x in (query, key))
-    return next(rotated), next(rotated)
+    return _Rotation.apply(query, params), _Rotation.apply(key, params)

@@ -12,8 +12,12 @@ for local token i, whatever documents there are. The kernel's results would have
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import lru_cache
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,9 +27,28 @@ from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.rotary import rotate
 
+logger = logging.getLogger(__name__)
+
+_UNFUSED = "NVTE_UNFUSED_ATTN"
+
 
 class RotaryTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention for the decoder; rotates, and generates with a cache on torch's kernels."""
+    """Transformer Engine's attention for the decoder; rotates, and generates with a cache on torch's kernels.
+
+    In half precision its unfused kernels are ruled out, unless the environment asks for them: they form all scores of
+    a document, quadratic in its length, and would be chosen in silence where no fused kernel suits. In float32 there
+    are no others.
+
+    With `a2a` its exchange waits for the GPU once for each document and direction in every layer, to put the shards of
+    a document side by side; native attention exchanges all documents by one index.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.params_dtype in (torch.bfloat16, torch.float16):
+            os.environ.setdefault(_UNFUSED, "0")
+        if kwargs.get("cp_comm_type") == "a2a" and self.config.context_parallel_size > 1:
+            _warn_of_a2a()
 
     def forward(
         self,
@@ -56,3 +79,11 @@ class RotaryTEAttention(TEDotProductAttention):
             layer_number=self.layer_number,
             scale=self.config.softmax_scale or self.config.kv_channels**-0.5,
         )
+
+
+@lru_cache(maxsize=1)  # once, not for every layer
+def _warn_of_a2a() -> None:
+    logger.warning(
+        "parallel.cp_comm_type is a2a with Transformer Engine, which waits for the GPU once for each document of a "
+        "pack in every layer; with many documents parallel.attention_backend=native, or p2p, is faster"
+    )

@@ -83,6 +83,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         qkv_bias=language.qkv_bias,
         tp=plan.tp,
         sequence_parallel=plan.sequence_parallel,
+        fused_swiglu=setting.fused_swiglu,
         mlp_chunks=model.mlp_chunks if model.recompute == "selective" or model.mlp_chunks > 1 else 0,
         # A chunk with sparse and dense layers counts as sparse: those need more.
         routed_rows=round(setting.routed_rows) if experts else 0,

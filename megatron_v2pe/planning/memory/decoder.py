@@ -36,6 +36,7 @@ class DecoderShape:
     qkv_bias: bool
     tp: int
     sequence_parallel: bool
+    fused_swiglu: bool
     mlp_chunks: int
     """Slices of rows of a recomputed MLP; 0 keeps its activations."""
     routed_rows: int = 0
@@ -136,8 +137,8 @@ def decoder_attention_ops(sizes: DecoderShape, attention: AttentionBytes, costs:
 def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens: int) -> list[Op]:
     """fc1 -> silu(first half) * second half -> fc2, on `tokens` tokens.
 
-    mcore adds an offset of 0 to the second half, out of place, so that besides fc1's output (2F) the two factors
-    (F each) and their product (F) are kept: 5F.
+    Kept are fc1's output (2F) and the product (F): 3F. Where it is not fused, mcore adds an offset of 0 to the second
+    half, out of place, so that the two factors (F each) are kept as well: 5F.
     """
     e = costs.element_bytes
     inner = tokens * sizes.ffn * e
@@ -154,10 +155,7 @@ def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens
             costs=costs,
             backward_bytes=whole,
         ),
-        Op(name="halves", inputs=("fc1",), view_of="fc1", output_bytes=2 * inner),
-        Op(name="gate", inputs=("halves",), output_bytes=inner, keeps=("halves",), gradient_bytes=(inner,)),
-        Op(name="up", inputs=("halves",), output_bytes=inner, gradient_bytes=(inner,), passes_gradient=True),
-        Op(name="gated", inputs=("gate", "up"), output_bytes=inner, keeps=("gate", "up")),
+        *gated_ops(inner, sizes, costs),
         linear_op(
             "fc2",
             "gated",
@@ -169,6 +167,32 @@ def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens
             forward_bytes=whole,
             backward_bytes=whole,
         ),
+    ]
+
+
+def gated_ops(inner: float, sizes: DecoderShape, costs: LayerCosts) -> list[Op]:
+    """silu(first half) * second half of fc1's output, `inner` bytes each.
+
+    Fused on a CPU, where nothing is compiled: silu(first half) for a moment in forward, in backward up to four
+    intermediates and both halves of the gradient before they are joined.
+    """
+    if sizes.fused_swiglu:
+        eager = costs.float_attention  # a CPU
+        return [
+            Op(
+                name="gated",
+                inputs=("fc1",),
+                output_bytes=inner,
+                keeps=("fc1",),
+                forward_bytes=inner if eager else 0.0,
+                backward_bytes=3 * inner if eager else 0.0,
+            )
+        ]
+    return [
+        Op(name="halves", inputs=("fc1",), view_of="fc1", output_bytes=2 * inner),
+        Op(name="gate", inputs=("halves",), output_bytes=inner, keeps=("halves",), gradient_bytes=(inner,)),
+        Op(name="up", inputs=("halves",), output_bytes=inner, gradient_bytes=(inner,), passes_gradient=True),
+        Op(name="gated", inputs=("gate", "up"), output_bytes=inner, keeps=("gate", "up")),
     ]
 
 

@@ -65,8 +65,7 @@ def head_peaks(head: HeadShape, costs: LayerCosts) -> HeadPeaks:
     Kept: what the norm keeps, d rows s H e, d weight 4 V H.
     Forward: that, the norm's output r H e, rows s H e (and all gathered rows l H e before they are picked), the
     logits of a loss chunk and their product V H e.
-    Backward: d rows is scaled (s H e again); d weight is rounded (V H e in half precision), then padded to the whole
-    weight (V H e again, its float32 form gone in half precision).
+    Backward: d rows is scaled (s H e again); d weight is rounded (V H e in half precision).
     """
     e = costs.element_bytes
     weight = head.hidden * head.vocab_rows * head.is_trained
@@ -77,12 +76,11 @@ def head_peaks(head: HeadShape, costs: LayerCosts) -> HeadPeaks:
     product = weight * e if head.supervised else 0
     loss_chunk = logits_bytes(head, costs) + product
     scaled = 2 * supervised + weight * (FLOAT_BYTES + (e if is_half else 0))
-    padded = supervised + 2 * weight * e
     spread = supervised + head.tokens * head.hidden * e
     return HeadPeaks(
         forward_bytes=norm
         + output
         + max(gathered + supervised, 2 * supervised + weight * FLOAT_BYTES + loss_chunk),
         kept_bytes=norm + supervised + weight * FLOAT_BYTES,
-        backward_bytes=norm + max(scaled, padded, spread),
+        backward_bytes=norm + max(scaled, spread),
     )

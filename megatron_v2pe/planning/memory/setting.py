@@ -53,8 +53,15 @@ class Setting:
 
     @property
     def tiles(self) -> int:
-        """Tiles that the busiest rank encodes; a rank without tiles encodes a blank one."""
-        return max(1, -(-self.pack.num_tiles // self.plan.tile_ranks))
+        """Tiles that the busiest rank encodes, blank ones included; a rank without tiles encodes a blank one."""
+        multiple = self.config.vision.tile_multiple
+        return max(1, -(-self.pack.num_tiles // (self.plan.tile_ranks * multiple))) * multiple
+
+    @property
+    def fused_swiglu(self) -> bool:
+        """Whether MLPs of the decoder keep only their first linear's output."""
+        swiglu = self.config.model.swiglu
+        return swiglu == "fused" or (swiglu == "auto" and not self.on_cpu)
 
     @property
     def routed_rows(self) -> float:

@@ -21,7 +21,7 @@ from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.tiling import TilingRule
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import encode_record
-from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import parse_line
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -56,7 +56,7 @@ def read_back(record: Mapping[str, Any], *, entry: DatasetEntry, settings: Sampl
         settings: of the run that will read it.
     """
     parsed = parse_line(json.dumps(record).encode(), entry=entry, line_number=1)
-    sizes = probe_record(parsed, settings=settings)
+    sizes = probe_sizes(parsed, settings=settings)
     media = record_tiles(parsed, sizes, entry=entry, settings=settings)
     strides = np.full(len(sizes), settings.text.tokens_per_tile, dtype=np.int64)
     return encode_record(parsed, media=media, settings=settings.text, strides=strides).layout

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import PackedBatch, blanked, without_loss
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.jsonl import append_json
@@ -105,7 +106,7 @@ class DamagedSamples:
         return blanked(batch, {each.document for each in own if each.is_blank})
 
     def _sum(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
+        (total,) = to_device([np.array([value], dtype=np.float64)], self.ranks.device)
         dist.all_reduce(total)
         return float(total)
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.parallel.topology import Ranks
 
@@ -91,7 +92,7 @@ class Interruption:
                 self._is_profile_asked = True
                 self._profile_file.unlink(missing_ok=True)
         is_asked, self._is_profile_asked = self._is_profile_asked, False
-        asked = torch.tensor([self._seen, int(is_asked)], device=self._ranks.device)
+        (asked,) = to_device([np.array([self._seen, int(is_asked)], dtype=np.int64)], self._ranks.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number, profile = asked.tolist()
         self.is_profile_agreed = bool(profile)

@@ -1,7 +1,7 @@
 """A rank that makes no progress reports where it hangs and ends, so that the launcher can start all of them again.
 
     step done --beat--> time of the last step  <--every second-- thread --too long ago--> stacks/rank_N.txt and .jsonl,
-                                                     |                                    exit code 1
+                                                     |                                    stacks/nccl_rank_N, exit 1
                                                      |--every 10 s--> heartbeats/rank_N.json
 
 The .jsonl has one line for each hang: which step, and in which call of the training thread. `megatron-v2pe runs` puts
@@ -27,6 +27,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
 
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.jsonl import append_json
@@ -158,6 +161,7 @@ class Watchdog:
                 "silent": silent,
             }
             append_json(self._stacks.with_suffix(".jsonl"), line)
+            write_collectives(self._stacks.with_name(f"nccl_rank_{self._rank}"))
         finally:
             time.sleep(_GRACE_SECONDS)
             os._exit(EXIT_CODE)
@@ -179,6 +183,18 @@ class Watchdog:
                     {"rank": rank, "host": line["host"], "step": line["step"], "seconds": round(age, 1)}
                 )
         return found
+
+
+def write_collectives(path: Path) -> bool:
+    """Write the last collectives of this rank's NCCL groups, which of them began and ended; False without NCCL.
+
+    NCCL itself writes the same file when a collective times out, but this process ends before: a step begins before the
+    collective in which it hangs, and both clocks are as long. `torchfrtrace` compares the files of all ranks.
+    """
+    if not (torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
+        return False
+    write_atomic(path, torch._C._distributed_c10d._dump_nccl_trace(True, True, False))  # type: ignore[attr-defined]
+    return True
 
 
 def _described(silent: Sequence[Mapping[str, Any]]) -> str:

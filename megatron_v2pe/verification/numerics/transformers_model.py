@@ -1,8 +1,9 @@
 """The reference with its decoder run by the class that `transformers` has for it: a third opinion.
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
-Its decoders (Llama, Qwen2, Phi-3) accept fractional positions; norms and rotary tables are float32 inside, whatever the
-dtype. InternLM2 is not in transformers: the released folders bring their own code, which is not run here.
+Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts) accept fractional positions; norms and rotary
+tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring their
+own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
 """
@@ -21,7 +22,14 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel
 
 _PREFIX = "language_model."
-_CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM")
+_CLASSES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class TransformersReference(ReferenceModel):
@@ -51,7 +59,20 @@ class TransformersReference(ReferenceModel):
         self._model = _build(arch, self._scaled(llm_config)).to(dtype).eval()
         tied = arch.language.tie_word_embeddings
         wanted = [name for name in self._model.state_dict() if not (tied and name == "lm_head.weight")]
-        self._model.load_state_dict({name: self._read(_PREFIX + name) for name in wanted}, strict=not tied)
+        self._model.load_state_dict({name: self._weight(_PREFIX + name) for name in wanted}, strict=not tied)
+
+    def _weight(self, name: str) -> Tensor:
+        """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
+        experts, _, stacked = name.rpartition(".experts.")
+        if stacked not in _STACKED:
+            return self._read(name)
+        assert self.arch.language.experts is not None
+        return torch.stack(
+            [
+                torch.cat([self._read(f"{experts}.experts.{e}.{part}.weight") for part in _STACKED[stacked]])
+                for e in range(self.arch.language.experts.num_experts)
+            ]
+        )
 
     def _scaled(self, llm_config: dict[str, Any]) -> dict[str, Any]:
         """The section as transformers understands it: plain frequencies are no scaling at all."""
@@ -110,4 +131,7 @@ def _build(arch: InternVLArchitecture, llm_config: dict[str, Any]) -> Any:
             "for the built-in model"
         ) from None
     config = transformers.AutoConfig.for_model(**llm_config)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    eager = {"attn_implementation": "eager"}
+    if arch.language.experts is not None:  # grouped products have no float64
+        eager["experts_implementation"] = "eager"
+    return transformers.AutoModelForCausalLM.from_config(config, **eager)

@@ -62,12 +62,14 @@ def test_the_unrelated_apex_is_recognised(packages):
     assert environment.adam_source().startswith("this package's")
 
 
-def test_nvidias_apex_is_recognised(packages):
+def test_nvidias_apex_is_recognised(packages, monkeypatch):
     install(packages, "apex", ["__init__.py", "optimizers/fused_adam.py"])
     assert "without CUDA kernels" in dict(environment.describe_environment())["apex"]
     assert not environment.has_nvidia_apex()
     install(packages, "amp_C", ["__init__.py"])
     assert environment.has_nvidia_apex()
+    assert environment.adam_source() == "this package's FusedAdam (no CUDA device)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert environment.adam_source() == "apex's FusedAdam"
 
 

@@ -1,8 +1,17 @@
 """core.env: what the launcher says, and what is refused."""
 
+import os
+
 import pytest
 
-from megatron_v2pe.core.env import Launcher, child_environment, launcher, slurm_job
+from megatron_v2pe.core.env import (
+    GPU_ENVIRONMENT,
+    Launcher,
+    child_environment,
+    launcher,
+    prepare_gpu_environment,
+    slurm_job,
+)
 from megatron_v2pe.core.errors import ConfigError
 
 FULL = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -44,3 +53,15 @@ def test_child_environment_drops_the_rank(monkeypatch):
     assert child["OMP_NUM_THREADS"] == "1"
     assert not set(FULL) & set(child)
     assert "PATH" in child
+
+
+def test_a_gpu_run_sets_what_nobody_has_set(monkeypatch):
+    for name in (*GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    changes = prepare_gpu_environment("/runs/a")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/a/stacks/nccl_rank_"
+    for name in changes:
+        monkeypatch.delenv(name)

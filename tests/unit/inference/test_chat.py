@@ -121,7 +121,6 @@ def test_images_and_videos_stand_where_their_placeholders_are(chat, image, tmp_p
     [
         (asked("  "), ConfigError, "the question is empty"),
         (asked("<image> <image>", "a.png"), ConfigError, "2 <image> for 1 images"),
-        (asked("what <img>?"), ConfigError, "reserved token <img>"),
         (asked("what?", "none.png"), DataError, r"none\.png"),
         (asked("what?", videos=["none.mp4"]), DataError, r"none\.mp4"),
     ],

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -19,10 +20,6 @@ from megatron_v2pe.inference.sampling import Sampling
 pytest.importorskip("starlette", reason="extra 'serve' is not installed")
 openai = pytest.importorskip("openai", reason="extra 'test' is not installed")
 
-try:  # the client library that the installed openai brings
-    import httpx2 as httpx
-except ModuleNotFoundError:
-    import httpx
 import uvicorn  # noqa: E402
 
 from megatron_v2pe.inference.serve.app import Server  # noqa: E402
@@ -84,6 +81,22 @@ def address(chat, media):
 @pytest.fixture(scope="module")
 def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
+def send(address, path, body=None, *, key=KEY):
+    """Status and text of a plain HTTP request; json is sent as json, bytes as they are."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"authorization": f"Bearer {key}"}
+    connection.request("GET" if body is None else "POST", path, content, headers)
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        return answer.status, answer.read().decode()
+
+
+def post(address, body):
+    """Status and json of a completion."""
+    status, text = send(address, "/v1/chat/completions", body)
+    return status, json.loads(text)
 
 
 def data_url(path):
@@ -223,11 +236,9 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
 )
 def test_bad_requests(address, changes, message):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, **changes}
-    found = httpx.post(
-        f"{address}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=30
-    )
-    assert found.status_code == 400
-    assert message in found.json()["error"]["message"]
+    status, found = post(address, body)
+    assert status == 400
+    assert message in found["error"]["message"]
 
 
 def test_model_key_and_json(address, client):
@@ -236,24 +247,34 @@ def test_model_key_and_json(address, client):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
-    found = httpx.post(
-        f"{address}/v1/chat/completions", content="{", headers={"authorization": f"Bearer {KEY}"}
-    )
-    assert (found.status_code, found.json()["error"]["code"]) == (400, "bad_json")
+    status, found = post(address, b"{")
+    assert (status, found["error"]["code"]) == (400, "bad_json")
 
 
 def test_health_and_metrics(address, client):
     client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
-    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-    text = httpx.get(f"{address}/metrics").text
+    assert json.loads(send(address, "/health")[1]) == {"status": "ok"}
+    text = send(address, "/metrics")[1]
     assert 'v2pe_requests_total{status="200"}' in text
     assert "v2pe_generated_tokens_total" in text
     assert "v2pe_first_token_seconds_bucket" in text
 
 
+def metric(address, name):
+    lines = send(address, "/metrics")[1].splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
 def generated(address):
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("v2pe_generated_tokens_total "))
+    return metric(address, "v2pe_generated_tokens_total")
+
+
+def wait_for(address, name):
+    """Until a metric is above 0."""
+    end = time.monotonic() + 20
+    while metric(address, name) == 0:
+        assert time.monotonic() < end, name
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -264,18 +285,15 @@ def test_a_client_that_goes_ends_its_answer(address, stream):
         "max_tokens": 5000,
         "stream": stream,
     }
-    headers = {"authorization": f"Bearer {KEY}"}
     before = generated(address)
-    url = f"{address}/v1/chat/completions"
-    with (
-        contextlib.suppress(httpx.ReadTimeout),
-        httpx.Client(timeout=1.0) as client,
-        client.stream("POST", url, json=body, headers=headers) as answer,
-    ):
-        next(answer.iter_lines())
-    time.sleep(1.5)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=0.5)
+    headers = {"authorization": f"Bearer {KEY}"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
+    with contextlib.closing(connection), contextlib.suppress(TimeoutError):
+        connection.getresponse().readline()
+    time.sleep(0.8)
     stopped = generated(address)
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert generated(address) == stopped < before + 4000
 
 
@@ -288,22 +306,22 @@ def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
             messages = [{"role": "user", "content": "Talk"}]
             done.append(client.chat.completions.create(model="tiny", messages=messages, max_tokens=length))
 
-        threads = [threading.Thread(target=ask, args=(400,)) for _ in range(2)]
+        threads = [threading.Thread(target=ask, args=(600,)) for _ in range(2)]
         threads[0].start()
-        time.sleep(0.4)
+        wait_for(address, "v2pe_running_requests")
         threads[1].start()
-        time.sleep(0.4)
+        wait_for(address, "v2pe_waiting_requests")
         with pytest.raises(openai.RateLimitError) as refused:
             ask(2)
         assert refused.value.code == "queue_full"
         inbox.drain()
-        assert httpx.get(f"{address}/health").status_code == 503
+        assert send(address, "/health")[0] == 503
         with pytest.raises(openai.InternalServerError) as ended:
             ask(2)
         assert ended.value.code == "draining"
         for thread in threads:
             thread.join(timeout=60)
-        assert [answer.usage.completion_tokens for answer in done] == [400, 400]
+        assert [answer.usage.completion_tokens for answer in done] == [600, 600]
 
 
 def test_an_address_that_is_taken_or_open():
@@ -316,10 +334,8 @@ def test_an_address_that_is_taken_or_open():
 
 def test_a_body_that_is_too_large(chat):
     with serving(chat, max_body_bytes=1000) as (address, _):
-        found = httpx.post(
-            f"{address}/v1/chat/completions", content=b"x" * 2000, headers={"authorization": f"Bearer {KEY}"}
-        )
-        assert (found.status_code, found.json()["error"]["code"]) == (413, "too_large")
+        status, found = post(address, b"x" * 2000)
+        assert (status, found["error"]["code"]) == (413, "too_large")
 
 
 def test_requests_travel_to_other_ranks_unchanged():

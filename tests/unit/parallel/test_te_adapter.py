@@ -4,7 +4,9 @@ The stand-in attends like the real one is documented to; the real one runs on a 
 """
 
 import importlib
+import os
 import sys
+import types
 from functools import partial
 
 import megatron.core.extensions.transformer_engine as mcore_extension
@@ -116,3 +118,32 @@ def test_unpacked_sequences_are_refused(adapter):
 def test_without_padded_boundaries_the_real_ones_are_used():
     plain = padding_counts_as_tokens(PackedSeqParams(qkv_format="thd", cu_seqlens_q=REAL, cu_seqlens_kv=REAL))
     assert plain.cu_seqlens_q is plain.cu_seqlens_kv_padded is REAL
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "wanted"), [("bfloat16", None, "0"), ("float32", None, None), ("bfloat16", "1", "1")]
+)
+def test_unfused_attention_is_ruled_out_in_half_precision(adapter, monkeypatch, dtype, asked, wanted):
+    """It forms all scores, and would be chosen in silence; whoever asks for it gets it."""
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", asked or "")
+    if asked is None:
+        monkeypatch.delenv("NVTE_UNFUSED_ATTN")
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        params_dtype=getattr(torch, dtype),
+        attention_dropout=0.0,
+    )
+    type(adapter)(config, 1, AttnMaskType.causal, "self")
+    assert os.environ.get("NVTE_UNFUSED_ATTN") == wanted
+
+
+def test_its_exchange_of_heads_is_reported_once(adapter, caplog):
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, context_parallel_size=2, attention_dropout=0.0
+    )
+    groups = types.SimpleNamespace(cp=None)
+    for layer in (1, 2):
+        type(adapter)(config, layer, AttnMaskType.causal, "self", cp_comm_type="a2a", pg_collection=groups)
+    assert caplog.text.count("waits for the GPU once for each document") == 1

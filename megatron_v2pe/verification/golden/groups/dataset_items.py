@@ -27,7 +27,7 @@ from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.media.tiling import TilingRule
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.encode import EncodedSample, TextSettings, encode_record
-from megatron_v2pe.data.samples.measure import probe_record
+from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import Record, parse_record
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -146,7 +146,7 @@ def _sample(
     )
     settings = _settings(case, text, rule)
     record = parse_record(case["item"], entry=entry, sample_id="golden", where="golden")
-    media = record_tiles(record, probe_record(record, settings=settings), entry=entry, settings=settings)
+    media = record_tiles(record, probe_sizes(record, settings=settings), entry=entry, settings=settings)
     strides = _strides(case, record, settings.text.tokens_per_tile)
     return _encode(record, media=media, settings=settings.text, strides=strides)
 
@@ -174,6 +174,7 @@ def _settings(case: dict[str, Any], text: tuple[Tokenizer, ChatTemplate], rule: 
             tokens_per_tile=case["num_image_token"],
             max_tokens=case.get("max_length") or _MAX_TOKENS,
             label_rule=rule,
+            control_tokens="token",
         ),
         tiling=TilingRule(
             image_size=case["image_size"],

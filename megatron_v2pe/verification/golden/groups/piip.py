@@ -87,13 +87,13 @@ def _geometry_rows(values: dict[str, Any]) -> Iterator[Row]:
             yield equal(name, into, is_equal=is_same, detail=f"ours {own} x {own} reads {other} x {other}")
     for row in values.get("reference_points", []):
         height, width = row["grid"]
-        ours = reference_points((height, width), dtype=torch.float32)
+        own = reference_points((height, width), dtype=torch.float32)
         name = f"piip/geometry/points_{height}x{width}"
-        yield _row(name, "reference_points", ours, torch.tensor(row["points_xy"]), TABLE_ATOL)
+        yield _row(name, "reference_points", own, torch.tensor(row["points_xy"]), TABLE_ATOL)
     for row in values.get("initial_offsets", []):
         name = f"piip/geometry/offsets_{row['n_heads']}x{row['n_points']}"
-        ours = initial_offsets(row["n_heads"], row["n_points"]).flatten()
-        yield _row(name, "initial_offsets", ours, torch.tensor(row["bias"]), TABLE_ATOL)
+        own = initial_offsets(row["n_heads"], row["n_points"]).flatten()
+        yield _row(name, "initial_offsets", own, torch.tensor(row["bias"]), TABLE_ATOL)
 
 
 def _row(name: str, quantity: str, value: Tensor, wanted: Tensor, tolerance: float) -> Row:

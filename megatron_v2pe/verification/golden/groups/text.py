@@ -152,5 +152,6 @@ def _encode(
         tokens_per_tile=case["num_image_token"],
         max_tokens=case["max_length"],
         label_rule=rule,
+        control_tokens="token",
     )
     return encode_conversation(turns, num_tiles=case["num_tiles"], settings=settings)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_v2pe.assembly.backend_modules import choose_modules
 from megatron_v2pe.assembly.build import build_vision
+from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.checkpoint.hf.name_map import Entry, vision_entries
 from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.published import PUBLISHED
@@ -106,7 +107,9 @@ def _build(
     name: Any = str(dtype).removeprefix("torch.")
     config = RunConfig(runtime=RuntimeConfig(dtype=name))
     modules = choose_modules(ParallelConfig(attention_backend="native"), dtype="float32")
-    tower = build_vision(config, arch, modules, context, returns_all=returns_all)
+    tower = build_vision(
+        config, arch, modules, choose_elementwise(config.runtime), context, returns_all=returns_all
+    )
     return cast(PyramidTower, tower.to(context.ranks.device).eval())
 
 

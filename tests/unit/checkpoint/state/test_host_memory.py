@@ -96,3 +96,10 @@ def test_a_shortage_names_the_host_and_both_numbers(monkeypatch):
     assert message == (
         "ranks on node7 need 9.00 GiB of host memory for it; 10.00 GiB are available, of which 80% may be used"
     )
+
+
+def test_pinned_blocks_are_rounded_up_to_powers_of_two():
+    """As torch's allocator of pinned memory does; what is asked for must be what will be used."""
+    pinned, plain = HostCopy(is_pinned=True), HostCopy(is_pinned=False)
+    assert [pinned.block_bytes(size) for size in (0, 1, 1024, 1025, 3 << 30)] == [0, 1, 1024, 2048, 4 << 30]
+    assert plain.block_bytes(1025) == 1025

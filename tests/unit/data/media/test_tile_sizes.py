@@ -9,7 +9,7 @@ from megatron_v2pe.batch.packed_batch import normalize_tiles, normalized, split_
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.cut import CutRule
-from megatron_v2pe.data.media.image import ImageFile, check_image
+from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import MediaRules, MediumTiles, load_tile_range
 from megatron_v2pe.data.media.tiling import TilingRule
 
@@ -19,8 +19,8 @@ NORM = PixelNorm((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 def medium(path, *, augment=None):
     rule = CutRule(tiling=TilingRule(image_size=16, max_tiles=6), augment=augment)
     file = ImageFile(path=str(path))
-    sizes = file.probe(MediaRules(), sample_id="", size_of=check_image)
-    return MediumTiles(medium=file, images=file.tiles(sizes, rule))
+    headers = file.probe(MediaRules(), sample_id="", header_of=read_header)
+    return MediumTiles(medium=file, images=file.tiles([header.size for header in headers], rule))
 
 
 @pytest.fixture

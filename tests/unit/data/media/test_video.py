@@ -13,7 +13,7 @@ from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media import video as video_module
 from megatron_v2pe.data.media.cut import ImageTiles
 from megatron_v2pe.data.media.frames import VideoRule, draw_places, frame_index, wanted_frames
-from megatron_v2pe.data.media.image import check_image
+from megatron_v2pe.data.media.image import read_header
 from megatron_v2pe.data.media.medium import DrawSeed, MediaRules, MediumTiles, load_tile_range
 from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.data.media.video import VideoFile
@@ -27,7 +27,8 @@ LIMIT = 10**6
 
 def measure(path, *, rule=ALL, limit=LIMIT, **source):
     rules = MediaRules(max_pixels=limit, video=rule)
-    return VideoFile(path=str(path), **source).probe(rules, sample_id="a:1", size_of=check_image)
+    headers = VideoFile(path=str(path), **source).probe(rules, sample_id="a:1", header_of=read_header)
+    return tuple(header.size for header in headers)
 
 
 def load(path, places, *, tile_range=None, size=(64, 48), max_seconds=100.0, **source):

@@ -29,6 +29,8 @@ def index(num_tokens, *, name="a", repeat=1.0, num_tiles=None, bad=0):
         num_supervised=np.ones(count, dtype=np.int64),
         num_tiles=tiles,
         first_image=np.zeros(count + 1, dtype=np.int64),
+        first_medium=np.zeros(count + 1, dtype=np.int64),
+        media_images=np.zeros(0, dtype=np.int32),
         sizes=np.zeros((0, 2), dtype=np.int64),
         bad=tuple(
             BadSample(

@@ -11,7 +11,7 @@ from megatron_v2pe.data.samples.draw import Draw, encode_draw, read_sample, reco
 from megatron_v2pe.data.samples.records import parse_record
 from tests.support.mixture import entry, measure, record, write_image
 
-SIZES = ((300, 200), (100, 100))
+SIZES = (((300, 200),), ((100, 100),))
 
 
 def parsed(values, dataset):
@@ -146,6 +146,6 @@ def test_measured_lengths_are_those_of_the_encoded_sample(mixture, settings):
     sample = read_sample(line, 1, measured.sizes, entry=dataset, settings=settings, draw=Draw(epoch=3))
     assert measured.num_tokens == len(sample.tokens) == sample.layout.num_tokens
     assert measured.num_supervised == (sample.labels >= 0).sum()
-    assert (measured.num_tiles, measured.sizes) == (5, ((300, 200),))
-    with pytest.raises(DataError, match="has 1 images, but had 2 when lengths were measured"):
+    assert (measured.num_tiles, measured.sizes) == (5, (((300, 200),),))
+    with pytest.raises(DataError, match="has 1 images and videos, but had 2 when lengths were measured"):
         read_sample(line, 1, SIZES, entry=dataset, settings=settings, draw=Draw(epoch=0))

@@ -74,7 +74,7 @@ def test_a_video_becomes_a_line_for_each_frame(question, wanted):
     parsed = parse({**record(question, "hi"), "video": "sub/v.mp4", "clip": [1, 2.5]})
     assert parsed.media == (VideoFile(path="images/sub/v.mp4", clip=(1.0, 2.5)),)
     lines = "Frame1: <image>\nFrame2: <image>\n"
-    assert write_images(parsed, [(64, 48)] * 2).turns[0].value == wanted.format(lines)
+    assert write_images(parsed, [[(64, 48)] * 2]).turns[0].value == wanted.format(lines)
     assert parse({**record(question, "hi"), "video": "frames/"}).media == (VideoFile(path="images/frames/"),)
 
 
@@ -90,14 +90,17 @@ def turn(role, value):
         (b"[1, 2]", "must be a json object, found list"),
         (b"[" * 100_000, "not valid json"),
         (b'{"id": ' + b"9" * 5000 + b"}", "not valid json"),
-        ({}, "conversations must be a list of at least one message"),
+        ({}, "key 'conversations' is missing; found no key at all"),
         ({"conversations": []}, "at least one message"),
         ({"conversations": ["hi"]}, r"conversations\[0\] must be an object"),
         ({"conversations": [turn("human", 3)]}, r"conversations\[0\] must be an object"),
         ({"conversations": [turn("tool", "x")]}, "is 'tool', but must be 'human' or 'gpt'"),
-        ({"conversations": [turn("human", "x"), turn("system", "y")]}, "is 'system', but must be"),
+        ({"conversations": [turn("human", "x"), turn("system", "y")]}, "'system' is not the first"),
         ({"conversations": [turn("system", "x")]}, "no human message"),
-        ({"conversations": [turn("system", "<image>"), turn("human", "y")]}, "a system prompt with an image"),
+        (
+            {"conversations": [turn("system", "<image>"), turn("human", "y")]},
+            "the system text has a placeholder",
+        ),
         ({"conversations": [turn("gpt", "x")]}, "no human message"),
         ({"conversations": [turn("human", "x"), turn("human", "y")]}, "must alternate human, gpt"),
         (record("<image>", "a", ["x.png", "y.png"]), "1 times <image> for 2 images"),
@@ -107,21 +110,20 @@ def turn(role, value):
         (record("<image>", "a", ["../x.png"]), "outside the data set's root"),
         (record("<image>", "a", [3]), "image must be a path or a list of paths"),
         (record("<image>", "a", {"path": "x"}), "image must be a path or a list of paths"),
-        (record("a <IMG_CONTEXT> b", "a"), "reserved token <IMG_CONTEXT>"),
-        (record("a", "b </img>"), "reserved token </img>"),
         (
             record("say \ud83d!", "a"),
-            r"conversations\[0\] has '\\ud83d' at character 5, half of a surrogate pair",
+            r"conversations\[0\]: its text has '\\ud83d' at character 5, half of a surrogate pair",
         ),
         (record("<image>", "a", "x\ud83d.png"), "image has .* at character 2, half of a surrogate pair"),
         (
             {**record("a", "b"), "video": "\udc00.mp4"},
             "video has .* at character 1, half of a surrogate pair",
         ),
-        ({**record("a", "b"), "video": ["v.mp4"]}, "video must be one path"),
-        ({**record("a", "b", "x.png"), "video": "v.mp4"}, "an image and a video"),
+        ({**record("a", "b"), "video": [3]}, "video must be a path or a list of paths"),
+        ({**record("<video>", "b"), "video": ["v.mp4", "w.mp4"]}, "1 times <video> for 2 videos"),
         ({**record("<video> <video>", "b"), "video": "v.mp4"}, "2 times <video>"),
-        ({**record("<image>", "b"), "video": "v.mp4"}, "1 times <image> for 0 images"),
+        ({**record("<image> <video>", "b"), "video": "v.mp4"}, "1 times <image> for 0 images"),
+        (record("<video>", "b"), "1 times <video> for 0 videos"),
         ({**record("a", "b"), "video": "../v.mp4"}, "video '../v.mp4' lies outside"),
         ({**record("a", "b"), "video": "v.mp4", "clip": [3]}, r"clip must be \[start, end\]"),
         ({**record("a", "b"), "video": "v.mp4", "clip": [3, 3]}, r"clip must be \[start, end\]"),

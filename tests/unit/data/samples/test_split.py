@@ -105,7 +105,7 @@ def test_split_samples_are_measured_and_read_alike(long_mixture):
         sample = read_sample(
             line,
             int(index.line_numbers[row]),
-            index.image_sizes(row),
+            index.media_sizes(row),
             entry=dataset,
             settings=settings,
             draw=Draw(epoch=0),

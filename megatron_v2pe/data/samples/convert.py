@@ -1,0 +1,139 @@
+"""Annotation files of any form to one record a line, in the form that training reads.
+
+    files --records_of--> objects --images inside them written to files--> checked as training will --> OUT.jsonl
+
+A record is written as it is, whatever its format, because formats are understood when it is read; only what a line of
+json cannot hold (images as bytes or base64) is written beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.data.samples.formats import note_text
+from megatron_v2pe.data.samples.records import parse_record
+from megatron_v2pe.data.sources.containers import records_of
+from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, kind_of
+from megatron_v2pe.data.sources.meta import DatasetEntry
+
+_SUFFIXES = {"a JPEG image": ".jpg", "a PNG image": ".png", "a GIF image": ".gif", "a WebP image": ".webp"}
+_MEDIA_KEYS = ("image", "images", "video", "videos")
+_SHOWN = 20
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """What became of the records.
+
+    Attributes:
+        written: good records.
+        bad: messages of the others, with file and number.
+        media: files written for images inside records.
+        notes: how often each note of `formats` occurs, and where first.
+    """
+
+    written: int = 0
+    bad: list[str] = field(default_factory=list)
+    media: int = 0
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """A summary, bad records last."""
+        lines = [f"{self.written:,} records, {len(self.bad):,} bad, {self.media:,} media files written"]
+        lines += [note_text(note, count, place) for note, (count, place) in sorted(self.notes.items())]
+        lines += [f"bad: {message}" for message in self.bad[:_SHOWN]]
+        if len(self.bad) > _SHOWN:
+            causes = Counter(message.split(": ", 1)[-1][:60] for message in self.bad)
+            lines.append(f"... and {len(self.bad) - _SHOWN} more; most often: {causes.most_common(1)[0][0]}")
+        return "\n".join(lines) + "\n"
+
+
+class Converter:
+    """Records of files as lines.
+
+    Args:
+        entry: format and roots of the data set.
+        media: folder for images inside records; None refuses such records.
+    """
+
+    def __init__(self, entry: DatasetEntry, media: Path | None) -> None:
+        self._entry = entry
+        self._media = media
+        self.result = Conversion()
+
+    def lines(self, paths: Sequence[str]) -> list[str]:
+        """Good records of files as lines of json.
+
+        Raises:
+            DataError: a file cannot be read, or holds no record.
+        """
+        found = []
+        for path in paths:
+            for where, value in records_of(path):
+                line = self._line(value, where)
+                if line is not None:
+                    found.append(line)
+        if not found and not self.result.bad:
+            raise DataError(f"{', '.join(paths)}: no record in it")
+        return found
+
+    def _line(self, value: Any, where: str) -> str | None:
+        try:
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: must be a json object, found {type(value).__name__}")
+            value = {key: each for key, each in value.items() if each is not None}
+            for key in _MEDIA_KEYS:
+                if key in value:
+                    value[key] = self._with_files(value[key], where)
+            text = json.dumps(value, ensure_ascii=False)
+            text.encode()
+            record = parse_record(value, entry=self._entry, sample_id=where, where=where)
+        except (DataError, TypeError, UnicodeEncodeError) as error:
+            message = str(error)
+            self.result.bad.append(message if message.startswith(where) else f"{where}: {message}")
+            return None
+        for note in record.notes:
+            count, first = self.result.notes.get(note, (0, where))
+            self.result.notes[note] = (count + 1, first)
+        self.result.written += 1
+        return text
+
+    def _with_files(self, value: Any, where: str) -> Any:
+        """A value of a media key, with names of files where it holds files."""
+        if isinstance(value, list):
+            return [self._with_files(each, where) for each in value]
+        content = _content(value, where)
+        if content is None:
+            return value["path"] if isinstance(value, dict) and isinstance(value.get("path"), str) else value
+        if self._media is None:
+            raise DataError(
+                f"{where}: holds an image itself ({len(content):,} bytes); --media FOLDER writes it to a file"
+            )
+        suffix = _SUFFIXES.get(kind_of(content[:HEAD_BYTES]), ".bin")
+        name = hashlib.sha256(content).hexdigest()[:32] + suffix
+        if not (self._media / name).exists():
+            write_atomic(self._media / name, content)
+            self.result.media += 1
+        return name
+
+
+def _content(value: Any, where: str) -> bytes | None:
+    """Bytes that a value holds: `{"bytes": ...}` of Hugging Face's data sets, or a data: address; None for a name."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return bytes(value["bytes"])
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError):
+            raise DataError(f"{where}: a data: address that is not base64") from None
+    return None

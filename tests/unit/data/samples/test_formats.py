@@ -1,0 +1,179 @@
+"""Records of public formats: read alike, said, or refused with the right key; nothing passes silently."""
+
+import json
+
+import pytest
+
+from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.data.media.image import ImageFile
+from megatron_v2pe.data.media.video import VideoFile
+from megatron_v2pe.data.samples.draw import Draw, encode_draw
+from megatron_v2pe.data.samples.formats import note_text
+from megatron_v2pe.data.samples.measure import LineMeasurer
+from megatron_v2pe.data.samples.records import parse_line, write_images
+from tests.support.mixture import entry, record, write_image
+
+ASKED = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
+ROLES = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "a cat"}]
+PARTS = [
+    {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+]
+URLS = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text":
+     "What?"}]},
+    {"role": "assistant", "content": "a cat"},
+]  # fmt: skip
+
+
+def parse(values, **changes):
+    return parse_line(json.dumps(values).encode(), entry=entry(**changes), line_number=7)
+
+
+def shown(values, **changes):
+    parsed = parse(values, **changes)
+    return [(turn.role, turn.value) for turn in parsed.turns], [medium.path for medium in parsed.media]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image": "a.png", "conversations": ASKED},
+        {"images": ["a.png"], "conversations": ASKED},
+        {"images": "a.png", "conversations": ASKED},
+        {"image": ["a.png"], "messages": ROLES},
+        {"images": ["a.png"], "conversations": ROLES},
+        {"messages": PARTS},
+        {"messages": URLS},
+        {"query": "<image>\nWhat?", "response": "a cat", "images": ["a.png"]},
+        {"instruction": "<image>\nWhat?", "input": "", "output": "a cat", "images": ["a.png"]},
+        {"image": {"<image_00>": "a.png"}, "conversations": [{"from": "user", "value": "<image_00>\nWhat?"},
+                                                              {"from": "assistant", "value": "a cat"}]},
+        {"images": ["a.png"], "conversations": [{"from": "human", "value": "What?"}, ASKED[1]]},
+    ],
+)  # fmt: skip
+def test_formats_of_the_same_conversation(values):
+    assert shown(values) == ([("human", "<image>\nWhat?"), ("gpt", "a cat")], ["a.png"])
+
+
+def test_what_was_understood_otherwise_is_noted():
+    assert parse({"image": "a.png", "conversations": ASKED}).notes == ()
+    notes = parse({"images": ["a.png"], "messages": ROLES, "uid": 3, "empty": []}).notes
+    assert notes == ("format:role/content", "alias:images=image", "unread:uid", "roles")
+    assert note_text("unread:uid", 12, "a.jsonl:7") == "key 'uid' is not read (12 records, first a.jsonl:7)"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"imgs": ["a.png"]}, "unknown key 'imgs'; is 'image' meant"),
+        ({"image_path": "a.png"}, "unknown key 'image_path'; is 'image' meant"),
+        ({"imagse": ["a.png"]}, "unknown key 'imagse'; is 'image' meant|is 'images' meant"),
+        ({"vido": "a.mp4"}, "unknown key 'vido'; is 'video' meant"),
+        ({"sytem": "x"}, "unknown key 'sytem'; is 'system' meant"),
+        ({"audios": ["a.wav"]}, "audio is not read"),
+        ({"tools": [{}]}, "tools are not read"),
+        ({"rejected_response": "x"}, "preference data"),
+        ({"video": "v.mp4", "start": 1, "end": 2}, r'"clip": \[start, end\]'),
+        ({"image": "a.png", "images": ["a.png"]}, "both 'image' and 'images'"),
+        ({"messages": ROLES}, "both 'conversations' and 'messages'"),
+        ({"system": 3}, "system must be a text"),
+        ({"video": ["v.mp4", "w.mp4"], "clip": [1, 2]}, "a clip and 2 videos"),
+        ({"video": [["1.jpg", "2.jpg"]]}, "give the folder that holds them"),
+    ],
+)
+def test_keys_with_meaning_are_refused_with_the_right_one(values, message):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:7: .*({message})"):
+        parse({**record("a", "b"), **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dialog": [], "id": 1}, "key 'conversations' is missing; is 'dialog' meant"),
+        ({"text": "x"}, "key 'conversations' is missing; found keys 'text'"),
+        ({"conversations": [ASKED[0], {"from": "gpt", "text": "x"}]}, r"\[1\] must .*; found keys 'from', 'text'"),
+        ({"messages": [{"role": "user", "content": "x", "losss": False}]}, "unknown key 'losss'; a message has"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, r"content\[0\] is .*type text, image"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool calls are not used"),
+        ({"conversations": [ASKED[0], {**ASKED[1], "loss": 0.5}]}, "loss is 0.5, but must be true or false"),
+        ({"image": "data:image/png;base64," + "A" * 9999, "conversations": ASKED}, r"data: address \(10,021 char"),
+        ({"image": "A" * 9999, "conversations": ASKED}, "9,999 characters, too many for a path; is it the file itself"),
+        ({"image": [{"bytes": "x"}], "conversations": ASKED}, "an image inside the record"),
+        (record("say <video>", "x"), r"1 times <video> for 0 videos.*\\<video> is the text itself"),
+    ],
+)  # fmt: skip
+def test_other_mistakes(values, message):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:7: .*{message}") as caught:
+        parse(values)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_named_format_refuses_others():
+    assert shown({"messages": PARTS}, format="openai")[1] == ["a.png"]
+    with pytest.raises(
+        DataError, match="has messages of 'role' and 'content', which is not the data set's format"
+    ):
+        parse({"messages": PARTS}, format="internvl")
+
+
+def test_system_texts():
+    first = {"conversations": [{"from": "system", "value": "Be brief."}, *record("a", "b")["conversations"]]}
+    assert parse(first).system == "Be brief."
+    for key in ("system", "system_prompt"):
+        assert parse({**record("a", "b"), key: "Be brief."}).messages[0].value == "Be brief."
+    assert parse(record("a", "b"), system="Of the set.").system == "Of the set."
+    assert parse({**record("a", "b"), "system": "Own."}, system="Of the set.").system == "Own."
+    with pytest.raises(DataError, match="a system text of its own and another"):
+        parse({**first, "system": "Another."})
+
+
+def test_a_masked_turn_is_not_supervised(mixture):
+    values = record("1+1?", "3 wrong")
+    values["conversations"][1]["loss"] = False
+    values["conversations"] += record("Sure?", "2")["conversations"]
+    assert [turn.supervised for turn in parse(values).turns] == [True, False, True, True]
+    line = json.dumps(values).encode()
+    masked = LineMeasurer(entry(), mixture.settings())(line, 1)[0].measurement
+    both = LineMeasurer(entry(), mixture.settings())(line.replace(b'"loss": false', b'"loss": true'), 1)
+    wanted = len(mixture.settings().text.tokenizer.encode("3 wrong", add_bos=False)) + 1
+    assert both[0].measurement.num_supervised - masked.num_supervised == wanted
+    values["conversations"][3]["weight"] = 0
+    with pytest.raises(DataError, match="no supervised token"):
+        LineMeasurer(entry(), mixture.settings())(json.dumps(values).encode(), 1)
+
+
+def test_llava_video_and_media_of_both_kinds():
+    parsed = parse({"video": "v.mp4", "conversations": ASKED})
+    assert parsed.notes == ("video_image",)
+    assert parsed.media == (VideoFile(path="v.mp4"),)
+    mixed = parse(
+        {**record("<video> then <image> then <video>", "b"), "image": "a.png", "videos": ["v.mp4", "w.mp4"]}
+    )
+    assert [type(medium) for medium in mixed.media] == [VideoFile, ImageFile, VideoFile]
+    text = write_images(mixed, [[(8, 8)] * 2, [(8, 8)], [(8, 8)]]).turns[0].value
+    assert text == (
+        "Frame1: <image>\nFrame2: <image>\n then <image> then Frame1: <image>\n"
+    )  # fmt: skip
+
+
+def test_placeholders_that_are_text(mixture):
+    values = record(r"the tag \<image> and \<video>", r"say \<image>")
+    parsed = parse(values)
+    settings = mixture.settings()
+    sample = encode_draw(parsed, (), entry=entry(), settings=settings, draw=Draw(epoch=0))
+    text = settings.text.tokenizer.decode(sample.tokens.tolist())
+    assert "the tag <image> and <video>" in text
+    assert "say <image>" in text
+    assert sample.media == ()
+
+
+def test_two_videos_of_a_record_keep_their_frames(mixture):
+    for name, count in (("v", 2), ("w", 3)):
+        (mixture.folder / "images" / name).mkdir()
+        for number in range(count):
+            write_image(mixture.folder / "images" / name / f"{number}.png", 20 + number, 20)
+    mixture.write([{**record("<video> or <video>?", "b"), "videos": ["w/", "v/"]}, record("c", "d")] * 2)
+    (batch, *_) = next(iter(mixture.loader(mixture.config(steps=1, batch=1, min_num_frame=3))))
+    assert batch.num_tiles == 10
+    assert not batch.damaged
