@@ -40,6 +40,8 @@ from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.offload import ActivationOffload
+from megatron_v2pe.models.piip.interaction import InteractionSettings
+from megatron_v2pe.models.piip.tower import PyramidTower
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.feature_router import FeatureRouter
@@ -73,14 +75,14 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         )
         vision, projector = None, None
         if stage.pre_process:
-            vision = _build_vision(config, arch, modules["vision"], elementwise, context)
+            vision = build_vision(config, arch, modules["vision"], elementwise, context)
             projector = _build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
             projector=projector,
             language=language,
-            tile_size=arch.image_size,
+            tile_sizes=arch.tile_sizes,
             micro_batch_tiles=config.vision.micro_batch_tiles,
             tile_multiple=config.vision.tile_multiple,
             route_features=FeatureRouter(ranks.tile_group, ranks.groups.tp),
@@ -150,15 +152,63 @@ def _build_language(
     return language
 
 
-def _build_vision(
+def build_vision(
     config: RunConfig,
     arch: InternVLArchitecture,
     modules: BackendModules,
     elementwise: ElementwiseOps,
     context: ParallelContext,
+    *,
+    returns_all: bool = False,
 ) -> InternViT:
-    vision = InternViT(
-        vision_config(config, arch, context.plan),
+    """The vision tower, with its pyramid where the architecture has one; without weights.
+
+    Args:
+        config: the run.
+        arch: architecture of the checkpoint.
+        modules: modules of the back end.
+        elementwise: operations between the linears.
+        context: sizes of the parallel axes and this rank's place on them.
+        returns_all: of a pyramid, keep what only the smaller branches' last hidden states need.
+    """
+    arguments = partial(_tower_arguments, config, modules=modules, elementwise=elementwise, context=context)
+    pyramid = arch.pyramid
+    if pyramid is None:
+        vision = InternViT(**arguments(arch))
+    else:
+        settings = InteractionSettings(
+            heads=pyramid.heads,
+            points=pyramid.points,
+            value_ratio=pyramid.value_ratio,
+            ffn_ratio=pyramid.ffn_ratio,
+            attention=pyramid.attention,
+            norm=pyramid.norm,
+            projection=pyramid.projection,
+            drop_path=pyramid.drop_path,
+        )
+        vision = PyramidTower(
+            **arguments(arch),
+            branches=[InternViT(**arguments(replace(arch, vision=branch))) for branch in pyramid.branches],
+            sizes=arch.tile_sizes,
+            num_interactions=pyramid.num_interactions,
+            settings=settings,
+            returns_all=returns_all,
+        )
+    _mark_tower_part(vision, context)
+    return vision
+
+
+def _tower_arguments(
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    *,
+    modules: BackendModules,
+    elementwise: ElementwiseOps,
+    context: ParallelContext,
+) -> dict[str, Any]:
+    """Arguments of `InternViT` for `arch.vision`."""
+    return dict(
+        config=vision_config(config, arch, context.plan),
         modules=modules,
         image_size=arch.vision.image_size,
         patch_size=arch.vision.patch_size,
@@ -168,8 +218,6 @@ def _build_vision(
         elementwise=elementwise,
         groups=tower_groups(context),
     )
-    _mark_tower_part(vision, context)
-    return vision
 
 
 def _build_projector(

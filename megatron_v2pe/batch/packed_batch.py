@@ -37,11 +37,13 @@ class PackedBatch:
         num_tiles: tiles of the whole pack.
         tile_range: half-open range of tiles whose pixels this rank decodes; tiles are numbered over the
             pack in order of appearance.
-        tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`.
+        tiles: uint8 [n_local, 3, S, S], pixels of `tile_range`; where `tile_sizes` has several, one row for each tile,
+            branch after branch (`split_rows`).
         sample_ids: identity of each document, for error messages.
         sources: number of each document's data set in the meta json; empty where it is not needed (prompts, tests).
         damaged: (document, message) of each document one of whose images this rank could not read; its tiles
             are black. Ranks that read other images do not know of it before they agree (`train.guards.damaged`).
+        tile_sizes: pixels of a tile's side in every branch of a pyramid (PIIP); empty for one size.
         blank: those of `damaged` whose text this rank could not read either; see `blanked`.
     """
 
@@ -56,6 +58,7 @@ class PackedBatch:
     sources: tuple[int, ...] = ()
     damaged: tuple[tuple[int, str], ...] = ()
     blank: frozenset[int] = frozenset()
+    tile_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +97,7 @@ class LocalBatch:
         document_lengths: padded tokens of each document, global, on the host; empty reads them from `cu_seqlens`.
         has_fractions: some position is not whole; None where the device has to be asked.
         supervised: int64 [u], local tokens with a label; None where the device has to be asked.
-        pixels: [n_local, 3, S, S] normalised tiles of this rank in the model's dtype; None on ranks
+        pixels: [n_local, *tile_shape] normalised tiles of this rank in the model's dtype; None on ranks
             that hold no vision tower.
         route: how the features of the pack reach this rank's tokens; None where `pixels` is None.
         kv_cache: what is done with keys and values of earlier tokens, in generation only.
@@ -163,6 +166,40 @@ def tile_share(num_tiles: int, num_ranks: int, rank: int) -> tuple[int, int]:
     share, rest = divmod(num_tiles, num_ranks)
     start = rank * share + min(rank, rest)
     return start, start + share + (rank < rest)
+
+
+def tile_shape(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one normalised tile: [3, S, S], or with several sizes one row, branch after branch."""
+    if len(sizes) == 1:
+        return (3, sizes[0], sizes[0])
+    return (sum(3 * size * size for size in sizes),)
+
+
+def split_rows(rows: NDArray[np.uint8], sizes: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    """Rows of tiles in several sizes as views uint8 [n, 3, S_b, S_b], whose channels lie together in memory."""
+    views, start = [], 0
+    for size in sizes:
+        stop = start + 3 * size * size
+        views.append(rows[:, start:stop].reshape(len(rows), size, size, 3).transpose(0, 3, 1, 2))
+        start = stop
+    return views
+
+
+def normalized(rows: Tensor, norm: PixelNorm, sizes: tuple[int, ...]) -> Tensor:
+    """uint8 tiles to float32: [n, 3, S, S] as `normalize_tiles` gives them; rows of several sizes to such rows.
+
+    Within a row each size comes with its channels last and leaves with its channels first.
+    """
+    if len(sizes) < 2:
+        return normalize_tiles(rows, norm)
+    parts = rows.split([3 * size * size for size in sizes], dim=1)
+    return torch.cat(
+        [
+            normalize_tiles(part.reshape(-1, size, size, 3).permute(0, 3, 1, 2), norm).flatten(1)
+            for part, size in zip(parts, sizes, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def normalize_tiles(tiles: Tensor, norm: PixelNorm) -> Tensor:

@@ -25,6 +25,7 @@ from megatron_v2pe.core.refusal import refuse, report_to_torchrun, was_refused
 
 VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
+    "add-piip": "Hugging Face folder -> the same with a pyramid of smaller networks around its vision tower",
     "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
     "convert-hf": "Hugging Face folder of GitHub's format -> native (-hf) folder, or back",
     "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",

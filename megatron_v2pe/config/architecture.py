@@ -9,31 +9,12 @@ from typing import Any, Literal
 from megatron_v2pe.config.families import FAMILIES, REFUSED, LanguageFamily
 from megatron_v2pe.config.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
+from megatron_v2pe.config.pyramid import PyramidArchitecture, parse_pyramid
 from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
 from megatron_v2pe.config.section import Section
+from megatron_v2pe.config.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.plain_files import read_json_object
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionArchitecture:
-    """InternViT. Sizes in tokens, channels, pixels."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    ffn_size: int
-    image_size: int
-    patch_size: int
-    norm_type: Literal["layer_norm", "rms_norm"]
-    norm_eps: float
-    qkv_bias: bool
-    qk_normalization: bool
-
-    @property
-    def num_positions(self) -> int:
-        """Rows of the position embedding in the checkpoint: patches of `image_size` and the class token."""
-        return _patches(self.image_size, self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +111,7 @@ class InternVLArchitecture:
         trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
+        pyramid: smaller branches around the vision tower (PIIP), None for InternVL's tower alone.
     """
 
     vision: VisionArchitecture
@@ -144,11 +126,18 @@ class InternVLArchitecture:
     dtype: Literal["float32", "bfloat16", "float16"]
     folder_format: FolderFormat = "github"
     trained_tokens: int = 0
+    pyramid: PyramidArchitecture | None = None
 
     @property
     def trained_length(self) -> int:
         """Tokens of the longest sample that was trained; what config.json allows, where no run recorded it."""
         return self.trained_tokens or self.language.max_position_embeddings
+
+    @property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Pixels of a tile's side in every branch of the vision tower, the large one first."""
+        smaller = self.pyramid.branches if self.pyramid else ()
+        return (self.image_size, *(branch.image_size for branch in smaller))
 
     @property
     def tokens_per_tile(self) -> int:
@@ -158,17 +147,12 @@ class InternVLArchitecture:
     @property
     def patches_per_tile(self) -> int:
         """Rows that the vision tower computes for one tile: 1,025 for 448 px and patch 14, class token included."""
-        return _patches(self.image_size, self.vision.patch_size)
+        return count_patches(self.image_size, self.vision.patch_size)
 
     @property
     def projector_width(self) -> int:
         """Channels after the pixel shuffle, the input of the projector."""
         return self.vision.hidden_size * round(1 / self.downsample_ratio) ** 2
-
-
-def _patches(image_size: int, patch_size: int) -> int:
-    """Patches of a square image and the class token."""
-    return (image_size // patch_size) ** 2 + 1
 
 
 def read_architecture(folder: str | Path) -> InternVLArchitecture:
@@ -237,6 +221,11 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
     """Build the architecture from the contents of a config.json; see `read_architecture`."""
     kind = Section(values, path).get("model_type", "")
     if kind == NATIVE_TYPE:
+        if values.get("piip_config") is not None:
+            raise CheckpointError(
+                f"{path}: piip_config in a native folder (model_type {NATIVE_TYPE!r}); a pyramid is kept in folders of "
+                f"model_type {GITHUB_TYPE!r} only"
+            )
         return replace(_parse_github(_with_positions(values, path), path), folder_format="hf-native")
     if kind != GITHUB_TYPE:
         raise CheckpointError(
@@ -259,8 +248,13 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
     mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
     vision = top.section("vision_config")
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
+    tower = _parse_vision(vision)
+    pyramid = None
+    if top.get("piip_config", None) is not None:
+        pyramid = parse_pyramid(top.section("piip_config"), tower, image_size=image_size)
     return InternVLArchitecture(
-        vision=_parse_vision(vision),
+        pyramid=pyramid,
+        vision=tower,
         language=_parse_language(top.section("llm_config")),
         image_size=image_size,
         downsample_ratio=float(top.get("downsample_ratio", 0.5)),

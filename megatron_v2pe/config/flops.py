@@ -10,10 +10,13 @@ count the whole square (`full_attention`) are published too; at 256K tokens they
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.pyramid import PyramidArchitecture
+from megatron_v2pe.config.vision_architecture import VisionArchitecture
 
 TRAINING = 3.0  # forward once, backward twice
 
@@ -42,16 +45,57 @@ def attention_flops(
 
 
 def tower_attention_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
-    """Forward pass of the tower's bidirectional attention."""
-    vision = arch.vision
-    return 4.0 * num_tiles * vision.num_layers * arch.patches_per_tile**2 * vision.hidden_size
+    """Forward pass of the bidirectional attention of the tower, its smaller branches included."""
+    return sum(
+        4.0 * num_tiles * vision.num_layers * rows**2 * vision.hidden_size for vision, rows in _branches(arch)
+    )
 
 
 def tower_linear_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
-    """Forward pass of the tower's linears; the patch convolution, 1 in 1000 of them, is left out."""
-    vision = arch.vision
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
-    return 2.0 * num_tiles * vision.num_layers * layer * arch.patches_per_tile
+    """Forward pass of the tower's linears; the patch convolution, 1 in 1000 of them, is left out.
+
+    With a pyramid: of every branch, and all of its interactions (linears, sampling, depthwise convolutions).
+    """
+    total = 0.0
+    for vision, rows in _branches(arch):
+        layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
+        total += 2.0 * num_tiles * vision.num_layers * layer * rows
+    return total + interaction_flops(arch, num_tiles)
+
+
+def _branches(arch: InternVLArchitecture) -> Iterator[tuple[VisionArchitecture, int]]:
+    """Every branch of the tower, with the rows that it computes for a tile, class token included."""
+    yield arch.vision, arch.patches_per_tile
+    for branch in arch.pyramid.branches if arch.pyramid else ():
+        yield branch, branch.num_positions
+
+
+def interaction_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
+    """Forward pass of a pyramid's interactions; 0 without one."""
+    pyramid = arch.pyramid
+    if pyramid is None:
+        return 0.0
+    branches = [(vision.hidden_size, rows - 1) for vision, rows in _branches(arch)]
+    total = 0.0
+    for large, small in pairwise(branches):
+        total += pyramid.num_interactions * _way_flops(pyramid, *large, *small)
+        # Nothing reads the smaller branches after the last interaction: its ways into them are not built.
+        total += (pyramid.num_interactions - 1) * _way_flops(pyramid, *small, *large)
+    return num_tiles * total
+
+
+def _way_flops(pyramid: PyramidArchitecture, width: int, rows: int, other: int, other_rows: int) -> float:
+    """Forward pass of one direction of an interaction: into a branch of `width` channels and `rows` patches."""
+    read = width if pyramid.projection else other
+    total = other_rows * other * width if pyramid.projection else 0
+    if pyramid.attention == "deformable":
+        inner, places = int(width * pyramid.value_ratio), pyramid.heads * pyramid.points
+        total += other_rows * read * inner + rows * width * (3 * places + inner)
+        total += 5 * rows * inner * pyramid.points  # four corners and the weight of each sample
+    else:
+        total += 2 * rows * width * width + 2 * other_rows * read * width + 2 * rows * other_rows * width
+    hidden = int(width * pyramid.ffn_ratio)
+    return 2.0 * (total + rows * hidden * (2 * width + 9))
 
 
 def projector_flops(arch: InternVLArchitecture, num_tiles: int) -> float:

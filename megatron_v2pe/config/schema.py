@@ -75,6 +75,9 @@ class ModelConfig:
 class VisionConfig:
     """How the vision tower is trained."""
 
+    tower: Literal["auto", "internvit", "piip"] = "auto"
+    """What the checkpoint's vision tower must be: InternVL's alone, or with a pyramid around it, which `add-piip` adds
+    to a checkpoint; auto accepts either."""
     freeze: bool = False
     """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
     drop_path_rate: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from megatron_v2pe.config.json_values import read_value
@@ -54,3 +55,22 @@ class Section:
         """An object that must be there."""
         value = self.need(key)
         return Section(value, f"{self.path}: {key}")
+
+    def whole(self, key: str, default: int | None) -> int:
+        """A whole number of at least 1; one that must be there when `default` is None."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"{self.path}: {key} is {value!r}, but must be a whole number of at least 1"
+            )
+        return value
+
+    def refuse_unknown(self, known: set[str]) -> None:
+        """Every key is one of `known`; the nearest one is named otherwise."""
+        for key in self._values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                hint = (
+                    f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(sorted(known))}"
+                )
+                raise CheckpointError(f"{self.path}: unknown key {key!r}{hint}")

@@ -32,6 +32,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
+    check_tower(config, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_experts(config, arch)
     check_world(config, world_size)
@@ -160,6 +161,8 @@ def check_vision_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> 
     if parallel.vision != "tensor":
         return
     sizes = {"vision feed-forward": arch.vision.ffn_size, "projector": arch.language.hidden_size}
+    for index, branch in enumerate(arch.pyramid.branches if arch.pyramid else ()):
+        sizes[f"pyramid branch {index} feed-forward"] = branch.ffn_size
     for what, size in sizes.items():
         if size % parallel.tp:
             raise ConfigError(
@@ -170,6 +173,33 @@ def check_vision_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> 
         raise ConfigError(
             "parallel.vision is 'tensor', but this tower normalises queries and keys by LayerNorm, whose mean over all "
             "heads is not implemented across ranks; set parallel.vision to replicated"
+        )
+
+
+def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """The checkpoint's tower is the one that the run names; a pyramid is trained in ways that are implemented."""
+    tower, pyramid = config.vision.tower, arch.pyramid
+    if tower == "piip" and pyramid is None:
+        raise ConfigError(
+            "vision.tower is 'piip', but the checkpoint's config.json has no piip_config; add a pyramid to its Hugging "
+            "Face folder (megatron-v2pe add-piip), import that, or set vision.tower to auto"
+        )
+    if pyramid is None:
+        return
+    if tower == "internvit":
+        raise ConfigError(
+            "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to "
+            "piip, or give a checkpoint without a pyramid"
+        )
+    if config.lora.vision_rank:
+        raise ConfigError(
+            f"lora.vision_rank is {config.lora.vision_rank}, but adapters freeze the rest of the tower, and a pyramid "
+            "whose gates stay zero changes nothing; set lora.vision_rank to 0 (the tower is then trained whole)"
+        )
+    if config.optim.vision_layer_decay != 1.0:
+        raise ConfigError(
+            f"optim.vision_layer_decay is {config.optim.vision_layer_decay}, which is not defined for the layers of a "
+            "pyramid here; set it to 1"
         )
 
 

@@ -10,6 +10,7 @@ every pair of token and target; the release shifts after the cut and loses the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ def collate_pack(
     pad_token_id: int,
     loss_reduction: str,
     image_size: int,
+    smaller_sizes: tuple[int, ...] = (),
     tile_range_of: Callable[[int], tuple[int, int]] = lambda num_tiles: (0, num_tiles),
     tolerate_damage: bool = False,
 ) -> PackedBatch:
@@ -63,6 +65,7 @@ def collate_pack(
         pad_token_id: token of the padding; never supervised.
         loss_reduction: see `token_weights`.
         image_size: tile size S in pixels.
+        smaller_sizes: pixels of a tile's side in the smaller branches of a pyramid, which see it larger.
         tile_range_of: tiles of the pack -> half-open range whose pixels are wanted; only the images of that
             range are opened.
         tolerate_damage: an image that cannot be read becomes black tiles and an entry of `damaged`. Blank samples
@@ -85,7 +88,8 @@ def collate_pack(
     if not blank:
         _check_supervised(weights, sample_ids)
     tile_range = tile_range_of(layout.num_tiles)
-    tiles = _tiles(samples, tile_range, image_size=image_size, damaged=damaged if tolerate_damage else None)
+    load = partial(load_tile_range, image_size=image_size, smaller_sizes=smaller_sizes, tile_range=tile_range)
+    tiles = _tiles(samples, load, damaged=damaged if tolerate_damage else None)
     return PackedBatch(
         tokens=tokens,
         labels=labels,
@@ -97,17 +101,20 @@ def collate_pack(
         sample_ids=sample_ids,
         damaged=tuple(damaged.items()),
         blank=blank,
+        tile_sizes=(image_size, *smaller_sizes) if smaller_sizes else (),
     )
 
 
 def _tiles(
     samples: Sequence[EncodedSample],
-    tile_range: tuple[int, int],
+    load: Callable[..., NDArray[np.uint8]],
     *,
-    image_size: int,
     damaged: dict[int, str] | None,
 ) -> NDArray[np.uint8]:
-    """Pixels of the wanted tiles; images that cannot be read are noted by document in `damaged`, where it is given."""
+    """Pixels of the tiles that `load` reads of a list of media.
+
+    Images that cannot be read are noted by document in `damaged`, where it is given.
+    """
     media = [medium for sample in samples for medium in sample.media]
     document_of = [number for number, sample in enumerate(samples) for _ in sample.media]
 
@@ -116,7 +123,7 @@ def _tiles(
         damaged.setdefault(document_of[medium], str(error))
 
     on_damage = None if damaged is None else note
-    return load_tile_range(media, image_size=image_size, tile_range=tile_range, on_damage=on_damage)
+    return load(media, on_damage=on_damage)
 
 
 def _check_supervised(weights: NDArray[np.float32], sample_ids: tuple[str, ...]) -> None:

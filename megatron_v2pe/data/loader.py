@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from megatron_v2pe.batch.packed_batch import PackedBatch
+from megatron_v2pe.batch.packed_batch import PackedBatch, tile_shape
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
 from megatron_v2pe.config.schema import RunConfig
@@ -291,7 +292,8 @@ def largest_pack_bytes(config: RunConfig, settings: SampleSettings, share: TileS
     data = config.data
     tiles = min(data.max_pack_tiles, data.max_pack_tokens // settings.text.tokens_per_tile)
     own_tiles = -(-tiles // share.num_ranks) if share.holds_vision else 0
-    return own_tiles * 3 * settings.tiling.image_size**2 + data.max_pack_tokens * _TOKEN_BYTES
+    sizes = (settings.tiling.image_size, *settings.smaller_sizes)
+    return own_tiles * prod(tile_shape(sizes)) + data.max_pack_tokens * _TOKEN_BYTES
 
 
 def packs_under_way(pack_bytes: int, *, num_workers: int, budget: int) -> tuple[int, int]:

@@ -127,6 +127,7 @@ class PackReader(Dataset[SentPack | V2PEError]):
                 pad_token_id=self.pad_token_id,
                 loss_reduction=self.loss_reduction,
                 image_size=self.settings.tiling.image_size,
+                smaller_sizes=self.settings.smaller_sizes,
                 tile_range_of=self.tile_share,
                 tolerate_damage=True,
             )

@@ -67,5 +67,5 @@ def prompt_with(
         strides=np.full(len(grids), stride, dtype=np.int64),
         tokens_per_tile=settings.text.tokens_per_tile,
     )
-    tiles = FileTiles(media, settings.tiling.image_size)
+    tiles = FileTiles(media, settings.tiling.image_size, settings.smaller_sizes)
     return Prompt(tokens=encoded.tokens, layout=layout, tiles=tiles)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import LocalBatch, normalize_tiles
+from megatron_v2pe.batch.packed_batch import LocalBatch, normalized, tile_shape
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import DataError
@@ -138,21 +138,21 @@ class ModelRunner:
         Peers wait for features of these tiles, so the error can only be raised when all of them have come.
         """
         first, last = chunk.tiles_of(self.tile_ranks.rank, self.tile_ranks.size)
-        size = self.arch.image_size
-        tiles: np.ndarray = np.zeros((0, 3, size, size), dtype=np.float32)
+        sizes = self.arch.tile_sizes
+        tiles: np.ndarray = np.zeros((0, *tile_shape(sizes)), dtype=np.float32)
         if last > first:
             try:
                 tiles = prompt.tiles.load(first, last)
             except DataError as error:
                 self.problem = self.problem or str(error)
-                tiles = np.zeros((last - first, 3, size, size), dtype=np.float32)
+                tiles = np.zeros((last - first, *tile_shape(sizes)), dtype=np.float32)
         pixels = torch.from_numpy(tiles).to(self.device).contiguous()  # channels lay together in memory
         if pixels.dtype == torch.uint8:
             if self.norm is None:
                 raise ValueError(
                     "tiles are not normalised, and the engine was loaded without a normalisation"
                 )
-            pixels = normalize_tiles(pixels, self.norm)
+            pixels = normalized(pixels, self.norm, sizes)
         return pixels.to(self.dtype)
 
     @torch.no_grad()

@@ -68,15 +68,24 @@ class FileTiles:
     Args:
         media: images and videos, in the order of their placeholders.
         tile_size: S.
+        smaller_sizes: pixels of a tile's side in the smaller branches of a pyramid (PIIP).
     """
 
-    def __init__(self, media: Sequence[MediumTiles], tile_size: int) -> None:
+    def __init__(
+        self, media: Sequence[MediumTiles], tile_size: int, smaller_sizes: tuple[int, ...] = ()
+    ) -> None:
         self.media, self.tile_size, self.opened = tuple(media), tile_size, 0
+        self.smaller_sizes = smaller_sizes
 
     def load(self, first: int, last: int) -> np.ndarray:
         """See `TileSource`. Images without a tile in the range are not opened."""
         self.opened += last - first
-        return load_tile_range(self.media, image_size=self.tile_size, tile_range=(first, last))
+        return load_tile_range(
+            self.media,
+            image_size=self.tile_size,
+            smaller_sizes=self.smaller_sizes,
+            tile_range=(first, last),
+        )
 
     def digests(self) -> tuple[str, ...]:
         """See `TileSource`: hash of the file's bytes, with how the image is cut and which frame it is."""

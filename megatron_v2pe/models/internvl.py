@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import FeatureRoute, LocalBatch
+from megatron_v2pe.batch.packed_batch import FeatureRoute, LocalBatch, tile_shape
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.memory import is_trained, recomputed
 from megatron_v2pe.models.projector import Projector, features_to_rows
@@ -38,7 +38,7 @@ class InternVL(MegatronModule):
         vision: tower of the first stage, None elsewhere.
         projector: projector of the first stage, None elsewhere.
         language: this stage's part of the decoder.
-        tile_size: S, pixels of a tile's side.
+        tile_sizes: pixels of a tile's side, of every branch of the vision tower.
         micro_batch_tiles: tiles that are encoded at a time; 0 encodes all at once and recomputes nothing.
         tile_multiple: tiles that are encoded at a time are filled up to a multiple of it with blank ones.
         route_features: port, (features [n*K, H], route) -> [v, H]; differentiable. All ranks of the
@@ -53,7 +53,7 @@ class InternVL(MegatronModule):
         vision: InternViT | None,
         projector: Projector | None,
         language: LanguageModel,
-        tile_size: int,
+        tile_sizes: tuple[int, ...],
         micro_batch_tiles: int = 0,
         tile_multiple: int = 1,
         route_features: Callable[[Tensor, FeatureRoute], Tensor] = keep_rows,
@@ -63,7 +63,7 @@ class InternVL(MegatronModule):
         self.vision = vision
         self.projector = projector
         self.language = language
-        self.tile_size = tile_size
+        self.tile_sizes = tile_sizes
         self.micro_batch_tiles = micro_batch_tiles
         self.tile_multiple = tile_multiple
         self.route_features = route_features
@@ -76,7 +76,7 @@ class InternVL(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] to feature rows [n*K, H].
+        """Normalised tiles [n, *tile_shape] to feature rows [n*K, H].
 
         A rank without tiles encodes a blank one (in training) and keeps none of its rows: its parameters still get
         (zero) gradients and its backward pass still joins the routing collective. Ranks may have different
@@ -89,7 +89,7 @@ class InternVL(MegatronModule):
             return pixels.new_zeros(0, self.config.hidden_size)
         num_blank = -num_tiles % self.tile_multiple if num_tiles else self.tile_multiple
         if num_blank:
-            blank = pixels.new_zeros(num_blank, 3, self.tile_size, self.tile_size)
+            blank = pixels.new_zeros(num_blank, *tile_shape(self.tile_sizes))
             pixels = torch.cat([pixels, blank]) if num_tiles else blank
         slices = pixels.split(self.micro_batch_tiles or len(pixels))
         if len(slices) == 1:
@@ -99,7 +99,7 @@ class InternVL(MegatronModule):
         return features_to_rows(features[:num_tiles])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """[n, 3, S, S] to [n, K, H]."""
+        """[n, *tile_shape] to [n, K, H]."""
         assert self.vision is not None
         assert self.projector is not None
         return self.projector(self.vision(pixels))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.batch.device_copy import to_device
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalize_tiles, tile_share
+from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalized, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.parallel.feature_router import feature_route
 from megatron_v2pe.parallel.topology import ParallelContext
@@ -105,13 +105,16 @@ class BatchSharder:
         return batch.layout.num_tokens // plan.cp // (plan.tp if plan.sequence_parallel else 1)
 
     def _pixels(self, batch: PackedBatch) -> Tensor:
-        """Normalised tiles of this rank [n_local, 3, S, S] in the model's dtype."""
+        """Normalised tiles of this rank [n_local, *tile_shape] in the model's dtype."""
         self._check_tiles(batch)
-        # Copied as they lie in memory, channels last.
-        (tiles,) = to_device([batch.tiles.transpose(0, 2, 3, 1)], self.context.ranks.device)
-        tiles = tiles.permute(0, 3, 1, 2).contiguous()
+        device = self.context.ranks.device
+        if batch.tile_sizes:
+            (tiles,) = to_device([batch.tiles], device)
+        else:  # copied as they lie in memory, channels last
+            (tiles,) = to_device([batch.tiles.transpose(0, 2, 3, 1)], device)
+            tiles = tiles.permute(0, 3, 1, 2).contiguous()
         if tiles.dtype == torch.uint8 and self.norm is not None:
-            tiles = normalize_tiles(tiles, self.norm)
+            tiles = normalized(tiles, self.norm, batch.tile_sizes)
         elif tiles.dtype == torch.uint8 and len(tiles):
             raise ValueError(
                 "the pack holds uint8 tiles, but this BatchSharder has no PixelNorm; give it one"

@@ -72,6 +72,11 @@ def check_family(config_path: Path, *, to: FolderFormat | None) -> None:
         raise CheckpointError(
             "--remote-code reads the names of the github format; add --format github, or omit it"
         )
+    if arch.pyramid is not None:
+        raise CheckpointError(
+            "--remote-code computes a plain vision tower, and this checkpoint has a pyramid (PIIP): it would answer "
+            "without it; omit --remote-code"
+        )
     name = arch.language.architecture
     if name not in ARCHITECTURES:
         raise CheckpointError(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, transform_of
+from megatron_v2pe.checkpoint.hf.pyramid_table import branch_tables, interaction_rules
+from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, transform_of, vision_rules
 from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.config.families.rules import Rule
 from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,43 @@ def name_map(arch: InternVLArchitecture, spelling: Spelling | None = None) -> Na
             else:
                 places = _places(rule, num_layers, arch)
                 entries.extend(_expand(rule, places, sizes, transform_of(rule, arch)))
+    entries.extend(pyramid_entries(arch))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
 
 
+def pyramid_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> Iterator[Entry]:
+    """Entries of the smaller branches and interactions of a PIIP tower; see `interaction_rules`."""
+    for own, rules in branch_tables(arch):
+        yield from _vision_entries(own, rules)
+    for rule in interaction_rules(arch, returns_all=returns_all):
+        yield from _expand(rule, [{}], {}, transform_of(rule, arch))
+
+
+def vision_entries(arch: InternVLArchitecture, *, returns_all: bool = False) -> dict[str, Entry]:
+    """Entries of the vision tower alone, by our names; Hugging Face's are GitHub's."""
+    entries = [*_vision_entries(arch, vision_rules(arch)), *pyramid_entries(arch, returns_all=returns_all)]
+    return {entry.ours: entry for entry in entries}
+
+
+def _vision_entries(arch: InternVLArchitecture, rules: Iterable[Rule]) -> Iterator[Entry]:
+    sizes = _sizes(arch)
+    for rule in rules:
+        places = _places(rule, arch.vision.num_layers, arch)
+        yield from _expand(rule, places, sizes, transform_of(rule, arch))
+
+
 def other_names(arch: InternVLArchitecture) -> NameMap:
-    """The names table of the Hugging Face format that a folder does not have."""
+    """The names table of the Hugging Face format that a folder does not have.
+
+    Raises:
+        CheckpointError: a pyramid, which no other format can hold.
+    """
+    if arch.pyramid is not None:
+        raise CheckpointError(
+            "this model has a pyramid around its vision tower (PIIP), which only this package's own folders hold; the "
+            "native format would load as the plain model without a word. Keep the format (github)"
+        )
     other: FolderFormat = "hf-native" if arch.folder_format == "github" else "github"
     return name_map(replace(arch, folder_format=other))
 

@@ -47,6 +47,12 @@ def tables(arch: InternVLArchitecture, spelling: Spelling) -> Iterable[tuple[tup
         yield tuple(_nested(rule) for rule in rules) if nested else rules, num_layers
 
 
+def vision_rules(arch: InternVLArchitecture) -> tuple[Rule, ...]:
+    """Rows of the vision tower, under GitHub's names."""
+    *vision, _projector, _language_model = _tables(arch, is_native=False)
+    return tuple(rule for rules, _ in vision for rule in rules)
+
+
 def _tables(arch: InternVLArchitecture, *, is_native: bool) -> Iterable[tuple[tuple[Rule, ...], int]]:
     vision, num_layers = arch.vision, arch.vision.num_layers
     yield internvit.NATIVE if is_native else internvit.GITHUB, num_layers

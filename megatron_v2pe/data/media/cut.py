@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_v2pe.batch.packed_batch import split_rows, tile_shape
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.tiling import TileGrid, TilingRule, choose_grid
 
@@ -82,7 +83,9 @@ def _qualities(rule: CutRule, grid: TileGrid) -> tuple[int, ...]:
     return () if rule.augment is None else tuple(rule.augment.integers(75, 101, size=grid.num_tiles).tolist())
 
 
-def cut_tiles(image: Image.Image, tiles: ImageTiles, first: int, last: int, *, out: UInt8Array) -> None:
+def cut_tiles(
+    image: Image.Image, tiles: ImageTiles, first: int, last: int, *, out: Sequence[UInt8Array]
+) -> None:
     """Write tiles first..last-1 of a decoded RGB image to `out`.
 
     Args:
@@ -90,14 +93,21 @@ def cut_tiles(image: Image.Image, tiles: ImageTiles, first: int, last: int, *, o
         tiles: how it is cut.
         first: first tile wanted.
         last: one past the last tile wanted.
-        out: uint8 [last - first, 3, S, S], row by row, the thumbnail last.
+        out: uint8 [last - first, 3, S, S] for every wanted size of tiles, row by row, the thumbnail last. Each is cut
+            from the decoded image; the grid, its boxes and JPEG qualities are the same for all.
     """
-    size, columns, rows = out.shape[-1], tiles.grid.columns, tiles.grid.rows
-    num_cells = columns * rows
+    num_cells = tiles.grid.columns * tiles.grid.rows
     if tiles.pad_color is not None:
         image = _pad_to_square(image, tiles.pad_color)
     if num_cells == 1 and tiles.jpeg_qualities:
         image = _reencode(image, tiles.jpeg_qualities[0])
+    for each in out:
+        _cut_one_size(image, tiles, first, last, out=each)
+
+
+def _cut_one_size(image: Image.Image, tiles: ImageTiles, first: int, last: int, *, out: UInt8Array) -> None:
+    size, columns, rows = out.shape[-1], tiles.grid.columns, tiles.grid.rows
+    num_cells = columns * rows
     found: list[UInt8Array] = []  # [S, S, 3] each
     if first < num_cells:
         resized = np.asarray(image.resize((size * columns, size * rows), Image.Resampling.BICUBIC))
@@ -116,12 +126,18 @@ def cut_tiles(image: Image.Image, tiles: ImageTiles, first: int, last: int, *, o
         out[index] = tile.transpose(2, 0, 1)  # [S, S, 3] -> [3, S, S]
 
 
-def empty_tiles(num_tiles: int, image_size: int) -> UInt8Array:
-    """uint8 [num_tiles, 3, S, S] whose channels lie together in memory, as Pillow has them.
+def empty_tiles(num_tiles: int, sizes: tuple[int, ...]) -> tuple[UInt8Array, list[UInt8Array]]:
+    """Memory for tiles, and a view uint8 [num_tiles, 3, S, S] of it for every size.
 
-    Tiles are thus filled by plain copies; the device transposes them, where it costs nothing.
+    Channels lie together in memory, as Pillow has them: tiles are thus filled by plain copies; the device transposes
+    them, where it costs nothing. Several sizes share rows uint8 [num_tiles, sum of 3 S S].
     """
-    return np.empty((num_tiles, image_size, image_size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
+    if len(sizes) > 1:
+        rows = np.empty((num_tiles, *tile_shape(sizes)), dtype=np.uint8)
+        return rows, split_rows(rows, sizes)
+    (image_size,) = sizes
+    tiles = np.empty((num_tiles, image_size, image_size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
+    return tiles, [tiles]
 
 
 def _pad_to_square(image: Image.Image, color: Color) -> Image.Image:

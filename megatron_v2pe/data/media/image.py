@@ -72,7 +72,7 @@ class ImageFile:
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from None
 
-    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: Sequence[UInt8Array]) -> None:
         """Decode the image and cut some of its tiles.
 
         Raises:

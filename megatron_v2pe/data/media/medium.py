@@ -119,14 +119,14 @@ class Medium(Protocol):
     def tiles(self, sizes: Sequence[Size], rule: CutRule) -> tuple[ImageTiles, ...]:
         """How its images are cut."""
 
-    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: Sequence[UInt8Array]) -> None:
         """Decode what is needed for some of its tiles.
 
         Args:
             own: as `tiles` planned them, with the run's rules and the seed of the draw.
             first: first tile, counted over all its images.
             last: one past the last tile.
-            out: uint8 [last - first, 3, S, S], filled.
+            out: uint8 [last - first, 3, S, S] for every size of tiles, filled.
 
         Raises:
             DataError: see `probe`; also a file that changed since it was probed.
@@ -154,10 +154,11 @@ class MediumTiles:
         """Tiles of all its images."""
         return sum(image.grid.num_tiles for image in self.images)
 
-    def open_range(self, first: int, last: int, out: UInt8Array) -> None:
+    def open_range(self, first: int, last: int, out: Sequence[UInt8Array]) -> None:
         """Pixels of tiles first..last-1, written to `out`; see `Medium.open_range`."""
         if self.medium is None:
-            out[...] = 0
+            for tiles in out:
+                tiles[...] = 0
         else:
             self.medium.open_range(self, first, last, out)
 
@@ -166,6 +167,7 @@ def load_tile_range(
     media: Sequence[MediumTiles],
     *,
     image_size: int,
+    smaller_sizes: tuple[int, ...] = (),
     tile_range: tuple[int, int],
     on_damage: OnDamage | None = None,
 ) -> UInt8Array:
@@ -174,29 +176,31 @@ def load_tile_range(
     Args:
         media: in order.
         image_size: tile size S in pixels.
+        smaller_sizes: pixels of a tile's side in the smaller branches of a pyramid.
         tile_range: half-open.
         on_damage: called for each medium that cannot be read, whose tiles are then black; None raises.
 
     Returns:
-        uint8 [stop - start, 3, S, S].
+        uint8 [stop - start, 3, S, S]; with several sizes uint8 [stop - start, sum of 3 S S], see `split_rows`.
 
     Raises:
         DataError: a medium cannot be read and `on_damage` is None.
     """
     start, stop = tile_range
-    out = empty_tiles(stop - start, image_size)
+    out, views = empty_tiles(stop - start, (image_size, *smaller_sizes))
     base = 0
     for number, each in enumerate(media):
         end = base + each.num_tiles
         low, high = max(start, base), min(stop, end)
         if low < high:
-            own = out[low - start : high - start]
+            own = [view[low - start : high - start] for view in views]
             try:
                 each.open_range(low - base, high - base, own)
             except DataError as error:
                 if on_damage is None:
                     raise
-                own[...] = 0
+                for tiles in own:
+                    tiles[...] = 0
                 on_damage(number, error)
         base = end
     return out

@@ -86,7 +86,7 @@ class VideoFile:
         """One tile for each frame."""
         return plan_tiles(sizes, replace(rule, tiling=replace(rule.tiling, dynamic=False)))
 
-    def open_range(self, own: MediumTiles, first: int, last: int, out: UInt8Array) -> None:
+    def open_range(self, own: MediumTiles, first: int, last: int, out: Sequence[UInt8Array]) -> None:
         """Decode the frames of a range, which the draw chooses; the file is opened once.
 
         Raises:
@@ -108,7 +108,7 @@ class VideoFile:
                 max_pixels=max_pixels,
             )
         for row, (number, frame) in enumerate(zip(numbers, frames, strict=True)):
-            cut_tiles(frame, own.images[number], 0, 1, out=out[row : row + 1])
+            cut_tiles(frame, own.images[number], 0, 1, out=[tiles[row : row + 1] for tiles in out])
 
     def _rule(self, rules: MediaRules) -> VideoRule:
         """The run's rule with the data set's own numbers of frames.

@@ -33,6 +33,7 @@ class SampleSettings:
         long_samples: see `data.long_samples`.
         max_pack_tiles: most tiles of a sample, which must fit a pack.
         cost: what packs are balanced by.
+        smaller_sizes: pixels of a tile's side in the smaller branches of a pyramid (PIIP).
     """
 
     text: TextSettings
@@ -45,6 +46,7 @@ class SampleSettings:
     long_samples: str = "cut"
     max_pack_tiles: int = 2**62
     cost: PackCost = NO_COST
+    smaller_sizes: tuple[int, ...] = ()
 
 
 def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: str | Path) -> SampleSettings:
@@ -90,6 +92,7 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
         ),
         long_samples=data.long_samples,
         max_pack_tiles=data.max_pack_tiles,
+        smaller_sizes=arch.tile_sizes[1:],
         cost=pack_cost(arch, trains_vision=not config.vision.freeze or config.lora.vision_rank > 0),
     )
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
 
+from megatron_v2pe.checkpoint.hf.pyramid_table import interaction_rules
 from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
@@ -78,15 +80,24 @@ def vision_layer_parameters(
 def vision_parameters(
     arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
 ) -> Iterator[ParameterSize]:
-    """The tower. Its position table is made for `vision_config.image_size`."""
-    vision = arch.vision
-    yield "vision.class_embedding", vision.hidden_size
-    yield "vision.position_embedding", vision.num_positions * vision.hidden_size
+    """The tower, with its pyramid where it has one. Position tables are made for `image_size` of each branch."""
+    yield from _internvit_parameters("vision", arch.vision, tower_tp, adapters)
+    for index, branch in enumerate(arch.pyramid.branches if arch.pyramid else ()):
+        yield from _internvit_parameters(f"vision.branches.{index}", branch, tower_tp, adapters)
+    for rule in interaction_rules(arch):
+        yield rule.ours, prod(int(size) for size in rule.shape.split())
+
+
+def _internvit_parameters(
+    name: str, vision: VisionArchitecture, tower_tp: int, adapters: Adapters
+) -> Iterator[ParameterSize]:
+    yield f"{name}.class_embedding", vision.hidden_size
+    yield f"{name}.position_embedding", vision.num_positions * vision.hidden_size
     yield from linear(
-        "vision.patch_embedding", rows=vision.hidden_size, columns=3 * vision.patch_size**2, bias=True
+        f"{name}.patch_embedding", rows=vision.hidden_size, columns=3 * vision.patch_size**2, bias=True
     )
     for index in range(vision.num_layers):
-        yield from vision_layer_parameters(f"vision.encoder.layers.{index}", vision, tower_tp, adapters)
+        yield from vision_layer_parameters(f"{name}.encoder.layers.{index}", vision, tower_tp, adapters)
 
 
 def projector_parameters(

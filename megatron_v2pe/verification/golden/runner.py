@@ -41,6 +41,7 @@ class Group:
     is_model: bool = False
 
 
+PIIP_FILES = ("modules", "classification", "detection", "towers", "llava", "resize", "geometry")
 GROUPS = (
     Group(name="positions", module="positions", files=("positions/positions.json",)),
     Group(name="rope", module="positions", function="run_rope", files=("positions/rope_tables.json",)),
@@ -50,6 +51,11 @@ GROUPS = (
     Group(name="packing", module="packing", files=("packing/*.json", "text/dataset_items.json")),
     Group(name="loss", module="loss", files=("packing/loss.json",)),
     Group(name="model", module="model", files=("forward/*.json",), is_model=True),
+    Group(
+        name="piip",
+        module="piip",
+        files=("piip/*.json", *(f"{name}.json" for name in PIIP_FILES)),
+    ),
     Group(name="generation", module="generation", files=("generation/*.json",), is_model=True),
 )
 

@@ -123,6 +123,11 @@ def compare_numerics(
     reference_arch = read_architecture(config_folder)
     read_info(checkpoint)
     arch = read_architecture(hf_path(checkpoint))
+    if arch.pyramid is not None:
+        raise ConfigError(
+            f"{checkpoint} has a pyramid around its vision tower (PIIP), which the plain PyTorch reference does not "
+            "compute; check-golden compares towers with a pyramid with recorded numbers"
+        )
     _check_layout(parallel, arch, world_size)
     _check_same_sizes(reference_arch, arch)
     if every < 0:

@@ -1,0 +1,93 @@
+"""Smaller branches and interactions of a PIIP tower, in the folder format of docs/piip.md.
+
+    vision_model.piip.branches.{b}.        InternViT's names and shapes, as below vision_model.
+    vision_model.piip.interactions.{i}.    the PIIP release's names
+
+C, D: channels of the branch that is read into, and of what is read; I: channels of all heads; E: of the feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_v2pe.checkpoint.hf.tables import vision_rules
+from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.families.rules import Rule
+from megatron_v2pe.config.pyramid import PyramidArchitecture
+
+PREFIX = "vision_model.piip."
+
+
+def branch_tables(arch: InternVLArchitecture) -> Iterator[tuple[InternVLArchitecture, tuple[Rule, ...]]]:
+    """Rules of every smaller branch, with the architecture whose vision tower it is."""
+    branches = arch.pyramid.branches if arch.pyramid else ()
+    for index, branch in enumerate(branches):
+        own = replace(arch, vision=branch, pyramid=None, folder_format="github")
+        rules = tuple(
+            replace(
+                rule,
+                hf=tuple(name.replace("vision_model.", f"{PREFIX}branches.{index}.") for name in rule.hf),
+                ours=rule.ours.replace("vision.", f"vision.branches.{index}."),
+            )
+            for rule in vision_rules(own)
+        )
+        yield own, rules
+
+
+def interaction_rules(arch: InternVLArchitecture, *, returns_all: bool = False) -> tuple[Rule, ...]:
+    """Rules of all interactions, none for an architecture without a pyramid.
+
+    Args:
+        arch: the architecture.
+        returns_all: also the last interaction's ways into smaller branches, which the readout `large` never builds.
+    """
+    pyramid = arch.pyramid
+    if pyramid is None:
+        return ()
+    widths = (arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches))
+    shapes: dict[str, str] = {}
+    for index in range(pyramid.num_interactions):
+        has_both = returns_all or index < pyramid.num_interactions - 1
+        for pair in range(len(pyramid.branches)):
+            name = f"interactions.{index}.interaction_units_{pair + 1}{pair + 2}."
+            large, small = widths[pair], widths[pair + 1]
+            shapes |= _way(f"{name}branch2to1", large, small, pyramid)
+            if has_both:
+                shapes |= _way(f"{name}branch1to2", small, large, pyramid)
+    return tuple(
+        Rule((f"vision_model.piip.{name}",), f"vision.{name}", shape) for name, shape in shapes.items()
+    )
+
+
+def _way(name: str, width: int, other: int, pyramid: PyramidArchitecture) -> dict[str, str]:
+    """Names and shapes of one direction of a unit: into a branch of `width` channels."""
+    shapes: dict[str, str] = {}
+    if pyramid.projection:
+        shapes |= _linear(f"{name}_proj", width, other)
+    read = width if pyramid.projection else other
+    own = f"{name}_injector."
+    if pyramid.attention == "deformable":
+        inner, places = int(width * pyramid.value_ratio), pyramid.heads * pyramid.points
+        shapes |= _linear(f"{own}attn.sampling_offsets", 2 * places, width)
+        shapes |= _linear(f"{own}attn.attention_weights", places, width)
+        shapes |= _linear(f"{own}attn.value_proj", inner, read)
+        shapes |= _linear(f"{own}attn.output_proj", width, inner)
+    else:
+        shapes |= {f"{own}attn.w{key}.weight": f"{width} {read if key in 'kv' else width}" for key in "qkv"}
+        shapes |= _linear(f"{own}attn.proj", width, width)
+    if pyramid.norm:
+        for norm, size in (("query_norm", width), ("feat_norm", read), ("ffn_norm", width)):
+            shapes |= {f"{own}{norm}.weight": f"{size}", f"{own}{norm}.bias": f"{size}"}
+    hidden = int(width * pyramid.ffn_ratio)
+    shapes |= _linear(f"{own}ffn.fc1", hidden, width)
+    shapes |= {
+        f"{own}ffn.dwconv.dwconv.weight": f"{hidden} 1 3 3",
+        f"{own}ffn.dwconv.dwconv.bias": f"{hidden}",
+    }
+    shapes |= _linear(f"{own}ffn.fc2", width, hidden)
+    return shapes | {f"{own}ca_gamma": f"{width}", f"{own}cffn_gamma": f"{width}"}
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, str]:
+    return {f"{name}.weight": f"{rows} {columns}", f"{name}.bias": f"{rows}"}

@@ -1,0 +1,82 @@
+"""What becomes of a pyramid's branches at its end: LLaVA's projector, and the merges of PIIP's image models.
+
+Shape legend: n tiles, C_b channels of branch b, H output channels, (h, w) grid of the finest branch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_v2pe.models.piip.geometry import Grid, map_to_tokens, resize_map
+
+GROUPS = 32
+
+
+class _ToTokens(torch.nn.Module):
+    """[n, C, h, w] to [n, h*w, C]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return map_to_tokens(image)
+
+
+class _GroupNormOfTokens(torch.nn.GroupNorm):
+    """GroupNorm over the whole map of tokens [n, N, C]."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.transpose(1, 2)).transpose(1, 2)
+
+
+class PyramidProjector(torch.nn.Module):
+    """LLaVA's readout: every branch's map at the finest grid, projected, summed; one token per cell.
+
+    The names `branch{b}.{1,3,6}` (norm "group") and `branch{b}.{1,5}` (norm "layer") are the release's.
+
+    Args:
+        widths: channels of each branch.
+        out_width: H.
+        norm: between the linears: GroupNorm of 32 groups over the whole map, or LayerNorm without parameters.
+        out_grid: grid of the tokens; None is that of the last (finest) branch.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        out_width: int,
+        *,
+        norm: Literal["group", "layer"] = "group",
+        out_grid: Grid | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.out_grid = out_grid
+        self.num_branches = len(widths)
+        for index, width in enumerate(widths):
+            first = torch.nn.Linear(width, out_width, dtype=dtype)
+            last = torch.nn.Linear(out_width, out_width, dtype=dtype)
+            parts: dict[int, torch.nn.Module] = {0: _ToTokens(), 1: first}
+            if norm == "group":
+                parts |= {3: _GroupNormOfTokens(GROUPS, out_width, dtype=dtype), 5: torch.nn.GELU(), 6: last}
+            else:
+                parts |= {
+                    2: torch.nn.LayerNorm(out_width, elementwise_affine=False),
+                    4: torch.nn.GELU(),
+                    5: last,
+                }
+            branch = torch.nn.ModuleDict({str(key): module for key, module in parts.items()})
+            self.add_module(f"branch{index + 1}", branch)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps [n, C_b, h_b, w_b] to tokens [n, h*w, H]."""
+        grid = self.out_grid or tuple(maps[-1].shape[-2:])
+        total = None
+        for index, image in enumerate(maps):
+            x = resize_map(image, (grid[0], grid[1]))
+            for part in self.get_submodule(f"branch{index + 1}").values():  # type: ignore[operator]
+                x = part(x)
+            total = x if total is None else total + x
+        assert total is not None
+        return total
