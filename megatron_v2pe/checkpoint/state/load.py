@@ -74,7 +74,7 @@ def _check_small_files(folder: Path) -> None:
         common = read_plain(folder / _COMMON_FILE, max_bytes=_MAX_COMMON_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: no such file; the checkpoint is not whole") from None
-    if {**_FORMAT, **found} != _FORMAT:
+    if found.get("sharded_backend") is None or {**_FORMAT, **found} != _FORMAT:
         raise CheckpointError(
             f"{folder / _FORMAT_FILE}: is not of format torch_dist, version 1: {str(found)[:200]}"
         )
