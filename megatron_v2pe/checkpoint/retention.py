@@ -50,6 +50,27 @@ def complete_steps(run_dir: str | Path) -> list[int]:
     return [step for step in committed_steps(run_dir) if is_complete(step_path(run_dir, step))]
 
 
+def checkpoint_of(folder: str | Path) -> Path:
+    """The folder itself, or the newest complete checkpoint of a run whose folder was given.
+
+    Raises:
+        CheckpointError: a run folder without any complete checkpoint.
+    """
+    folder = Path(folder)
+    run_dir = folder.parent if folder.name == "checkpoints" else folder
+    if is_complete(folder) or not checkpoints_path(run_dir).is_dir():
+        return folder
+    steps = complete_steps(run_dir)
+    if not steps:
+        raise CheckpointError(
+            f"{folder}: is the folder of a run that has no complete checkpoint; see checkpoint.save_every, or give a "
+            "checkpoint"
+        )
+    newest = step_path(run_dir, steps[-1])
+    logger.info("%s is the folder of a run: its newest checkpoint %s is used", folder, newest.name)
+    return newest
+
+
 def write_latest(run_dir: str | Path, step: int) -> None:
     """Point `latest` at a step's folder, in one rename."""
     write_atomic(checkpoints_path(run_dir) / LATEST_FILE, step_path(run_dir, step).name + "\n")

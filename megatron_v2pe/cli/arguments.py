@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,25 @@ def add_run_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def run_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration; where model.checkpoint is the folder of a run, its newest checkpoint is meant.
+
+    Raises:
+        ConfigError: see `load_run_config`.
+        CheckpointError: a run without any checkpoint.
+    """
+    import dataclasses
+
+    from megatron_v2pe.checkpoint.retention import checkpoint_of
+    from megatron_v2pe.config.load import load_run_config
+
+    config = load_run_config(path, overrides)
+    if not config.model.checkpoint:
+        return config
+    checkpoint = str(checkpoint_of(config.model.checkpoint))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint=checkpoint))
+
+
 # The data of a run, without the run
 
 
@@ -49,15 +68,13 @@ def data_config(args: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: no data or no checkpoint is named, or a field is wrong.
     """
-    from megatron_v2pe.config.load import load_run_config
-
     overrides = list(args.run)
     path = overrides.pop(0) if overrides and "=" not in overrides[0] else None
     fields = {"data.meta": args.meta, "data.cache_dir": args.cache_dir, "model.checkpoint": args.checkpoint}
     given = [f"{name}={json.dumps(value)}" for name, value in fields.items() if value is not None]
     if args.checkpoint is not None:
         given.append("model.hf_path=''")
-    config = load_run_config(path, [*overrides, *given])
+    config = run_config(path, [*overrides, *given])
     if not config.data.meta:
         raise ConfigError("no data is named: give RUN.yaml with data.meta, or --meta META.json")
     if not (config.model.checkpoint or config.model.hf_path):
@@ -145,6 +162,8 @@ def add_verify_checkpoint(parser: argparse.ArgumentParser) -> None:
 def check_files(args: argparse.Namespace) -> Launcher:
     """Check the files of `args.checkpoint` as `--verify-checkpoint` says; under torchrun each process hashes a share.
 
+    A run folder becomes its newest checkpoint.
+
     Returns:
         What the launcher says about this process.
 
@@ -152,8 +171,10 @@ def check_files(args: argparse.Namespace) -> Launcher:
         CheckpointError: names the damaged files that this process found.
     """
     from megatron_v2pe.checkpoint.files.folder import read_info
+    from megatron_v2pe.checkpoint.retention import checkpoint_of
 
     here = launcher()
+    args.checkpoint = str(checkpoint_of(args.checkpoint))
     read_info(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)
     return here
 

@@ -23,7 +23,8 @@ mvbench, video-mme, mmlongbench. `score` scores the same folder again, `paper-ta
 
 --data FILE asks about long documents instead, and reports exact-match accuracy by length and depth. FILE is a jsonl
 file (images are looked up beside it) or a meta json, whose limits of tiles and frames come first. A record is a
-conversation that ends with the expected answer, with id, length (tokens) and depth (0..1).
+conversation that ends with the expected answer, with id, length (tokens) and depth (0..1). Plain questions, records of
+training data without length and depth, get exact, relaxed and contains scores and ANLS instead.
 
 Without --stride the checkpoint's own is used. A stopped evaluation continues, with any number of processes. Under
 torchrun, processes or groups of --tp, --pp, --cp share the questions. A question that cannot be answered (missing
@@ -131,6 +132,12 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     from megatron_v2pe.config.trained_settings import answer_data
     from megatron_v2pe.evaluation.answerer import EngineAnswerer
     from megatron_v2pe.evaluation.engine_adapter import own_strides
+    from megatron_v2pe.evaluation.plain_questions import (
+        METRICS,
+        check_items,
+        write_plain_scores,
+        write_scores,
+    )
     from megatron_v2pe.evaluation.retrieval import read_items
     from megatron_v2pe.evaluation.runner import (
         claim_folder,
@@ -151,12 +158,19 @@ def _run_retrieval(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
     )
     settings = own_strides(answerer.arch, args.strides)
-    items = read_items(args.data)
+    items, problems = check_items(read_items(args.data), answerer, max_new_tokens=args.max_new_tokens)
+    is_plain = not items[0].length
+    METRICS["anls"]("a", "a")  # a missing package is reported before the work
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {data.max_dynamic_patch} tiles"
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
-    scores = run_strides(items, settings=settings, answerer=answerer, folder=folder)
-    if here.rank == 0:
-        text = write_evaluation(scores, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
-        sys.stdout.write(text + "\n")
-    return 0
+    found = run_strides(items, settings=settings, answerer=answerer, folder=folder, problems=problems)
+    if here.rank != 0:
+        return 0
+    if is_plain:
+        text = write_plain_scores(found, folder=folder)
+    else:
+        text = write_evaluation(found, folder=folder, arch=answerer.arch, metrics_path=args.metrics)
+        text += "\n" + write_scores(found, folder=folder)
+    sys.stdout.write(text + "\n")
+    return int(any(each.error for own in found.values() for each in own))

@@ -16,10 +16,12 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from megatron_v2pe.core.env import launcher
+from megatron_v2pe import __version__
+from megatron_v2pe.core.env import is_under_torchrun, launcher, require_known_starter
 from megatron_v2pe.core.errors import V2PEError
 from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
-from megatron_v2pe.core.refusal import refuse, was_refused
+from megatron_v2pe.core.processes import end_without_launcher
+from megatron_v2pe.core.refusal import refuse, report_to_torchrun, was_refused
 
 VERBS = {
     "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
@@ -48,6 +50,7 @@ VERBS = {
     "check-golden": "run recorded cases of the V2PE release",
 }
 _PROG = "megatron-v2pe"
+_ALONE = ("doctor", "recipes", "runs", "plan")  # harmless in every task of a step
 _OTHER_RANKS_WAIT_S = 3.0
 _OTHER_NODES_WAIT_S = 10.0  # until torchrun there has heard that ranks elsewhere have ended
 
@@ -68,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = launcher().rank
         setup_logging(rank)
         quiet_dependencies()
-        if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
+        if not arguments or arguments[0] not in VERBS:
             return _no_verb(arguments)
+        if arguments[0] not in _ALONE and not {"-h", "--help"} & set(arguments):
+            require_known_starter()
+        if is_under_torchrun():
+            end_without_launcher()
         return _run_verb(_load(arguments[0]), arguments[1:])
     except V2PEError as error:
         return _report(error)
@@ -95,13 +102,16 @@ def _load(verb: str) -> ModuleType:
 
 
 def _no_verb(arguments: Sequence[str]) -> int:
-    """The overview of verbs: to stdout and 0 when asked for, else to stderr and 2."""
+    """The overview of verbs, or the version: to stdout and 0 when asked for, else the overview to stderr and 2."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     usage = (
         f"usage: {_PROG} VERB ...\n\n{verbs}\n\n`{_PROG} VERB --help` explains a verb.\n"
-        f"Example: {_PROG} doctor\n"
+        f"`{_PROG} --version` names the version.\nExample: {_PROG} doctor\n"
     )
+    if arguments and arguments[0] == "--version":
+        sys.stdout.write(f"{_PROG} {__version__}\n")
+        return 0
     if arguments and arguments[0] in ("-h", "--help"):
         sys.stdout.write(usage)
         return 0
@@ -123,6 +133,7 @@ def _report(error: V2PEError) -> int:
         rank = local_rank = 0
     if rank != 0:
         time.sleep(_OTHER_RANKS_WAIT_S if rank == local_rank else _OTHER_NODES_WAIT_S)
+    report_to_torchrun(f"rank {rank}: {error}")
     if not error.is_final or refuse(str(error)):
         where = f"rank {rank}: " if rank else ""
         sys.stderr.write(f"{_PROG}: {where}{error}\n")

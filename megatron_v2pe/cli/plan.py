@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_v2pe.cli.arguments import add_run_config
+from megatron_v2pe.cli.arguments import add_run_config, run_config
 
 if TYPE_CHECKING:
     from megatron_v2pe.planning.request.inputs import PlanRequest
@@ -93,12 +93,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> PlanRequest:
-    from megatron_v2pe.config.load import load_run_config
     from megatron_v2pe.planning.request.inputs import PlanRequest
     from megatron_v2pe.planning.request.workload import Assumptions
 
     return PlanRequest(
-        config=load_run_config(args.config, args.overrides),
+        config=run_config(args.config, args.overrides),
         gpus=args.gpus,
         arch=args.arch,
         gpu=args.gpu,

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 
-from megatron_v2pe.cli.arguments import add_run_config
+from megatron_v2pe.cli.arguments import add_run_config, run_config
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 
@@ -35,11 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table on rank 0."""
-    from megatron_v2pe.config.load import load_run_config
-
     if not (args.free_gb >= 0 and math.isfinite(args.free_gb)):
         raise ConfigError(f"--free-gb is {args.free_gb}, but must be a number of GB, 0 or more")
-    config = load_run_config(args.config, args.overrides)
+    config = run_config(args.config, args.overrides)
 
     from megatron_v2pe.preflight.run import preflight
 

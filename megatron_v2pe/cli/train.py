@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_v2pe.cli.arguments import add_run_config
+from megatron_v2pe.cli.arguments import add_run_config, run_config
 from megatron_v2pe.core.env import launcher, prepare_gpu_environment
 
 NAME = "train"
@@ -38,18 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; mistakes are raised as ConfigError, DataError or CheckpointError."""
-    from megatron_v2pe.config.load import load_run_config
-
     verify = [f"checkpoint.verify={args.verify_checkpoint}"] if args.verify_checkpoint else []
     # Before torch is imported: a typo is reported in a blink.
-    config = load_run_config(args.config, [*args.overrides, *verify])
+    config = run_config(args.config, [*args.overrides, *verify])
     prepare_gpu_environment(config.runtime.run_dir)
 
-    import torch
+    from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 
-    from megatron_v2pe.planning.request.hardware import known_peak_tflops
-    from megatron_v2pe.train.loop import train
+    with StartupWatch(config.runtime.hang_timeout_s, rank=launcher().rank) as watch:
+        import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    reason = train(config, peak_tflops=known_peak_tflops(device))
+        from megatron_v2pe.planning.request.hardware import known_peak_tflops
+        from megatron_v2pe.preflight.disk import run_sizes
+        from megatron_v2pe.train.loop import train
+        from megatron_v2pe.train.setup import Outside
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        outside = Outside(sizes_of=run_sizes, peak_tflops=known_peak_tflops(device), watch=watch)
+        reason = train(config, outside)
     return INTERRUPTED if reason and launcher().master is None else 0

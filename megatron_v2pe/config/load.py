@@ -3,6 +3,9 @@
     run.yaml --OmegaConf--> untyped tree --names, curriculum--> structured merge --> frozen dataclasses
     overrides, one by one, take the same way
 
+A relative path in the file is looked up beside the file first, then in the current folder, as paths in a meta json are.
+What a run writes (runtime.run_dir, data.cache_dir) is relative to the current folder.
+
 OmegaConf appears in this file only, so that it can be replaced in a day. What it raises is turned into
 `ConfigError` here: where the mistake was made, the full key, the rule, the way out.
 """
@@ -19,11 +22,19 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_v2pe.config.key_names import SYNONYMS
 from megatron_v2pe.config.position_modes import POSITION_MODES
 from megatron_v2pe.config.schema import CurriculumStage, RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
 _COMMAND_LINE = "command line"
+_READ_PATHS = (
+    ("model", "checkpoint"),
+    ("model", "hf_path"),
+    ("data", "meta"),
+    ("data", "validation"),
+    ("data", "retrieval"),
+)
 
 
 def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,7 +51,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     """
     merged: Any = OmegaConf.structured(RunConfig)
     curriculum: tuple[CurriculumStage, ...] | None = None
-    sources = [(str(path), _read_yaml(Path(path)))] if path is not None else []
+    sources = [(str(path), _located(_read_yaml(Path(path)), Path(path).parent))] if path is not None else []
     sources += [(_COMMAND_LINE, _parse_override(text)) for text in overrides]
     for source, tree in sources:
         stages = _take_curriculum(tree, source)
@@ -98,10 +109,26 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return _to_dict(tree)
 
 
+def _located(tree: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """The tree with paths of what is there beside the file as absolute ones: a run's `config.yaml` is elsewhere."""
+    if folder.resolve() == Path.cwd():
+        return tree
+    for section, key in _READ_PATHS:
+        values = tree.get(section)
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
+        if isinstance(value, str) and value and "${" not in value and (folder / value).exists():
+            values[key] = str((folder / value).absolute())
+    return tree
+
+
 def _parse_override(text: str) -> dict[Any, Any]:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value")
+    if not value:  # a shell removes the quotes of section.key=''
+        text = f"{key}=''"
     try:
         return _to_dict(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -178,14 +205,19 @@ def _raise_as_config_error(error: OmegaConfBaseException, source: str, *, prefix
 
 
 def _nearest(key: str, prefix: str) -> str:
-    """`; did you mean ...?`: the same name in another section first, then the closest spelling."""
+    """`; did you mean ...?`: the same name in another section first, then another program's, then the closest one."""
     if prefix:
         candidates = [prefix + field.name for field in dataclasses.fields(CurriculumStage)]
     else:
         sections = [field.name for field in dataclasses.fields(RunConfig)]
         candidates = known_keys() if "." in key else sections + known_keys()
     same_name = [name for name in candidates if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = same_name or difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    foreign = SYNONYMS.get(key.rpartition(".")[2].lower().replace("-", "_"))
+    close = (
+        same_name
+        or ([foreign] if foreign else [])
+        or difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+    )
     return f"; did you mean {close[0]}?" if close else "; docs/configuration.md lists all keys"
 
 

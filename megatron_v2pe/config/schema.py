@@ -27,7 +27,8 @@ class ModelConfig:
     """Which checkpoint is trained, and which parts of it."""
 
     checkpoint: str = ""
-    """Folder written by `import-hf`, or a step folder of an earlier run; only its weights are used."""
+    """Folder written by `import-hf`, a step folder of an earlier run, or its run folder, which means its newest
+    checkpoint; only its weights are used."""
     hf_path: str = ""
     """Hugging Face folder to train from without importing it first, instead of model.checkpoint; each rank reads
     its slices of the safetensors."""
@@ -338,7 +339,7 @@ class CheckpointConfig:
     """When the run is saved and what it resumes from."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves at the end only, and a run that is killed before loses everything."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True
@@ -439,6 +440,19 @@ class RuntimeConfig:
         require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
+def _refuse_address(key: str, value: object) -> None:
+    """Refuse `s3://...` where a path is meant, which would make a local folder of that name.
+
+    The address is not repeated: it may carry credentials, and logs and config.yaml are kept.
+    """
+    if isinstance(value, str) and "://" in value:
+        scheme = value.partition("://")[0]
+        raise ConfigError(
+            f"{key} is an address ({scheme}://...), but must be a path of a mounted file system; copy or mount it. "
+            "Files that the meta json names may be addresses, with credentials where the storage library looks for them"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -461,6 +475,7 @@ class RunConfig:
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
                 require(is_number, f"{section.name}.{each.name}", value, "must be finite")
+                _refuse_address(f"{section.name}.{each.name}", value)
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""

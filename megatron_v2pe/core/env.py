@@ -14,6 +14,23 @@ from pathlib import Path
 from megatron_v2pe.core.errors import ConfigError
 
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Variables with which libraries choose other kernels or other precision.
+_NUMERIC_NAMES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "MKL_CBWR",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+_NUMERIC_PREFIXES = ("CUDNN_", "NVTE_", "UNFUSED_")
+# Starters of several processes that do not describe a rank as torchrun does: number of processes, their program.
+_OTHER_STARTERS = (
+    ("SLURM_STEP_NUM_TASKS", "srun"),
+    ("OMPI_COMM_WORLD_SIZE", "mpirun"),
+    ("PMI_SIZE", "mpiexec"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +73,47 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher:
         raise ConfigError(f"environment: RANK is {rank}, but must lie in 0..WORLD_SIZE-1 = {world_size - 1}")
     master = f"{values['MASTER_ADDR']}:{_number(values, 'MASTER_PORT')}"
     return Launcher(rank=rank, world_size=world_size, local_rank=local_rank, master=master)
+
+
+def require_known_starter(environ: Mapping[str, str] | None = None) -> None:
+    """Refuse to be one of several processes that do not know of each other, as `srun -n 2` makes them.
+
+    Raises:
+        ConfigError: a step of several tasks without RANK and WORLD_SIZE.
+    """
+    values = os.environ if environ is None else environ
+    if "RANK" in values or "WORLD_SIZE" in values:
+        return
+    for name, program in _OTHER_STARTERS:
+        count = values.get(name, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"environment: {program} started {count} processes ({name}), but RANK and WORLD_SIZE are not set, so "
+                "that each of them would work alone and on the same files; start ranks with torchrun, one torchrun on "
+                f"each node ({program} torchrun --nproc-per-node N --nnodes M ... -m megatron_v2pe VERB), or with "
+                "launch/submit.py, which writes that command"
+            )
+
+
+def is_under_torchrun(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun, or a launcher made from it, started this process and waits for it."""
+    return "TORCHELASTIC_RUN_ID" in (os.environ if environ is None else environ)
+
+
+def error_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """File from which torchrun reads this rank's error; None without torchrun."""
+    text = (os.environ if environ is None else environ).get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(text) if text else None
+
+
+def numeric_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that are set and change what libraries compute."""
+    values = os.environ if environ is None else environ
+    return {
+        name: values[name]
+        for name in sorted(values)
+        if name in _NUMERIC_NAMES or name.startswith(_NUMERIC_PREFIXES)
+    }
 
 
 def launch_folder(environ: Mapping[str, str] | None = None) -> Path | None:

@@ -90,6 +90,27 @@ def writable_folder(path: str | Path, *, field: str) -> Path:
     return folder
 
 
+def remove_leftovers(folder: str | Path, *, before: float) -> list[Path]:
+    """Delete temporary files of `write_atomic` and `writable_folder` whose process was killed.
+
+    Args:
+        folder: looked at, without the folders in it; it need not exist.
+        before: seconds since 1970; younger files may belong to a process that lives.
+
+    Returns:
+        What was deleted.
+    """
+    removed = []
+    for path in [*Path(folder).glob(".*.tmp-*"), *Path(folder).glob(".write-test-*")]:
+        try:
+            if path.is_file() and path.stat().st_mtime < before:
+                path.unlink()
+                removed.append(path)
+        except FileNotFoundError:  # another process was faster
+            continue
+    return removed
+
+
 @contextmanager
 def explained_full_disk(folder: Path) -> Iterator[None]:
     """Report a disk that is full, or was made read-only during a run, as a mistake that can be corrected.

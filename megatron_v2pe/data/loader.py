@@ -122,6 +122,7 @@ class TrainLoader:
         facts: the same by name, to report what changed.
         num_bad: samples that are skipped as bad.
         num_samples: samples that may be drawn.
+        packs_of_first_epoch: packs of the first epoch.
         source_names: names of the data sets, in the order that `PackedBatch.sources` counts them.
     """
 
@@ -170,6 +171,7 @@ class TrainLoader:
         self.facts = plan.facts
         self.num_bad = plan.num_bad
         self.num_samples = plan.num_samples
+        self.packs_of_first_epoch = plan.epoch(0, 0).num_packs
         self.source_names = tuple(index.entry.name for index in indexes)
         reader = PackReader(
             entries=tuple(index.entry for index in indexes),

@@ -12,12 +12,13 @@ from typing import Literal
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
 from megatron_v2pe.data.samples.settings import sample_settings
-from megatron_v2pe.evaluation.retrieval import RetrievalItem, Share, StrideSetting
+from megatron_v2pe.evaluation.retrieval import Answer, RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompt import Prompt, prompt_with
 from megatron_v2pe.parallel.topology import shutdown
@@ -94,18 +95,39 @@ class EngineAnswerer:
         is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
         return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
 
-    def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
-        """Greedy answer as text.
+    def answer(self, item: RetrievalItem, setting: StrideSetting) -> Answer:
+        """Greedy answer; an image that cannot be decoded is its error where no other process waits for this one.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be decoded, and other processes hold parts of the model.
         """
         if self._engine is None:
             raise RuntimeError("prepare() was not called")
-        ids = self._engine.generate(
-            self.prompt(item, setting), max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids
-        )
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        try:
+            prompt = self.prompt(item, setting)
+            ids = self._engine.generate(prompt, max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids)
+        except DataError as error:
+            if self._parallel.replica_size > 1:
+                raise
+            return Answer(error=str(error))
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(text=text, is_cut=len(ids) >= self._max_new_tokens)
+
+    def expected(self, text: str) -> tuple[str, int]:
+        """An expected answer as it comes out of the decoding that answers pass through, and its number of tokens.
+
+        Markers such as `<ref>` and `<box>` are special tokens of some tokenizers, which decoding leaves out.
+        """
+        ids = self._tokenizer.encode(text)
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
+
+    def check_media(self, item: RetrievalItem) -> None:
+        """Read the headers of a question's images and videos.
+
+        Raises:
+            DataError: one is missing or cannot be used.
+        """
+        probe_sizes(item.record, settings=self._settings)
 
     def prompt(self, item: RetrievalItem, setting: StrideSetting) -> Prompt:
         """What the model is given: the conversation up to the assistant's role, and all tiles.

@@ -8,7 +8,7 @@ An answer is appended to its file the moment it exists, so that a killed evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,7 +44,7 @@ class RetrievalItem:
         record: conversation that ends with the question; the expected answer is not in it.
         entry: its data set, whose limits of tiles and frames count.
         answer: expected answer, compared exactly after blanks at both ends are dropped.
-        length: nominal length in tokens, a row of the report.
+        length: nominal length in tokens, a row of the report; 0 for a plain question, as training data hold them.
         depth: nominal place of the needle, 0 (first) .. 1 (last), a column of the report.
     """
 
@@ -57,8 +57,23 @@ class RetrievalItem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for a question.
+
+    Attributes:
+        text: the answer.
+        is_cut: it reached the longest answer, and may have had more to say.
+        error: why there is none.
+    """
+
+    text: str = ""
+    is_cut: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One answered item; a line of the predictions file."""
+    """One answered item; a line of the predictions file. A question that could not be asked has an error."""
 
     id: str
     length: int
@@ -66,6 +81,8 @@ class Prediction:
     answer: str
     prediction: str
     correct: bool
+    cut: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +124,8 @@ class Answerer(Protocol):
     def prepare(self, setting: StrideSetting) -> Share:
         """Get ready for questions with this setting; returns this process's share of them."""
 
-    def answer(self, item: RetrievalItem, setting: StrideSetting) -> str:
-        """Text of the greedy answer; `prepare` was called for the setting."""
+    def answer(self, item: RetrievalItem, setting: StrideSetting) -> Answer:
+        """The greedy answer; `prepare` was called for the setting."""
 
     def close(self) -> None:
         """Wait until every process has answered, and release the model."""
@@ -157,6 +174,12 @@ def read_items(path: str | Path) -> list[RetrievalItem]:
             items.append(item)
     if not items:
         raise DataError(f"{path}: holds no record to evaluate")
+    if len({item.length > 0 for item in items}) > 1:
+        plain = next(item for item in items if not item.length)
+        raise DataError(
+            f"{plain.record.where}: has no length and depth, which other records have; evaluate plain questions and "
+            "retrieval in files of their own"
+        )
     return items
 
 
@@ -172,14 +195,22 @@ def _entries(path: Path) -> tuple[DatasetEntry, ...]:
 
 
 def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number: int) -> RetrievalItem:
-    """Check one record and separate its expected answer from the conversation."""
+    """Check one record and separate its expected answer from the conversation.
+
+    A record without length and depth is a plain question; its line number is its id where it has none.
+    """
+    is_plain = "length" not in values and "depth" not in values
+    if is_plain:
+        values = {**values, "length": 0, "depth": 0.0, "id": values.get("id", f"{entry.name}:{number}")}
     for key, kinds in (("id", (str, int)), ("length", (int,)), ("depth", (int, float))):
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise DataError(
                 f"{where}: {key} is {value!r}; a retrieval record needs an id, its length in tokens and the "
-                "needle's depth in 0..1"
+                "needle's depth in 0..1; a plain question has neither length nor depth"
             )
+    if not is_plain and values["length"] < 1:
+        raise DataError(f"{where}: length is {values['length']}, but must be a number of tokens")
     if not 0 <= values["depth"] <= 1:
         raise DataError(f"{where}: depth is {values['depth']}, but must lie in 0..1")
     record = parse_record(values, entry=entry, sample_id=f"{entry.name}:{number}", where=where)
@@ -203,20 +234,26 @@ def answer_items(
     answerer: Answerer,
     predictions_path: str | Path | None,
     on_answer: Callable[[Prediction], None],
+    problems: Mapping[str, str] | None = None,
 ) -> None:
     """Answer items, shortest first, and append each answer to the file (if any) as soon as it exists.
 
-    Several processes may append to one file: a line is a single write.
+    Several processes may append to one file: a line is a single write. Items with a problem, by their id, are not
+    asked: it is their error.
     """
     for item in sorted(items, key=lambda item: item.length):
-        text = answerer.answer(item, setting).strip()
+        problem = (problems or {}).get(item.item_id)
+        given = Answer(error=problem) if problem else answerer.answer(item, setting)
+        text = given.text.strip()
         prediction = Prediction(
             id=item.item_id,
             length=item.length,
             depth=item.depth,
             answer=item.answer,
             prediction=text,
-            correct=text == item.answer,
+            correct=not given.error and text == item.answer,
+            cut=given.is_cut and text != item.answer,
+            error=given.error,
         )
         if predictions_path is not None:
             append_json(predictions_path, asdict(prediction))

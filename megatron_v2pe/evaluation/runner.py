@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from megatron_v2pe.config.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.evaluation import report
+from megatron_v2pe.evaluation.plain_questions import remarks
 from megatron_v2pe.evaluation.retrieval import (
     Answerer,
-    Cell,
     Prediction,
     RetrievalItem,
     StrideSetting,
@@ -108,7 +108,8 @@ def run_strides(
     settings: Sequence[StrideSetting],
     answerer: Answerer,
     folder: Path,
-) -> dict[str, list[Cell]]:
+    problems: Mapping[str, str] | None = None,
+) -> dict[str, list[Prediction]]:
     """Answer everything with every stride that has no answer yet.
 
     Under torchrun every process calls this, and every replica of the model answers its share. All of them see the
@@ -119,15 +120,16 @@ def run_strides(
         settings: strides.
         answerer: the model; closed at the end.
         folder: where predictions are kept.
+        problems: of items that cannot be asked, by id; they get a row with it.
 
     Returns:
-        cells by the stride's name, of all processes' answers.
+        predictions by the stride's name, of all processes. Errors of an earlier start were tried again.
     """
     paths = {setting.name: folder / f"predictions_{setting.name}.jsonl" for setting in settings}
     done = {name: read_predictions(path, items) for name, path in paths.items()}
     with closing(answerer):
         for setting in settings:
-            pending = [item for item in items if item.item_id not in done[setting.name]]
+            pending = [item for item in items if not _is_answered(item, done[setting.name])]
             if not pending:
                 continue
             share = answerer.prepare(setting)
@@ -140,8 +142,13 @@ def run_strides(
                     answerer=answerer,
                     predictions_path=paths[setting.name] if share.is_writer else None,
                     on_answer=counter,
+                    problems=problems,
                 )
-    return {name: score(read_predictions(path, items).values()) for name, path in paths.items()}
+    return {name: list(read_predictions(path, items).values()) for name, path in paths.items()}
+
+
+def _is_answered(item: RetrievalItem, done: Mapping[str, Prediction]) -> bool:
+    return item.item_id in done and not done[item.item_id].error
 
 
 @contextmanager
@@ -172,7 +179,7 @@ class _Counter:
 
 
 def write_evaluation(
-    scores: dict[str, list[Cell]],
+    predictions: Mapping[str, Sequence[Prediction]],
     *,
     folder: Path,
     arch: InternVLArchitecture,
@@ -181,14 +188,15 @@ def write_evaluation(
     """Write all tables and pictures; returns the table.
 
     Args:
-        scores: cells by the stride's name.
+        predictions: by the stride's name.
         folder: where to.
         arch: architecture of the checkpoint.
         metrics_path: a run's metrics.jsonl for the loss curve; empty draws none.
     """
     tokens_per_tile = arch.tokens_per_tile
     trained_length = arch.trained_length
-    text = report.accuracy_table(scores, trained_length=trained_length)
+    scores = {name: score(own) for name, own in predictions.items()}
+    text = "\n".join([report.accuracy_table(scores, trained_length=trained_length), *remarks(predictions)])
     write_atomic(folder / "table.txt", text + "\n")
     write_atomic(folder / "cells.csv", report.cells_csv(scores))
     for name, cells in scores.items():

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.agreement import Facts, require_equal_facts, require_equal_in_world
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.plan import resolve as resolve
 from megatron_v2pe.parallel.world_name import agree_on_name
@@ -81,7 +82,22 @@ class ParallelContext:
     ranks: Ranks
 
 
-def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30) -> ParallelContext:
+@dataclass(frozen=True, kw_only=True)
+class Joining:
+    """How ranks meet at the start of a run.
+
+    Attributes:
+        timeout_s: how long one waits for the others; None waits as long as a collective.
+        facts: what must be the same on all ranks, compared before a group is made; None compares nothing.
+    """
+
+    timeout_s: float | None = None
+    facts: Facts | None = None
+
+
+def init_distributed(
+    plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30, joining: Joining | None = None
+) -> ParallelContext:
     """Join the other ranks, make the groups, seed the generators. Collective: every rank must call it.
 
     One rank needs no launcher; more are found through torchrun's environment. A default process group that
@@ -92,14 +108,18 @@ def init_distributed(plan: ParallelPlan, *, seed: int, timeout_minutes: int = 30
         plan: sizes of the axes; their product must be the world size.
         seed: seed of the default generator (equal on all ranks of a stage) and of mcore's tracked ones.
         timeout_minutes: how long a collective may wait for its peers, also while groups are made.
+        joining: how ranks meet.
 
     Raises:
-        ConfigError: the plan is for another number of ranks.
+        ConfigError: the plan is for another number of ranks, or ranks were not started alike, or did not meet.
         RuntimeError: this process has joined groups of other sizes.
     """
     device = _local_device()
+    joining = joining or Joining()
     if not dist.is_initialized():
-        _join_world(device, timeout_minutes)
+        _join_world(device, timeout_minutes, joining)
+    elif joining.facts is not None:
+        require_equal_in_world(joining.facts)
     if dist.get_world_size() != plan.world_size:
         raise ConfigError(
             f"the plan tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp} is for {plan.world_size} "
@@ -165,17 +185,43 @@ def _local_device() -> torch.device:
     return device
 
 
-def _join_world(device: torch.device, timeout_minutes: int) -> None:
+def _join_world(device: torch.device, timeout_minutes: int, joining: Joining) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     if launcher().world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        store.set_timeout(timeout)
-        name = agree_on_name(store, rank=rank, world_size=world_size, timeout=timeout)
-        store = dist.PrefixStore(f"world_{name}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return
+    meeting = timeout if joining.timeout_s is None else timedelta(seconds=joining.timeout_s)
+    try:
+        store, rank, world_size = _met(meeting, joining.facts)
+    except (dist.DistError, TimeoutError) as error:
+        raise _did_not_meet(error, meeting) from error
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _met(timeout: timedelta, facts: Facts | None) -> tuple[dist.Store, int, int]:
+    """The store of this world, in which all ranks have met and have been compared."""
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    name = agree_on_name(store, rank=rank, world_size=world_size, timeout=timeout)
+    store = dist.PrefixStore(f"world_{name}", store)
+    if facts is not None:
+        require_equal_facts(store, facts, rank=rank, world_size=world_size)
+    return store, rank, world_size
+
+
+def _did_not_meet(error: Exception, timeout: timedelta) -> ConfigError:
+    """Ranks that did not find each other, or of which one came too late; another start may go well."""
+    here = launcher()
+    explained = ConfigError(
+        f"rank {here.rank} of WORLD_SIZE {here.world_size} did not meet the others at MASTER_ADDR:MASTER_PORT "
+        f"{here.master} within {timeout.total_seconds():g} s ({str(error).splitlines()[0]}); start as many ranks as "
+        "WORLD_SIZE says, all with the address of rank 0's machine and one free port, and see whether one of them "
+        "ended or was stopped; runtime.hang_timeout_s says how long ranks wait"
+    )
+    explained.is_final = False
+    return explained
 
 
 def _ranks(plan: ParallelPlan, device: torch.device, timeout_minutes: int) -> Ranks:

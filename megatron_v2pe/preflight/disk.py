@@ -17,6 +17,7 @@ from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
 from megatron_v2pe.planning.memory.state import frozen_parts, is_trained_name
 from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.preflight.findings import Finding, worst_over_ranks
+from megatron_v2pe.train.introduction import RunSizes
 
 PROBE_BYTES = 32 * 2**20
 SLOW_MB_S = 50.0
@@ -78,14 +79,23 @@ def check_shared(run_dir: str) -> Finding:
     return joined
 
 
-def checkpoint_bytes(config: RunConfig, arch: InternVLArchitecture) -> int:
-    """Bytes of a checkpoint's tensors: stored weights, and of the trained ones the float32 copy and two moments."""
+def run_sizes(config: RunConfig, arch: InternVLArchitecture) -> RunSizes:
+    """Parameters of the model, and bytes of a checkpoint's tensors.
+
+    A checkpoint holds the stored weights, and of the trained ones the float32 copy and two moments.
+    """
     whole = ModelChunk(num_layers=arch.language.num_layers, is_first=True, is_last=True)
-    parameters = model_chunk_parameters(arch, ParallelPlan(), whole, config.lora)
+    parameters = list(model_chunk_parameters(arch, ParallelPlan(), whole, config.lora))
+    total = sum(size for _, size in parameters)
     trained = sum(size for name, size in parameters if is_trained_name(name, frozen_parts(config)))
-    stored = trained if config.lora.is_on else sum(size for _, size in parameters)
+    stored = trained if config.lora.is_on else total
     element_bytes = 2 if config.runtime.dtype == "bfloat16" else 4
-    return stored * element_bytes + trained * 12
+    return RunSizes(parameters=total, trained=trained, checkpoint_bytes=stored * element_bytes + trained * 12)
+
+
+def checkpoint_bytes(config: RunConfig, arch: InternVLArchitecture) -> int:
+    """Bytes of a checkpoint's tensors; see `run_sizes`."""
+    return run_sizes(config, arch).checkpoint_bytes
 
 
 def check_space(config: RunConfig, arch: InternVLArchitecture, *, free_gb: float) -> Finding:

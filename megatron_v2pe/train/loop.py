@@ -6,16 +6,16 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.loader import explained_worker_deaths
 from megatron_v2pe.train.guards.final_errors import final_without_progress
 from megatron_v2pe.train.metrics.step_metrics import timed_batches
-from megatron_v2pe.train.setup import Run, build_run
+from megatron_v2pe.train.setup import Outside, Run, build_run
 from megatron_v2pe.train.step import train_step
 
 
-def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
+def train(config: RunConfig, outside: Outside) -> str:
     """Run `config` to its last step, from the newest checkpoint of its run folder when there is one.
 
     Args:
         config: the run.
-        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        outside: what the run gets from outside.
 
     Returns:
         What interrupted the run (see `interruption`), "" when it reached its last step.
@@ -25,11 +25,22 @@ def train(config: RunConfig, *, peak_tflops: float | None = None) -> str:
         TrainingError: loss or gradient stayed non-finite for too many steps.
     """
     with (
-        build_run(config, peak_tflops=peak_tflops) as run,
+        build_run(config, outside) as run,
         final_without_progress(lambda: run.state.step),
         explained_worker_deaths(),
     ):
-        return steps(run)
+        return _stopped_before_first_step(run) or steps(run)
+
+
+def _stopped_before_first_step(run: Run) -> str:
+    """What asked to stop while the run was built, "" if nothing did. Collective."""
+    if run.state.step >= run.config.optim.steps:
+        return ""
+    reason = run.interruption.agreed()
+    if reason:
+        run.interruption.record(reason, step=run.state.step)
+        run.log.close()
+    return reason
 
 
 def steps(run: Run) -> str:

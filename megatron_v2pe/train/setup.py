@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
-from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -26,21 +27,21 @@ from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.batch_schedule import batch_schedule
-from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher
-from megatron_v2pe.core.files import explained_full_disk, writable_folder
+from megatron_v2pe.core.files import explained_full_disk, remove_leftovers, writable_folder
 from megatron_v2pe.core.jsonl import append_json
-from megatron_v2pe.core.text_table import text_table
+from megatron_v2pe.core.open_files import require_open_files
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.validation import ValidationPacks
+from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.topology import (
+    Joining,
     ParallelContext,
     ParallelPlan,
     Ranks,
@@ -54,13 +55,16 @@ from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
+from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
 from megatron_v2pe.train.guards.run_lock import locked
 from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_usable_folder,
     run_to_continue,
 )
+from megatron_v2pe.train.introduction import SizesOf, check_room, describe_data, introduction
 from megatron_v2pe.train.metrics.metrics_log import MetricsLog
 from megatron_v2pe.train.metrics.sinks import check_sinks, open_sinks
 from megatron_v2pe.train.metrics.startup_timer import StartupTimer
@@ -68,6 +72,7 @@ from megatron_v2pe.train.metrics.step_metrics import StepMeter
 from megatron_v2pe.train.monitoring.monitors import Monitors
 from megatron_v2pe.train.monitoring.profiling import StepProfiler
 from megatron_v2pe.train.monitoring.rank_monitor import RankMonitor
+from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 from megatron_v2pe.train.monitoring.watchdog import Watchdog, collective_timeout_minutes
 from megatron_v2pe.train.retrieval import Retrieval
 from megatron_v2pe.train.saving import Saver
@@ -142,12 +147,27 @@ class Run:
         )
 
 
-def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What a run gets from rooms that it does not know, or from whoever started it.
+
+    Attributes:
+        sizes_of: counts parameters and bytes.
+        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        watch: ends a start that hangs; it is stopped where the watchdog of the steps begins.
+    """
+
+    sizes_of: SizesOf
+    peak_tflops: float | None = None
+    watch: StartupWatch | None = None
+
+
+def build_run(config: RunConfig, outside: Outside) -> Run:
     """Build a run, at the newest checkpoint of its run folder when there is one. Collective.
 
     Args:
         config: the run.
-        peak_tflops: dense bf16 peak of this device, for MFU; None where it is not known.
+        outside: what it gets from outside.
 
     Returns:
         The run; use it as a context manager.
@@ -155,22 +175,25 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
     """
-    startup = StartupTimer()
+    startup = StartupTimer(outside.watch.done if outside.watch is not None else None)
     startup.done("imports")
     arch, plan, run_dir = _checked(config)
     with ExitStack() as stack:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
-        context = stack.enter_context(_world(config, plan))
+        context = stack.enter_context(_world(config, plan, facts=facts))
         ranks = context.ranks
         # One answer for all: a rank may have looked while a run before this one was ending.
         resume_from = on_first_rank(lambda: found)
+        if resume_from is not None:
+            require_equal_in_world(folder_facts(resume_from))
         startup.done("process groups")
         interruption = stack.enter_context(Interruption(run_dir, ranks=ranks))
         rank_monitor = stack.enter_context(RankMonitor())
-        logger.info("%s", _introduction(config, arch, plan=plan, resume_from=resume_from))
+        _introduce(config, arch, plan, run_dir, resume_from=resume_from, sizes_of=outside.sizes_of)
         resume_from = _verified(config, run_dir, resume_from, ranks=ranks)
         startup.done("checks")
         trainer = _trainer(config, arch, context, resume_from=resume_from, startup=startup)
@@ -181,6 +204,9 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
         _record_start(config, run_dir, state, ranks=ranks, is_resumed=saved is not None)
         monitors = stack.enter_context(_monitors(config, run_dir, state, interruption, rank_monitor, ranks))
         startup.done("data")
+        logger.info("%s", describe_data(config, loader))
+        if outside.watch is not None:
+            outside.watch.stop()
         return Run(
             config=config,
             run_dir=run_dir,
@@ -193,7 +219,7 @@ def build_run(config: RunConfig, *, peak_tflops: float | None = None) -> Run:
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
             loss_guard=_loss_guard(config, state),
             bad_steps=BadSteps(run_dir=run_dir, ranks=ranks, max_in_row=config.runtime.max_bad_steps),
-            meter=StepMeter(arch, ranks=ranks, peak_tflops=peak_tflops),
+            meter=StepMeter(arch, ranks=ranks, peak_tflops=outside.peak_tflops),
             log=_metrics_log(config, run_dir, state, ranks=ranks),
             startup=startup,
             interruption=interruption,
@@ -213,36 +239,38 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
-    return arch, plan, writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+    require_open_files()
+    run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
+    require_usable_folder(run_dir)
+    return arch, plan, run_dir
 
 
 @contextmanager
-def _world(config: RunConfig, plan: ParallelPlan) -> Iterator[ParallelContext]:
+def _world(config: RunConfig, plan: ParallelPlan, *, facts: Facts | None) -> Iterator[ParallelContext]:
     """Process groups of the run. After an error they are left alone: other ranks may be anywhere in theirs."""
-    timeout = collective_timeout_minutes(config.runtime.hang_timeout_s)
-    yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout)
+    hang_s = config.runtime.hang_timeout_s
+    timeout = collective_timeout_minutes(hang_s)
+    # torch tries to connect for up to twice its limit; the message about it comes before the watch ends the process.
+    joining = Joining(timeout_s=0.45 * hang_s if hang_s else None, facts=facts)
+    yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout, joining=joining)
     shutdown()
 
 
-def _introduction(
-    config: RunConfig, arch: InternVLArchitecture, *, plan: ParallelPlan, resume_from: Path | None
-) -> str:
-    """What is trained, on what, for how long, and where to look."""
-    runtime = config.runtime
-    trained = [*parts_trained_whole(config), *(["adapters"] if config.lora.is_on else [])]
-    begin = f"continued from {resume_from.name}" if resume_from else "from the first"
-    layout = f"tp {plan.tp}, cp {plan.cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
-    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
-    rows = [
-        ["model", f"{config.model.hf_path or config.model.checkpoint}"],
-        ["", f"{arch.language.architecture}, {name_map(arch).num_parameters / 1e6:,.1f} M parameters"],
-        ["trained", ", ".join(trained)],
-        ["layout", f"{ranks}: {layout}"],
-        ["data", f"{config.data.meta}; packs of {config.data.max_pack_tokens:,} tokens"],
-        ["steps", f"{config.optim.steps} of {batch_schedule(config).text}; {begin}"],
-        ["folder", f"{runtime.run_dir}; `megatron-v2pe runs {runtime.run_dir}` shows the run"],
-    ]
-    return "\n".join(["training run", *text_table(None, rows, align="<", indent="  ")])
+def _introduce(
+    config: RunConfig,
+    arch: InternVLArchitecture,
+    plan: ParallelPlan,
+    run_dir: Path,
+    *,
+    resume_from: Path | None,
+    sizes_of: SizesOf,
+) -> None:
+    """Say what is about to happen, and refuse a disk without room for a checkpoint. Collective."""
+    sizes = sizes_of(config, arch)
+    architecture = arch.language.architecture
+    text = introduction(config, plan=plan, architecture=architecture, sizes=sizes, resume_from=resume_from)
+    logger.info("%s", text)
+    on_first_rank(lambda: check_room(config, run_dir, sizes))
 
 
 def _verified(config: RunConfig, run_dir: Path, resume_from: Path | None, *, ranks: Ranks) -> Path | None:
@@ -333,6 +361,10 @@ def _record_start(
     """Clean the run folder and note the start in it; rank 0 alone does."""
     if ranks.rank != 0:
         return
+    begin = psutil.Process().create_time()
+    folders = (run_dir, run_dir / "checkpoints", run_dir / "heartbeats")
+    for left in [each for folder in folders for each in remove_leftovers(folder, before=begin)]:
+        logger.info("deleted %s, left by a killed process", left)
     for left in remove_incomplete(run_dir):
         logger.info("deleted %s, left by an interrupted save", left)
     write_config_snapshot(run_dir, config, is_resumed=is_resumed)

@@ -51,7 +51,9 @@ def train_all(rank, world_size, config_path, runs, meeting):
     import torch.distributed as dist
 
     from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.preflight.disk import run_sizes
     from megatron_v2pe.train.loop import train
+    from megatron_v2pe.train.setup import Outside
 
     dist.destroy_process_group()  # the spawner's; each run makes its own
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -66,7 +68,7 @@ def train_all(rank, world_size, config_path, runs, meeting):
         )
         lines = Lines()
         logger.addHandler(lines)
-        assert train(load_run_config(config_path, overrides)) == ""
+        assert train(load_run_config(config_path, overrides), Outside(sizes_of=run_sizes)) == ""
         logger.removeHandler(lines)
         logged.append(lines.lines)
     return logged

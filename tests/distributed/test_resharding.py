@@ -35,9 +35,10 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
     import torch.distributed as dist
 
     from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.preflight.disk import run_sizes
     from megatron_v2pe.train.loop import steps
     from megatron_v2pe.train.saving import Saver
-    from megatron_v2pe.train.setup import build_run
+    from megatron_v2pe.train.setup import Outside, build_run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -47,7 +48,7 @@ def hop(rank, world_size, config_path, run_dir, layout, rendezvous):
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     overrides = [*layout, f"runtime.run_dir={run_dir}", "checkpoint.save_every=1", "checkpoint.keep=99"]
     config = load_run_config(config_path, [*overrides, f"optim.steps={len(LAYOUTS)}"])
-    with build_run(config) as run:
+    with build_run(config, Outside(sizes_of=run_sizes)) as run:
         if run.state.step:
             again = load_run_config(config_path, [*overrides, f"runtime.run_dir={Path(run_dir) / 'again'}"])
             folder = Path(config.model.checkpoint) / "hf"

@@ -5,6 +5,7 @@ those of a run that nobody disturbed. Strictness: bit-equal, as the layout stays
 """
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from tests.support import tiny
+from tests.support.warm import run_verb
 
 STEPS = 12
 
@@ -64,6 +66,26 @@ def test_a_signal_ends_the_run_with_a_checkpoint(undisturbed, tmp_path, number):
     if number == signal.SIGUSR1:
         found, wanted = check_continues(undisturbed, tmp_path)
         assert found == wanted
+
+
+def test_a_request_of_the_start_ends_the_run_before_its_first_step(undisturbed, tmp_path):
+    stop = tmp_path / "stop"
+    stop.touch()
+    later = time.time() + 3600  # after the process was created
+    os.utime(stop, (later, later))
+    done = run_verb("train", undisturbed[0], f"runtime.run_dir={tmp_path}")
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert json.loads((tmp_path / "interrupted.json").read_text()) == {"reason": "stop", "step": 0}
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert not stop.exists()
+
+
+def test_an_old_stop_file_stops_nothing(undisturbed, tmp_path):
+    stop = tmp_path / "stop"
+    stop.touch()
+    os.utime(stop, (1000, 1000))
+    tiny.train(undisturbed[0], ["optim.steps=2", f"runtime.run_dir={tmp_path}"])
+    assert len(tiny.curve(tmp_path)) == 2
 
 
 @pytest.mark.distributed

@@ -17,7 +17,9 @@ import torch
 
 from megatron_v2pe.config.load import load_run_config
 from megatron_v2pe.core.logging import setup_logging
+from megatron_v2pe.preflight.disk import run_sizes
 from megatron_v2pe.train import loop
+from megatron_v2pe.train.setup import Outside
 
 WARM_UP = 50
 
@@ -58,7 +60,7 @@ def measure(config_path: Path, overrides: list[str], *, steps: int) -> Cost:
 
     loop.train_step, loop.timed_batches = instant, same
     try:
-        loop.train(config)
+        loop.train(config, Outside(sizes_of=run_sizes))
     finally:
         loop.train_step, loop.timed_batches = real_step, real_batches
     (cpu, wall), (cpu_end, wall_end) = marks

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch.distributed as dist
 
 from megatron_v2pe.batch.device_copy import to_device
@@ -42,7 +43,8 @@ class Interruption:
         run_dir: folder of the run.
         ranks: this rank's place.
 
-    Entering removes what an earlier interruption left in the folder.
+    Entering removes what an earlier interruption left in the folder; a file `stop` that is newer than this process
+    is a request to it, which is met before the first step.
     """
 
     def __init__(self, run_dir: Path, *, ranks: Ranks) -> None:
@@ -58,7 +60,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if self._ranks.rank == 0:
-            self._stop_file.unlink(missing_ok=True)
+            if not self._is_stop_asked_now():
+                self._stop_file.unlink(missing_ok=True)
             self._record_path.unlink(missing_ok=True)
         self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._earlier[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._handle_profile)
@@ -69,6 +72,12 @@ class Interruption:
     ) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+
+    def _is_stop_asked_now(self) -> bool:
+        try:
+            return self._stop_file.stat().st_mtime >= psutil.Process().create_time()
+        except FileNotFoundError:
+            return False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -37,6 +37,31 @@ def model_folder(config: RunConfig) -> Path:
     return hf_folder_of(config)
 
 
+def require_usable_folder(run_dir: Path) -> None:
+    """What a run writes can be written: no folder has the name of a file, no file that of a folder.
+
+    Raises:
+        ConfigError: names it.
+    """
+    files = (
+        "run.lock",
+        "metrics.jsonl",
+        "config.yaml",
+        "starts.jsonl",
+        "checkpoints/latest",
+        "start_up.json",
+    )
+    folders = ("checkpoints", "heartbeats", "stacks")
+    wrong = [run_dir / name for name in files if (run_dir / name).is_dir()]
+    wrong += [run_dir / name for name in folders if (run_dir / name).is_file()]
+    if wrong:
+        kinds = ("folder", "file") if wrong[0].is_dir() else ("file", "folder")
+        raise ConfigError(
+            f"runtime.run_dir is {str(run_dir)!r}, in which {wrong[0]} is a {kinds[0]}, but a run writes a {kinds[1]} "
+            "of that name; rename it, or give another folder"
+        )
+
+
 def run_to_continue(config: RunConfig, run_dir: Path) -> Path | None:
     """Checkpoint of the run folder to continue from, of the same model and adapters; None for a new run.
 

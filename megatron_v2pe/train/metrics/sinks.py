@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_v2pe.config.schema import RuntimeConfig
-from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
 
@@ -37,7 +37,14 @@ class JsonLines:
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         self._path = run_dir / METRICS_FILE
         if self._path.exists():
-            kept = [line for _, line in read_jsonl(self._path, skip_cut=True) if line["step"] < first_step]
+            lines = list(read_jsonl(self._path, skip_cut=True))
+            for number, line in lines:
+                if type(line.get("step")) is not int:
+                    raise DataError(
+                        f"{self._path}:{number}: step is {line.get('step')!r}, but must be a number; repair the line, "
+                        "or rename the file"
+                    )
+            kept = [line for _, line in lines if line["step"] < first_step]
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values: Values) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,9 +24,14 @@ FILE = "start_up.json"
 
 
 class StartupTimer:
-    """Stopwatch of one start. The clock is the machine's, because the process was created by its time."""
+    """Stopwatch of one start. The clock is the machine's, because the process was created by its time.
 
-    def __init__(self) -> None:
+    Args:
+        on_done: gets the name of every phase that is done.
+    """
+
+    def __init__(self, on_done: Callable[[str], None] | None = None) -> None:
+        self._on_done = on_done
         self.phases: dict[str, float] = {}
         self._since = psutil.Process().create_time()
         self._is_over = False
@@ -35,6 +41,8 @@ class StartupTimer:
         now = time.time()
         self.phases[phase] = self.phases.get(phase, 0.0) + max(0.0, now - self._since)
         self._since = now
+        if self._on_done is not None:
+            self._on_done(phase)
 
     def after_step(self, run_dir: Path, *, rank: int, step_seconds: float) -> None:
         """Report the phases after the first step, whose training took `step_seconds`; later calls do nothing."""

@@ -115,6 +115,7 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path, capsys):
         (b'{\n "a": 1\n}', "json over several lines"),
         (b"image,question,answer\na.png,b,c\n", "a CSV table"),
     ],
+    ids=["lfs", "html", "utf16", "utf16-le", "gzip", "parquet", "zip", "array", "lines", "csv"],
 )  # fmt: skip
 def test_one_line_says_what_an_annotation_file_is(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)

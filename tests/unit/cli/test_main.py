@@ -5,7 +5,9 @@ import sys
 import types
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+import megatron_v2pe
 from megatron_v2pe.cli import main as cli
 from megatron_v2pe.core.errors import ConfigError
 
@@ -107,3 +109,31 @@ def test_an_overview_does_not_import_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron-v2pe {megatron_v2pe.__version__}\n"
+
+
+def test_tasks_of_srun_without_torchrun_do_not_start(monkeypatch, capsys):
+    a_verb(monkeypatch, lambda args: pytest.fail("it was run"))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert cli.main(["train"]) == 2
+    assert "srun started 2 processes" in capsys.readouterr().err
+    a_verb(monkeypatch, lambda args: 0)
+    assert cli.main(["doctor"]) == 0
+
+
+def test_torchrun_gets_the_message_of_a_mistake_at_every_start(monkeypatch, tmp_path):
+    for attempt in (0, 1):
+        path = tmp_path / f"attempt_{attempt}" / "0" / "error.json"
+        path.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+        a_verb(monkeypatch, lambda args: raise_(ConfigError("parallel.tp is 3, but ...")))
+        assert cli.main(["doctor"]) == 2
+        failure = ProcessFailure(
+            local_rank=0, pid=1, exitcode=2, error_file=str(path)
+        )  # as torchrun reads it
+        assert "parallel.tp is 3, but ..." in failure.message["extraInfo"]["py_callstack"]

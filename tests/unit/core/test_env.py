@@ -9,7 +9,9 @@ from megatron_v2pe.core.env import (
     Launcher,
     child_environment,
     launcher,
+    numeric_environment,
     prepare_gpu_environment,
+    require_known_starter,
     slurm_job,
 )
 from megatron_v2pe.core.errors import ConfigError
@@ -53,6 +55,30 @@ def test_child_environment_drops_the_rank(monkeypatch):
     assert child["OMP_NUM_THREADS"] == "1"
     assert not set(FULL) & set(child)
     assert "PATH" in child
+
+
+@pytest.mark.parametrize(
+    ("values", "program"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"PMI_SIZE": "4"}, "mpiexec"),
+    ],
+)
+def test_several_tasks_that_do_not_know_of_each_other_are_refused(values, program):
+    with pytest.raises(ConfigError, match=rf"{program} started \d processes.*torchrun.*launch/submit.py"):
+        require_known_starter(values)
+    require_known_starter({**values, "RANK": "0", "WORLD_SIZE": "4"})  # torchrun under srun
+
+
+def test_a_batch_script_and_a_single_task_are_no_such_step():
+    require_known_starter({"SLURM_JOB_ID": "12", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
+    require_known_starter({"SLURM_JOB_ID": "12", "SLURM_STEP_NUM_TASKS": "1"})
+
+
+def test_only_what_changes_numbers_is_compared():
+    values = {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring", "HOME": "/root", "OMP_NUM_THREADS": "4"}
+    assert numeric_environment(values) == {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring"}
 
 
 def test_a_gpu_run_sets_what_nobody_has_set(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.evaluation.retrieval import (
+    Answer,
     Prediction,
     answer_items,
     by_length,
@@ -44,7 +45,7 @@ class Oracle:
 
     def answer(self, item, setting):
         self.asked.append((item.item_id, setting.stride))
-        return f" {item.answer}\n" if item.length <= self.memory else "none"
+        return Answer(text=f" {item.answer}\n" if item.length <= self.memory else "none")
 
 
 def ask(items, path, answerer):

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_v2pe.config.architecture import parse_architecture
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.retrieval import Share, parse_strides, read_items
+from megatron_v2pe.evaluation.retrieval import Answer, Share, parse_strides, read_items, score
 from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_evaluation
 
 DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
@@ -27,7 +27,7 @@ class TailReader:
         assert self.log[-1] == setting.name
         self.asked.append((setting.name, item.item_id))
         reach = self.memory * (2 if setting.stride == 1 else 1)
-        return item.answer if (1 - item.depth) * item.length <= reach else "?"
+        return Answer(text=item.answer if (1 - item.depth) * item.length <= reach else "?")
 
     def close(self):
         self.log.append("closed")
@@ -64,13 +64,14 @@ def arch(request):
 
 def test_a_reader_of_the_tail_gives_a_staircase(items, arch, tmp_path, capsys):
     settings = parse_strides("default,1", tokens_per_tile=4)
-    scores = run_strides(items, settings=settings, answerer=TailReader(512), folder=tmp_path)
+    found = run_strides(items, settings=settings, answerer=TailReader(512), folder=tmp_path)
     right = {
-        name: {(c.length, c.depth): c.accuracy for c in cells if c.accuracy} for name, cells in scores.items()
+        name: {(c.length, c.depth): c.accuracy for c in score(own) if c.accuracy}
+        for name, own in found.items()
     }
     assert set(right["default"]) == {(512, 0.1), (512, 0.5), (512, 0.9), (1024, 0.5), (1024, 0.9)}
     assert len(right["1"]) == 6
-    text = write_evaluation(scores, folder=tmp_path, arch=arch)
+    text = write_evaluation(found, folder=tmp_path, arch=arch)
     assert text.splitlines()[2].split() == ["default", "1.000", "0.667"]
     written = {path.name for path in tmp_path.iterdir()}
     assert {"table.txt", "cells.csv", "accuracy_by_length.png"} <= written
