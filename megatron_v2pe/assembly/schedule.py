@@ -35,7 +35,7 @@ class StageRows:
 
 
 class KnownShapes(P2PCommunicator):
-    """mcore's communicator, which is told no shapes by its peers: it counts what it has received.
+    """mcore's communicator, which receives no shapes from its peers: it counts what it has received.
 
     A rank receives micro batches in the order of mcore's schedule table, in which every stage runs them, forward and
     backward alike. Between the last rank and the first only inner virtual stages send, so these two leave one out.

@@ -17,7 +17,7 @@ from megatron_v2pe.checkpoint.convert.hf_source import copy_hf_folder
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, write_record
 from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, state_path, write_info
 from megatron_v2pe.checkpoint.files.staging import begin, commit
-from megatron_v2pe.checkpoint.hf.config_json import update_positions
+from megatron_v2pe.checkpoint.hf.config_json import update_positions, update_trained
 from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
 from megatron_v2pe.checkpoint.layout_state import generator_shard, topology_of
 from megatron_v2pe.checkpoint.retention import prune, step_path, write_latest
@@ -52,6 +52,7 @@ class CheckpointSave:
         keep: newest checkpoints that stay.
         adapters: of a run that trains adapters: what is stored, and which base it belongs to.
         known: `known` of an earlier save of this run.
+        trained: values that config.json gets, see `config.trained_settings.trained_values`.
 
     Raises:
         CheckpointError: no room, or the folder cannot be made. Raised on all ranks.
@@ -69,10 +70,12 @@ class CheckpointSave:
         keep: int,
         adapters: AdapterRecord | None = None,
         known: KnownPlan | None = None,
+        trained: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.run_state = run_state
         self.keep = keep
+        self._trained = trained or {}
         self._hf_folder = Path(hf_folder)
         self._ranks = ranks
         _finish_parameter_gather(model_chunks)
@@ -155,6 +158,7 @@ class CheckpointSave:
             mode=self.run_state.position_mode,
             stride=self.run_state.position_stride,
         )
+        update_trained(hf_path(self._tmp) / "config.json", self._trained)
         info = CheckpointInfo(
             kind="train",
             step=self.run_state.step,

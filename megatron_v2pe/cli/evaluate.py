@@ -73,7 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("with --data")
     own.add_argument("--metrics", default="", help="metrics.jsonl of the run, for a loss curve")
     own.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
-    own.add_argument("--max-dynamic-patch", type=int, default=12, metavar="N", help="most tiles per image")
+    own.add_argument(
+        "--max-dynamic-patch",
+        type=int,
+        metavar="N",
+        help="most tiles per image; default: as the checkpoint was trained",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +115,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
         settings=f"{args.mode}, {args.dtype}",
         mode=args.scoring,
         is_first=here.rank == 0,
-        trained_length=answerer.arch.language.max_position_embeddings,
+        trained_length=answerer.arch.trained_length,
         tokens_per_tile=answerer.arch.tokens_per_tile,
     )
     text, scores = run_job(benchmark, own_strides(answerer.arch, args.strides), answerer, options)
@@ -123,7 +128,8 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 
 
 def _run_retrieval(args: argparse.Namespace) -> int:
-    from megatron_v2pe.config.schema import DataConfig
+    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.config.trained_settings import answer_data
     from megatron_v2pe.evaluation.answerer import EngineAnswerer
     from megatron_v2pe.evaluation.engine_adapter import own_strides
     from megatron_v2pe.evaluation.plain_questions import (
@@ -143,9 +149,10 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
+    data = answer_data(hf_path(args.checkpoint), max_dynamic_patch=args.max_dynamic_patch)
     answerer = EngineAnswerer(
         args.checkpoint,
-        data=DataConfig(max_dynamic_patch=args.max_dynamic_patch),
+        data=data,
         parallel=parallel_config(args),
         dtype=args.dtype,
         max_new_tokens=args.max_new_tokens,
@@ -154,7 +161,7 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     items, problems = check_items(read_items(args.data), answerer, max_new_tokens=args.max_new_tokens)
     is_plain = not items[0].length
     METRICS["anls"]("a", "a")  # a missing package is reported before the work
-    options = f"{args.dtype}, {args.max_new_tokens} new tokens, {args.max_dynamic_patch} tiles"
+    options = f"{args.dtype}, {args.max_new_tokens} new tokens, {data.max_dynamic_patch} tiles"
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     found = run_strides(items, settings=settings, answerer=answerer, folder=folder, problems=problems)

@@ -28,7 +28,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=1_100_000, metavar="N", help="longest prompt (default 1,100,000)"
     )
     parser.add_argument(
-        "--max-dynamic-patch", type=int, default=12, metavar="N", help="most tiles per image (default 12)"
+        "--max-dynamic-patch",
+        type=int,
+        metavar="N",
+        help="most tiles per image; default: as the checkpoint was trained",
     )
     parser.add_argument(
         "--max-num-frame", type=int, default=20, metavar="N", help="most frames of a video (default 20)"
@@ -57,9 +60,10 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
     from megatron_v2pe.inference.chat import ChatOptions
 
     for name in ("max_tokens", "max_dynamic_patch", "max_num_frame", "chunk_tokens"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is {getattr(args, name)}, but must be at least 1")
+            raise ConfigError(f"{option} is {value}, but must be at least 1")
     return ChatOptions(
         stride=args.stride,
         dtype=args.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.config.rope_scaling import RopeScaling, parse_rope_scaling
 from megatron_v2pe.config.section import Section
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,7 @@ class InternVLArchitecture:
         image_size: tile size S in pixels (`force_image_size`, or the vision tower's own).
         position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
         position_stride: `rope_pos_id_stride`, 0 when absent.
+        trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
     """
@@ -142,6 +143,12 @@ class InternVLArchitecture:
     position_stride: int
     dtype: Literal["float32", "bfloat16", "float16"]
     folder_format: FolderFormat = "github"
+    trained_tokens: int = 0
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest sample that was trained; what config.json allows, where no run recorded it."""
+        return self.trained_tokens or self.language.max_position_embeddings
 
     @property
     def tokens_per_tile(self) -> int:
@@ -172,21 +179,63 @@ def read_architecture(folder: str | Path) -> InternVLArchitecture:
     """
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; give the folder of a Hugging Face InternVL checkpoint"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid json ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a json object")
-    return parse_architecture(values, str(path))
+        raise CheckpointError(_no_config(path)) from None
+    arch = parse_architecture(values, str(path))
+    require_consistent(arch, str(path))
+    return arch
+
+
+def _no_config(path: Path) -> str:
+    if path.with_name("adapter_config.json").is_file():
+        return (
+            f"{path}: no such file, but there is adapter_config.json: this is a PEFT folder of adapters; "
+            "`megatron-v2pe import-hf FOLDER CHECKPOINT --base CHECKPOINT_OF_THE_MODEL` imports it onto its model"
+        )
+    return f"{path}: no such file; give the folder of a Hugging Face InternVL checkpoint"
+
+
+def require_consistent(arch: InternVLArchitecture, path: str = "config.json") -> None:
+    """Refuse sizes that are each possible, but not together.
+
+    Raises:
+        CheckpointError: names all of them.
+    """
+    vision, language, shuffle = arch.vision, arch.language, 1 / arch.downsample_ratio
+    side = arch.image_size // vision.patch_size
+    rules = {
+        f"vision hidden_size {vision.hidden_size} must be a multiple of its {vision.num_heads} heads": (
+            vision.hidden_size % vision.num_heads == 0
+        ),
+        f"llm hidden_size {language.hidden_size} must be a multiple of its {language.num_heads} heads": (
+            language.hidden_size % language.num_heads == 0
+            or language.head_dim != language.hidden_size // language.num_heads
+        ),
+        f"head dimension {language.head_dim} must be even": language.head_dim % 2 == 0
+        and language.head_dim > 0,
+        f"{language.num_heads} heads must be a multiple of num_key_value_heads {language.num_kv_heads}": (
+            language.num_heads % language.num_kv_heads == 0
+        ),
+        f"image size {arch.image_size} must be a multiple of patch_size {vision.patch_size}, and so must "
+        f"vision image_size {vision.image_size}": (
+            side > 0
+            and arch.image_size % vision.patch_size == 0
+            and vision.image_size % vision.patch_size == 0
+        ),
+        f"downsample_ratio {arch.downsample_ratio} must be 1 over a whole number that divides the {side} patches of "
+        "a tile's side": abs(shuffle - round(shuffle)) < 1e-6 and side % round(shuffle) == 0,
+        f"rope_pos_id_stride {arch.position_stride} must be at most the {arch.tokens_per_tile} visual tokens of a "
+        "tile": arch.position_stride <= arch.tokens_per_tile,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise CheckpointError(f"{path}: " + "; ".join(broken))
 
 
 def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:
     """Build the architecture from the contents of a config.json; see `read_architecture`."""
-    kind = values.get("model_type", "")
+    kind = Section(values, path).get("model_type", "")
     if kind == NATIVE_TYPE:
         return replace(_parse_github(_with_positions(values, path), path), folder_format="hf-native")
     if kind != GITHUB_TYPE:
@@ -198,8 +247,8 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
 
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """A native config in GitHub's words, with the positions that this package writes into either."""
-    keys = ("rope_pos_id_version", "rope_pos_id_stride")
+    """A native config in GitHub's words, with what this package writes into either: template, length, positions."""
+    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "max_trained_tokens")
     kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
     return {**github_config(values, path), **kept}
 
@@ -221,6 +270,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
         template=str(top.get("template", "")),
         position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
+        trained_tokens=int(top.get("max_trained_tokens", 0)),
         dtype=top.choice(
             "dtype" if top.get("dtype", None) else "torch_dtype",
             "bfloat16",
@@ -297,7 +347,7 @@ def _head_dim(language: Section, family: LanguageFamily) -> int:
 def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitecture | None:
     if not family.experts:
         return None
-    num_experts = next((int(language.values[key]) for key in family.experts if language.get(key, None)), 0)
+    num_experts = next((int(language.get(key, 0)) for key in family.experts if language.get(key, None)), 0)
     num_layers = int(language.need("num_hidden_layers"))
     dense, step = language.get("mlp_only_layers", []), int(language.get("decoder_sparse_step", 1))
     is_sparse = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))

@@ -116,7 +116,7 @@ def _github_language(text: Section) -> dict[str, Any]:
         (name, *_) = text.get("architectures", ["?"])
         reason = REFUSED.get(name, f"known are {', '.join(NATIVE_FAMILIES)}")
         raise CheckpointError(f"{text.path}: model_type {kind!r} is not supported; {reason}")
-    family = FAMILIES[text.get(SOURCE_CLASS, NATIVE_FAMILIES[kind].architecture)]
+    family = FAMILIES[text.choice(SOURCE_CLASS, NATIVE_FAMILIES[kind].architecture, tuple(FAMILIES))]
     values = {**text.values, "architectures": [family.architecture]}
     if values.pop(SOURCE_CLASS, None):
         values["model_type"] = values.pop(SOURCE_TYPE, kind)
@@ -124,7 +124,8 @@ def _github_language(text: Section) -> dict[str, Any]:
             values.pop(key, None)
     values["torch_dtype"] = _dtype(text)
     values.pop("dtype", None)
-    rope = values.pop("rope_parameters", None)
+    rope = text.get("rope_parameters", None)
+    values.pop("rope_parameters", None)
     if rope is not None:
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -17,6 +17,20 @@ def require(condition: bool, path: str, value: object, rule: str) -> None:
         raise ConfigError(f"{path} is {value!r}, but {rule}")
 
 
+def require_local(value: str, path: str) -> None:
+    """Refuse an address where a local folder is wanted; it may hold credentials, so it is not repeated.
+
+    Raises:
+        ConfigError: names the field and the scheme.
+    """
+    scheme, found, _ = value.partition("://")
+    if found:
+        raise ConfigError(
+            f"{path} is an address ({scheme[:16]}://...), but must be a folder of a local or shared file system; "
+            "give one, and copy results to the store when the run has ended"
+        )
+
+
 def divisors(number: int) -> str:
     """Divisors of a number for a message, the small ones: those are what a user wants."""
     found = [each for each in range(1, number + 1) if number % each == 0]

@@ -15,7 +15,7 @@ from megatron_v2pe.config.lora_config import LoRAConfig
 from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.optim_config import OptimConfig
 from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
-from megatron_v2pe.config.rules import require
+from megatron_v2pe.config.rules import require, require_local
 from megatron_v2pe.core.errors import ConfigError
 
 MOST_TILES = 1024
@@ -277,6 +277,7 @@ class DataConfig:
     """Stages by sample length; empty draws from all samples at every step."""
 
     def __post_init__(self) -> None:
+        require_local(self.cache_dir, "data.cache_dir")
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         require(
@@ -408,6 +409,7 @@ class RuntimeConfig:
     """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
+        require_local(self.run_dir, "runtime.run_dir")
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
         require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
         require(self.evaluate_every >= 0, "runtime.evaluate_every", self.evaluate_every, "must be >= 0")

@@ -1,9 +1,10 @@
-"""A json object of a checkpoint's config.json that names itself in errors."""
+"""A json object of a checkpoint's config.json that names itself in errors; its values are typed and bounded."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron_v2pe.config.json_values import read_value
 from megatron_v2pe.core.errors import CheckpointError
 
 
@@ -24,15 +25,22 @@ class Section:
         return self._values
 
     def need(self, key: str) -> Any:
-        """A value that must be there."""
-        if key not in self._values:
-            raise CheckpointError(f"{self.path}: key {key!r} is missing; is this an InternVL2 config.json?")
-        return self._values[key]
+        """A value that must be there, as `json_values.VALUES` has it."""
+        if self._values.get(key) is None:
+            state = "null" if key in self._values else "missing"
+            raise CheckpointError(f"{self.path}: key {key!r} is {state}; is this an InternVL2 config.json?")
+        return self._read(key, self._values[key])
 
     def get(self, key: str, default: Any) -> Any:
-        """A value; null counts as absent."""
+        """A value, as `json_values.VALUES` has it; null counts as absent."""
         value = self._values.get(key)
-        return default if value is None else value
+        return default if value is None else self._read(key, value)
+
+    def _read(self, key: str, value: Any) -> Any:
+        try:
+            return read_value(key, value)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
 
     def choice(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
         """A value that must be one of a few."""
@@ -45,6 +53,4 @@ class Section:
     def section(self, key: str) -> Section:
         """An object that must be there."""
         value = self.need(key)
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.path}: {key} must be an object, found {type(value).__name__}")
         return Section(value, f"{self.path}: {key}")

@@ -9,6 +9,7 @@ come back as bytes in shared memory, and how many packs are under way follows fr
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -164,6 +166,7 @@ class TrainLoader:
         if dp_rank == 0 and tile_rank == 0:
             plan.log_bad()
             plan.log_notices()
+        check_something_is_learned(config, indexes)
         self.fingerprint = plan.fingerprint
         self.facts = plan.facts
         self.num_bad = plan.num_bad
@@ -191,7 +194,7 @@ class TrainLoader:
 
     def _received(self) -> Iterator[SentPack | V2PEError]:
         """What the workers send; a worker that is killed while it hands over a pack's memory is an error of its own."""
-        packs = iter(self._loader)
+        packs = _started(self._loader)
         while True:
             try:
                 pack = next(packs, None)
@@ -202,6 +205,38 @@ class TrainLoader:
             if pack is None:
                 return
             yield pack
+
+
+def check_something_is_learned(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
+    """Refuse a run whose data give no gradient to what it trains: texts alone, and only image parts trained.
+
+    Raises:
+        ConfigError: no sample has an image, and the language model is frozen and has no adapters.
+    """
+    trains_language = not config.model.freeze_language or config.lora.language_rank > 0
+    if not trains_language and not any(int(np.asarray(index.num_tiles).sum()) for index in indexes):
+        raise ConfigError(
+            "no sample of data.meta has an image, and the language model is frozen (model.freeze_language) and has no "
+            "adapters, so nothing that is trained would get a gradient; add data with images, or "
+            "train the language model"
+        )
+
+
+def _started(loader: DataLoader[SentPack | V2PEError]) -> Iterator[SentPack | V2PEError]:
+    """Start the workers.
+
+    Raises:
+        DataError: their locks find no room in shared memory.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            "/dev/shm has no room for the locks of loading processes; give the container more shared memory (docker "
+            "run --shm-size 8g), or set data.num_workers to 0"
+        ) from None
 
 
 def _opened(pack: SentPack | V2PEError) -> PackedBatch:

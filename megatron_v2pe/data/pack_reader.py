@@ -8,18 +8,20 @@ were planned, so that the ranks that share a pack agree on its shape; what follo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from megatron_v2pe.batch.packed_batch import PackedBatch, tile_share
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
-from megatron_v2pe.data.media.cut import Size
+from megatron_v2pe.data.media.cut import Size, UInt8Array
 from megatron_v2pe.data.plan.epoch_plan import PlannedPack
 from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.samples.encode import EncodedSample, blank_sample
@@ -27,6 +29,8 @@ from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.samples.split import Units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import read_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +66,42 @@ class TileShare:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SentPack:
-    """A pack on its way out of a worker: its tiles as a tensor, which torch hands over in shared memory."""
+    """A pack on its way out of a worker.
+
+    Attributes:
+        batch: the pack without its tiles.
+        tiles: in shared memory as a tensor; as an array, which goes through a pipe, where shared memory is too small.
+    """
 
     batch: PackedBatch
-    tiles: torch.Tensor
+    tiles: torch.Tensor | UInt8Array
 
     def unpacked(self) -> PackedBatch:
         """The pack; its tiles still lie in the memory that the worker filled."""
-        return replace(self.batch, tiles=self.tiles.numpy())
+        tiles = self.tiles.numpy() if isinstance(self.tiles, torch.Tensor) else self.tiles
+        return replace(self.batch, tiles=tiles)
+
+
+def sent_tiles(tiles: UInt8Array) -> torch.Tensor | UInt8Array:
+    """Tiles in shared memory if they fit; left to torch, a failure would lose the pack, and the rank would wait."""
+    tensor = torch.from_numpy(tiles)
+    if get_worker_info() is None:
+        return tensor
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        _warn_of_shared_memory(tiles.nbytes, str(error).split("(")[-1].rstrip(")"))
+        return tiles
+
+
+@lru_cache(maxsize=1)  # once for each worker
+def _warn_of_shared_memory(num_bytes: int, error: str) -> None:
+    logger.warning(
+        "/dev/shm has no room for a pack of %.1f MiB (%s); packs go through a pipe, slower. Give the container "
+        "more shared memory (docker run --shm-size 8g), or lower data.prefetch_mib",
+        num_bytes / 2**20,
+        error,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +134,7 @@ class PackReader(Dataset[SentPack | V2PEError]):
             return error
         no_tiles = np.empty((0, *batch.tiles.shape[1:]), dtype=np.uint8)
         sources = tuple(sample.dataset for sample in request)
-        return SentPack(
-            batch=replace(batch, tiles=no_tiles, sources=sources), tiles=torch.from_numpy(batch.tiles)
-        )
+        return SentPack(batch=replace(batch, tiles=no_tiles, sources=sources), tiles=sent_tiles(batch.tiles))
 
     def _document_or_blank(self, sample: SampleRequest) -> EncodedSample:
         try:

@@ -19,6 +19,7 @@ import torch
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media.cut import CutRule
 from megatron_v2pe.data.media.image import ImageFile, read_header
@@ -85,7 +86,9 @@ class ModelAnswerer:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))
-        settings = sample_settings(RunConfig(), self.arch, hf_path(checkpoint))
+        settings = sample_settings(
+            RunConfig(data=answer_data(hf_path(checkpoint))), self.arch, hf_path(checkpoint)
+        )
         video = dataclasses.replace(settings.media.video, sampling="middle")
         self._settings = dataclasses.replace(
             settings,

@@ -190,11 +190,11 @@ def write_evaluation(
     Args:
         predictions: by the stride's name.
         folder: where to.
-        arch: architecture of the checkpoint; its `max_position_embeddings` is the trained length.
+        arch: architecture of the checkpoint.
         metrics_path: a run's metrics.jsonl for the loss curve; empty draws none.
     """
     tokens_per_tile = arch.tokens_per_tile
-    trained_length = arch.language.max_position_embeddings
+    trained_length = arch.trained_length
     scores = {name: score(own) for name, own in predictions.items()}
     text = "\n".join([report.accuracy_table(scores, trained_length=trained_length), *remarks(predictions)])
     write_atomic(folder / "table.txt", text + "\n")

@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
 from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
@@ -37,7 +38,7 @@ class ChatOptions:
         stride: position units that a visual token advances; None takes the checkpoint's own.
         dtype: compute dtype.
         max_tokens: longest prompt.
-        max_tiles: most tiles of an image, thumbnail excluded.
+        max_tiles: most tiles of an image, thumbnail excluded; None takes the checkpoint's own.
         max_frames: most frames of a video.
         parallel: sizes of the parallel axes; their product must be the number of processes.
         chunk_tokens: longest prefill chunk.
@@ -48,7 +49,7 @@ class ChatOptions:
     stride: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_tokens: int = 1_100_000
-    max_tiles: int = 12
+    max_tiles: int | None = None
     max_frames: int = 20
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -83,9 +84,10 @@ class Chat:
         hf_folder = hf_path(checkpoint)
         self.arch = read_architecture(hf_folder)
         self.stride: StrideChoice = choose_stride(self.arch, options.stride)
-        data = DataConfig(
-            max_sample_tokens=options.max_tokens,
+        data = answer_data(
+            hf_folder,
             max_dynamic_patch=options.max_tiles,
+            max_sample_tokens=options.max_tokens,
             max_num_frame=options.max_frames,
             min_num_frame=min(DataConfig().min_num_frame, options.max_frames),
         )

@@ -15,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_v2pe.data.media.cut import UInt8Array
 from megatron_v2pe.data.media.medium import load_tile_range
+from megatron_v2pe.data.media.tiling import TileGrid
 from megatron_v2pe.inspection.figures import pyplot, save_figure
+from megatron_v2pe.inspection.letters import NO_FONT, drawing_options, font_of
 from megatron_v2pe.inspection.sample_view import DocumentView, PackView, TokenRun
 
 KIND_COLORS = {"text": "#bbbbbb", "supervised": "#ee8833", "image": "#4477aa", "padding": "#f4f4f4"}
 _MOST_DOCUMENTS, _MOST_IMAGES, _COLUMNS, _MOST_LINES = 6, 10, 128, 12
+_TILE_PIXELS = 112
 _LINE_INCHES, _IMAGE_INCHES, _WIDTH = 0.19, 1.25, 13.0
 
 
@@ -59,7 +63,7 @@ def _title(view: PackView) -> str:
     more = f"; the first {_MOST_DOCUMENTS} documents are shown" if hidden > 0 else ""
     return (
         f"{view.title}: {len(view.batch.tokens):,} tokens, {len(view.documents)} documents, {view.batch.num_tiles} "
-        f"tiles, {supervised:,} supervised tokens{more}"
+        f"tiles, {supervised:,} supervised tokens{more}{_undrawn(view)}"
     )
 
 
@@ -150,8 +154,20 @@ def _words(document: DocumentView) -> Iterator[tuple[str, str]]:
 
 
 def _drawable(run: TokenRun) -> str:
-    """The text with a dot for what the font cannot draw; the listing has every character."""
-    return "".join(letter if letter == "\n" or " " <= letter <= "\u024f" else "\u00b7" for letter in run.text)
+    """The text with a dot for what no installed font can draw; the listing has every character."""
+    return "".join(letter if letter.isspace() or font_of(letter) else NO_FONT for letter in run.text)
+
+
+def _undrawn(view: PackView) -> str:
+    """A note on letters without a font; empty if all can be drawn."""
+    texts = [run.text for document in view.documents[:_MOST_DOCUMENTS] for run in document.runs]
+    count = sum(not letter.isspace() and font_of(letter) is None for text in texts for letter in text)
+    if not count:
+        return ""
+    return (
+        f"\n{count:,} letters are drawn as {NO_FONT}, because no installed font has them (for Chinese, Japanese "
+        "and Korean install fonts-noto-cjk); the list has them all"
+    )
 
 
 def _draw_text(
@@ -178,8 +194,8 @@ def _draw_text(
                 axis.barh(row + 0.5, len(text), 0.92, left=column, color=backgrounds[kind], linewidth=0)
             for offset, letter in enumerate(text):
                 if letter != " ":  # one by one, so that colors and letters meet in every font
-                    axis.text(column + offset + 0.5, row + 0.55, letter, family="monospace", fontsize=8.5,
-                              ha="center", va="center")  # fmt: skip
+                    axis.text(column + offset + 0.5, row + 0.55, letter, ha="center", va="center", parse_math=False,
+                              **drawing_options(letter))  # fmt: skip
             column += len(text)
 
 
@@ -195,8 +211,32 @@ def _joined(fragments: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield kind, text
 
 
+def tile_sheet(tiles: UInt8Array, grid: TileGrid) -> UInt8Array:
+    """The tiles of an image side by side, white gaps between them.
+
+    Args:
+        tiles: uint8 [n, 3, S, S], row by row, the thumbnail last.
+        grid: how the image was cut.
+
+    Returns:
+        uint8 [height, width, 3], each tile reduced to about 112 pixels.
+    """
+    step = max(1, tiles.shape[-1] // _TILE_PIXELS)
+    small = tiles[:, :, ::step, ::step].transpose(0, 2, 3, 1)  # [n, 3, s, s] -> [n, s, s, 3]
+    size, gap = small.shape[1], max(2, small.shape[1] // 16)
+    columns = grid.columns + grid.has_thumbnail
+    sheet = np.full((grid.rows * (size + gap) - gap, columns * (size + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, tile in enumerate(small):
+        row, column = divmod(number, grid.columns)
+        if grid.has_thumbnail and number == len(small) - 1:
+            row, column = 0, grid.columns
+        top, left = row * (size + gap), column * (size + gap)
+        sheet[top : top + size, left : left + size] = tile
+    return sheet
+
+
 def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView) -> None:
-    """The whole image where it was cut with a thumbnail, else its first tile."""
+    """All tiles of each image as the model sees them: the grid with gaps, and the thumbnail at its right."""
     shown = document.images[:_MOST_IMAGES]
     axes = cell.subgridspec(1, _MOST_IMAGES).subplots(squeeze=False)[0]
     firsts = np.cumsum([0, *document.num_tiles])
@@ -207,9 +247,9 @@ def _draw_images(figure: Any, cell: Any, document: DocumentView, view: PackView)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color="0.6", linewidth=0.5)  # a white image has an edge on white paper
         grid = shown[number][1].grid
-        place = int(firsts[number + 1]) - 1 if grid.has_thumbnail else int(firsts[number])
-        tile = load_tile_range(document.media, image_size=view.image_size, tile_range=(place, place + 1))[0]
-        axis.imshow(tile.transpose(1, 2, 0))  # [3, S, S] -> [S, S, 3]
+        tile_range = (int(firsts[number]), int(firsts[number + 1]))
+        tiles = load_tile_range(document.media, image_size=view.image_size, tile_range=tile_range)
+        axis.imshow(tile_sheet(tiles, grid))
         text = f"{grid.columns}x{grid.rows}{'+1' if grid.has_thumbnail else ''}"
         stride = f"{document.strides[number]}/{view.tokens_per_tile}"
         axis.set_title(f"image {number}: {text}, {stride}", fontsize=7)

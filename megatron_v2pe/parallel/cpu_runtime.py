@@ -140,6 +140,8 @@ def _patch_module(module: types.ModuleType) -> None:
         _patch_random(module)
     if module.__name__ == f"{MCORE}.transformer.moe.moe_utils":
         _patch_host_copies(module)
+    if module.__name__ == f"{MCORE}.tensor_parallel.mappings":
+        _patch_unequal_shares(module)
 
 
 def _patch_host_copies(module: types.ModuleType) -> None:
@@ -157,6 +159,37 @@ def _patch_host_copies(module: types.ModuleType) -> None:
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     module.__dict__["maybe_move_tensor_to_cpu"] = to_host
+
+
+def _patch_unequal_shares(module: types.ModuleType) -> None:
+    """Gloo shares equally alone; tokens of an expert that is cut over ranks (`parallel.etp`) are not equal shares."""
+    import torch
+    import torch.distributed as dist
+
+    gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gather_rows(
+        input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, use_global_buffer=use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(1, *sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        shares = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shares, padded, group=group)
+        return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+
+    def scatter_rows(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, use_global_buffer=use_global_buffer)
+        total = input_.clone()
+        dist.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].clone()
+
+    module.__dict__.update(_gather_along_first_dim=gather_rows, _reduce_scatter_along_first_dim=scatter_rows)
 
 
 def _patch_random(module: types.ModuleType) -> None:

@@ -33,7 +33,9 @@ from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.save import CheckpointSave
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy, shortage
 from megatron_v2pe.checkpoint.state.save import KnownPlan
+from megatron_v2pe.config.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.trained_settings import trained_values
 from megatron_v2pe.core.errors import CheckpointError, TrainingError
 from megatron_v2pe.parallel.topology import Ranks
 
@@ -71,6 +73,7 @@ class Saver:
         self._ranks = ranks
         self._hf_folder = hf_folder
         self._adapters = adapters
+        self._trained = trained_values(config, read_architecture(hf_folder))
         self._is_memory_known = False
         self._memory = (
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
@@ -181,6 +184,7 @@ class Saver:
             hf_folder=self._hf_folder,
             keep=self._config.checkpoint.keep,
             adapters=self._adapters,
+            trained=self._trained,
             known=self._known,
         )
 

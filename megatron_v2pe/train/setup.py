@@ -36,6 +36,7 @@ from megatron_v2pe.core.open_files import require_open_files
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.pack_reader import TileShare
+from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
@@ -237,6 +238,7 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
     require_usable_folder(run_dir)

@@ -53,9 +53,28 @@ def flip(run_dir):
     return f"state/{path.name} has the right size but other contents"
 
 
+def flip_small(run_dir):
+    path = step_path(run_dir, LAST) / "state" / "metadata.json"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    return "state/metadata.json has the right size but other contents"
+
+
+def swap_plain_values(run_dir):
+    name = "state/common.pt"
+    shutil.copyfile(step_path(run_dir, LAST - 1) / name, step_path(run_dir, LAST) / name)
+    return f"{name} has "
+
+
 @pytest.mark.parametrize(
     ("harm", "flags"),
-    [pytest.param(truncate, [], marks=pytest.mark.slow), (flip, ["--verify-checkpoint", "full"])],
+    [
+        pytest.param(truncate, [], marks=pytest.mark.slow),
+        pytest.param(flip, ["--verify-checkpoint", "full"], marks=pytest.mark.slow),
+        (flip_small, []),
+        pytest.param(swap_plain_values, [], marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_newest_checkpoint_stops_the_run_which_falls_back_only_with_the_option(
     finished, tmp_path, harm, flags

@@ -94,7 +94,7 @@ def test_every_layout_has_the_same_losses(setup, overrides, tmp_path):
             np.testing.assert_allclose(list(found[step][key].values()), list(line[key].values()), rtol=1e-5)
 
 
-LEARNT = ["optim.lr=1e-2", "optim.steps=40", "optim.global_batch_size=1", "data.loss_reduction=token"]
+LEARNT = ["optim.lr=1e-2", "optim.steps=40", "optim.global_batch_size=2", "data.loss_reduction=token"]
 
 
 @pytest.fixture(scope="module")

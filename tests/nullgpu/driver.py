@@ -1,6 +1,7 @@
 """Run a verb of the package on the GPU that computes nothing, and list where the host waits for the GPU.
 
     python -m tests.nullgpu.driver [--waits FILE] VERB ...     under the environment of `conftest.environment`
+    python -m tests.nullgpu.driver --script FILE ...           a script in place of a verb
 
 Kernels leave memory as it is, so numbers mean nothing. What decides the course of a run is given: loss and gradient
 norms are 1, and arithmetic of a few integers (sizes of objects that ranks send each other) is done by the host.
@@ -9,6 +10,7 @@ norms are 1, and arithmetic of a few integers (sizes of objects that ranks send 
 import argparse
 import json
 import os
+import runpy
 import sys
 import traceback
 import warnings
@@ -112,9 +114,25 @@ class Waits:
         loop.Run.advance = advanced
 
 
+def run_verb(arguments):
+    from megatron_v2pe.cli.main import main
+
+    return main(arguments)
+
+
+def run_script(path, arguments):
+    sys.argv = [str(path), *arguments]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--waits", type=Path)
+    parser.add_argument("--script", type=Path)
     args, verb = parser.parse_known_args()
     warnings.simplefilter("ignore")
     torch.backends.cudnn.enabled = False  # no stand-in for its graphs
@@ -124,9 +142,7 @@ def main():
     waits = Waits()
     if args.waits is not None:
         waits.watch()
-    from megatron_v2pe.cli.main import main as run_verb
-
-    code = run_verb(verb)
+    code = run_script(args.script, verb) if args.script is not None else run_verb(verb)
     if args.waits is not None:
         counts = {place: count / waits.steps for place, count in sorted(waits.places.items())}
         args.waits.write_text(json.dumps(counts, indent=1))

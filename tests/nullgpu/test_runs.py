@@ -89,6 +89,34 @@ def test_compiling_fails_here_and_the_run_says_so(run, tmp_path):
     assert "runtime.elementwise is 'compiled', but torch.compile cannot run here" in refused.stderr
 
 
+def test_a_session_runs_end_to_end(cuda_python, libraries, tmp_path):
+    """tools/gpu_session.py: every part has a row, none an error; its figures mean nothing here."""
+    sizes = ["--tokens", "2048", "--layers", "1", "--vision-layers", "1"]
+    command = [
+        cuda_python,
+        "-m",
+        "tests.nullgpu.driver",
+        "--script",
+        "tools/gpu_session.py",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, *sizes],
+        env=environment(libraries),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "session.json").read_text())
+    assert {row["part"] for row in rows} == {"machine", "products", "attention", "steps", "profile"}
+    assert [row for row in rows if "error" in row] == []
+    assert "## steps" in (tmp_path / "session.md").read_text()
+
+
 OFFLOAD = """
 import os, torch
 from megatron_v2pe.models.offload import ActivationOffload

@@ -61,6 +61,7 @@ TWO_RANKS_EXPERTS = {
     "ep2": of(ep=2, options=EXPERTS),
     "tp2 sp ep2": of(tp=2, sp=True, ep=2, options=EXPERTS),
     "cp2 ep2, selective recompute": of(cp=2, ep=2, options=EXPERTS, recompute="selective"),
+    "tp2 sp etp2": of(tp=2, sp=True, etp=2, options=EXPERTS),
     "tp2 sp, experts": of(tp=2, sp=True, options=EXPERTS),
     "pp2, experts, full recompute": of(pp=2, options=EXPERTS, recompute="full"),
 }

@@ -15,6 +15,10 @@ FAMILIES_GOLDEN = Path(__file__).parent.parent / "golden_families"
 GOLDEN = Path(__file__).parent.parent / "golden" / "ckpt" / "a_internlm2_vit300m"
 
 
+TOKENIZER_IDS = 600
+"""Of the golden folder, added tokens included."""
+
+
 def golden_copy(folder: Path, *, key: str = GOLDEN.name) -> Path:
     """A writable copy of a golden folder, InternLM2 + InternViT-300M if not said otherwise."""
     shutil.copytree(GOLDEN.parent / key, folder, copy_function=shutil.copyfile)
@@ -55,11 +59,13 @@ def random_folder(
 ) -> Path:
     """A folder of other sizes than the golden one, random bits, `shards` weight files.
 
+    The vocabulary has at least the rows of the golden folder's tokenizer, which comes along.
     `scaled` divides matrices by the root of their columns, so that activations stay near 1.
     """
     folder.mkdir()
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(GOLDEN / name, folder / name)
+    llm = {**llm, "vocab_size": max(TOKENIZER_IDS, llm.get("vocab_size", 0))}
     edit_config(folder, llm_config=llm, vision_config=vision, **(top or {}))
     arch = parse_architecture(json.loads((folder / "config.json").read_text()))
     generator = torch.Generator().manual_seed(1)

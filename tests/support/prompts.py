@@ -20,7 +20,7 @@ def random_prompt(arch, pieces, *, seed=0, stride=1, image_seed=None):
     tokens, starts, tiles = [], [], []
     for piece in pieces:
         if isinstance(piece, int):
-            tokens += generator.integers(10, 500, size=piece).tolist()
+            tokens += generator.integers(10, min(500, arch.language.vocab_size), size=piece).tolist()
         else:
             starts.append(len(tokens))
             tiles.append(piece[1])

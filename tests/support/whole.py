@@ -78,7 +78,7 @@ def gather_gradients(wrapped):
     import torch.distributed as dist
 
     for wrapper in wrapped:
-        for group in wrapper.bucket_groups:
+        for group in [*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups]:
             over = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
                 shard = bucket.grad_data.chunk(over.size())[over.rank()].clone()

@@ -8,7 +8,7 @@ Everything that PEFT can do and training here cannot is refused by name, never l
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -31,12 +31,14 @@ from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, read_
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.save import save_state
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import read_json_object
 
 _NEEDED = {"peft_type": "LORA", "bias": "none"}
 _REFUSED = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "lora_bias")
@@ -68,6 +70,7 @@ def import_peft(
     shards = dict(_shards(weights, linears, arch))
     needed_bytes = sum(weights.tensors[name].num_bytes for name in weights.tensors)
     with staged(target, force=force, needed_bytes=needed_bytes) as made:
+        raise_problems(f"{base}: cannot be copied", outside_or_odd(hf_path(base)))
         shutil.copytree(hf_path(base), hf_path(made), copy_function=shutil.copyfile)
         write_record(made, record, target=Path(target))
         state_path(made).mkdir()
@@ -81,17 +84,35 @@ def import_peft(
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); --base is for PEFT folders") from None
+        config = read_json_object(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; --base is for PEFT folders") from None
     problems = [
         f"{key} is {config.get(key)!r}, must be {wanted!r}"
         for key, wanted in _NEEDED.items()
         if config.get(key) != wanted
     ]
     problems += [f"{key} is {config[key]!r}, which is not supported" for key in _REFUSED if config.get(key)]
+    alphas = {"lora_alpha": config.get("lora_alpha"), **_alpha_patterns(path, config)}
+    problems += [
+        f"{key} is {str(alpha)[:60]!r}, must be a number above 0"
+        for key, alpha in alphas.items()
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf
+    ]
     raise_problems(f"{path}: cannot be imported", problems)
     return config
+
+
+def _alpha_patterns(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: alpha_pattern must be an object of pattern -> alpha")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{path}: alpha_pattern {pattern[:60]!r} is no pattern ({error})") from None
+    return patterns
 
 
 def _present(arch: InternVLArchitecture, weights: HFWeights) -> Iterator[AdaptedLinear]:

@@ -7,17 +7,25 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, write_layout
+from megatron_v2pe.checkpoint.hf.foreign_names import foreign_names
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
 from megatron_v2pe.checkpoint.hf.tables import spelling_of
-from megatron_v2pe.checkpoint.hf.weight_files import side_files
+from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd, require_inside, side_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.families.rules import EMBEDDING
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.data.text.agreement import chosen_template, require_rows
+from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
+_HEADS = ("lm_head.weight", "output.weight")
+_COMPARED_BYTES = 64 * 2**20
 
 
 def open_hf(
@@ -29,7 +37,7 @@ def open_hf(
         CheckpointError: one message with every problem found.
     """
     weights = HFWeights(hf_folder, allow_pickle=allow_pickle)
-    problems = list(weights.problems)
+    problems = [*weights.problems, *outside_or_odd(Path(hf_folder))]
     names = None
     try:
         arch = read_architecture(hf_folder)
@@ -37,10 +45,14 @@ def open_hf(
     except CheckpointError as error:
         problems.append(str(error))
     if names is not None and weights.files:
+        foreign = foreign_names(weights.tensors, names.by_hf)
+        raise_problems(f"{hf_folder}: cannot be imported", [foreign] if foreign else [])
         problems += _unknown_or_misshapen(weights.tensors, names)
         if not weights.problems:  # else a missing file has been reported, not each of its tensors
             problems += [f"{name}: missing" for name in names.by_hf if name not in weights.tensors]
         problems += _mixed_dtypes(weights.tensors, names)
+    if names is not None and not problems:
+        problems += _lost_heads(weights, names, is_tied=arch.language.tie_word_embeddings)
     raise_problems(f"{hf_folder}: cannot be imported", problems)
     assert names is not None
     return weights, arch, names
@@ -51,8 +63,49 @@ def _unknown_or_misshapen(tensors: Mapping[str, TensorInfo], names: NameMap) -> 
         entry = names.by_hf.get(name)
         if entry is None and not names.drop_reason(name):
             yield f"{name}: this architecture has no such tensor"
+        elif entry is not None and not info.dtype.is_floating_point:
+            yield f"{name}: has dtype {str(info.dtype).removeprefix('torch.')}, but weights are floating point numbers"
         elif entry is not None and info.shape != names.hf_shape(name):
             yield f"{name}: has shape {info.shape}, config.json makes it {names.hf_shape(name)}"
+
+
+def _lost_heads(weights: HFWeights, names: NameMap, *, is_tied: bool) -> Iterator[str]:
+    """A head that would be left out because it is the embedding, and is not."""
+    if not is_tied:
+        return
+    (embedding,) = names.by_ours[EMBEDDING].hf
+    for name, info in weights.tensors.items():
+        if name in names.by_hf or not name.endswith(_HEADS):
+            continue
+        is_same = info == weights.tensors[embedding] and all(
+            torch.equal(weights.read_box(name, rows), weights.read_box(embedding, rows))
+            for rows in _row_blocks(info)
+        )
+        if not is_same:
+            yield (
+                f"{name}: differs from {embedding}, but config.json says that they are one (tie_word_embeddings is "
+                "true), so it would be lost; set tie_word_embeddings of llm_config to false to keep this head, or take "
+                "the tensor out of the folder"
+            )
+
+
+def _row_blocks(info: TensorInfo) -> Iterator[tuple[slice, ...]]:
+    step = max(1, _COMPARED_BYTES // max(1, info.row_bytes))
+    yield from ((slice(start, start + step),) for start in range(0, info.num_rows, step))
+
+
+def check_tokenizer(hf_folder: str | Path, arch: InternVLArchitecture) -> None:
+    """Read the tokenizer of a folder and compare it with the embedding; the template may still be named by a run.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read, or has ids without a row.
+    """
+    tokenizer = load_tokenizer(hf_folder)
+    require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
+    try:
+        chosen_template("", arch.template, tokenizer=tokenizer, folder=hf_folder)
+    except CheckpointError as error:
+        logger.warning("%s; training with data.template works, generate and evaluate will not", error)
 
 
 def _mixed_dtypes(tensors: Mapping[str, TensorInfo], names: NameMap) -> Iterator[str]:
@@ -74,6 +127,7 @@ def without_dropped(file: WeightFile, names: NameMap) -> WeightFile:
 def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
     """Copy files, byte for byte, to the same relative paths below `target`."""
     for path in paths:
+        require_inside(source, path)
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)
 
@@ -81,6 +135,7 @@ def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
 def copy_hf_folder(source: Path, target: Path) -> None:
     """Make a checkpoint's `hf/`: from that of another, or from a Hugging Face folder without its weights."""
     if (source / LAYOUT_FILE).is_file():
+        raise_problems(f"{source}: cannot be copied", outside_or_odd(source))
         shutil.copytree(source, target, copy_function=shutil.copyfile)
         return
     weights, _, names = open_hf(source)

@@ -15,7 +15,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_v2pe.checkpoint.convert.hf_source import copy_side_files, open_hf, without_dropped
+from megatron_v2pe.checkpoint.convert.hf_source import (
+    check_tokenizer,
+    copy_side_files,
+    open_hf,
+    without_dropped,
+)
 from megatron_v2pe.checkpoint.convert.import_plan import plan_import, unread_shards
 from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
 from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, read_info, state_path, write_info
@@ -57,6 +62,7 @@ def import_hf(
             disk is too small. Nothing is left at the target.
     """
     weights, arch, names = open_hf(hf_folder, allow_pickle=allow_pickle)
+    check_tokenizer(hf_folder, arch)
     plan = plan_import(names.by_ours.values(), weights.tensors, dtype=dtype)
     kept = [_converted(without_dropped(file, names), dtype) for file in weights.files]
     not_finite: Counter[str] = Counter()

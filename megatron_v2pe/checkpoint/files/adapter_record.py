@@ -20,6 +20,7 @@ from megatron_v2pe.config.lora import Part, is_adapter_parameter, parts_trained_
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.plain_files import read_json_object
 
 RECORD_FILE = "adapter.json"
 _FORMAT_VERSION = 1
@@ -128,13 +129,16 @@ def read_record(checkpoint: str | Path) -> AdapterRecord | None:
         return None
     try:
         lora = values["lora"]
+        for key in ("base", "base_sha256", "base_relative"):
+            if not isinstance(values.get(key, ""), str) or "\0" in values.get(key, ""):
+                raise TypeError(f"{key} is no text")
         return AdapterRecord(
             base=values["base"],
             base_sha256=values["base_sha256"],
             lora=LoRAConfig(**{**lora, "targets": tuple(lora["targets"])}),
             trained_parts=tuple(values["trained_parts"]),
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{Path(checkpoint) / RECORD_FILE}: damaged ({type(error).__name__}: {error})"
         ) from None
@@ -142,12 +146,10 @@ def read_record(checkpoint: str | Path) -> AdapterRecord | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-    if not isinstance(values, dict) or values.get("format_version") != _FORMAT_VERSION:
+    if values.get("format_version") != _FORMAT_VERSION:
         raise CheckpointError(f"{path}: must be a json object of format_version {_FORMAT_VERSION}")
     return values
 

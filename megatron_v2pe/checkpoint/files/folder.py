@@ -11,9 +11,10 @@ A folder without `checkpoint.json` is not a checkpoint, whatever else it contain
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from megatron_v2pe.checkpoint.files.hashing import (
@@ -25,9 +26,11 @@ from megatron_v2pe.checkpoint.files.hashing import (
 )
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.plain_files import read_json_object
 
 FORMAT_VERSION = 2
 INFO_FILE = "checkpoint.json"
+STEP_FOLDER = re.compile(r"step_(\d{8,18})")
 _OWN_DIGEST = "sha256_of_this"
 
 
@@ -58,6 +61,22 @@ class CheckpointInfo:
     dtype: str = "keep"
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        wanted: dict[str, type] = {
+            **dict.fromkeys(("step", "num_parameters"), int),
+            **dict.fromkeys(("family", "dtype"), str),
+            **dict.fromkeys(("run_state", "topology", "target_layout"), dict),
+        }
+        for name, kind in wanted.items():
+            if type(getattr(self, name)) is not kind:
+                raise TypeError(f"{name} is {str(getattr(self, name))[:60]!r}, expected {kind.__name__}")
+        if self.kind not in ("import", "train") or self.step < 0:
+            raise ValueError(f"kind is {self.kind!r} and step {self.step}")
+        if self.run_state and self.run_state.get("step") != self.step:
+            raise ValueError(
+                f"step is {self.step}, but its run state is of step {self.run_state.get('step')}"
+            )
 
 
 def hf_path(folder: str | Path) -> Path:
@@ -123,19 +142,41 @@ def _parsed_info(folder: Path) -> CheckpointInfo:
             "again), or this is a Hugging Face folder (import-hf turns it into a checkpoint)"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
         _require_format(path, values["format_version"])
         if values.pop(_OWN_DIGEST, "") != digest_of(values):
             raise CheckpointError(
                 f"{path}: damaged, or edited by hand: its contents do not match their SHA-256"
             )
-        files = {name: FileRecord(**item) for name, item in values.pop("files").items()}
-        return CheckpointInfo(**values, files=files)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        files = {_inner(name): FileRecord(**item) for name, item in values.pop("files").items()}
+        info = CheckpointInfo(**values, files=files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    _require_own_name(folder, info)
+    return info
+
+
+def _inner(name: str) -> str:
+    """The name of a file inside the folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name!r} is outside of the folder")
+    return name
+
+
+def _require_own_name(folder: Path, info: CheckpointInfo) -> None:
+    """A step folder holds the step that it is named after, else one step would be continued as another."""
+    named = STEP_FOLDER.fullmatch(folder.name)
+    if named and info.kind == "train" and int(named[1]) != info.step:
+        raise CheckpointError(
+            f"{folder}: is named after step {int(named[1])}, but holds step {info.step}; give it its own name "
+            f"(step_{info.step:08d}) back"
+        )
 
 
 def _require_format(path: Path, version: int) -> None:
+    if type(version) is not int:
+        raise TypeError(f"format_version is {str(version)[:60]!r}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {version} is newer than this program's {FORMAT_VERSION}; update it"

@@ -1,9 +1,12 @@
 """Sizes and hashes of a checkpoint's files: recorded when it is written, checked when it is read.
 
     writer   every rank hashes the files it wrote, from the page cache        -> checkpoint.json: bytes, sha256
-    reader   `sizes`: a stat per file, always; `full`: every byte once more   -> sentences that name the file
+    reader   `sizes`: always: a stat of each file, the hash of each small one, the sample of each large one
+             `full`: every byte once more                                      -> sentences that name the file
 
-Sizes detect interrupted copies and full disks; only hashes detect a flipped bit, at the price of reading everything.
+Sizes detect interrupted copies and full disks. Small files (names, plain values, configuration, tokenizer) decide what
+all the others mean, so they are hashed always. A sample is the hash of a few blocks of a large file: it finds a file of
+another step or of another model, not a flipped bit. Only hashing everything detects that, at the price of reading all.
 Files are hashed in parallel threads (hashlib releases the GIL), so one large file uses one core.
 """
 
@@ -23,6 +26,9 @@ VerifyLevel = Literal["sizes", "full"]
 
 _BLOCK_BYTES = 4 * 2**20
 _MAX_THREADS = 8
+SMALL_BYTES = 16 * 2**20
+"""Files up to this size are hashed whenever a checkpoint is opened."""
+_SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,17 @@ class FileRecord:
     Attributes:
         num_bytes: its size.
         sha256: of its contents.
+        sample: of a large file, see `sample_of`; empty for a small one, and in checkpoints of earlier versions.
     """
 
     num_bytes: int
     sha256: str
+    sample: str = ""
+
+    def __post_init__(self) -> None:
+        is_size = type(self.num_bytes) is int and self.num_bytes >= 0
+        if not is_size or not isinstance(self.sha256, str) or not isinstance(self.sample, str):
+            raise TypeError("not the size and hashes of a file")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -46,6 +59,16 @@ def sha256_file(path: str | Path) -> str:
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):
             running.update(view[:size])
+    return running.hexdigest()
+
+
+def sample_of(path: str | Path) -> str:
+    """Hash of 16 blocks of 4 KiB, evenly spread over a file from its first to its last byte; in hexadecimal."""
+    running = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        last = max(0, os.fstat(file.fileno()).st_size - _SAMPLED_BYTES)
+        for i in range(_SAMPLED_BLOCKS):
+            running.update(os.pread(file.fileno(), _SAMPLED_BYTES, last * i // (_SAMPLED_BLOCKS - 1)))
     return running.hexdigest()
 
 
@@ -71,9 +94,13 @@ def record_files(
     known = known or {}
     hashed = sha256_files(path for name, path in names.items() if name not in known)
     return {
-        name: FileRecord(path.stat().st_size, known[name] if name in known else hashed[path])
-        for name, path in names.items()
+        name: _recorded(path, known[name] if name in known else hashed[path]) for name, path in names.items()
     }
+
+
+def _recorded(path: Path, sha256: str) -> FileRecord:
+    size = path.stat().st_size
+    return FileRecord(size, sha256, sample_of(path) if size > SMALL_BYTES else "")
 
 
 def find_damage(
@@ -89,7 +116,8 @@ def find_damage(
     Args:
         folder: the checkpoint.
         files: path in the folder -> what was recorded.
-        verify: `full` reads and hashes every file whose size is right.
+        verify: `full` reads and hashes every file whose size is right; else the small ones are hashed, and of the
+            large ones a sample.
         rank: of the processes that share the hashing; every one checks the sizes.
         world_size: how many share it.
     """
@@ -101,15 +129,17 @@ def find_damage(
             problems.append(problem)
         else:
             intact.append(name)
+    by_size = sorted(intact, key=lambda name: (-files[name].num_bytes, name))
     if verify == "full":
-        by_size = sorted(intact, key=lambda name: (-files[name].num_bytes, name))
-        problems += _wrong_contents(folder, files, by_size[rank::world_size])
-    return problems
+        return problems + _wrong_contents(folder, files, by_size[rank::world_size])
+    small = [name for name in by_size if files[name].num_bytes <= SMALL_BYTES]
+    large = [name for name in by_size if files[name].num_bytes > SMALL_BYTES]
+    return [*problems, *_wrong_contents(folder, files, small), *_wrong_samples(folder, files, large)]
 
 
 def _wrong_size(path: Path, name: str, record: FileRecord) -> str:
     if not path.is_file():
-        return f"{name} is missing"
+        return f"{name} is {'missing' if not path.exists() else 'not a file'}"
     size = path.stat().st_size
     return "" if size == record.num_bytes else f"{name} has {size} bytes instead of {record.num_bytes}"
 
@@ -125,6 +155,17 @@ def _wrong_contents(folder: Path, files: Mapping[str, FileRecord], names: Sequen
         for path, value in found.items()
         if value != files[str(path.relative_to(folder))].sha256
     ]
+
+
+def _wrong_samples(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str]) -> list[str]:
+    try:
+        return [
+            f"{name} has the right size but is another file (of another step, or another model): blocks of it differ"
+            for name in names
+            if files[name].sample and sample_of(folder / name) != files[name].sample
+        ]
+    except OSError as error:
+        return [f"{error.filename} cannot be read ({error.strerror})"]
 
 
 def digest_of(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ are kept, so that a file written from the same description is the same file, byt
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import foreign_content, not_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,6 +37,7 @@ DTYPES = {
 """safetensors' dtype names."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMENSIONS, _MOST_ROWS = 16, 2**60
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,32 @@ class WeightFile:
         }
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """A shape as a json file has it.
+
+    Raises:
+        ValueError: not a list of a few sizes.
+    """
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        raise ValueError(f"{str(value)[:60]} is no shape")
+    if (
+        not all(type(size) is int and 0 <= size < _MOST_ROWS for size in value)
+        or math.prod(value) >= _MOST_ROWS
+    ):
+        raise ValueError(f"{str(value)[:60]} is no shape")
+    return tuple(value)
+
+
+def _entry(value: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """Dtype and shape of a header's entry, and where its data begins and ends."""
+    start, end = value["data_offsets"]
+    if not (type(start) is int and type(end) is int and 0 <= start <= end < _MOST_ROWS):
+        raise ValueError(f"data_offsets {str(value['data_offsets'])[:60]}")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {str(value['dtype'])[:60]!r}; known are {', '.join(DTYPES)}")
+    return TensorInfo(DTYPES[value["dtype"]], shape_of(value["shape"])), (start, end)
+
+
 def read_header(path: Path) -> tuple[WeightFile, int]:
     """List the tensors of a safetensors file and check that its data is all there.
 
@@ -104,24 +133,28 @@ def read_header(path: Path) -> tuple[WeightFile, int]:
     Raises:
         CheckpointError: the header is damaged, or the file is shorter or longer than the header requires.
     """
-    size = path.stat().st_size
+    size = _size_of(path)
     with path.open("rb") as stream:
-        prefix = stream.read(8)
+        prefix = stream.read(512)
+        foreign = foreign_content(prefix)
+        if foreign:
+            raise CheckpointError(f"{path}: {foreign}")
+        prefix = prefix[:8]
+        stream.seek(len(prefix))
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
         if header_bytes > min(size, _MAX_HEADER_BYTES):
             raise CheckpointError(f"{path}: not a safetensors file, or cut within its header ({size} bytes)")
         text = stream.read(header_bytes)
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        ends = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
-        tensors = {
-            name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        metadata = _texts(header.pop("__metadata__", {}))
+        entries = {name: _entry(value) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: damaged safetensors header ({type(error).__name__}: {error})"
+            f"{path}: damaged safetensors header ({type(error).__name__}: {str(error)[:300]})"
         ) from None
+    tensors = {name: info for name, (info, _) in entries.items()}
+    ends = {name: place for name, (_, place) in entries.items()}
     wrong = [name for name, (start, end) in ends.items() if end - start != tensors[name].num_bytes]
     if wrong:
         raise CheckpointError(f"{path}: damaged safetensors header, {wrong[0]!r} has a size unlike its shape")
@@ -139,6 +172,20 @@ def read_header(path: Path) -> tuple[WeightFile, int]:
             f"{path}: damaged safetensors header, {moved[0]!r} does not begin where the tensor before it ends"
         )
     return file, 8 + header_bytes
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a regular file."""
+    foreign = not_regular(path)
+    if foreign:
+        raise CheckpointError(f"{path}: {foreign}")
+    return path.stat().st_size
+
+
+def _texts(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise TypeError("__metadata__ must be an object of texts")
+    return values
 
 
 def write_weight_file(folder: Path, *, file: WeightFile, read: Callable[[str], Tensor]) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.checkpoint.files.tensor_files import DTYPE_NAMES, DTYPES, TensorInfo, WeightFile
+from megatron_v2pe.checkpoint.files.tensor_files import DTYPE_NAMES, DTYPES, TensorInfo, WeightFile, shape_of
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.plain_files import read_json_object
 
 LAYOUT_FILE = "weights_layout.json"
 
@@ -41,15 +42,30 @@ def read_layout(hf_folder: Path) -> list[WeightFile]:
     """
     path = hf_folder / LAYOUT_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return [WeightFile(v["name"], _tensors(v["tensors"]), v["metadata"]) for v in values]
+        values = read_json_object(path)["files"]
+        return [
+            WeightFile(_file_name(v["name"]), _tensors(v["tensors"]), _metadata(v["metadata"]))
+            for v in values
+        ]
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing; the checkpoint's hf/ folder is not one that import-hf wrote"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
 def _tensors(rows: list[list[Any]]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
+    return {str(name): TensorInfo(DTYPES[dtype], shape_of(shape)) for name, dtype, shape in rows}
+
+
+def _file_name(value: Any) -> str:
+    if not isinstance(value, str) or Path(value).name != value or Path(value).suffix != ".safetensors":
+        raise ValueError(f"{value!r} is no name of a safetensors file in the folder")
+    return value
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise TypeError("metadata must be an object of texts")
+    return value

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.config.position_modes import POSITION_MODES, RELEASE_NAMES
+from megatron_v2pe.config.trained_settings import DEFAULTS
 from megatron_v2pe.core.files import write_atomic
 
 
@@ -30,6 +32,20 @@ def update_positions(config_path: Path, *, mode: str, stride: int) -> None:
     if any(values.get(key) != value for key, value in wanted.items()):
         end = "\n" if text.endswith("\n") else ""
         write_atomic(config_path, json.dumps({**values, **wanted}, indent=2, ensure_ascii=False) + end)
+
+
+def update_trained(config_path: Path, wanted: Mapping[str, Any]) -> None:
+    """Write how a run trained into a config.json, see `config.trained_settings`.
+
+    A value that the file has already, or means without naming it, is not written, so that a file of which all is true
+    keeps its bytes.
+    """
+    text = config_path.read_text(encoding="utf-8")
+    values = json.loads(text)
+    changed = {key: value for key, value in wanted.items() if values.get(key, DEFAULTS.get(key)) != value}
+    if changed:
+        end = "\n" if text.endswith("\n") else ""
+        write_atomic(config_path, json.dumps({**values, **changed}, indent=2, ensure_ascii=False) + end)
 
 
 def update_dtype(config_path: Path, dtype: str) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import not_regular, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +26,7 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 """Files that hold weights in some form; none of them is a side file."""
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 
 
@@ -69,6 +73,7 @@ def list_weight_files(folder: Path, *, allow_pickle: bool) -> WeightListing:
     index_path = folder / (PICKLE_INDEX_FILE if is_pickle else INDEX_FILE)
     index, problems = _read_index(index_path)
     if index:
+        problems += _two_sets(folder, set(index.values()), f"the files of {index_path.name}")
         return WeightListing(sorted(set(index.values())), index_path, index, problems)
     names, missing = _names_without_index(folder, allow_pickle=allow_pickle)
     return WeightListing(names, index_path, index, problems + missing)
@@ -79,10 +84,12 @@ def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     if not path.is_file():
         return {}, []
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        return {}, [f"{path}: not a weights index ({type(error).__name__}: {error})"]
-    outside = sorted({file for file in index.values() if Path(file).name != file})
+        index = read_json_object(path).get("weight_map")
+    except CheckpointError as error:
+        return {}, [str(error)]
+    if not isinstance(index, dict) or not all(isinstance(file, str) and file for file in index.values()):
+        return {}, [f"{path}: not a weights index, weight_map must be an object of tensor -> file name"]
+    outside = sorted({file for file in index.values() if Path(file).name != file or "\0" in file})
     problems = [f"{path}: names files outside the folder: {', '.join(outside)}"] if outside else []
     return {name: file for name, file in index.items() if file not in outside}, problems
 
@@ -90,10 +97,21 @@ def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
 def _names_without_index(folder: Path, *, allow_pickle: bool) -> tuple[list[str], list[str]]:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE_FILE in found:
-        return [SINGLE_FILE], []
+        shards = [name for name in found if _SHARD.fullmatch(name)]
+        return [SINGLE_FILE], _two_sets(folder, set(shards), f"{len(shards)} shards") if shards else []
     if len(found) > 1:
         return [], [f"{folder}: {len(found)} safetensors files but no {INDEX_FILE}"]
     return (found, []) if found else _pickle_names(folder, allow_pickle=allow_pickle)
+
+
+def _two_sets(folder: Path, names: set[str], what: str) -> list[str]:
+    """A single file beside shards, of which nobody can know which are meant."""
+    if SINGLE_FILE in names or not (folder / SINGLE_FILE).exists():
+        return []
+    return [
+        f"{folder}: has {SINGLE_FILE} and {what}, two sets of weights; move away the one that is not meant (saving "
+        "again into a folder leaves the old files)"
+    ]
 
 
 def _pickle_names(folder: Path, *, allow_pickle: bool) -> tuple[list[str], list[str]]:
@@ -114,12 +132,60 @@ def _pickle_names(folder: Path, *, allow_pickle: bool) -> tuple[list[str], list[
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Paths, relative to the folder, of everything that is not weights, sorted."""
+    """Paths, relative to the folder, of everything that is not weights, sorted.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder, or no file, see `require_inside`.
+    """
+    found = _side_files(folder)
+    for path in found:
+        require_inside(folder, path)
+    return found
+
+
+def _side_files(folder: Path) -> list[Path]:
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(set(folders) - set(SKIPPED_FOLDERS))
         found += [(Path(root) / name).relative_to(folder) for name in names]
     return sorted(path for path in found if _is_side_file(path))
+
+
+def outside_or_odd(folder: Path) -> list[str]:
+    """Side files that are not copied: links to what is outside of the folder, pipes, devices; one sentence each."""
+    found = []
+    for path in _side_files(folder) if folder.is_dir() else ():
+        try:
+            require_inside(folder, path)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Refuse a side file that is a link out of its folder, or no regular file.
+
+    The blobs of the Hugging Face cache, to which all files of a snapshot are links, belong to the folder.
+
+    Raises:
+        CheckpointError: names the link and its target.
+    """
+    root, whole = folder.resolve(), folder / path
+    try:
+        target = whole.resolve(strict=True)
+        odd = not_regular(whole)
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{whole}: is a link to nothing, or cannot be read; remove it") from None
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{whole}: is a link to {target}, outside of the folder, and is not followed; copy the file into the "
+            "folder if it belongs there, or remove the link"
+        )
+    if odd:
+        raise CheckpointError(f"{whole}: {odd}; remove it")
 
 
 def _is_side_file(path: Path) -> bool:

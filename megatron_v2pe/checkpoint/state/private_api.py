@@ -2,6 +2,7 @@
 
     state dicts   `expand_factories`, `merge_factories`, `shards_in`, `built_shards`, `map_shards`, `is_written_here`
     saving        `save_through_plan`, `torch_state`, `save_planner`, `StorageInfo`
+    loading       `load_through`, `loaded_object`
     errors        `all_ranks`, `failures_of`, `CheckpointingException`
     torch.save    `offset_in_archive`
     optimizer     `single_optimizers`, `optimized_parameters`, `owned_ranges`, `owned_states`, `owner_group`
@@ -13,9 +14,13 @@ Other modules import from the public part only: `dist_checkpointing.save` and `l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing
@@ -28,7 +33,9 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
@@ -36,7 +43,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 StorageInfo = _StorageInfo
@@ -115,6 +125,59 @@ def save_through_plan(
     dist_checkpointing.save(
         sharded_state_dict, str(folder), _PlanInsteadOfSave(plan), validate_access_integrity=is_checked
     )
+
+
+def loaded_object(stream: Any) -> Any:
+    """An object of torch.save, read with `weights_only`: no code of the stream is run.
+
+    Raises:
+        pickle.UnpicklingError: it names what is not allowed, or is damaged.
+    """
+    return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+class _SafePlanner(MCoreLoadPlanner):
+    """mcore's planner; torch's part of it would unpickle objects with everything that they ask for."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Called by torch's reader with the bytes of an object."""
+        clean = io.BytesIO()
+        torch.save(loaded_object(value), clean)
+        clean.seek(0)
+        super().load_bytes(read_item, clean)
+
+
+@contextmanager
+def _metadata_from(metadata: Metadata) -> Iterator[None]:
+    """mcore's strategy gets its metadata from here, and never opens `.metadata` itself."""
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return metadata
+
+    def reader(checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> FileSystemReader:
+        return Reader(checkpoint_dir)
+
+    with (
+        patch.object(torch_strategy, "_get_filesystem_reader", reader),
+        patch.object(torch_strategy, "MCoreLoadPlanner", _SafePlanner),
+        patch.dict(os.environ),
+    ):
+        # common.pt is read by torch.load, whose default this variable turns off.
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+        yield
+
+
+def load_through(sharded_state_dict: dict[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """mcore's load, except that it runs nothing that the folder contains. Collective.
+
+    Args:
+        sharded_state_dict: what is asked for.
+        folder: a state folder.
+        metadata: of that folder, read by `metadata_file.read_metadata`; mcore would unpickle it.
+    """
+    with _metadata_from(metadata):
+        return dist_checkpointing.load(sharded_state_dict, str(folder))
 
 
 def torch_state(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_v2pe.checkpoint.files.range_reader import RangeReader
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
+from megatron_v2pe.checkpoint.state.metadata_file import read_metadata
 from megatron_v2pe.checkpoint.state.records import data_offset, load_record
 from megatron_v2pe.core.errors import CheckpointError
 
@@ -46,6 +46,7 @@ class StateReader:
 
     Attributes:
         tensors: state key -> dtype and shape as stored.
+        metadata: what `.metadata` says, checked.
 
     Raises:
         CheckpointError: the folder's metadata is missing or damaged.
@@ -53,13 +54,11 @@ class StateReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.metadata = metadata = read_metadata(folder)
         try:
-            metadata = FileSystemReader(folder).read_metadata()
             self._shards = _shards(metadata)
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder}: no readable .metadata ({type(error).__name__}: {error})"
-            ) from None
+        except KeyError as error:
+            raise CheckpointError(f"{folder}: .metadata has no place for {error}") from None
         self.tensors = {
             key: TensorInfo(value.properties.dtype, tuple(value.size))
             for key, value in metadata.state_dict_metadata.items()

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ from megatron_v2pe.data.sources.storage import open_binary
 logger = logging.getLogger(__name__)
 _TURN_S = 2.0  # longest turn of a worker
 _LOG_EVERY_S = 10.0
+MAX_LINE_BYTES = 24 * 2**20  # of a record; a text of a million tokens has about a fifth of it
+_SKIPPED_BYTES = 2**20
 _MOST_MESSAGE = 800  # characters
 Progress = Callable[[int, int], None]
 
@@ -52,18 +55,46 @@ def measure_range(
         with open_binary(entry.annotation) as file:
             file.seek(offset)
             while offset < lines.end and (offset == lines.start or time.monotonic() - started < _TURN_S):
-                line = file.readline()
-                if not line:
+                line, length = read_bounded(file)
+                if not length:
                     raise DataError(f"{entry.annotation}: became shorter while it was measured; try again")
-                if line.strip():
+                if length > len(line):
+                    rows.bad.append(_too_long(entry, number, offset, length))
+                elif line.strip():
                     measure_into(rows, line, offset, number, measurer=measurer, entry=entry)
-                offset, number = offset + len(line), number + 1
+                offset, number = offset + length, number + 1
     except OSError as error:
         raise DataError(f"{entry.annotation}: {error.strerror}") from None
     done = ByteRange(
         start=lines.start, end=offset, first_line=lines.first_line, num_lines=number - lines.first_line
     )
     return rows.rows(), done
+
+
+def read_bounded(file: BinaryIO) -> tuple[bytes, int]:
+    """The next line and its length; of a longer one than `MAX_LINE_BYTES` only the beginning, the rest is skipped."""
+    line = file.readline(MAX_LINE_BYTES)
+    length = len(line)
+    while length >= MAX_LINE_BYTES and not line.endswith(b"\n"):
+        more = file.readline(_SKIPPED_BYTES)
+        if not more:
+            break
+        length += len(more)
+        if more.endswith(b"\n"):
+            break
+    return line, length
+
+
+def _too_long(entry: DatasetEntry, number: int, offset: int, length: int) -> BadSample:
+    return BadSample(
+        sample_id=f"{entry.name}:{number}",
+        line_number=number,
+        message=(
+            f"{entry.annotation}:{number}: the line has {length:,} bytes, more than {MAX_LINE_BYTES:,}; a record is "
+            "a line: write images to files, and split long documents"
+        ),
+        offset=offset,
+    )
 
 
 def measure_into(

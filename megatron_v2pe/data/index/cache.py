@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.index.build import build_rows, measure_into, measuring_progress
+from megatron_v2pe.data.index.build import build_rows, measure_into, measuring_progress, read_bounded
 from megatron_v2pe.data.index.parts import PartFolder
 from megatron_v2pe.data.index.rows import (
     IndexRows,
@@ -143,9 +143,13 @@ class IndexCache:
         with open_binary(self._entry.annotation) as file:
             for bad in rows.bad:
                 file.seek(bad.offset)
+                line, length = read_bounded(file)
+                if length > len(line):
+                    collected.bad.append(bad)
+                    continue
                 measure_into(
                     collected,
-                    file.readline(),
+                    line,
                     bad.offset,
                     bad.line_number,
                     measurer=measurer,

@@ -79,7 +79,7 @@ class NativeRecord:
         videos: paths as written.
         clip: as written.
         system: system text; empty where there is none.
-        has_video_image: `<image>` stands for the video (LLaVA-Video) where no image is given.
+        has_video_image: `<image>` means the video (LLaVA-Video) where no image is given.
         notes: what was understood under another name, and what is not read; see `notes`.
     """
 

@@ -23,7 +23,7 @@ from megatron_v2pe.data.samples.encode import conversation_length, encode_record
 from megatron_v2pe.data.samples.notes import image_notes
 from megatron_v2pe.data.samples.records import MediaSizes, Record, parse_line, write_images
 from megatron_v2pe.data.samples.settings import SampleSettings
-from megatron_v2pe.data.samples.split import WHOLE, Units, part_of, split_units
+from megatron_v2pe.data.samples.split import WHOLE, Round, Units, part_of, rounds_of, split_units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 
 _REMEMBERED_IMAGES = 65536
@@ -167,19 +167,22 @@ class LineMeasurer:
 
     def _split(self, record: Record, sizes: MediaSizes) -> list[MeasuredSample]:
         measured: dict[Units, Measurement] = {}
+        rounds = rounds_of(record)
 
         def fits(units: Units) -> bool:
-            measured[units] = self._measure(record, sizes, units)
+            measured[units] = self._measure(record, sizes, units, rounds=rounds)
             return self._fits(measured[units])
 
         try:
-            parts = split_units(record, fits=fits)
+            parts = split_units(record, rounds, fits=fits)
         except DataError as error:
             raise LongSampleError(str(error)) from None
         return [MeasuredSample(units=units, measurement=measured[units]) for units in parts]
 
-    def _measure(self, record: Record, sizes: MediaSizes, units: Units) -> Measurement:
-        part, media = part_of(record, units)
+    def _measure(
+        self, record: Record, sizes: MediaSizes, units: Units, *, rounds: Sequence[Round] | None = None
+    ) -> Measurement:
+        part, media = part_of(record, units, rounds=rounds)
         own = [sizes[number] for number in media]
         return measure_record(part, own, entry=self._entry, settings=self._unlimited)
 

@@ -14,7 +14,7 @@ from megatron_v2pe.data.media.tiling import TilingRule
 from megatron_v2pe.data.samples.cost import NO_COST, PackCost, pack_cost
 from megatron_v2pe.data.samples.encode import TextSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
-from megatron_v2pe.data.text.templates import get_template
+from megatron_v2pe.data.text.agreement import chosen_template, require_rows
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 
@@ -51,14 +51,16 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
     """Settings of a run on a checkpoint whose tokenizer lies in `hf_folder`.
 
     Raises:
-        ConfigError: unknown template.
-        CheckpointError: the tokenizer cannot be read.
+        ConfigError: a template that is unknown, or does not fit the tokenizer.
+        CheckpointError: the tokenizer cannot be read, or does not fit the embedding.
     """
     data = config.data
+    tokenizer = load_tokenizer(hf_folder)
+    require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
     return SampleSettings(
         text=TextSettings(
-            tokenizer=load_tokenizer(hf_folder),
-            template=get_template(data.template or arch.template),
+            tokenizer=tokenizer,
+            template=chosen_template(data.template, arch.template, tokenizer=tokenizer, folder=hf_folder),
             tokens_per_tile=arch.tokens_per_tile,
             max_tokens=data.max_sample_tokens,
             control_tokens=data.control_tokens,

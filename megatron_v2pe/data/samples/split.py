@@ -12,8 +12,10 @@ wrong answers, `data.long_samples: refuse` or `bad` is the right policy.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
@@ -25,14 +27,14 @@ WHOLE: Units = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Round:
+class Round:
     """A question with its answer, and where its units and images are in the record."""
 
     turns: tuple[Turn, ...]
     first_unit: int
     first_image: int
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Images of each turn."""
         return [turn.value.count(IMAGE_PLACEHOLDER) for turn in self.turns]
@@ -45,32 +47,35 @@ class _Round:
             return 1
         return 0 if counts[0] > 1 and sum(counts[1:]) == 0 else None
 
-    @property
+    @cached_property
     def num_units(self) -> int:
         """Units that it can be cut into."""
         return 1 if self.cut_turn is None else self.counts[self.cut_turn]
 
 
-def _rounds(record: Record) -> Iterator[_Round]:
+def rounds_of(record: Record) -> list[Round]:
+    """Questions with their answers, in order; made once for a record of thousands of turns."""
+    return list(_rounds(record))
+
+
+def _rounds(record: Record) -> Iterator[Round]:
     unit = image = 0
     for start in range(0, len(record.turns), 2):
-        each = _Round(turns=record.turns[start : start + 2], first_unit=unit, first_image=image)
+        each = Round(turns=record.turns[start : start + 2], first_unit=unit, first_image=image)
         yield each
         unit += each.num_units
         image += sum(each.counts)
 
 
-def num_units(record: Record) -> int:
-    """Units of a record, its smallest parts, numbered over its rounds."""
-    return sum(each.num_units for each in _rounds(record))
-
-
-def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
+def part_of(
+    record: Record, units: Units, *, rounds: Sequence[Round] | None = None
+) -> tuple[Record, list[int]]:
     """Some consecutive units of a record as a record of its own.
 
     Args:
         record: see `records.parse_line`; each of its media is one image, unless `units` is `WHOLE`.
         units: half-open range; `WHOLE` is the record itself.
+        rounds: of the record, if they are known.
 
     Returns:
         the part, whose `sample_id` names the units, and the numbers of its images.
@@ -79,7 +84,11 @@ def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
         return record, list(range(len(record.media)))
     turns: list[Turn] = []
     images: list[int] = []
-    for each in _rounds(record):
+    rounds = rounds_of(record) if rounds is None else rounds
+    first = bisect_right(rounds, units[0], key=lambda each: each.first_unit) - 1
+    for each in rounds[max(first, 0) :]:
+        if each.first_unit >= units[1]:
+            break
         low = max(units[0] - each.first_unit, 0)
         high = min(units[1] - each.first_unit, each.num_units)
         if low < high:
@@ -95,7 +104,7 @@ def part_of(record: Record, units: Units) -> tuple[Record, list[int]]:
     return part, images
 
 
-def _cut_round(each: _Round, low: int, high: int) -> tuple[list[Turn], list[int]]:
+def _cut_round(each: Round, low: int, high: int) -> tuple[list[Turn], list[int]]:
     """Units low..high-1 of a round, and its images."""
     counts, place = each.counts, each.cut_turn
     if place is None or (low, high) == (0, each.num_units):
@@ -113,17 +122,18 @@ def _cut_round(each: _Round, low: int, high: int) -> tuple[list[Turn], list[int]
     return [each.turns[0], replace(turn, value=opening + middle)], question + images
 
 
-def split_units(record: Record, *, fits: Callable[[Units], bool]) -> Sequence[Units]:
+def split_units(record: Record, rounds: Sequence[Round], *, fits: Callable[[Units], bool]) -> Sequence[Units]:
     """Cut a record into the longest parts that fit, from its beginning on.
 
     Args:
         record: a record that does not fit as a whole.
+        rounds: of the record.
         fits: whether a range of units is short enough; asked about a dozen times for each part.
 
     Raises:
         DataError: a single unit does not fit.
     """
-    total, first = num_units(record), 0
+    total, first = sum(each.num_units for each in rounds), 0
     parts: list[Units] = []
     while first < total:
         low, high = first, total + 1  # low units fit (or none), high do not

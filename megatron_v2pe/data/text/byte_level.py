@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_v2pe.core.errors import CheckpointError
-from megatron_v2pe.data.text.tokenizer_files import read_json
+from megatron_v2pe.core.plain_files import read_plain_text
+from megatron_v2pe.data.text.tokenizer_files import read_json, token_index
 
 # How Qwen2 cuts words. Its files do not hold the expression: contractions, letters with one leading sign, single
 # digits, signs with their line breaks, line breaks, blanks.
@@ -153,8 +154,9 @@ def read_qwen2(folder: Path) -> ByteLevelVocabulary:
             f"{folder / 'vocab.json'}: {len(missing)} of the 256 byte letters are missing, {missing[0]!r} for one; "
             "the file is damaged or not of a byte-level tokenizer"
         )
+    _check_ids(folder / "vocab.json", vocabulary)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_plain_text(path).split("\n")
         kept = lines[1:] if lines[0].startswith("#version:") else lines
         merges = [_pair(path, line) for line in kept if line]
         _check_merges(path, merges, vocabulary)
@@ -163,8 +165,9 @@ def read_qwen2(folder: Path) -> ByteLevelVocabulary:
         raise CheckpointError(f"{path}: no such file; the tokenizer of the checkpoint needs it") from None
     except CheckpointError:
         raise
-    except Exception as error:  # the library raises its own and plain exceptions alike
-        raise CheckpointError(f"{path}: does not fit vocab.json ({error})") from None
+    except BaseException as error:  # the library raises its own, plain exceptions, and panics
+        raise_if_foreign(error)
+        raise CheckpointError(f"{path}: does not fit vocab.json ({str(error)[:300]})") from None
     words = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_WORDS), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
@@ -186,11 +189,39 @@ def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]
     try:
         description = json.dumps(values)
         vocabulary = _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
-    except Exception as error:  # the library raises plain exceptions
-        raise CheckpointError(f"{path}: cannot be read by the tokenizers library ({error})") from None
-    entries = values.get("added_tokens", [])
-    added = {str(entry["content"]): int(entry["id"]) for entry in entries}
-    return vocabulary, added, frozenset(str(entry["content"]) for entry in entries if entry.get("special"))
+    except BaseException as error:  # the library raises plain exceptions, and panics
+        raise_if_foreign(error)
+        raise CheckpointError(
+            f"{path}: cannot be read by the tokenizers library ({str(error)[:300]})"
+        ) from None
+    entries = _added_entries(path, values.get("added_tokens") or [])
+    added = {entry["content"]: entry["id"] for entry in entries}
+    return vocabulary, added, frozenset(entry["content"] for entry in entries if entry.get("special"))
+
+
+def raise_if_foreign(error: BaseException) -> None:
+    """Raise what is no failure of the tokenizers library, whose panics are not Exceptions."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _check_ids(path: Path, vocabulary: Mapping[str, Any]) -> None:
+    for token, index in vocabulary.items():
+        token_index(path, token, index)
+    if set(vocabulary.values()) != set(range(len(vocabulary))):
+        raise CheckpointError(
+            f"{path}: the ids of its {len(vocabulary):,} entries are not 0..{len(vocabulary) - 1:,}, each once; the "
+            "file is damaged"
+        )
+
+
+def _added_entries(path: Path, entries: Any) -> list[dict[str, Any]]:
+    """`added_tokens` of a tokenizer.json, each an object with `content` and `id`."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: added_tokens must be a list of objects")
+    for entry in entries:
+        token_index(path, entry.get("content"), entry.get("id"))
+    return entries
 
 
 def _check_merges(path: Path, merges: Sequence[tuple[str, str]], vocabulary: Container[str]) -> None:
@@ -207,5 +238,5 @@ def _pair(path: Path, line: str) -> tuple[str, str]:
     """One line of merges.txt."""
     parts = line.split()
     if len(parts) != 2:
-        raise CheckpointError(f"{path}: {line!r} is not a pair of tokens; the file is damaged")
+        raise CheckpointError(f"{path}: {line[:60]!r} is not a pair of tokens; the file is damaged")
     return parts[0], parts[1]

@@ -120,6 +120,13 @@ class Tokenizer:
         found = self._control_pattern.search(text)
         return found.group() if found else ""
 
+    def tokens_from(self, index: int) -> list[tuple[str, int]]:
+        """Tokens whose id is at least `index`, with their ids, in order."""
+        entries = [(self._vocabulary.token(i), i) for i in range(index, self._vocabulary.size)]
+        return sorted(
+            {*entries, *((t, i) for t, i in self._files.added.items() if i >= index)}, key=lambda x: x[1]
+        )
+
     def token_id(self, token: str) -> int:
         """Id of one token.
 
@@ -252,7 +259,7 @@ class Tokenizer:
         parts, last = [""], 0
         for low, high, splitter in self._segments(written, len(text)):
             head, *rest = splitter.split(text[low:high]) if splitter else [text[low:high]]
-            parts[-1] += head  # a text goes on over the border of a segment
+            parts[-1] += head  # a text continues over the border of a segment
             parts += rest
             last = high
         return [*parts[:-1], parts[-1] + text[last:]]
@@ -333,7 +340,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _read_vocabulary(folder: Path, files: TokenizerFiles) -> tuple[Vocabulary, TokenizerFiles, bool]:
     """Vocabulary by class, files with the added tokens that only the vocabulary's file names, and adds_bos."""
-    kind = str(files.config.get("tokenizer_class", ""))
+    # A native folder that this package wrote names the class of the GitHub folder, whose vocabulary is beside it.
+    kind = str(files.config.get("github_tokenizer_class") or files.config.get("tokenizer_class", ""))
     # The release loads slow tokenizers, which have the name without Fast.
     slow = kind.removesuffix("Fast")
     wants_bos = files.config.get("add_bos_token")

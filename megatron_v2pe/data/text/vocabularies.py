@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import MAX_JSON_BYTES, read_plain
 
 WORD_MARK = "\u2581"
 # Field normalizer_spec.add_dummy_prefix = false of a sentencepiece model. Protocol buffers merge when their
@@ -199,10 +200,10 @@ def read_sentencepiece(path: Path) -> bytes:
         CheckpointError: absent, or not such a model.
     """
     try:
-        model = path.read_bytes()
+        model = read_plain(path, max_bytes=MAX_JSON_BYTES)
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the tokenizer of the checkpoint needs it") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # its own messages may be no UTF-8
         raise CheckpointError(f"{path}: not a sentencepiece model ({error})") from None
     return model

@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
+
 Rows = slice | Tensor
 SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
 
@@ -89,4 +91,5 @@ def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:
     """Tokens low..high-1 of the documents that start at `starts`."""
     if len(starts) == 1:
         return slice(starts[0] + low, starts[0] + high)
-    return (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten().to(device)
+    rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten()
+    return to_device([rows.numpy()], device)[0]

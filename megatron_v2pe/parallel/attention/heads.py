@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.blockwise import Lengths, LocalKV, attend
 from megatron_v2pe.parallel.zigzag import shard_indices
@@ -114,4 +115,4 @@ def shard_order(lengths: Lengths, cp: int, device: torch.device) -> Tensor:
     """Index into the pack of each token, when the ranks' shards are one after the other, int64 [t]."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * cp])
     shards = [shard_indices(cu_seqlens, cp=cp, cp_rank=rank) for rank in range(cp)]
-    return torch.from_numpy(np.concatenate(shards)).to(device)
+    return to_device([np.concatenate(shards)], device)[0]

@@ -193,7 +193,8 @@ def write_collectives(path: Path) -> bool:
     """
     if not (torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
         return False
-    write_atomic(path, torch._C._distributed_c10d._dump_nccl_trace(True, True, False))  # type: ignore[attr-defined]
+    dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]  # builds with NCCL have it
+    write_atomic(path, dump(True, True, False))
     return True
 
 

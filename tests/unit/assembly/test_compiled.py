@@ -31,9 +31,7 @@ def test_a_gpu_that_cannot_compile_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_elementwise(RuntimeConfig()) == ElementwiseOps()
     assert "torch.compile cannot run here (no compiler)" in caplog.text
-    with pytest.raises(
-        ConfigError, match=r"runtime\.elementwise is 'compiled', but torch.compile cannot run here: no comp"
-    ):
+    with pytest.raises(ConfigError, match=r"torch\.compile cannot run here: no compiler"):
         choose_elementwise(RuntimeConfig(elementwise="compiled"))
 
 

@@ -105,6 +105,12 @@ def test_the_head_of_tied_embeddings_is_no_parameter():
 def test_tied_embeddings_come_back_with_and_without_a_copy(tmp_path):
     source = golden_copy(tmp_path / "hf", key="c_qwen2_vit300m")
     edit_config(source, llm_config={"tie_word_embeddings": True})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight: differs from .*embed_tokens.*it would be lost"
+    ):
+        import_hf(source, tmp_path / "with_copy")
+    embedding = load_file(source / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    edit_weights(source, **{HEAD.replace(".", "__"): embedding.clone()})
     import_hf(source, tmp_path / "with_copy")
     export_hf(tmp_path / "with_copy", tmp_path / "back")
     assert set(verify(source, tmp_path / "with_copy").dropped) == {HEAD}

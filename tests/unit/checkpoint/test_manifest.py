@@ -6,6 +6,7 @@ import json
 import pytest
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.files import hashing
 from megatron_v2pe.checkpoint.files.folder import read_info
 from megatron_v2pe.checkpoint.files.hashing import (
     FileRecord,
@@ -71,12 +72,91 @@ def test_missing_cut_and_grown_files_are_named_together(ckpt, verify):
     assert "hf/config.json has" in message
 
 
-def test_a_flipped_bit_is_found_by_full_alone(ckpt):
+@pytest.fixture
+def no_file_is_small(monkeypatch):
+    """As if every file were larger than those that are hashed always."""
+    monkeypatch.setattr(hashing, "SMALL_BYTES", 0)
+
+
+def test_a_flipped_bit_of_a_large_file_is_found_by_full_alone(no_file_is_small, ckpt):
     name = largest_file(ckpt)
-    flip_bit(ckpt / name)
+    flip_bit(ckpt / name, 5000)  # between two sampled blocks
     read_info(ckpt, verify="sizes")
     with pytest.raises(CheckpointError, match=f"{name} has the right size but other contents"):
         read_info(ckpt, verify="full")
+
+
+@pytest.mark.parametrize(
+    "name", ["state/metadata.json", "state/common.pt", "state/.metadata", "hf/config.json"]
+)
+def test_a_flipped_bit_of_a_small_file_is_always_found(ckpt, name):
+    flip_bit(ckpt / name)
+    with pytest.raises(CheckpointError, match=f"{name} has the right size but other contents"):
+        read_info(ckpt)
+
+
+def test_tensors_of_another_step_are_found_by_their_sample(no_file_is_small, ckpt):
+    """Both files are whole and of one size; only what they hold differs, as weights of two steps do."""
+    name = largest_file(ckpt)
+    data = bytearray((ckpt / name).read_bytes())
+    (ckpt / name).write_bytes(bytes(byte ^ 1 if i > 4096 else byte for i, byte in enumerate(data)))
+    with pytest.raises(CheckpointError, match=f"{name} has the right size but is another file"):
+        read_info(ckpt)
+
+
+def test_a_sample_sees_the_first_and_the_last_byte_and_any_long_change(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1_000_000))
+    whole = hashing.sample_of(path)
+    for place in (0, -1):
+        flip_bit(path, place)
+        assert hashing.sample_of(path) != whole
+        flip_bit(path, place)
+    assert hashing.sample_of(path) == whole
+    data = bytearray(path.read_bytes())
+    data[300_000:400_000] = b"1" * 100_000
+    path.write_bytes(data)
+    assert hashing.sample_of(path) != whole
+
+
+def rewrite(ckpt, change):
+    """Edit checkpoint.json and give it its own hash again."""
+    path = ckpt / "checkpoint.json"
+    values = json.loads(path.read_text())
+    del values["sha256_of_this"]
+    change(values)
+    path.write_text(json.dumps({**values, "sha256_of_this": hashing.digest_of(values)}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(step="3"),
+        lambda values: values.update(step=-1),
+        lambda values: values.update(kind="other"),
+        lambda values: values.update(files=[]),
+        lambda values: values.update(format_version="2"),
+        lambda values: values["files"].update({"../x": {"num_bytes": 1, "sha256": ""}}),
+        lambda values: values["files"].update({"/etc/passwd": {"num_bytes": 1, "sha256": ""}}),
+        lambda values: values["files"].update({"x": {"num_bytes": "1", "sha256": ""}}),
+        lambda values: values.update(run_state={"step": 7}),
+        lambda values: values.update(topology=3),
+    ],
+)
+def test_values_of_wrong_types_are_damage(ckpt, change):
+    rewrite(ckpt, change)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: damaged"):
+        read_info(ckpt)
+
+
+def test_a_folder_named_after_another_step_is_refused(ckpt):
+    rewrite(ckpt, lambda values: values.update(kind="train", step=3, run_state={"step": 3}))
+    right, wrong = ckpt.with_name("step_00000003"), ckpt.with_name("step_00000004")
+    ckpt.rename(right)
+    assert read_info(right).step == 3
+    right.rename(wrong)
+    with pytest.raises(CheckpointError, match="is named after step 4, but holds step 3"):
+        read_info(wrong)
 
 
 def test_files_are_shared_out_so_that_each_is_hashed_once(ckpt):

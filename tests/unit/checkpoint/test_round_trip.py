@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -144,10 +145,11 @@ def test_default_positions_leave_a_silent_config_alone_and_correct_a_wrong_one(t
 
 
 def test_import_reads_through_links_as_a_hub_cache_has_them(tmp_path):
-    linked = tmp_path / "snapshot"
-    linked.mkdir()
-    for path in GOLDEN.iterdir():
-        os.symlink(path, linked / path.name)
+    linked, blobs = tmp_path / "hub" / "snapshots" / "4f3c", tmp_path / "hub" / "blobs"
+    linked.mkdir(parents=True)
+    shutil.copytree(GOLDEN, blobs)
+    for path in blobs.iterdir():
+        os.symlink(f"../../blobs/{path.name}", linked / path.name)
     import_hf(linked, tmp_path / "ckpt")
     assert not any(path.is_symlink() for path in (tmp_path / "ckpt").rglob("*"))
     assert verify(GOLDEN, tmp_path / "ckpt").is_equal

@@ -13,7 +13,7 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of
-from tests.support.mixture import entry, record
+from tests.support.mixture import empty_mixture, entry, record
 
 RECORDS = [
     record("a", "b"),
@@ -115,13 +115,14 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path, capsys):
         (b'{\n "a": 1\n}', "json over several lines"),
         (b"image,question,answer\na.png,b,c\n", "a CSV table"),
     ],
+    ids=["lfs", "html", "utf16", "utf16-le", "gzip", "parquet", "zip", "array", "lines", "csv"],
 )  # fmt: skip
-def test_one_line_says_what_an_annotation_file_is(tmp_path, mixture, content, kind):
+def test_one_line_says_what_an_annotation_file_is(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=f"a.jsonl: is {kind}.*convert-data") as caught:
         index_dataset(
             entry(annotation=str(tmp_path / "a.jsonl")),
-            settings=mixture.settings(),
+            settings=empty_mixture(tmp_path).settings(),
             cache_dir=tmp_path / "cache",
         )
     assert str(caught.value).count("\n") == 0

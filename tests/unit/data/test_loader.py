@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_v2pe.config.schema import PositionConfig
+from megatron_v2pe.config.lora_config import LoRAConfig
+from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
 from megatron_v2pe.data.media.image import ImageFile
@@ -313,3 +314,34 @@ def test_batch_that_does_not_divide(filled):
 def test_missing_paths(filled):
     with pytest.raises(ConfigError, match=r"runtime\.run_dir is empty"):
         filled.loader(filled.config(cache_dir=""))
+
+
+def test_a_run_that_could_learn_nothing_is_refused(mixture):
+    mixture.write([record("a", "b")] * 2)
+    config = mixture.config(steps=1, batch=1)
+    frozen = dataclasses.replace(config, model=ModelConfig(freeze_language=True))
+    with pytest.raises(ConfigError, match=r"no sample of data\.meta has an image"):
+        mixture.loader(frozen)
+    adapted = dataclasses.replace(frozen, lora=LoRAConfig(language_rank=2))
+    assert mixture.loader(adapted).num_samples == 2
+    write_image(mixture.folder / "images" / "a.png", 20, 20)
+    mixture.write([record("<image>", "b", "a.png")], name="b")
+    assert mixture.loader(frozen).num_samples == 3
+
+
+@pytest.mark.parametrize("field", ["cache_dir"])
+def test_addresses_are_no_folders(mixture, field):
+    with pytest.raises(ConfigError, match=rf"data\.{field} is an address \(s3://\.\.\.\)") as caught:
+        mixture.config(**{field: "s3://user:secret@bucket/x"})
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"runtime\.run_dir is an address"):
+        RuntimeConfig(run_dir="s3://bucket/run")
+
+
+def test_a_line_of_absurd_length_is_a_bad_sample(mixture, monkeypatch):
+    monkeypatch.setattr("megatron_v2pe.data.index.build.MAX_LINE_BYTES", 2000)
+    mixture.write([record("a", "b"), record("a" * 5000, "b"), record("c", "d")])
+    loader = mixture.loader(mixture.config(steps=1, batch=1, max_bad_samples=0.5))
+    assert (loader.num_samples, loader.num_bad) == (2, 1)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the line has 5,\d+ bytes, more than 2,000"):
+        mixture.loader(mixture.config(steps=1, batch=1, cache_dir=str(mixture.folder / "other")))

@@ -1,6 +1,7 @@
 """Long samples: parts between rounds and before images, found again without measuring; policies."""
 
 import json
+import time
 
 import pytest
 
@@ -9,7 +10,7 @@ from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.samples.draw import Draw, read_sample
 from megatron_v2pe.data.samples.measure import LineMeasurer, LongSampleError
 from megatron_v2pe.data.samples.records import parse_record
-from megatron_v2pe.data.samples.split import WHOLE, num_units, part_of, split_units
+from megatron_v2pe.data.samples.split import WHOLE, part_of, rounds_of, split_units
 from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import entry, record, write_image
 
@@ -26,6 +27,14 @@ ANSWER = parsed("Tell <image>", "a <image> b <image> c", "more?", "no", images=3
 
 def values(part):
     return [turn.value for turn in part.turns]
+
+
+def with_rounds(record):
+    return record, rounds_of(record)
+
+
+def num_units(record):
+    return sum(each.num_units for each in rounds_of(record))
 
 
 def test_units():
@@ -60,14 +69,14 @@ def test_all_units_are_the_whole_and_whole_is_the_record_itself():
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
 def test_splitting_is_greedy_and_complete(most):
-    parts = split_units(parsed(*["q", "a"] * 9), fits=lambda units: units[1] - units[0] <= most)
+    parts = split_units(*with_rounds(parsed(*["q", "a"] * 9)), fits=lambda units: units[1] - units[0] <= most)
     assert [unit for low, high in parts for unit in range(low, high)] == list(range(9))
     assert all(high - low == most for low, high in parts[:-1])
 
 
 def test_a_unit_that_does_not_fit_is_refused():
     with pytest.raises(DataError, match=r"a\.jsonl:7: is too long, and its part 2 of 3 is as well"):
-        split_units(QUESTION, fits=lambda units: units == (0, 1))
+        split_units(*with_rounds(QUESTION), fits=lambda units: units == (0, 1))
 
 
 @pytest.fixture
@@ -156,3 +165,16 @@ def test_refuse_stops_a_run_with_the_list_and_bad_counts(long_mixture):
         load("bad", 0.1)
     assert load("bad", 1.0).num_bad == 2
     assert load("split", 1.0).num_samples == 3
+
+
+def test_a_record_of_thousands_of_turns_is_split_in_a_moment():
+    """Rounds are found once: 20,000 turns took minutes while each part looked at all of them."""
+    record = parsed(*["q", "a"] * 10_000)
+    rounds = rounds_of(record)
+    started = time.process_time()
+
+    def fits(units):
+        return len(part_of(record, units, rounds=rounds)[0].turns) <= 20
+
+    assert len(split_units(record, rounds, fits=fits)) == 1000
+    assert time.process_time() - started < 10

@@ -1,6 +1,7 @@
 """The meta json: defaults, path lookup, and what is refused."""
 
 import json
+import os
 
 import pytest
 
@@ -79,4 +80,31 @@ def test_mistakes_are_refused(write, values, message):
 
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"data\.meta: .*no such file"):
+        read_meta(tmp_path / "meta.json")
+
+
+def test_a_pipe_is_no_meta_file_and_records_are_no_data_sets(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match="a pipe, socket or device"):
+        read_meta(tmp_path / "pipe.json")
+    (tmp_path / "meta.json").write_text(json.dumps([{"conversations": []}]))
+    with pytest.raises(
+        DataError, match="holds records, not a list of data sets; name their file as 'annotation'"
+    ):
+        read_meta(tmp_path / "meta.json")
+    (tmp_path / "meta.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match="it is a Git LFS pointer"):
+        read_meta(tmp_path / "meta.json")
+
+
+def test_formats_and_system_texts_of_data_sets(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    values = {"annotation": "a.jsonl", "repeat_time": 1, "data_augment": False}
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"a": {**values, "format": "openai", "system": "Be brief."}})
+    )
+    (found,) = read_meta(tmp_path / "meta.json")
+    assert (found.format, found.system) == ("openai", "Be brief.")
+    (tmp_path / "meta.json").write_text(json.dumps({"a": {**values, "format": "gpt"}}))
+    with pytest.raises(DataError, match="format is 'gpt', but must be one of auto, internvl"):
         read_meta(tmp_path / "meta.json")

@@ -1,0 +1,68 @@
+"""Folders whose tensors have names of another program, recognised by pattern, with the way out.
+
+A folder that was saved in the middle of something (adapters not merged, a wrapper around the model, a quantised copy)
+differs in nearly every name. One sentence about what it is helps; a list of all names does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+
+_WRAPPERS = {
+    "module.": "DDP or DeepSpeed",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT",
+}
+_LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)(\.|$)")
+_QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map|weight_scale_inv|weight_scale)$")
+_ENOUGH = 0.5  # of the expected names
+
+
+def foreign_names(found: Collection[str], expected: Collection[str]) -> str:
+    """What a folder with these names is, as one sentence with the way out; empty when nothing is recognised.
+
+    Args:
+        found: names of the tensors.
+        expected: names that the architecture has.
+    """
+    adapters = [name for name in found if _LORA.search(name)]
+    if adapters:
+        return (
+            f"{len(adapters)} of {len(found)} tensors are LoRA adapters that were not merged into their base "
+            f"({adapters[0]}, ...); merge them first, with tools/merge_lora.py of InternVL or merge_and_unload() of "
+            "PEFT, and import the result. A PEFT folder (adapter_config.json) is imported with --base CHECKPOINT"
+        )
+    quantised = [name for name in found if _QUANTISED.search(name)]
+    if quantised:
+        return (
+            f"{len(quantised)} of {len(found)} tensors are parts of quantised weights ({quantised[0]}, ...); import "
+            "the folder that was quantised, in its own dtype"
+        )
+    return _wrapped(found, set(expected))
+
+
+def _wrapped(found: Collection[str], expected: set[str]) -> str:
+    """Names that are all right but for what stands in front of, or within, each."""
+    if len(expected & set(found)) >= _ENOUGH * len(expected):
+        return ""
+    best, count = "", 0
+    for prefix in [*_WRAPPERS, *_common_prefixes(found)]:
+        hits = sum(name.replace(prefix, "") in expected for name in found)
+        best, count = (prefix, hits) if hits > count else (best, count)
+    if count < _ENOUGH * len(expected):
+        return ""
+    origin = f" (as {_WRAPPERS[best]} saves them)" if best in _WRAPPERS else ""
+    return (
+        f"{count} of {len(found)} names have {best!r} in front of what they should be{origin}; take it out and save "
+        f"the folder again: save_file({{name.replace({best!r}, ''): t for name, t in load_file(f).items()}}, f, "
+        "metadata={'format': 'pt'}) of safetensors.torch"
+    )
+
+
+def _common_prefixes(found: Collection[str]) -> list[str]:
+    """First parts of names that most names share."""
+    parts = Counter(name.partition(".")[0] + "." for name in found if "." in name)
+    return [part for part, count in parts.most_common(2) if count >= _ENOUGH * len(found)]
