@@ -42,9 +42,9 @@ _OTHER_NAMES = {
     "lora.vision_rank": "use_backbone_lora",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
-    "parallel.tp": "tensor_parallel_size tensor_model_parallel_size tensor_parallel tp_size",
-    "parallel.pp": "pipeline_parallel_size pipeline_model_parallel_size pipeline_parallel pp_size",
-    "parallel.cp": "context_parallel_size context_parallel cp_size chunk_num ring_size sequence_parallel_size",
+    "parallel.tp": "tensor_parallel_size tensor_model_parallel_size tensor_parallel",
+    "parallel.pp": "pipeline_parallel_size pipeline_model_parallel_size pipeline_parallel",
+    "parallel.cp": "context_parallel_size context_parallel chunk_num ring_size sequence_parallel_size",
     "position.mode": "rope_pos_id_version position_mode v2pe",
     "position.stride": "rope_pos_id_stride",
 }

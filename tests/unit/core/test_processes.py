@@ -1,6 +1,6 @@
 """A rank ends when its launcher was killed, also through a shell between them, and not because a shell ended.
 
-Strategy: real processes; a script named torchrun stands for the launcher, SIGKILL for its end.
+Strategy: real processes; a script named torchrun is the launcher, SIGKILL its end.
 """
 
 import os
