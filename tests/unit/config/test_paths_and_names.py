@@ -54,9 +54,7 @@ def test_an_override_may_be_empty(folder, text):
     "key", ["runtime.run_dir", "data.cache_dir", "data.meta", "model.checkpoint", "model.hf_path"]
 )
 def test_an_address_is_refused_and_not_repeated(key):
-    with pytest.raises(
-        ConfigError, match=rf"{key} is an address \(s3://\.\.\.\), but must be a"
-    ) as caught:
+    with pytest.raises(ConfigError, match=rf"{key} is an address \(s3://\.\.\.\), but must be a") as caught:
         load_run_config(None, [f"{key}=s3://KEY:SECRET@bucket/x"])
     assert "SECRET" not in str(caught.value)
 
