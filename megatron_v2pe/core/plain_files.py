@@ -38,7 +38,7 @@ def foreign_content(head: bytes) -> str:
 
 
 def not_regular(path: Path) -> str:
-    """What stands at a path instead of a regular file; empty for a regular file.
+    """What is at a path instead of a regular file; empty for a regular file.
 
     Raises:
         OSError: nothing can be found out, for example because there is nothing.

@@ -45,7 +45,7 @@ def foreign_names(found: Collection[str], expected: Collection[str]) -> str:
 
 
 def _wrapped(found: Collection[str], expected: set[str]) -> str:
-    """Names that are all right but for what stands in front of, or within, each."""
+    """Names that are all right but for what is in front of, or within, each."""
     if len(expected & set(found)) >= _ENOUGH * len(expected):
         return ""
     best, count = "", 0

@@ -40,7 +40,7 @@ class Fuzzer:
         return f"{name}: {change}"
 
     def run(self, folder: Path) -> None:
-        """Import, which must leave nothing behind when it refuses."""
+        """Import, which must leave no files when it refuses."""
         from megatron_v2pe.checkpoint.convert.import_hf import import_hf
         from megatron_v2pe.core.errors import V2PEError
 
