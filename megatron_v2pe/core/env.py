@@ -7,7 +7,8 @@ MASTER_PORT. Everything else is configuration and belongs into the run's YAML fi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,6 +185,17 @@ def forget_launcher() -> None:
     """
     for name in (*_LAUNCHER_NAMES, "LOCAL_WORLD_SIZE", "GROUP_RANK"):
         os.environ.pop(name, None)
+
+
+@contextmanager
+def without_variable(name: str) -> Iterator[None]:
+    """Take a variable out of this process's environment for the block."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def _number(values: Mapping[str, str], name: str) -> int:

@@ -163,14 +163,11 @@ class Outside:
 
 
 def build_run(config: RunConfig, outside: Outside) -> Run:
-    """Build a run, at the newest checkpoint of its run folder when there is one. Collective.
+    """Build a run, at the newest checkpoint of its run folder when there is one; a context manager. Collective.
 
     Args:
         config: the run.
         outside: what it gets from outside.
-
-    Returns:
-        The run; use it as a context manager.
 
     Raises:
         ConfigError, CheckpointError, DataError: a mistake of the user's, with the way out.
@@ -203,10 +200,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         state = _state(config, loader, saved, resume_from)
         _record_start(config, run_dir, state, ranks=ranks, is_resumed=saved is not None)
         monitors = stack.enter_context(_monitors(config, run_dir, state, interruption, rank_monitor, ranks))
-        startup.done("data")
-        logger.info("%s", describe_data(config, loader))
-        if outside.watch is not None:
-            outside.watch.stop()
+        _started(config, loader, startup, outside)
         return Run(
             config=config,
             run_dir=run_dir,
@@ -230,6 +224,14 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         )
 
 
+def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outside: Outside) -> None:
+    """Report the data, and leave the watch over this process to the watchdog of the steps."""
+    startup.done("data")
+    logger.info("%s", describe_data(config, loader))
+    if outside.watch is not None:
+        outside.watch.stop()
+
+
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
     """Architecture, plan and run folder, after all checks that read no weights and no data."""
     world_size = launcher().world_size
@@ -251,7 +253,7 @@ def _world(config: RunConfig, plan: ParallelPlan, *, facts: Facts | None) -> Ite
     hang_s = config.runtime.hang_timeout_s
     timeout = collective_timeout_minutes(hang_s)
     # torch tries to connect for up to twice its limit; the message about it comes before the watch ends the process.
-    joining = Joining(timeout_s=0.45 * hang_s if hang_s else None, facts=facts)
+    joining = Joining(timeout_s=0.3 * hang_s if hang_s else None, facts=facts)
     yield init_distributed(plan, seed=config.runtime.seed, timeout_minutes=timeout, joining=joining)
     shutdown()
 

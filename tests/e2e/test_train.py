@@ -34,9 +34,13 @@ def test_every_number_of_a_line_has_a_row_on_the_metrics_page(setup):
     rows = re.findall(r"^\| (`[^|]*`) \|", page.read_text(encoding="utf-8"), re.M)
     documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     for line in tiny.metrics(root / "single"):
-        assert sorted(documented) == sorted(line)
+        assert sorted(set(documented) - EXPERTS_ONLY) == sorted(line)
 
 
+EXPERTS_ONLY = {
+    *("aux_loss", "z_loss", "expert_load_max", "expert_load_by_layer"),
+    *("busiest_layer", "tokens_per_expert", "drop_rate"),
+}
 LAYOUTS = [
     ["parallel.cp=2"],
     ["parallel.cp=2", "parallel.cp_comm_type=all_gather"],

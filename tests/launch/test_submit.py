@@ -26,6 +26,18 @@ RECIPES = {
     "internvl2_8b_256k": (H100, 4),
     "internvl2_26b_256k": (H100, 8),
     "internvl2_76b_256k": (H100, 32),
+    "internvl3_2b_32k": (H100, 1),
+    "internvl3_2b_256k": (H100, 1),
+    "internvl3_5_8b_32k": (H100, 1),
+    "internvl3_5_8b_256k": (H100, 4),
+    "internvl3_5_30b_a3b_32k": (H100, 4),
+    "internvl3_5_30b_a3b_256k": (H100, 8),
+}
+# Published sizes by the names of their recipes.
+SIZES = {
+    "internvl3_2b": "InternVL3-2B",
+    "internvl3_5_8b": "InternVL3_5-8B",
+    "internvl3_5_30b_a3b": "InternVL3_5-30B-A3B",
 }
 # Without SLURM, on GPUs of one machine: recipe -> GPUs, GB of one.
 LOCAL_RECIPES = {
@@ -131,7 +143,11 @@ def test_recipes_are_valid_for_their_models(name):
     config = load_run_config(str(ROOT / "launch" / "recipes" / f"{name}.yaml"), [])
     cluster, nodes = RECIPES[name]
     world_size = nodes * read_cluster(ROOT / cluster).ranks_per_node
-    validate(config, parse_architecture(PUBLISHED[name.split("_")[1].upper()]), world_size)
+    validate(
+        config,
+        parse_architecture(PUBLISHED[SIZES.get(name.rpartition("_")[0], name.split("_")[1].upper())]),
+        world_size,
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)

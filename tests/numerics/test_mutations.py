@@ -36,7 +36,7 @@ def labels_shifted_after_the_cut():
         labels = local.labels.roll(-1)
         labels[0, -1] = IGNORE_INDEX
         weights = torch.where(labels >= 0, local.loss_weights.roll(-1), 0.0)
-        return dataclasses.replace(local, labels=labels, loss_weights=weights)
+        return dataclasses.replace(local, labels=labels, loss_weights=weights, supervised=None)
 
     with mock.patch.object(BatchSharder, "shard", wrong):
         yield

@@ -53,6 +53,7 @@ def adapter_errors(context, documents, comm, real_boundaries, dtype=torch.float3
         real_boundaries: give Transformer Engine the real ends of documents, as mcore would.
         dtype: of queries, keys and values.
     """
+    from megatron_v2pe.models.elementwise import ElementwiseOps
     from megatron_v2pe.models.language import LanguageModel
     from megatron_v2pe.parallel.attention import te
     from megatron_v2pe.parallel.batch_sharder import BatchSharder
@@ -63,7 +64,10 @@ def adapter_errors(context, documents, comm, real_boundaries, dtype=torch.float3
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     sharder = BatchSharder(context=context, dtype=dtype)
     local = sharder.shard(batch_of(layout, tile_range=(0, 0)), encodes_tiles=False)
-    params = LanguageModel.attention_params(types.SimpleNamespace(rope=rope()), local)
+    params = LanguageModel.attention_params(
+        types.SimpleNamespace(rope=rope(), elementwise=ElementwiseOps(), routed_rows=lambda batch: None),
+        local,
+    )
     if real_boundaries:
         real = [0, *np.cumsum([document.num_tokens for document in layout.documents])]
         boundaries = torch.tensor(real, dtype=torch.int32, device=ranks.device)
@@ -285,8 +289,10 @@ def train_without_a_gpu(rank, world_size, folder, config, overrides):
     import megatron.core.optimizer as optimizer
 
     from megatron_v2pe.config.load import load_run_config
+    from megatron_v2pe.preflight.disk import run_sizes
     from megatron_v2pe.train.loop import train
+    from megatron_v2pe.train.setup import Outside
 
     chosen = optimizer.Adam.__module__
-    train(load_run_config(str(config), overrides))
+    train(load_run_config(str(config), overrides), Outside(sizes_of=run_sizes))
     return chosen, optimizer.Adam.__module__

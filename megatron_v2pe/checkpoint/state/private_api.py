@@ -15,7 +15,6 @@ Other modules import from the public part only: `dist_checkpointing.save` and `l
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +47,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _DistWrapper
+
+from megatron_v2pe.core.env import without_variable
 
 StorageInfo = _StorageInfo
 """Where a shard is in a folder: relative_path, offset, length; pickled into `.metadata` under torch's own name."""
@@ -161,10 +162,9 @@ def _metadata_from(metadata: Metadata) -> Iterator[None]:
     with (
         patch.object(torch_strategy, "_get_filesystem_reader", reader),
         patch.object(torch_strategy, "MCoreLoadPlanner", _SafePlanner),
-        patch.dict(os.environ),
-    ):
         # common.pt is read by torch.load, whose default this variable turns off.
-        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+        without_variable("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"),
+    ):
         yield
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
-from megatron_v2pe.checkpoint.hf.pyramid_table import interaction_rules
 from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
@@ -84,6 +83,12 @@ def vision_parameters(
     yield from _internvit_parameters("vision", arch.vision, tower_tp, adapters)
     for index, branch in enumerate(arch.pyramid.branches if arch.pyramid else ()):
         yield from _internvit_parameters(f"vision.branches.{index}", branch, tower_tp, adapters)
+    if arch.pyramid is None:
+        return
+    from megatron_v2pe.checkpoint.hf.pyramid_table import (
+        interaction_rules,  # needs torch, planning else does not
+    )
+
     for rule in interaction_rules(arch):
         yield rule.ours, prod(int(size) for size in rule.shape.split())
 

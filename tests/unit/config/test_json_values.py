@@ -14,7 +14,12 @@ from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import edit_config, golden_copy
 
 CONFIG = Path(megatron_v2pe.config.__file__).parent
-FREE = {"github_architecture", "github_model_type"}
+FREE = {
+    "github_architecture",
+    "github_model_type",
+    # piip_config, which `config/pyramid.py` checks itself
+    *("piip_config", "branches", "readout", "interact_attn_type", "interaction_proj", "norm_layer"),
+}
 
 
 @pytest.mark.parametrize(
