@@ -98,7 +98,7 @@ def test_its_checkpoint_is_evaluated(checkpoint, tmp_path):
     data, out = tmp_path / "eval.jsonl", tmp_path / "out"
     data.write_text(json.dumps(question) + "\n")
     done = run_verb(
-        "evaluate", checkpoint, "--data", data, "--out", out, "--max-new-tokens", "2", "--strides", "default"
+        "evaluate", checkpoint, "--data", data, "--out", out, "--max-new-tokens", "8", "--strides", "default"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ((_, answer),) = read_jsonl(out / "predictions_default.jsonl")

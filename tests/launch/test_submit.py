@@ -35,9 +35,9 @@ RECIPES = {
 }
 # Published sizes by the names of their recipes.
 SIZES = {
-    "internvl3_2b": "InternVL3-2B",
-    "internvl3_5_8b": "InternVL3_5-8B",
-    "internvl3_5_30b_a3b": "InternVL3_5-30B-A3B",
+    "internvl3_2b": "3-2B",
+    "internvl3_5_8b": "3.5-8B",
+    "internvl3_5_30b_a3b": "3.5-30B-A3B",
 }
 # Without SLURM, on GPUs of one machine: recipe -> GPUs, GB of one.
 LOCAL_RECIPES = {
@@ -75,6 +75,10 @@ CASES = {
     ],
     "venv": [CPU, "--nodes", "2", "train", "launch/recipes/internvl2_2b_32k.yaml", "optim.steps=3"],
 }
+
+
+def size_of(recipe):
+    return SIZES.get(recipe.rpartition("_")[0], recipe.split("_")[1].upper())
 
 
 def rendered(arguments):
@@ -143,18 +147,14 @@ def test_recipes_are_valid_for_their_models(name):
     config = load_run_config(str(ROOT / "launch" / "recipes" / f"{name}.yaml"), [])
     cluster, nodes = RECIPES[name]
     world_size = nodes * read_cluster(ROOT / cluster).ranks_per_node
-    validate(
-        config,
-        parse_architecture(PUBLISHED[SIZES.get(name.rpartition("_")[0], name.split("_")[1].upper())]),
-        world_size,
-    )
+    validate(config, parse_architecture(PUBLISHED[size_of(name)]), world_size)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_fit_their_gpus(name):
     nodes = RECIPES[name][1]
     command = [sys.executable, "-m", "megatron_v2pe", "plan", f"launch/recipes/{name}.yaml"]
-    command += ["--gpus", str(8 * nodes), "--gpu-memory", "80", "--arch", name.split("_")[1].upper()]
+    command += ["--gpus", str(8 * nodes), "--gpu-memory", "80", "--arch", size_of(name)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
