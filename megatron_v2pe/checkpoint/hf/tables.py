@@ -7,7 +7,7 @@
 transformers writes either spelling of the native names, that of the folder it loaded; published folders have the first.
 
 The state key of a parameter in a checkpoint is our name, whatever the parallel layout (see
-`dist_io.SHARDED_STATE_METADATA`).
+`state.model_state.SHARDED_STATE_METADATA`).
 """
 
 from __future__ import annotations
