@@ -222,16 +222,15 @@ def _measure_in_pool(
                 running[pool.submit(_measure_in_worker, lines)] = lines
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 lines = running.pop(future)
-                try:
-                    rows, done = future.result()
-                except BrokenProcessPool:
-                    raise DataError(
-                        f"{entry.annotation}: a process that measured was killed (out of memory?); what is done is "
-                        "kept, start again with fewer workers"
-                    ) from None
+                rows, done = future.result()
                 parts.add(rows, done)
                 progress(done.num_lines, len(rows.bad))
                 queue += _rest(lines, done)
+    except BrokenProcessPool:  # raised by a result, and by submitting to a pool that has lost a process
+        raise DataError(
+            f"{entry.annotation}: a process that measured was killed (out of memory?); what is done is "
+            "kept, start again with fewer workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
