@@ -48,8 +48,8 @@ from megatron_v2pe.checkpoint.files.hashing import sha256_files
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.hf.weight_files import index_text, plan_weight_files
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.core.files import sync_folder
 
 TARGET_RATIO = 0.70

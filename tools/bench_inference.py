@@ -28,9 +28,9 @@ from bench_support.step import best_seconds, machine, on_ranks
 
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
+from megatron_v2pe.inference.cache.memory import kv_shape
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.memory import kv_shape
-from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.parallel.attention.rows import attend_rows
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
@@ -159,7 +159,7 @@ def tokens(options: argparse.Namespace) -> bool:
 
 
 def _one_token(engine: Engine, prompt: Prompt, cache: object) -> None:
-    from megatron_v2pe.inference.kv_cache import CacheStep
+    from megatron_v2pe.inference.cache.kv_cache import CacheStep
 
     step = CacheStep(
         stores=(cache,), is_chunk=False, owners=(1,)

@@ -20,8 +20,8 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported; see parallel/fake_world.py
 
 from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture, read_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError, V2PEError
 from megatron_v2pe.core.logging import quiet_dependencies

@@ -20,8 +20,8 @@ from typing import Any
 from bench_support.step import machine, on_ranks
 
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,

@@ -26,7 +26,7 @@ from PIL import Image
 from prose import MARK, Split, prose_words
 from sklearn.datasets import load_digits
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.text.templates import Turn, get_template, render
 from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.models.layer_specs import BackendModules

@@ -27,7 +27,7 @@ from megatron_v2pe.assembly.mcore_config import (
     rope_spec,
     vision_config,
 )
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError

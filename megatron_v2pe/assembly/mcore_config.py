@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_v2pe.assembly.compiled import fuses_swiglu
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.rope_scaling import RopeScaling
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.v2pe.rope import RopeSpec

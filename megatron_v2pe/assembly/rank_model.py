@@ -17,7 +17,7 @@ import torch
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_for_training
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_model_split, check_pipeline, check_vision_split
 from megatron_v2pe.models.internvl import InternVL

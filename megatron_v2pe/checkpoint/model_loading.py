@@ -15,7 +15,7 @@ from megatron_v2pe.checkpoint.adapters.weights import draw_adapters, load_weight
 from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
 from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.state.model_state import load_model_weights
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.topology import ParallelContext, Ranks

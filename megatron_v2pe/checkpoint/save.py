@@ -28,7 +28,7 @@ from megatron_v2pe.checkpoint.state.model_state import every_parameter, model_sh
 from megatron_v2pe.checkpoint.state.own_ranges import owned_shards
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.checkpoint.state.save import KnownPlan, StateSave
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.parallel.topology import Ranks
 
 logger = logging.getLogger(__name__)

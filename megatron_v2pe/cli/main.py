@@ -23,33 +23,59 @@ from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
 from megatron_v2pe.core.processes import end_without_launcher
 from megatron_v2pe.core.refusal import refuse, report_to_torchrun, was_refused
 
-VERBS = {
-    "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
-    "add-piip": "Hugging Face folder -> the same with a pyramid of smaller networks around its vision tower",
-    "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
-    "convert-hf": "Hugging Face folder of GitHub's format -> native (-hf) folder, or back",
-    "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
-    "verify-numerics": "compare what a checkpoint computes with plain PyTorch, stage by stage",
-    "convert-data": "one record a line from json, gzip and parquet files, or a look through them",
-    "index-data": "measure a run's data once, and show what it holds",
-    "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
-    "train": "fine-tune from a run's YAML file; also under torchrun",
-    "runs": "what happened in a run, with curves; two runs side by side",
-    "generate": "answer a question about images and videos",
-    "chat": "a conversation about images and videos in the terminal",
-    "serve": "an OpenAI-compatible server",
-    "evaluate": "published benchmarks, or retrieval over lengths, by stride, with a report",
-    "lmms": "lmms-eval's tasks with this model, as a second judge",
-    "score": "score a benchmark's answers again, without a model",
-    "paper-table": "the paper's and the model card's numbers beside ours",
-    "check-data": "what of the published benchmarks is here, and what to download",
-    "synthesize": "long-context training and evaluation data from texts and images",
-    "plan": "memory, time and best layouts of a run, worked out without a cluster",
-    "recipes": "run files and cluster files that come with the package, and where submit.py is",
-    "preflight": "go or no-go: what would stop a run on these machines, found in a minute",
-    "doctor": "what this machine has and what will therefore be used",
-    "check-golden": "run recorded cases of the V2PE release",
+ROOMS = {  # sub-room of cli -> its title in the overview, and its verbs
+    "data": (
+        "data",
+        {
+            "convert-data": "one record a line from json, gzip and parquet files, or a look through them",
+            "index-data": "measure a run's data once, and show what it holds",
+            "show-sample": "one packed sample as a picture and a list: text, images, labels, positions, ranks",
+            "synthesize": "long-context training and evaluation data from texts and images",
+        },
+    ),
+    "conversion": (
+        "checkpoints and their numbers",
+        {
+            "import-hf": "Hugging Face InternVL2 folder -> checkpoint for training",
+            "export-hf": "checkpoint -> Hugging Face InternVL2 folder",
+            "convert-hf": "Hugging Face folder of GitHub's format -> native (-hf) folder, or back",
+            "add-piip": "Hugging Face folder -> the same with a pyramid of smaller networks around its vision tower",
+            "verify": "compare a Hugging Face folder with a checkpoint, bit for bit",
+            "verify-numerics": "compare what a checkpoint computes with plain PyTorch, stage by stage",
+            "check-golden": "run recorded cases of the V2PE release",
+        },
+    ),
+    "runs": (
+        "training runs and machines",
+        {
+            "train": "fine-tune from a run's YAML file; also under torchrun",
+            "runs": "what happened in a run, with curves; two runs side by side",
+            "plan": "memory, time and best layouts of a run, worked out without a cluster",
+            "recipes": "run files and cluster files that come with the package, and where submit.py is",
+            "preflight": "go or no-go: what would stop a run on these machines, found in a minute",
+            "doctor": "what this machine has and what will therefore be used",
+        },
+    ),
+    "inference": (
+        "answers",
+        {
+            "generate": "answer a question about images and videos",
+            "chat": "a conversation about images and videos in the terminal",
+            "serve": "an OpenAI-compatible server",
+        },
+    ),
+    "evaluation": (
+        "scores",
+        {
+            "evaluate": "published benchmarks, or retrieval over lengths, by stride, with a report",
+            "lmms": "lmms-eval's tasks with this model, as a second judge",
+            "score": "score a benchmark's answers again, without a model",
+            "paper-table": "the paper's and the model card's numbers beside ours",
+            "check-data": "what of the published benchmarks is here, and what to download",
+        },
+    ),
 }
+VERBS = {verb: room for room, (_, verbs) in ROOMS.items() for verb in verbs}
 _PROG = "megatron-v2pe"
 _ALONE = ("doctor", "recipes", "runs", "plan")  # harmless in every task of a step
 _OTHER_RANKS_WAIT_S = 3.0
@@ -99,13 +125,16 @@ def _run_verb(module: ModuleType, arguments: Sequence[str]) -> int:
 
 
 def _load(verb: str) -> ModuleType:
-    return importlib.import_module(f"megatron_v2pe.cli.{verb.replace('-', '_')}")
+    return importlib.import_module(f"megatron_v2pe.cli.{VERBS[verb]}.{verb.replace('-', '_')}")
 
 
 def _no_verb(arguments: Sequence[str]) -> int:
     """The overview of verbs, or the version: to stdout and 0 when asked for, else the overview to stderr and 2."""
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+    verbs = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items())])
+        for title, verbs in ROOMS.values()
+    )
     usage = (
         f"usage: {_PROG} VERB ...\n\n{verbs}\n\n`{_PROG} VERB --help` explains a verb.\n"
         f"`{_PROG} --version` names the version.\nExample: {_PROG} doctor\n"

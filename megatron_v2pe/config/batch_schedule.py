@@ -14,8 +14,8 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from megatron_v2pe.config.rules import divisors, nearest_multiples
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.sections.rules import divisors, nearest_multiples
 from megatron_v2pe.core.errors import ConfigError
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.families import FAMILIES
-from megatron_v2pe.config.parts import PARTS, Part
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.families import FAMILIES
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.config.sections.parts import PARTS, Part
 from megatron_v2pe.core.errors import ConfigError
 
 LinearNames = dict[str, tuple[str, ...]]

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from megatron_v2pe.config.lora_config import LoRAConfig
-from megatron_v2pe.config.moe_config import MoEConfig
-from megatron_v2pe.config.optim_config import OptimConfig
-from megatron_v2pe.config.parts import FREEZE_FIELDS, Part
-from megatron_v2pe.config.rules import require, require_local
+from megatron_v2pe.config.sections.lora import LoRAConfig
+from megatron_v2pe.config.sections.moe import MoEConfig
+from megatron_v2pe.config.sections.optim import OptimConfig
+from megatron_v2pe.config.sections.parts import FREEZE_FIELDS, Part
+from megatron_v2pe.config.sections.rules import require, require_local
 from megatron_v2pe.core.errors import ConfigError
 
 MOST_TILES = 1024

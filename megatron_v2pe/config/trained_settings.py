@@ -12,9 +12,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, RunConfig
-from megatron_v2pe.config.section import Section
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.plain_files import read_json_object
 

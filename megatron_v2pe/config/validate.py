@@ -6,13 +6,13 @@ of a single section are in `schema.py`.
 
 from __future__ import annotations
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
-from megatron_v2pe.config.parts import PARTS
 from megatron_v2pe.config.pipeline import check_layout
-from megatron_v2pe.config.rules import divisors
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.config.sections.parts import PARTS
+from megatron_v2pe.config.sections.rules import divisors
 from megatron_v2pe.core.errors import ConfigError
 
 

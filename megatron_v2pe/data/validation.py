@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset

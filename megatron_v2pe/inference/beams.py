@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megatron_v2pe.inference.engine import Answer, Engine
-from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.inference.sampling import Sampling
 
 Candidate = tuple[float, int, int]  # log-probability of the answer, number of its beam, token

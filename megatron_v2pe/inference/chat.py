@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import sample_settings
-from megatron_v2pe.inference import messages as messages_module
 from megatron_v2pe.inference.beams import Beam, search
+from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
 from megatron_v2pe.inference.engine import Answer, Engine, ForcedToken, OnProgress
-from megatron_v2pe.inference.messages import Message
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.quantize import KVKind
+from megatron_v2pe.inference.prompts import messages as messages_module
+from megatron_v2pe.inference.prompts.messages import Message
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.stride import StrideChoice, choose_stride
 from megatron_v2pe.inference.sampling import GREEDY, Sampling
-from megatron_v2pe.inference.stride import StrideChoice, choose_stride
 from megatron_v2pe.inference.text_stream import TextStream
 from megatron_v2pe.parallel.plan import resolve
 

@@ -28,21 +28,21 @@ from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.checkpoint.adapters.weights import load_weights
 from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.inference.cache.kv_cache import KVCache, token_step
+from megatron_v2pe.inference.cache.prefix import Content, PrefixStore
+from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import (
     DEFAULT_CHUNK_TOKENS,
     MICRO_BATCH_TILES,
     PrefillChunk,
     plan_chunks,
 )
-from megatron_v2pe.inference.kv_cache import KVCache, token_step
 from megatron_v2pe.inference.memory_check import check_memory
-from megatron_v2pe.inference.prefix import Content, PrefixStore
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.quantize import KVKind
+from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.inference.runner import ModelRunner, Work
 from megatron_v2pe.inference.sampling import GREEDY, Sampling, adjusted, draw
 from megatron_v2pe.parallel.replica import (

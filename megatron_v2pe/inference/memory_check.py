@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference.cache.memory import kv_shape
 from megatron_v2pe.inference.chunks import PrefillChunk
-from megatron_v2pe.inference.memory import kv_shape
 from megatron_v2pe.inference.runner import ModelRunner
 from megatron_v2pe.parallel.device_memory import free_bytes
 from megatron_v2pe.parallel.replica import least

@@ -20,12 +20,12 @@ from torch import Tensor
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, normalized, tile_shape
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.inference.cache.kv_cache import CacheStep, KVCache, KVPlace
+from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import PrefillChunk
-from megatron_v2pe.inference.kv_cache import CacheStep, KVCache, KVPlace
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.quantize import KVKind
+from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.inference.routing import ChunkRouter, TileRanks, chunk_pack, chunk_ranges, chunk_route
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.topology import ParallelContext

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import commit_folder, write_atomic
+from megatron_v2pe.inference.cache.kv_cache import KVCache
+from megatron_v2pe.inference.cache.prefix import Content
 from megatron_v2pe.inference.chunks import Span
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.kv_cache import KVCache
-from megatron_v2pe.inference.messages import Message
-from megatron_v2pe.inference.prefix import Content
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.parallel.replica import agree_on_problem
 from megatron_v2pe.v2pe.layout import SampleLayout
 

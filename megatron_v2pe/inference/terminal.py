@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from megatron_v2pe.core.errors import ConfigError, V2PEError
 from megatron_v2pe.inference.chat import Chat, with_reply
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.inference.session import load_session, save_session
 from megatron_v2pe.parallel.replica import from_leader

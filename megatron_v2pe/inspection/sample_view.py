@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError

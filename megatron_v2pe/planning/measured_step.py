@@ -23,7 +23,7 @@ from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.batch_sharder import BatchSharder

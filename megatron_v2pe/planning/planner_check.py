@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_v2pe.assembly.optimizer import wrap_for_training
 from megatron_v2pe.assembly.rank_model import rank_model
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.memory.adapters import ParameterSize

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.files import sync_folder, writable_folder, write_atomic
 from megatron_v2pe.parallel.plan import ParallelPlan

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.hf_source import open_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.image import ImageFile, read_rgb

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.env import slurm_job
 from megatron_v2pe.core.jsonl import read_jsonl

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_v2pe.assembly.backend_modules import choose_modules
 from megatron_v2pe.assembly.mcore_config import DTYPES, language_config, rope_spec
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.topology import ParallelContext, ParallelPlan
 from megatron_v2pe.parallel.zigzag import shard_indices

@@ -33,7 +33,7 @@ from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.save import CheckpointSave
 from megatron_v2pe.checkpoint.state.host_memory import HostCopy, shortage
 from megatron_v2pe.checkpoint.state.save import KnownPlan
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.trained_settings import trained_values
 from megatron_v2pe.core.errors import CheckpointError, TrainingError

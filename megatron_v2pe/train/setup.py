@@ -26,7 +26,7 @@ from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
 from megatron_v2pe.checkpoint.retention import remove_incomplete
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.env import launcher

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_v2pe.config.rope_scaling import RopeScaling
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
 
 RopePrecision = Literal["exact", "reference"]
 

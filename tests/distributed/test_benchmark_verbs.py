@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_v2pe.core.jsonl import read_jsonl
-from megatron_v2pe.evaluation.response_rows import read_rows
+from megatron_v2pe.evaluation.jobs.response_rows import read_rows
 from tests.support import benchmark_data as data
 from tests.support.tiny import import_golden
 from tests.support.warm import run_verb

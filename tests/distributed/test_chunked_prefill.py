@@ -13,12 +13,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.tiles import ArrayTiles
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.tiles import ArrayTiles
 from megatron_v2pe.v2pe.layout import SampleLayout
 from tests.support.spawn import run_ranks
 

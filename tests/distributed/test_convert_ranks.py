@@ -81,7 +81,7 @@ def resave(rank, world_size, checkpoint, target, sizes):
     from megatron_v2pe.checkpoint.state.model_state import load_model_weights, model_sharded_state_dict
     from megatron_v2pe.checkpoint.state.ranks import on_first_rank
     from megatron_v2pe.checkpoint.state.save import save_state
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 

@@ -27,7 +27,7 @@ def both_ways(rank, world_size, checkpoint, hf, sizes, dtype):
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
     from megatron_v2pe.checkpoint.state.model_state import load_model_weights
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 

@@ -14,7 +14,7 @@ from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
 from megatron_v2pe.inference.beams import search
 from megatron_v2pe.inference.chat import Chat, ChatOptions
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.inference.session import load_session, save_session
 from megatron_v2pe.inference.terminal import Terminal

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.evaluation.benchmark_job import run_job
 from megatron_v2pe.evaluation.benchmarks.base import Response
 from megatron_v2pe.evaluation.benchmarks.registry import find_benchmark
-from megatron_v2pe.evaluation.retrieval import parse_strides
+from megatron_v2pe.evaluation.jobs.job import run_job
+from megatron_v2pe.evaluation.retrieval.questions import parse_strides
 from tests.support.tiny import import_golden
 from tests.support.warm import run_verb
 from tests.unit.evaluation.test_benchmark_runner import StandIn, options

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
 from tests.support.packs import batch_of, layout_of
 from tests.support.spawn import run_ranks

@@ -33,7 +33,7 @@ def losses_and_gradients(checkpoint, parallel, context, *, recompute):
     from megatron_v2pe.batch.packed_batch import tile_share
     from megatron_v2pe.checkpoint.files.folder import hf_path
     from megatron_v2pe.checkpoint.model_loading import load_model
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import RunConfig, RuntimeConfig, VisionConfig
     from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from megatron_v2pe.train.forward_step import MicroBatchRunner, attach

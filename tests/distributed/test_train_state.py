@@ -39,7 +39,7 @@ def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32
     from megatron_v2pe.checkpoint.run_state import RunState
     from megatron_v2pe.checkpoint.save import CheckpointSave
     from megatron_v2pe.checkpoint.state.model_state import load_model_weights
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import OptimConfig, ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 
@@ -229,7 +229,7 @@ def load_weights_only(rank, world_size, checkpoint, sizes):
     from megatron_v2pe.checkpoint.state.model_state import load_model_weights, model_sharded_state_dict
     from megatron_v2pe.checkpoint.state.ranks import on_first_rank
     from megatron_v2pe.checkpoint.state.save import save_state
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 
@@ -270,7 +270,7 @@ def load_expecting_refusal(rank, world_size, mine, other):
     from megatron_v2pe.assembly.build import build_model
     from megatron_v2pe.checkpoint.files.folder import hf_path
     from megatron_v2pe.checkpoint.state.model_state import load_model_weights
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import ParallelConfig, RunConfig
     from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.v2pe.layout import SampleLayout, pack_layout
 from megatron_v2pe.v2pe.positions import position_units
 from tests.support.hf_folders import random_folder

@@ -14,12 +14,12 @@ from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.retention import step_path
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.messages import Message, build_prompt
+from megatron_v2pe.inference.prompts.messages import Message, build_prompt
 from megatron_v2pe.parallel.topology import shutdown
 from tests.support import tiny
 

@@ -139,9 +139,9 @@ def test_the_command_in_a_recipe_is_the_tested_one(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_valid_for_their_models(name):
-    from megatron_v2pe.config.architecture import parse_architecture
+    from megatron_v2pe.config.arch.architecture import parse_architecture
+    from megatron_v2pe.config.arch.published import PUBLISHED
     from megatron_v2pe.config.load import load_run_config
-    from megatron_v2pe.config.published import PUBLISHED
     from megatron_v2pe.config.validate import validate
 
     config = load_run_config(str(ROOT / "launch" / "recipes" / f"{name}.yaml"), [])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_v2pe.checkpoint.hf.name_map import name_map
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
 
 FAMILIES_GOLDEN = Path(__file__).parent.parent / "golden_families"
 """A part of the golden data of InternVL2.5, 3 and 3.5, in the same format; `ckpt_hf` holds native folders."""

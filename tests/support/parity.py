@@ -21,8 +21,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_v2pe.batch.packed_batch import tile_share
-from megatron_v2pe.config.architecture import ExpertsArchitecture
-from megatron_v2pe.config.moe_config import MoEConfig
+from megatron_v2pe.config.arch.architecture import ExpertsArchitecture
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,
@@ -32,6 +31,7 @@ from megatron_v2pe.config.schema import (
     RuntimeConfig,
     VisionConfig,
 )
+from megatron_v2pe.config.sections.moe import MoEConfig
 from tests.support import whole
 from tests.support.parity_cases import ARCH, DOCUMENTS, POSITIONS, pack
 from tests.support.spawn import run_ranks

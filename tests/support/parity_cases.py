@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.schema import PositionConfig
 from tests.support.packs import IMAGE_TOKEN, feature_rows, layout_of
 

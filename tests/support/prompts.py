@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.tiles import ArrayTiles
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.tiles import ArrayTiles
 from megatron_v2pe.v2pe.layout import SampleLayout
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ckpt"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.synthesis.settings import SynthesisConfig

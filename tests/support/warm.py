@@ -24,7 +24,7 @@ from typing import Any
 from megatron_v2pe.core.env import child_environment
 
 ENTRY = "megatron_v2pe.cli.main:main"
-_PRELOADED = ("megatron_v2pe.train.loop", "megatron_v2pe.evaluation.runner", "tests.support.parity")
+_PRELOADED = ("megatron_v2pe.train.loop", "megatron_v2pe.evaluation.retrieval.runner", "tests.support.parity")
 _GRACE_SECONDS = 3.0  # for the peers of a failed rank to say what they saw
 
 

@@ -169,7 +169,7 @@ def full_attention(layout, dtype):
 
 
 def architecture():
-    from megatron_v2pe.config.architecture import parse_architecture
+    from megatron_v2pe.config.arch.architecture import parse_architecture
 
     vision = dict(
         hidden_size=32,

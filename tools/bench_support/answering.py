@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.inference.cache.kv_cache import KVCache
 from megatron_v2pe.inference.chunks import PrefillChunk, plan_chunks
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.kv_cache import KVCache
-from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.tiles import ArrayTiles
 from megatron_v2pe.inference.runner import ModelRunner
-from megatron_v2pe.inference.tiles import ArrayTiles
 from megatron_v2pe.parallel.topology import init_distributed, resolve
 from megatron_v2pe.planning.measured_step import TILE_PIXELS
 from megatron_v2pe.planning.measured_step import StepSizes as Sizes

@@ -34,7 +34,7 @@ SPANS = ((20, 120), (5, 60))  # words of a question and of an answer
 WORDS = "quick brown fox jumps over a lazy dog while engineers measure lengths of lines"
 _MEASURE = """
 import os, sys, time
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.load import load_run_config
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.meta import read_meta

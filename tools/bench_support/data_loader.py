@@ -24,7 +24,7 @@ import psutil
 from bench_support.verdict import show_load, verdict
 from PIL import Image
 
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import DataConfig, OptimConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.data.loader import TrainLoader
 from megatron_v2pe.data.media.cut import ImageTiles

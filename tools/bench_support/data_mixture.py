@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.batch_schedule import constant_batches
-from megatron_v2pe.config.published import PUBLISHED
 from megatron_v2pe.config.schema import DataConfig
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan

@@ -25,7 +25,7 @@ def target_layout(hf_folder: str, *, tp: int, pp: int, vpp: int) -> dict[str, in
         ConfigError: a size does not divide what it has to divide; the message lists sizes that do.
         CheckpointError: the folder's config.json cannot be used.
     """
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.validate import check_model_split, check_pipeline
 
     arch = read_architecture(hf_folder)

@@ -24,7 +24,7 @@ from megatron_v2pe.checkpoint.files.folder import hf_path, state_path
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo
 from megatron_v2pe.checkpoint.hf.name_map import Entry
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 
 _OPTIMIZER_PREFIX = "optimizer."
 _ROWS_AT_A_TIME = 1024

@@ -25,7 +25,7 @@ from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic

@@ -34,7 +34,7 @@ from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.save import save_state
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS, Part, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.core.errors import CheckpointError

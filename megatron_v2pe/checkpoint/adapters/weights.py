@@ -26,7 +26,7 @@ from megatron_v2pe.checkpoint.state.model_state import (
     model_sharded_state_dict,
 )
 from megatron_v2pe.checkpoint.state.private_api import shards_in
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.models.lora import adapter_prefix

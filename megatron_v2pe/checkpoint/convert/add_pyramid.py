@@ -27,7 +27,7 @@ from megatron_v2pe.checkpoint.hf.name_map import pyramid_entries
 from megatron_v2pe.checkpoint.hf.pyramid_table import PREFIX
 from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.models.piip.interaction import Interaction, InteractionSettings

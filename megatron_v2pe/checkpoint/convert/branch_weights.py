@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.vision_architecture import VisionArchitecture
+from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.piip.geometry import resize_patch_kernel, resize_positions
 

@@ -33,8 +33,8 @@ from megatron_v2pe.checkpoint.state.ranks import (
     on_first_rank,
     rank_and_world_size,
 )
-from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.native import FolderFormat
 from megatron_v2pe.core.files import write_atomic
 
 SHARD_BYTES = 5_000_000_000

@@ -29,7 +29,7 @@ from megatron_v2pe.checkpoint.hf.converted_blocks import (
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map, other_names
 from megatron_v2pe.checkpoint.hf.row_runs import rows_of_hf
 from megatron_v2pe.checkpoint.hf.tables import spelling_of
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 
 
 class ConvertedTensors:

@@ -17,8 +17,8 @@ from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
 from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd, require_inside, side_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.families.rules import EMBEDDING
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.families.rules import EMBEDDING
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.text.agreement import chosen_template, require_rows
 from megatron_v2pe.data.text.tokenizer import load_tokenizer

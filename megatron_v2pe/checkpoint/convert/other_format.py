@@ -26,7 +26,7 @@ from megatron_v2pe.checkpoint.hf.name_map import NameMap, other_names
 from megatron_v2pe.checkpoint.hf.row_runs import RowRun, rows_of_ours
 from megatron_v2pe.checkpoint.hf.weight_files import plan_weight_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.config.arch.native import FolderFormat
 from megatron_v2pe.core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.checkpoint import remote_code
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.native import FolderFormat
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.text.templates import get_template

@@ -18,8 +18,8 @@ from typing import Any
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE
 from megatron_v2pe.checkpoint.hf.sentencepiece_json import tokenizer_json
 from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
-from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.native import FolderFormat, github_config, native_config
+from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.native import FolderFormat, github_config, native_config
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, load_tokenizer
 
 _PROCESSOR_FILES = (

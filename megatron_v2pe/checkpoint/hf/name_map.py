@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_v2pe.checkpoint.hf.pyramid_table import branch_tables, interaction_rules
 from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, transform_of, vision_rules
 from megatron_v2pe.checkpoint.hf.transforms import Transform
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.families.rules import Rule
-from megatron_v2pe.config.native import FolderFormat
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.families.rules import Rule
+from megatron_v2pe.config.arch.native import FolderFormat
 from megatron_v2pe.core.errors import CheckpointError
 
 

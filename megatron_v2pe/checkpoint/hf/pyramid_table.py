@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_v2pe.checkpoint.hf.tables import vision_rules
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.families.rules import Rule
-from megatron_v2pe.config.pyramid import PyramidArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.families.rules import Rule
+from megatron_v2pe.config.arch.pyramid import PyramidArchitecture
 
 PREFIX = "vision_model.piip."
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_v2pe.checkpoint.hf.transforms import GroupHeads, Same, StackRows, Transform, VocabularyRows
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.families import FAMILIES, internvit
-from megatron_v2pe.config.families.rules import HEAD, Rule
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.families import FAMILIES, internvit
+from megatron_v2pe.config.arch.families.rules import HEAD, Rule
 
 Spelling = Literal["github", "hf-native", "hf-native-nested"]
 """Which names a folder's tensors have."""

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.flops import (
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.flops import (
     TRAINING,
     attention_flops,
     decoder_linear_parameters,

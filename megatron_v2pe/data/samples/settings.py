@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.data.media.frames import VideoRule
 from megatron_v2pe.data.media.medium import MediaRules

@@ -9,6 +9,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.evaluation.benchmarks import vqa
 from megatron_v2pe.evaluation.benchmarks.base import Benchmark
 from megatron_v2pe.evaluation.benchmarks.choices import MMBench, ScienceQA, SeedImage
+from megatron_v2pe.evaluation.benchmarks.harness_questions import HarnessQuestions
 from megatron_v2pe.evaluation.benchmarks.long_vqa import LongVQA
 from megatron_v2pe.evaluation.benchmarks.milebench import MileBench
 from megatron_v2pe.evaluation.benchmarks.mm_niah import MMNIAH, MMNIAHLong
@@ -16,7 +17,6 @@ from megatron_v2pe.evaluation.benchmarks.mmlongbench import MMLongBench
 from megatron_v2pe.evaluation.benchmarks.mmmu import MMMU
 from megatron_v2pe.evaluation.benchmarks.pope import POPE
 from megatron_v2pe.evaluation.benchmarks.video import MVBench, VideoMME
-from megatron_v2pe.evaluation.lmms.questions import HarnessQuestions
 from megatron_v2pe.evaluation.metrics.letters import LETTER_RULES, LetterRule
 
 BENCHMARKS: dict[str, Callable[[], Benchmark]] = {

@@ -12,9 +12,9 @@ from typing import Any
 from megatron_v2pe.core.env import forget_launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.evaluation.benchmarks.base import Request, Response
-from megatron_v2pe.evaluation.engine_adapter import ModelAnswerer
+from megatron_v2pe.evaluation.jobs.engine_adapter import ModelAnswerer
 from megatron_v2pe.evaluation.lmms.tasks import write_tasks
-from megatron_v2pe.evaluation.retrieval import StrideSetting
+from megatron_v2pe.evaluation.retrieval.questions import StrideSetting
 
 
 def judge(

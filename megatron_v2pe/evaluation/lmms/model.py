@@ -20,10 +20,10 @@ from lmms_eval.protocol import ChatMessages
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.evaluation.benchmarks.base import Request, Response
-from megatron_v2pe.evaluation.lmms.questions import QUESTIONS, question, record
-from megatron_v2pe.evaluation.media_digests import MediaDigests
-from megatron_v2pe.evaluation.response_rows import read_rows
-from megatron_v2pe.evaluation.run_identity import question_digest, read_manifest
+from megatron_v2pe.evaluation.benchmarks.harness_questions import QUESTIONS, question, record
+from megatron_v2pe.evaluation.jobs.identity import question_digest, read_manifest
+from megatron_v2pe.evaluation.jobs.media_digests import MediaDigests
+from megatron_v2pe.evaluation.jobs.response_rows import read_rows
 
 
 class HarnessModel(lmms):

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 
 _ROLES = {"user": "human", "assistant": "gpt"}

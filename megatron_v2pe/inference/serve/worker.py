@@ -22,11 +22,11 @@ from typing import Any
 from megatron_v2pe.core.errors import ConfigError, V2PEError
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.engine import Answer, Step
-from megatron_v2pe.inference.prompt import Prompt
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.stride import choose_stride
 from megatron_v2pe.inference.serve.jobs import Inbox, Job
 from megatron_v2pe.inference.serve.metrics import Metrics
 from megatron_v2pe.inference.serve.wire import ChatRequest, Piece, RequestError
-from megatron_v2pe.inference.stride import choose_stride
 from megatron_v2pe.inference.text_stream import TextStream
 from megatron_v2pe.parallel.replica import agree_on_problem, from_leader
 

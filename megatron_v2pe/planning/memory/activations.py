@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_v2pe.parallel.plan import padded_vocab_size
-from megatron_v2pe.planning.memory.attention import AttentionShape
-from megatron_v2pe.planning.memory.decoder import DecoderShape, decoder_layer_ops
-from megatron_v2pe.planning.memory.head import HeadPeaks, HeadShape, head_peaks
-from megatron_v2pe.planning.memory.operations import FLOAT_BYTES, LayerCosts
+from megatron_v2pe.planning.memory.layers.attention import AttentionShape
+from megatron_v2pe.planning.memory.layers.decoder import DecoderShape, decoder_layer_ops
+from megatron_v2pe.planning.memory.layers.head import HeadPeaks, HeadShape, head_peaks
+from megatron_v2pe.planning.memory.layers.operations import FLOAT_BYTES, LayerCosts
+from megatron_v2pe.planning.memory.layers.stack import Recompute, Stack, stack
+from megatron_v2pe.planning.memory.layers.vision import VisionPeaks, VisionShape, vision_peaks
 from megatron_v2pe.planning.memory.setting import Setting
-from megatron_v2pe.planning.memory.stack import Recompute, Stack, stack
-from megatron_v2pe.planning.memory.vision import VisionPeaks, VisionShape, vision_peaks
 from megatron_v2pe.planning.request.stages import ModelChunk
 
 SHORT_TOKENS = 512  # documents up to this length share a call of a native kernel

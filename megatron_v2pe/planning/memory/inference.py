@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_v2pe.inference.cache.memory import kv_shape
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS, MICRO_BATCH_TILES
-from megatron_v2pe.inference.memory import kv_shape
 from megatron_v2pe.planning.memory.activations import decoder_stack
-from megatron_v2pe.planning.memory.operations import FLOAT_BYTES
+from megatron_v2pe.planning.memory.layers.operations import FLOAT_BYTES
+from megatron_v2pe.planning.memory.layers.vision import VisionShape, vision_peaks
 from megatron_v2pe.planning.memory.parameters import model_chunk_parameters
 from megatron_v2pe.planning.memory.setting import Setting
-from megatron_v2pe.planning.memory.vision import VisionShape, vision_peaks
 from megatron_v2pe.planning.request.hardware import GIB, Hardware
 from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.request.workload import Pack

@@ -15,7 +15,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
-from megatron_v2pe.config.architecture import InternVLArchitecture, LanguageArchitecture, VisionArchitecture
+from megatron_v2pe.config.arch.architecture import (
+    InternVLArchitecture,
+    LanguageArchitecture,
+    VisionArchitecture,
+)
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.parallel.plan import ParallelPlan, padded_vocab_size
 from megatron_v2pe.planning.memory.adapters import (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.memory.adapters import planned_adapters
-from megatron_v2pe.planning.memory.operations import LayerCosts
+from megatron_v2pe.planning.memory.layers.operations import LayerCosts
 from megatron_v2pe.planning.request.workload import Pack
 
 EXPERT_IMBALANCE = 1.25

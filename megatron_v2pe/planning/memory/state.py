@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan

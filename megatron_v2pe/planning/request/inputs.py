@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture, read_architecture
-from megatron_v2pe.config.published import PUBLISHED, published_key
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture, read_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED, published_key
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.errors import ConfigError

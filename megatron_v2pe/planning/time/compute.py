@@ -6,14 +6,14 @@
 
 Adapters are left out: a pair of rank r has r (in + out) of in * out weights, 1 or 2 in 100.
 
-The convention for model FLOPs and MFU is in `config/flops.py` and knows none of this.
+The convention for model FLOPs and MFU is in `config/arch/flops.py` and knows none of this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.config.flops import (
+from megatron_v2pe.config.arch.flops import (
     attention_flops,
     projector_flops,
     tower_attention_flops,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import megatron_v2pe
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.env import launcher, numeric_environment
 from megatron_v2pe.core.file_sample import sampled_digest

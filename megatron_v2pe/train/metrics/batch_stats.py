@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.flops import PackCounts, step_flops
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.flops import PackCounts, step_flops
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.reduce import gather_by_name, sum_by_name
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.data.collate import collate_pack
 from megatron_v2pe.data.samples.encode import EncodedSample

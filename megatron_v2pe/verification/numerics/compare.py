@@ -28,8 +28,8 @@ from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
 from megatron_v2pe.checkpoint.files.folder import hf_path, is_complete, read_info
 from megatron_v2pe.checkpoint.hf.name_map import other_names
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
-from megatron_v2pe.config.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.native import github_config
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.native import github_config
 from megatron_v2pe.config.pipeline import split_layers
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.validate import check_model_split, check_vision_split

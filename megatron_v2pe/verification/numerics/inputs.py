@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.collate import collate_pack

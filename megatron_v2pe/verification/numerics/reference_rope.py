@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
-from megatron_v2pe.config.rope_scaling import RopeScaling
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
 
 
 def frequencies(arch: InternVLArchitecture, positions: Tensor, *, is_v2pe: bool) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel
 

@@ -43,7 +43,7 @@ class Fuzzer:
     def run(self, folder: Path) -> None:
         """What import, train and generate do with a tokenizer."""
         from megatron_v2pe.checkpoint.convert.hf_source import check_tokenizer
-        from megatron_v2pe.config.architecture import read_architecture
+        from megatron_v2pe.config.arch.architecture import read_architecture
         from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
         check_tokenizer(folder / "hf", read_architecture(folder / "hf"))

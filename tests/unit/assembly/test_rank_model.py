@@ -8,8 +8,8 @@ import torch
 
 from megatron_v2pe.assembly.rank_model import build_rank_bytes, rank_model
 from megatron_v2pe.checkpoint.hf.name_map import name_map
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.fake_world import fake_world

@@ -11,8 +11,8 @@ from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.families import FAMILIES
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.families import FAMILIES
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.bits import verify
 from tests.support.hf_folders import (

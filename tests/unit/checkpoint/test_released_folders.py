@@ -7,8 +7,8 @@ from megatron_v2pe.assembly.mcore_config import rope_spec
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
-from megatron_v2pe.config.architecture import parse_architecture, read_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture, read_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.text.templates import get_template

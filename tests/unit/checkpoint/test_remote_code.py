@@ -115,8 +115,8 @@ def test_chat_batch_history_and_streaming(tmp_path):
     checkpoint, folder = exported(tmp_path, FAMILIES[1], rope_pos_id_version="v2pe_fix", rope_pos_id_stride=1)
     model, tokenizer = load(folder), OurTokenizer(folder)
     from megatron_v2pe.inference.chat import Chat, ChatOptions
-    from megatron_v2pe.inference.messages import Message
-    from megatron_v2pe.inference.prompt import Prompt
+    from megatron_v2pe.inference.prompts.messages import Message
+    from megatron_v2pe.inference.prompts.prompt import Prompt
     from megatron_v2pe.inference.sampling import Sampling
 
     chat = Chat(checkpoint, ChatOptions(dtype="float32"))
@@ -129,7 +129,7 @@ def test_chat_batch_history_and_streaming(tmp_path):
     )
     assert asked.layout.num_tiles.tolist() == [3]
     pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    from megatron_v2pe.inference.tiles import ArrayTiles
+    from megatron_v2pe.inference.prompts.tiles import ArrayTiles
 
     prompt = Prompt(tokens=asked.tokens, layout=asked.layout, tiles=ArrayTiles(pixels.numpy(), [3]))
     tokens = chat.engine.generate(prompt, sampling=Sampling(max_new_tokens=8), stop_ids=chat.stop_ids)

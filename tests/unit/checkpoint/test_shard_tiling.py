@@ -11,8 +11,8 @@ import pytest
 from megatron_v2pe.assembly.rank_model import rank_model
 from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.layout_check import Tiling, rank_shards
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.parallel.plan import resolve
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.core.errors import CheckpointError
 
 CKPT = Path(__file__).parents[2] / "golden" / "ckpt"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import megatron_v2pe.config
-from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.json_values import VALUES
+from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.json_values import VALUES
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import edit_config, golden_copy
 
@@ -17,7 +17,7 @@ CONFIG = Path(megatron_v2pe.config.__file__).parent
 FREE = {
     "github_architecture",
     "github_model_type",
-    # piip_config, which `config/pyramid.py` checks itself
+    # piip_config, which `config/arch/pyramid.py` checks itself
     *("piip_config", "branches", "readout", "interact_attn_type", "interaction_proj", "norm_layer"),
 }
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from megatron_v2pe.checkpoint.hf.name_map import family_name, name_map
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED, published_key
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED, published_key
 
 # In millions, as the model cards have them.
 MILLIONS = {"1B": 938, "2B": 2206, "4B": 4147, "8B": 8075, "26B": 25514, "40B": 40069, "76B": 76262}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_v2pe.checkpoint.hf.config_json import update_trained
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data, trained_values
 from megatron_v2pe.core.errors import CheckpointError, ConfigError

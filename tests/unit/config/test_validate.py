@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_v2pe.config.architecture import ExpertsArchitecture, parse_architecture
-from megatron_v2pe.config.moe_config import MoEConfig
+from megatron_v2pe.config.arch.architecture import ExpertsArchitecture, parse_architecture
 from megatron_v2pe.config.schema import (
     CurriculumStage,
     DataConfig,
@@ -18,6 +17,7 @@ from megatron_v2pe.config.schema import (
     RuntimeConfig,
     VisionConfig,
 )
+from megatron_v2pe.config.sections.moe import MoEConfig
 from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.errors import ConfigError
 

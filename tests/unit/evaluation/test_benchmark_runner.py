@@ -13,15 +13,15 @@ import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import append_json
-from megatron_v2pe.evaluation import benchmark_job
-from megatron_v2pe.evaluation import benchmark_report as report
-from megatron_v2pe.evaluation.benchmark_job import JobOptions, run_job
-from megatron_v2pe.evaluation.benchmark_runner import BrokenReplicaError, Work, answer_all
 from megatron_v2pe.evaluation.benchmarks.base import Response
 from megatron_v2pe.evaluation.benchmarks.registry import find_benchmark
-from megatron_v2pe.evaluation.eta import TimeLeft, fit_seconds
-from megatron_v2pe.evaluation.response_rows import read_rows
-from megatron_v2pe.evaluation.retrieval import Share, parse_strides
+from megatron_v2pe.evaluation.jobs import job as benchmark_job
+from megatron_v2pe.evaluation.jobs import report
+from megatron_v2pe.evaluation.jobs.eta import TimeLeft, fit_seconds
+from megatron_v2pe.evaluation.jobs.job import JobOptions, run_job
+from megatron_v2pe.evaluation.jobs.response_rows import read_rows
+from megatron_v2pe.evaluation.jobs.runner import BrokenReplicaError, Work, answer_all
+from megatron_v2pe.evaluation.retrieval.questions import Share, parse_strides
 from tests.support import benchmark_data as data
 
 

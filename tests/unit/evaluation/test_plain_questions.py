@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
-from megatron_v2pe.evaluation.plain_questions import METRICS, check_items, write_plain_scores
-from megatron_v2pe.evaluation.retrieval import (
+from megatron_v2pe.evaluation.retrieval.plain_questions import METRICS, check_items, write_plain_scores
+from megatron_v2pe.evaluation.retrieval.questions import (
     Answer,
     answer_items,
     parse_strides,

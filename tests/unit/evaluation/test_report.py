@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_v2pe.evaluation import report
-from megatron_v2pe.evaluation.retrieval import Cell
+from megatron_v2pe.evaluation.retrieval import report
+from megatron_v2pe.evaluation.retrieval.questions import Cell
 
 
 def cell(length, depth, correct, count):

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import read_jsonl
-from megatron_v2pe.evaluation.retrieval import (
+from megatron_v2pe.evaluation.retrieval.questions import (
     Answer,
     Prediction,
     answer_items,

@@ -4,10 +4,15 @@ import json
 
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.retrieval import Answer, Share, parse_strides, read_items, score
-from megatron_v2pe.evaluation.runner import claim_folder, describe_subject, run_strides, write_evaluation
+from megatron_v2pe.evaluation.retrieval.questions import Answer, Share, parse_strides, read_items, score
+from megatron_v2pe.evaluation.retrieval.runner import (
+    claim_folder,
+    describe_subject,
+    run_strides,
+    write_evaluation,
+)
 
 DEPTHS, LENGTHS = (0.1, 0.5, 0.9), (512, 1024)
 

@@ -10,7 +10,7 @@ from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.chat import Chat, ChatOptions, with_reply
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.inference.terminal import Terminal
 from megatron_v2pe.inference.text_stream import TextStream

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_v2pe.inference.cache.kv_cache import KVBlock, KVCache, KVPlace, token_step
+from megatron_v2pe.inference.cache.quantize import dequantize, quantize
 from megatron_v2pe.inference.chunks import plan_chunks
-from megatron_v2pe.inference.kv_cache import KVBlock, KVCache, KVPlace, token_step
-from megatron_v2pe.inference.quantize import dequantize, quantize
 from megatron_v2pe.parallel.zigzag import shard_indices
 from tests.support.packs import sample
 

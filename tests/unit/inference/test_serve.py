@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.chat import Chat, ChatOptions
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
 
 pytest.importorskip("starlette", reason="extra 'serve' is not installed")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
-from megatron_v2pe.inference.messages import Message
+from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.session import load_session, save_session
 from tests.support.prompts import random_prompt
 

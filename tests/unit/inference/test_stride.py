@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.inference.stride import choose_stride
+from megatron_v2pe.inference.prompts.stride import choose_stride
 from tests.support.prompts import FAMILY, GOLDEN
 
 ARCH = read_architecture(GOLDEN / FAMILY)  # 16 visual tokens per tile

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.inspection import data_pictures
 from megatron_v2pe.inspection.sample_view import view_pack
 from megatron_v2pe.parallel.zigzag import shard_indices

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_v2pe.inference.cache.kv_cache import KVCache, KVPlace
 from megatron_v2pe.inference.chunks import plan_chunks
-from megatron_v2pe.inference.kv_cache import KVCache, KVPlace
 from megatron_v2pe.parallel.attention import cached
 from megatron_v2pe.parallel.attention.cached import cached_attention, passes_queries
 from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold

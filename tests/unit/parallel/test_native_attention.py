@@ -9,8 +9,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference.cache.kv_cache import KVCache, KVPlace, token_step
 from megatron_v2pe.inference.chunks import plan_chunks
-from megatron_v2pe.inference.kv_cache import KVCache, KVPlace, token_step
 from megatron_v2pe.parallel.attention import kernels
 from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.documents import local_lengths

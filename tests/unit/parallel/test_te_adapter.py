@@ -17,8 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.inference.cache.kv_cache import KVCache, KVPlace
 from megatron_v2pe.inference.chunks import plan_chunks
-from megatron_v2pe.inference.kv_cache import KVCache, KVPlace
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.v2pe.rope import apply_rotary

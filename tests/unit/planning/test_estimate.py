@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import (
     DataConfig,
     LoRAConfig,

@@ -4,7 +4,7 @@ import json
 
 from safetensors.numpy import load_file
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.data.text.templates import get_template
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
 

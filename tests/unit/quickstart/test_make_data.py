@@ -26,7 +26,7 @@ def records(folder, name):
 
 
 def test_the_training_loader_counts_the_stated_lengths(data, checkpoint):
-    from megatron_v2pe.config.architecture import read_architecture
+    from megatron_v2pe.config.arch.architecture import read_architecture
     from megatron_v2pe.config.schema import DataConfig, RunConfig
     from megatron_v2pe.data.samples.settings import sample_settings
     from megatron_v2pe.data.sources.meta import read_meta

@@ -14,7 +14,7 @@ from megatron_v2pe.config.schema import DataConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.meta import read_meta
-from megatron_v2pe.evaluation.retrieval import read_items
+from megatron_v2pe.evaluation.retrieval.questions import read_items
 from megatron_v2pe.synthesis import parts
 from megatron_v2pe.synthesis.kinds import GROUPS, KINDS
 from megatron_v2pe.synthesis.run import synthesize

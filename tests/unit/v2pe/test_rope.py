@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_v2pe.config.rope_scaling import RopeScaling
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
 from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, ntk_base, rope_angles
 
 

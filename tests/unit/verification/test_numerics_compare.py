@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.verification.numerics import compare, reference_model
 from megatron_v2pe.verification.numerics.captured import stage_names
 from megatron_v2pe.verification.numerics.compare import (

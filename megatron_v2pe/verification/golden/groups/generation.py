@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from megatron_v2pe.inference.engine import Engine
-from megatron_v2pe.inference.prompt import Prompt
-from megatron_v2pe.inference.tiles import ArrayTiles
+from megatron_v2pe.inference.prompts.prompt import Prompt
+from megatron_v2pe.inference.prompts.tiles import ArrayTiles
 from megatron_v2pe.v2pe.layout import SampleLayout, find_images
 from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import (

@@ -17,7 +17,7 @@ from megatron_v2pe.checkpoint.state.model_state import model_sharded_state_dict
 from megatron_v2pe.checkpoint.state.ranks import on_first_rank
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.checkpoint.state.save import save_state
-from megatron_v2pe.config.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.verification.golden.cases import Case

@@ -21,8 +21,8 @@ from megatron_v2pe.assembly.router_counts import take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
 from megatron_v2pe.checkpoint.model_loading import load_model
-from megatron_v2pe.config.moe_config import MoEConfig
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
+from megatron_v2pe.config.sections.moe import MoEConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.checkpoint.model_loading import load_model
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL

@@ -16,8 +16,8 @@ from megatron_v2pe.assembly.backend_modules import choose_modules
 from megatron_v2pe.assembly.build import build_vision
 from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.checkpoint.hf.name_map import Entry, vision_entries
-from megatron_v2pe.config.architecture import InternVLArchitecture, parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.models.piip.tower import PyramidTower

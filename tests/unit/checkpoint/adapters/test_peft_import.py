@@ -15,7 +15,7 @@ from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.adapter_record import read_record
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import GOLDEN

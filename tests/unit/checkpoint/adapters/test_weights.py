@@ -10,7 +10,7 @@ from megatron_v2pe.assembly.adapters import fused_parts
 from megatron_v2pe.checkpoint.adapters.merge import RowProducts, hf_factors
 from megatron_v2pe.checkpoint.adapters.weights import _draw, adapted_linears
 from megatron_v2pe.checkpoint.hf.name_map import name_map
-from megatron_v2pe.config.families import FAMILIES as KNOWN
+from megatron_v2pe.config.arch.families import FAMILIES as KNOWN
 from megatron_v2pe.config.lora import PARTS, check_lora, linear_names, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, ModelConfig, RunConfig
 from megatron_v2pe.core.errors import ConfigError

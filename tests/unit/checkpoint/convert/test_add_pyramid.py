@@ -9,9 +9,9 @@ from megatron_v2pe.checkpoint.convert.branch_weights import branch_tensors
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.config.architecture import read_architecture
-from megatron_v2pe.config.flops import interaction_flops, tower_flops
-from megatron_v2pe.config.vision_architecture import VisionArchitecture
+from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.flops import interaction_flops, tower_flops
+from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.models.piip.geometry import resize_patch_kernel, resize_positions
 from tests.support.hf_folders import folder_bytes

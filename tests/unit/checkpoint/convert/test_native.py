@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.convert.other_format import convert_hf
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.text.byte_level import read_tokenizer_json
 from megatron_v2pe.data.text.tokenizer import load_tokenizer

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.flops import PackCounts, decoder_linear_parameters, step_flops
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.flops import PackCounts, decoder_linear_parameters, step_flops
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.data.samples.cost import pack_cost
 
 LENGTHS = (30000, 1000, 7)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.data.samples.settings import sample_settings

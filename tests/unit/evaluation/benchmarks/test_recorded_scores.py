@@ -8,9 +8,9 @@ import pytest
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.evaluation.benchmark_report import score_folder, without_duplicates
 from megatron_v2pe.evaluation.benchmarks.milebench import MileBench
 from megatron_v2pe.evaluation.benchmarks.mm_niah import MMNIAH
+from megatron_v2pe.evaluation.jobs.report import score_folder, without_duplicates
 
 FOLDER = Path(__file__).parents[3] / "golden" / "scores"
 NIAH, SETS = ("reasoning-text", "retrieval-image"), ("ActionSequence", "WikiVQA", "ALFRED", "MMCoQA")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_v2pe.config.architecture import parse_architecture
-from megatron_v2pe.config.published import PUBLISHED
+from megatron_v2pe.config.arch.architecture import parse_architecture
+from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,

@@ -1,6 +1,6 @@
 """Peak memory of small tapes, worked out by hand."""
 
-from megatron_v2pe.planning.memory.tape import INPUT, Op, moved_bytes, peaks
+from megatron_v2pe.planning.memory.layers.tape import INPUT, Op, moved_bytes, peaks
 
 
 def test_what_is_read_again_is_kept_once():

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.load import known_keys, load_run_config
 from megatron_v2pe.parallel.agreement import RankFacts, describe_differences
 from megatron_v2pe.train.guards import rank_facts as module

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
-from megatron_v2pe.config.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.train.metrics.batch_stats import count_batches
 from megatron_v2pe.v2pe.positions import position_units
 from tests.support import tiny

@@ -1,0 +1,1 @@
+"""Verbs about checkpoints and their numbers."""

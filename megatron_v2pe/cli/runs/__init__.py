@@ -1,0 +1,1 @@
+"""Verbs about training runs and the machines they run on."""

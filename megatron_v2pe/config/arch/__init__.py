@@ -1,0 +1,1 @@
+"""What a model is: its architecture, read from config.json, its families, its sizes."""

@@ -1,0 +1,386 @@
+"""What a Hugging Face InternVL folder says about its model, read from `config.json` and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_v2pe.config.arch.families import FAMILIES, REFUSED, LanguageFamily
+from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
+from megatron_v2pe.config.arch.pyramid import PyramidArchitecture, parse_pyramid
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling, parse_rope_scaling
+from megatron_v2pe.config.arch.section import Section
+from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
+from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
+from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.plain_files import read_json_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsArchitecture:
+    """Mixture of experts in some layers of the language model.
+
+    Attributes:
+        num_experts: E of each sparse layer.
+        top_k: experts that a token goes to.
+        ffn_size: MLP channels of one expert.
+        is_sparse: for each layer whether it has experts in the place of its MLP.
+        normalizes_top_k: the weights of a token's experts sum to one; false takes them from the softmax over all.
+        aux_loss_coefficient: `router_aux_loss_coef`, strength of the load balancing loss that the checkpoint names.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_size: int
+    is_sparse: tuple[bool, ...]
+    normalizes_top_k: bool
+    aux_loss_coefficient: float
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, 0-based."""
+        return tuple(i for i, sparse in enumerate(self.is_sparse) if sparse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageArchitecture:
+    """Decoder-only language model with rotary positions, grouped-query attention and a gated silu MLP.
+
+    Attributes:
+        head_dim: channels of one attention head.
+        qkv_bias: queries, keys and values have a bias (Qwen2); no other linear has one in any family.
+        qk_norm: queries and keys of each head are normalised before the rotation (Qwen3).
+        tie_word_embeddings: the head is the embedding; the folder has no tensor for it.
+        experts: mixture of experts; None where every layer has one MLP.
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool = False
+    pad_token_id: int
+    experts: ExpertsArchitecture | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and self.experts.is_sparse[layer]
+
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """KV heads whose keys and values a tensor parallel rank has."""
+        return max(1, self.num_kv_heads // tp)
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of the linears of one layer's attention."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * queries + 2 * keys)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of linears that one token meets in all decoder layers: of the experts those it goes to."""
+        dense = 3 * self.hidden_size * self.ffn_size
+        if self.experts is None:
+            return self.num_layers * (self.attention_weights + dense)
+        experts = self.experts
+        chosen = self.hidden_size * (3 * experts.top_k * experts.ffn_size + experts.num_experts)
+        num_sparse = len(experts.sparse_layers)
+        mlps = num_sparse * chosen + (self.num_layers - num_sparse) * dense
+        return self.num_layers * self.attention_weights + mlps
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVLArchitecture:
+    """A whole InternVL model.
+
+    Attributes:
+        image_size: tile size S in pixels (`force_image_size`, or the vision tower's own).
+        position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
+        position_stride: `rope_pos_id_stride`, 0 when absent.
+        trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
+        dtype: `torch_dtype` of the checkpoint's weights.
+        folder_format: the format whose config.json this was.
+        pyramid: smaller branches around the vision tower (PIIP), None for InternVL's tower alone.
+    """
+
+    vision: VisionArchitecture
+    language: LanguageArchitecture
+    image_size: int
+    downsample_ratio: float
+    pixel_shuffle_version: Literal["v1", "v2"]
+    select_layer: int
+    template: str
+    position_mode: PositionMode
+    position_stride: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    folder_format: FolderFormat = "github"
+    trained_tokens: int = 0
+    pyramid: PyramidArchitecture | None = None
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest sample that was trained; what config.json allows, where no run recorded it."""
+        return self.trained_tokens or self.language.max_position_embeddings
+
+    @property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Pixels of a tile's side in every branch of the vision tower, the large one first."""
+        smaller = self.pyramid.branches if self.pyramid else ()
+        return (self.image_size, *(branch.image_size for branch in smaller))
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
+        return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Rows that the vision tower computes for one tile: 1,025 for 448 px and patch 14, class token included."""
+        return count_patches(self.image_size, self.vision.patch_size)
+
+    @property
+    def projector_width(self) -> int:
+        """Channels after the pixel shuffle, the input of the projector."""
+        return self.vision.hidden_size * round(1 / self.downsample_ratio) ** 2
+
+
+def read_architecture(folder: str | Path) -> InternVLArchitecture:
+    """Read `config.json` of a Hugging Face InternVL folder, of either format.
+
+    Raises:
+        CheckpointError: the file is missing or not json, a key is missing, or the family is unknown.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = read_json_object(path)
+    except FileNotFoundError:
+        raise CheckpointError(_no_config(path)) from None
+    arch = parse_architecture(values, str(path))
+    require_consistent(arch, str(path))
+    return arch
+
+
+def _no_config(path: Path) -> str:
+    if path.with_name("adapter_config.json").is_file():
+        return (
+            f"{path}: no such file, but there is adapter_config.json: this is a PEFT folder of adapters; "
+            "`megatron-v2pe import-hf FOLDER CHECKPOINT --base CHECKPOINT_OF_THE_MODEL` imports it onto its model"
+        )
+    return f"{path}: no such file; give the folder of a Hugging Face InternVL checkpoint"
+
+
+def require_consistent(arch: InternVLArchitecture, path: str = "config.json") -> None:
+    """Refuse sizes that are each possible, but not together.
+
+    Raises:
+        CheckpointError: names all of them.
+    """
+    vision, language, shuffle = arch.vision, arch.language, 1 / arch.downsample_ratio
+    side = arch.image_size // vision.patch_size
+    rules = {
+        f"vision hidden_size {vision.hidden_size} must be a multiple of its {vision.num_heads} heads": (
+            vision.hidden_size % vision.num_heads == 0
+        ),
+        f"llm hidden_size {language.hidden_size} must be a multiple of its {language.num_heads} heads": (
+            language.hidden_size % language.num_heads == 0
+            or language.head_dim != language.hidden_size // language.num_heads
+        ),
+        f"head dimension {language.head_dim} must be even": language.head_dim % 2 == 0
+        and language.head_dim > 0,
+        f"{language.num_heads} heads must be a multiple of num_key_value_heads {language.num_kv_heads}": (
+            language.num_heads % language.num_kv_heads == 0
+        ),
+        f"image size {arch.image_size} must be a multiple of patch_size {vision.patch_size}, and so must "
+        f"vision image_size {vision.image_size}": (
+            side > 0
+            and arch.image_size % vision.patch_size == 0
+            and vision.image_size % vision.patch_size == 0
+        ),
+        f"downsample_ratio {arch.downsample_ratio} must be 1 over a whole number that divides the {side} patches of "
+        "a tile's side": abs(shuffle - round(shuffle)) < 1e-6 and side % round(shuffle) == 0,
+        f"rope_pos_id_stride {arch.position_stride} must be at most the {arch.tokens_per_tile} visual tokens of a "
+        "tile": arch.position_stride <= arch.tokens_per_tile,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise CheckpointError(f"{path}: " + "; ".join(broken))
+
+
+def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:
+    """Build the architecture from the contents of a config.json; see `read_architecture`."""
+    kind = Section(values, path).get("model_type", "")
+    if kind == NATIVE_TYPE:
+        if values.get("piip_config") is not None:
+            raise CheckpointError(
+                f"{path}: piip_config in a native folder (model_type {NATIVE_TYPE!r}); a pyramid is kept in folders of "
+                f"model_type {GITHUB_TYPE!r} only"
+            )
+        return replace(_parse_github(_with_positions(values, path), path), folder_format="hf-native")
+    if kind != GITHUB_TYPE:
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, only {GITHUB_TYPE!r} (GitHub folders of InternVL 2 to 3.5) and "
+            f"{NATIVE_TYPE!r} (their native -hf folders) are supported"
+        )
+    return _parse_github(values, path)
+
+
+def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """A native config in GitHub's words, with what this package writes into either: template, length, positions."""
+    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "max_trained_tokens")
+    kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
+    return {**github_config(values, path), **kept}
+
+
+def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
+    top = Section(values, path)
+    _refuse_flash(top)
+    mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
+    vision = top.section("vision_config")
+    image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
+    tower = _parse_vision(vision)
+    pyramid = None
+    if top.get("piip_config", None) is not None:
+        pyramid = parse_pyramid(top.section("piip_config"), tower, image_size=image_size)
+    return InternVLArchitecture(
+        pyramid=pyramid,
+        vision=tower,
+        language=_parse_language(top.section("llm_config")),
+        image_size=image_size,
+        downsample_ratio=float(top.get("downsample_ratio", 0.5)),
+        pixel_shuffle_version=top.choice("ps_version", "v1", ("v1", "v2")),
+        # Of no InternVL the projector reads an inner layer of the tower.
+        select_layer=top.choice("select_layer", -1, (-1,)),
+        template=str(top.get("template", "")),
+        position_mode=mode,
+        position_stride=int(top.get("rope_pos_id_stride", 0)),
+        trained_tokens=int(top.get("max_trained_tokens", 0)),
+        dtype=top.choice(
+            "dtype" if top.get("dtype", None) else "torch_dtype",
+            "bfloat16",
+            ("float32", "bfloat16", "float16"),
+        ),
+    )
+
+
+def _parse_vision(vision: Section) -> VisionArchitecture:
+    return VisionArchitecture(
+        hidden_size=int(vision.need("hidden_size")),
+        num_layers=int(vision.need("num_hidden_layers")),
+        num_heads=int(vision.need("num_attention_heads")),
+        ffn_size=int(vision.need("intermediate_size")),
+        image_size=int(vision.get("image_size", 448)),
+        patch_size=int(vision.get("patch_size", 14)),
+        norm_type=vision.choice("norm_type", "rms_norm", ("layer_norm", "rms_norm")),
+        norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
+        qkv_bias=bool(vision.get("qkv_bias", False)),
+        qk_normalization=bool(vision.get("qk_normalization", True)),
+    )
+
+
+def _refuse_flash(top: Section) -> None:
+    """InternVL3.5-Flash chooses 256 or 64 tokens for each tile by a router of its own."""
+    for key in ("flash_relative_threshold", "flash_absolute_threshold", "use_vision_router", "vision_router"):
+        if top.get(key, None):
+            raise CheckpointError(
+                f"{top.path}: {key} is set, so this is an InternVL-Flash, whose tiles have 64 or 256 tokens by the "
+                "choice of a router; take the plain InternVL3.5 of the same size"
+            )
+
+
+def _parse_language(language: Section) -> LanguageArchitecture:
+    (name, *_) = language.get("architectures", ["?"])
+    if name not in FAMILIES:
+        reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"{language.path}: architecture {name!r} is not supported; {reason}")
+    family = FAMILIES[name]
+    hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
+    head_dim = _head_dim(language, family)
+    _refuse_variants(language, family)
+    return LanguageArchitecture(
+        architecture=name,
+        hidden_size=hidden_size,
+        num_layers=int(language.need("num_hidden_layers")),
+        num_heads=num_heads,
+        num_kv_heads=int(language.get("num_key_value_heads", num_heads)),
+        head_dim=head_dim,
+        ffn_size=int(language.need("intermediate_size")),
+        vocab_size=int(language.need("vocab_size")),
+        norm_eps=float(language.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(language.get("rope_theta", 10000.0)),
+        rope_scaling=parse_rope_scaling(language, head_dim=head_dim),
+        max_position_embeddings=int(language.get("max_position_embeddings", 2048)),
+        tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,  # by the class, no key says so
+        qk_norm=family.qk_norm,
+        pad_token_id=int(language.get("pad_token_id", 0)),
+        experts=_parse_experts(language, family),
+    )
+
+
+def _head_dim(language: Section, family: LanguageFamily) -> int:
+    """Channels of a head; refused where a class that divides the hidden size is given another number."""
+    hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
+    divided = hidden_size // num_heads
+    if not family.reads_head_dim:
+        language.choice("head_dim", divided, (divided,))
+        return divided
+    return int(language.get("head_dim", family.default_head_dim or divided))
+
+
+def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitecture | None:
+    if not family.experts:
+        return None
+    num_experts = next((int(language.get(key, 0)) for key in family.experts if language.get(key, None)), 0)
+    num_layers = int(language.need("num_hidden_layers"))
+    dense, step = language.get("mlp_only_layers", []), int(language.get("decoder_sparse_step", 1))
+    is_sparse = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+    if not any(is_sparse):
+        raise CheckpointError(
+            f"{language.path}: {family.architecture} without a layer that has experts (num_experts {num_experts}, "
+            f"decoder_sparse_step {step}, mlp_only_layers {dense}); no published InternVL is one"
+        )
+    top_k = int(language.need("num_experts_per_tok"))
+    if not 1 < top_k <= num_experts:
+        raise CheckpointError(
+            f"{language.path}: num_experts_per_tok is {top_k}, but must lie in 2..num_experts = {num_experts}"
+        )
+    return ExpertsArchitecture(
+        num_experts=num_experts,
+        top_k=top_k,
+        ffn_size=int(language.need("moe_intermediate_size")),
+        is_sparse=is_sparse,
+        normalizes_top_k=bool(language.get("norm_topk_prob", False)),
+        aux_loss_coefficient=float(language.get("router_aux_loss_coef", 0.001)),
+    )
+
+
+def _refuse_variants(language: Section, family: LanguageFamily) -> None:
+    """Refuse what these classes can have and no InternVL has, rather than compute something else."""
+    language.choice("hidden_act", "silu", ("silu",))
+    for key, value in family.fixed.items():
+        language.choice(key, value, (value,))
+    language.choice("partial_rotary_factor", 1.0, (1.0,))
+    longest = int(language.get("max_position_embeddings", 2048))
+    has_window = language.get("use_sliding_window", family.always_windowed)
+    window = language.get("sliding_window", longest) if has_window else longest
+    if window < longest:
+        raise CheckpointError(
+            f"{language.path}: sliding_window is {window}, shorter than max_position_embeddings {longest}; attention "
+            "here always sees the whole document, so this checkpoint would give other numbers"
+        )
+    others = sorted(set(language.get("layer_types", ())) - {"full_attention"})
+    if others:
+        raise CheckpointError(
+            f"{language.path}: layer_types has {', '.join(others)}; every layer here attends to the whole document"
+        )

@@ -1,0 +1,129 @@
+"""How a checkpoint stretches its rotary frequencies, as `llm_config.rope_scaling` says it.
+
+none       theta^(-2j/d)
+linear     divided by factor
+dynamic    theta grows with the sequence once it is longer than trained (NTK)
+longrope   divided by a factor of its own for each j, one list up to the trained length and one beyond it;
+           cos and sin times one attention factor (Phi-3; also called "su")
+llama3     low frequencies divided by factor, high ones kept, a ramp between them (Llama 3.1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_v2pe.config.arch.section import Section
+from megatron_v2pe.core.errors import CheckpointError
+
+ScalingKind = Literal["none", "linear", "dynamic", "longrope", "llama3"]
+
+# 'v2pe' is what the release saves for plain frequencies, and cannot read again.
+_KINDS: dict[str, ScalingKind] = {
+    "none": "none",
+    "default": "none",
+    "v2pe": "none",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "su": "longrope",
+    "longrope": "longrope",
+    "llama3": "llama3",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Scaling of rotary frequencies; see the module docstring for the kinds.
+
+    Attributes:
+        kind: which formula.
+        factor: of linear, dynamic and llama3.
+        trained_positions: length M that was trained without scaling; dynamic, longrope and llama3 read it.
+        short_factors: of longrope up to M, one for each of the d/2 frequencies.
+        long_factors: of longrope beyond M.
+        attention_factor: multiplies cos and sin.
+        low_frequency_factor: of llama3; wavelengths above M / this are divided by `factor`.
+        high_frequency_factor: of llama3; wavelengths below M / this are kept.
+    """
+
+    kind: ScalingKind = "none"
+    factor: float = 1.0
+    trained_positions: int = 0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 1.0
+
+    @property
+    def is_trained_in(self) -> bool:
+        """The weights know only these frequencies, at every length; V2PE keeps them.
+
+        Linear and dynamic scaling are ways to reach beyond the trained length, which V2PE replaces: the
+        release rotates by plain frequencies whichever of the two a checkpoint has.
+        """
+        return self.kind in ("longrope", "llama3")
+
+
+def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
+    """Read `rope_scaling` of a language model's section.
+
+    Args:
+        language: `llm_config`.
+        head_dim: rotary dimension d.
+
+    Raises:
+        CheckpointError: an unknown type, or a list of factors of the wrong length.
+    """
+    if not language.get("rope_scaling", {}):
+        return RopeScaling()
+    scaling = language.section("rope_scaling")
+    name = str(scaling.get("rope_type", scaling.get("type", None)))
+    if name not in _KINDS:
+        raise CheckpointError(f"{scaling.path}.type {name!r} is unknown; known: {', '.join(_KINDS)}")
+    kind = _KINDS[name]
+    trained = int(language.get("max_position_embeddings", 2048))
+    if kind in ("none", "linear", "dynamic"):
+        factor = 1.0 if kind == "none" else float(scaling.need("factor"))
+        return RopeScaling(kind=kind, factor=factor, trained_positions=trained)
+    original = int(_beside_or_inside(language, scaling, "original_max_position_embeddings"))
+    if kind == "llama3":
+        return RopeScaling(
+            kind=kind,
+            factor=float(scaling.need("factor")),
+            trained_positions=original,
+            low_frequency_factor=float(scaling.need("low_freq_factor")),
+            high_frequency_factor=float(scaling.need("high_freq_factor")),
+        )
+    return RopeScaling(
+        kind=kind,
+        trained_positions=original,
+        short_factors=_factors(scaling, "short_factor", head_dim=head_dim),
+        long_factors=_factors(scaling, "long_factor", head_dim=head_dim),
+        attention_factor=float(
+            scaling.get("attention_factor", _attention_factor(longest=trained, original=original))
+        ),
+    )
+
+
+def _beside_or_inside(language: Section, scaling: Section, key: str) -> Any:
+    """Phi-3 writes this key beside `rope_scaling`, Llama 3.1 inside it."""
+    beside = language.get(key, None)
+    return scaling.need(key) if beside is None else beside
+
+
+def _factors(scaling: Section, key: str, *, head_dim: int) -> tuple[float, ...]:
+    factors = tuple(float(factor) for factor in scaling.need(key))
+    if len(factors) != head_dim // 2:
+        raise CheckpointError(
+            f"{scaling.path}.{key} has {len(factors)} factors, but a head of {head_dim} channels has "
+            f"{head_dim // 2} frequencies"
+        )
+    return factors
+
+
+def _attention_factor(*, longest: int, original: int) -> float:
+    """sqrt(1 + ln(s) / ln(M)) for positions stretched s-fold beyond M; 1.19 for 128K over 4K."""
+    stretch = longest / original
+    return math.sqrt(1.0 + math.log(stretch) / math.log(original)) if stretch > 1.0 else 1.0

@@ -1,0 +1,1 @@
+"""A benchmark run: who answers, rows that survive, scores, reports."""

@@ -1,0 +1,280 @@
+"""The model as an answerer of benchmarks: the one place that knows the inference engine.
+
+request -> files, tiles, tokens with visual slots, one stride for every image -> engine -> text, or probabilities
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.config.trained_settings import answer_data
+from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.data.media.cut import CutRule
+from megatron_v2pe.data.media.image import ImageFile, read_header
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, Medium, MediumTiles
+from megatron_v2pe.data.media.normalization import NORMALIZATION
+from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
+from megatron_v2pe.data.samples.encode import encode_conversation
+from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.text.templates import Turn
+from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
+from megatron_v2pe.evaluation.jobs.runner import BrokenReplicaError
+from megatron_v2pe.evaluation.retrieval.questions import Share, StrideSetting, parse_strides
+from megatron_v2pe.inference.engine import Engine
+from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
+from megatron_v2pe.inference.prompts.stride import choose_stride
+from megatron_v2pe.parallel.replica import from_leader
+from megatron_v2pe.parallel.topology import shutdown
+
+_log = logging.getLogger(__name__)
+_NO_LIMIT = 2**40  # a benchmark never cuts a question
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def own_strides(arch: InternVLArchitecture, text: str) -> list[StrideSetting]:
+    """Strides that are asked for, or the checkpoint's own.
+
+    Args:
+        arch: of the checkpoint.
+        text: comma list of `default` and position units; empty is the checkpoint's own.
+
+    Raises:
+        ConfigError: an entry is out of range, or none is given and the checkpoint has none of its own.
+    """
+    if not text:
+        own = choose_stride(arch, None)
+        _log.info("%s", own.reason)
+        text = "default" if own.mode == "default" else str(own.stride)
+    return parse_strides(text, tokens_per_tile=arch.tokens_per_tile)
+
+
+class ModelAnswerer:
+    """Answers with a checkpoint; under torchrun the ranks of a replica answer together, replicas side by side.
+
+    Args:
+        checkpoint: folder written by `import-hf` or by a run.
+        dtype: compute dtype.
+        parallel: sizes of the parallel axes of one replica.
+
+    Attributes:
+        arch: architecture of the checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not a complete checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        read_info(checkpoint)
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._parallel = parallel or ParallelConfig()
+        self.arch = read_architecture(hf_path(checkpoint))
+        settings = sample_settings(
+            RunConfig(data=answer_data(hf_path(checkpoint))), self.arch, hf_path(checkpoint)
+        )
+        video = dataclasses.replace(settings.media.video, sampling="middle")
+        self._settings = dataclasses.replace(
+            settings,
+            text=dataclasses.replace(settings.text, max_tokens=_NO_LIMIT),
+            media=dataclasses.replace(settings.media, video=video),
+        )
+        self._tokenizer = settings.text.tokenizer
+        self._stop_ids = {
+            self._tokenizer.token_id(settings.text.template.stop_token),
+            self._tokenizer.eos_id,
+        }
+        self._engine: Engine | None = None
+        self._mode = ""
+
+    def prepare(self, setting: StrideSetting) -> Share:
+        """Load the model for a position mode; strides of one mode share it. Collective under torchrun.
+
+        Raises:
+            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
+        """
+        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
+        mode: Literal["default", "v2pe_fixed"]
+        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
+        if self._engine is None or self._mode != mode:
+            self.close()  # one model in memory at a time
+            self._engine = Engine.load(
+                self._checkpoint,
+                mode=mode,
+                norm=NORMALIZATION[self._settings.normalize_type],
+                dtype=self._dtype,
+                parallel=self._parallel,
+            )
+            self._mode = mode
+        plan, ranks = self._engine.context.plan, self._engine.context.ranks
+        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
+        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
+
+    def answer(self, request: Request, setting: StrideSetting) -> Response:
+        """One answer; what keeps it from being given is its error.
+
+        Raises:
+            BrokenReplicaError: out of memory where other ranks wait.
+        """
+        if self._engine is None:
+            raise RuntimeError("prepare() was not called")
+        start = time.perf_counter()
+        try:
+            prompt = self.prompt(request, setting)
+            response = self._forced(request, prompt) if request.forced_answer else self._free(request, prompt)
+        except (DataError, ConfigError) as error:
+            response = Response(id=request.id, error=str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            response = Response(id=request.id, error=f"out of memory ({str(error).splitlines()[0][:200]})")
+            if self._parallel.tp * self._parallel.pp * self._parallel.cp > 1:
+                raise BrokenReplicaError(response) from error
+        return dataclasses.replace(response, seconds=time.perf_counter() - start)
+
+    def _free(self, request: Request, prompt: Prompt) -> Response:
+        assert self._engine is not None
+        ids = self._engine.generate(prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in request.stop:
+            text = text.partition(stop)[0]
+        return Response(id=request.id, text=text.strip(), **_lengths(prompt))
+
+    def _forced(self, request: Request, prompt: Prompt) -> Response:
+        """Most probable token at each place of the gold answer, given what precedes it there."""
+        wanted = self._answer_tokens(request)
+        chosen, logprobs = self._score(prompt, wanted)
+        return Response(
+            id=request.id,
+            text=self._tokenizer.decode(chosen, skip_special_tokens=True).strip(),
+            forced_match=chosen == list(wanted),
+            token_logprobs=tuple(logprobs),
+            **_lengths(prompt),
+        )
+
+    def _score(self, prompt: Prompt, wanted: Sequence[int]) -> tuple[list[int], list[float]]:
+        """(most probable token, log-probability of the wanted one) at each place of an answer."""
+        assert self._engine is not None
+        found = self._engine.score(prompt, wanted)
+        return [each.argmax for each in found], [each.logprob for each in found]
+
+    def _answer_tokens(self, request: Request) -> list[int]:
+        """Tokens of the gold answer as the template puts it after the assistant's role, without its end mark."""
+        template = self._settings.text
+        asked = [Turn(role="human", value="?")]
+        answered = [*asked, Turn(role="gpt", value=request.forced_answer or "")]
+        before = encode_conversation(
+            asked, num_tiles=[], settings=template, add_generation_prompt=True
+        ).tokens
+        whole = encode_conversation(answered, num_tiles=[], settings=template).tokens
+        if not np.array_equal(whole[: len(before)], before):
+            raise DataError(f"{request.id}: the template does not keep the prompt before an answer")
+        tokens = whole[len(before) :].tolist()
+        end = next((index for index, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        if not tokens[:end]:
+            raise DataError(f"{request.id}: the answer {request.forced_answer!r} has no token")
+        return tokens[:end]
+
+    def prompt(self, request: Request, setting: StrideSetting) -> Prompt:
+        """What the model is given: the conversation up to the assistant's role, and all tiles.
+
+        Raises:
+            DataError: a file cannot be read, or a text holds a mark that is reserved for images.
+        """
+        media: list[MediumTiles] = []
+        text = ""
+        for part in request.parts:
+            if part.kind == "text":
+                text += _plain(part.text, request.id)
+                continue
+            medium = _medium(part)
+            own = self._tiles(medium, part.max_tiles or request.max_tiles, name=request.id)
+            text += medium.text(len(own.images))
+            media.append(own)
+        turns = [Turn(role="human", value=text)]
+        return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
+
+    def _tiles(self, medium: Medium, max_tiles: int, *, name: str) -> MediumTiles:
+        """How a file is cut: at most so many tiles and a thumbnail, or one tile."""
+        rule = CutRule(
+            tiling=dataclasses.replace(self._settings.tiling, max_tiles=max_tiles, dynamic=max_tiles > 1)
+        )
+        rules = self._settings.media
+        headers = medium.probe(rules, sample_id=name, header_of=read_header)
+        sizes = [header.size for header in headers]
+        images = medium.tiles(sizes, rule)
+        return MediumTiles(medium=medium, images=images, rules=rules, seed=DrawSeed(identity=name))
+
+    def shared(self, request: Request | None) -> Request | None:
+        """What the replica's first rank was given, on all its ranks. Collective."""
+        assert self._engine is not None
+        content = (
+            b"" if request is None else json.dumps(dataclasses.asdict(request), default=_no_bytes).encode()
+        )
+        content = from_leader(content, ranks=self._engine.ranks)
+        if not content:
+            return None
+        values = json.loads(content)
+        parts = tuple(
+            Part(**{**part, "clip": part["clip"] and tuple(part["clip"])}) for part in values["parts"]
+        )
+        return Request(**{**values, "parts": parts, "stop": tuple(values["stop"])})
+
+    def close(self) -> None:
+        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
+        if self._engine is not None:
+            self._engine = None
+            shutdown()
+
+
+def _no_bytes(value: Any) -> str:
+    """Images travel as files; a part's own bytes are empty by then."""
+    if value != b"":
+        raise TypeError(f"{type(value).__name__} cannot be given to other ranks")
+    return ""
+
+
+def _lengths(prompt: Prompt) -> dict[str, Any]:
+    layout = prompt.layout
+    return {
+        "n_prompt": len(prompt.tokens),
+        "n_visual": int(layout.num_tiles.sum()) * layout.tokens_per_tile,
+        "last_position": layout.next_position - 1,
+    }
+
+
+def _plain(text: str, name: str) -> str:
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
+        if mark in text:
+            raise DataError(f"{name}: a text holds {mark}, which is reserved for images")
+    return text
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def _medium(part: Part) -> Medium:
+    if part.kind == "image":
+        return ImageFile(path=part.path)
+    return VideoFile(
+        path=part.path, clip=part.clip, fps=part.fps, min_frames=part.frames, max_frames=part.frames
+    )

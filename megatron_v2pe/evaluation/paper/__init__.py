@@ -1,0 +1,1 @@
+"""The paper's and the model card's numbers beside ours."""

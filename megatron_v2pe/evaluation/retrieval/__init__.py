@@ -1,0 +1,1 @@
+"""Retrieval by length and stride, and questions of the training format."""

@@ -1,0 +1,1 @@
+"""What each layer keeps for its backward pass."""
