@@ -122,3 +122,20 @@ def test_a_checkpoint_continues_under_another_layout(setup, tmp_path):
     process.wait()
     assert "resumed from" in tiny.train(config, [*run, "parallel.cp=2"], ranks=2)
     np.testing.assert_allclose(tiny.curve(tmp_path), wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_save_every_a_killed_run_continues_from_the_clock(setup, tmp_path):
+    """checkpoint.save_minutes alone: here a hundredth of a second, so that every step is saved."""
+    _, config, wanted = setup
+    overrides = [f"runtime.run_dir={tmp_path}", "checkpoint.save_minutes=0.0002"]
+    process = subprocess.Popen(
+        tiny.train_command(config, overrides, ranks=1), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(tmp_path, 3, process, saved=1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    log = tiny.train(config, overrides)
+    assert "resumed from" in log
+    assert "every 0.0002 minutes (checkpoint.save_minutes)" in log
+    assert tiny.curve(tmp_path) == wanted

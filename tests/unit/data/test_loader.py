@@ -335,7 +335,7 @@ def test_addresses_are_no_folders(mixture, field):
         mixture.config(**{field: "s3://user:secret@bucket/x"})
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"runtime\.run_dir is an address"):
-        RuntimeConfig(run_dir="s3://bucket/run")
+        RunConfig(runtime=RuntimeConfig(run_dir="s3://bucket/run"))
 
 
 def test_a_line_of_absurd_length_is_a_bad_sample(mixture, monkeypatch):
