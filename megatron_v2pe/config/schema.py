@@ -257,7 +257,8 @@ class DataConfig:
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
     max_image_pixels: int = 89_478_485
-    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel.
+    WebP needs 16, so its limit is three quarters of it."""
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
     alpha: Literal["black", "white"] = "black"

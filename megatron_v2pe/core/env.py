@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_v2pe.core.errors import ConfigError
@@ -145,10 +146,23 @@ def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:
 GPU_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels queue in the order of their calls, on which overlap relies
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packs differ in size; fixed ones fragment
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives that a dump shows
+    "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that a dump shows
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
 """What training on a GPU wants of CUDA, torch's allocator and NCCL, which read it when they start."""
+
+
+_OLD_BUFFER_NAME = "TORCH_NCCL_TRACE_BUFFER_SIZE"  # on which newer releases of torch print a warning
+_RENAMED_IN = (2, 10)  # at the latest
+
+
+def _knows_flight_recorder() -> bool:
+    """Whether the installed torch certainly reads TORCH_FR_BUFFER_SIZE."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+        return (int(major), int(minor)) >= _RENAMED_IN
+    except (PackageNotFoundError, ValueError):
+        return False
 
 
 def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
@@ -161,7 +175,13 @@ def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
         What was set.
     """
     dumps = str(Path(run_dir) / "stacks" / "nccl_rank_")
-    wanted = {**GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE": dumps, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps}
+    old = {} if _knows_flight_recorder() else {_OLD_BUFFER_NAME: GPU_ENVIRONMENT["TORCH_FR_BUFFER_SIZE"]}
+    wanted = {
+        **old,
+        **GPU_ENVIRONMENT,
+        "TORCH_FR_DUMP_TEMP_FILE": dumps,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps,
+    }
     changes = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changes)
     return changes

@@ -6,8 +6,10 @@
     step 13         thread of rank 0: .metadata, hf/, checkpoint.json, rename, latest, delete old ones
     step 13 done -> rank 0 is done: `saved ...` in the log
 
-A save is due every checkpoint.save_every steps or, where that is 0, when checkpoint.save_minutes have passed by the clock
-of any rank, on which all agree between steps. So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done after the step. At
+A save is due every checkpoint.save_every steps or, where that is 0, when checkpoint.save_minutes have passed by the
+clock of any rank, on which all agree between steps.
+
+So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done after the step. At
 most one save is under way, so a rank needs one copy of its state in host memory and never more. While a save is under
 way, one number is reduced over all ranks between steps, which says whether all are ready for its next part. All
 collectives of a save are called by the main thread, between steps.

@@ -39,6 +39,8 @@ _READ_KINDS = ("a JPEG image", "a PNG image", "a GIF image", "a WebP image")
 MAX_SIDE = 65_535  # of width and height, as in JPEG; the tables of a resize grow with the side
 _HEADER_BYTES = 2**16  # of a remote image; enough for the size in all but files with large leading metadata
 _METADATA_BYTES = 64 * 2**20  # texts and profiles of one PNG, unpacked
+# Share of the limit for formats whose decoder holds 16 bytes for each pixel, where others hold up to 12.
+_PIXEL_SHARES = {"WEBP": 0.75}
 # Last bytes of a complete file; a file with any other ending is decoded once.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -146,7 +148,7 @@ def open_image(path: str, *, max_pixels: int, header_only: bool = False) -> Iter
     with _pillow_limits():
         try:
             with _opened_file(path, header_only) as file, Image.open(file, formats=_formats()) as image:
-                _check_size(path, image.size, max_pixels)
+                _check_size(path, image.size, max_pixels, image_format=image.format or "")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # of whatever a decoder finds inside
                 yield image
         except V2PEError:
@@ -170,8 +172,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_size(path: str, size: Size, max_pixels: int) -> None:
+def _check_size(path: str, size: Size, max_pixels: int, *, image_format: str) -> None:
     width, height = size
+    share = _PIXEL_SHARES.get(image_format, 1.0)
+    if max_pixels * share < width * height <= max_pixels:
+        raise DataError(
+            f"{path}: {width} x {height} = {width * height} pixels, but decoding {image_format} needs more memory "
+            f"than other formats, so its limit is {share:.0%} of data.max_image_pixels = {max_pixels}; scale it down, "
+            "write it as PNG or JPEG, or raise the limit"
+        )
     if width * height > max_pixels:
         raise DataError(
             f"{path}: {width} x {height} = {width * height} pixels exceed data.max_image_pixels = "

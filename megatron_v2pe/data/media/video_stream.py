@@ -148,7 +148,7 @@ def _unreadable(path: str, error: Exception) -> DataError:
             kind = kind_of(file.read(_HEAD_BYTES))
     except OSError:
         kind = ""
-    if kind:
+    if kind and not kind.endswith("video"):
         return DataError(f"{path}: cannot be read as a video: it is {kind}; give a video file")
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return DataError(f"{path}: cannot be read as a video ({text}); repair or remove the sample")

@@ -54,7 +54,8 @@ def build_prompt(
         system: replaces the template's system text; it has no images.
 
     Raises:
-        ConfigError: the system text has a placeholder, the question is empty, placeholders and attachments differ in number, or the prompt is too long.
+        ConfigError: the system text has a placeholder, the question is empty, placeholders and attachments differ in
+            number, or the prompt is too long.
         DataError: an image or video cannot be read.
     """
     if not messages[-1].text.strip() and not (messages[-1].images or messages[-1].videos):

@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl. Lines of a resumed run from `first_step` on move to another file, because those steps come again."""
+    """metrics.jsonl. Of a resumed run, lines from `first_step` on move to another file: those steps come again."""
 
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         self._path = run_dir / METRICS_FILE

@@ -81,6 +81,21 @@ def test_only_what_changes_numbers_is_compared():
     assert numeric_environment(values) == {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring"}
 
 
+@pytest.mark.parametrize(
+    ("torch", "is_set"), [("2.6.0+cu124", True), ("2.9.1", True), ("2.10.0", False), ("3.0", False)]
+)
+def test_the_name_that_newer_releases_warn_of_is_for_older_ones(monkeypatch, torch, is_set):
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("megatron_v2pe.core.env.version", lambda package: torch)
+    changes = prepare_gpu_environment("/runs/a")
+    assert changes["TORCH_FR_BUFFER_SIZE"] == "2000"
+    assert ("TORCH_NCCL_TRACE_BUFFER_SIZE" in changes) == is_set
+    for name in changes:
+        monkeypatch.delenv(name)
+
+
 def test_a_gpu_run_sets_what_nobody_has_set(monkeypatch):
     for name in (*GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         monkeypatch.delenv(name, raising=False)

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RuntimeConfig
+from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.lora import LoRAConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way

@@ -154,3 +154,23 @@ def test_the_table_counts_errors_as_wrong(tmp_path):
     assert "1 of 4 questions ended with an error" in text
     assert "1 of 4 answers were cut" in text
     assert (tmp_path / "table.txt").read_text() == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "wanted", "score"),
+    [
+        ("relaxed", "red", "Red.", 1),
+        ("relaxed", "\u201cGreen\u201d", "green", 1),
+        ("relaxed", "1,040", "1000", 1),
+        ("relaxed", "blue", "red", 0),
+        ("contains", "It is red.", "Red.", 1),
+        ("contains", "I do not know", "no", 0),
+        ("contains", "No, it is not", "no", 1),
+        ("contains", "\u662f\u7ea2\u8272\u7684", "\u7ea2\u8272", 1),
+        ("contains", "12 of 120", "20", 0),
+        ("contains", "what?", "?", 1),
+        ("exact", "red", "Red.", 0),
+    ],
+)
+def test_marks_and_parts_of_words(metric, said, wanted, score):
+    assert METRICS[metric](said, wanted) == score
