@@ -258,9 +258,6 @@ def test_sound_alone_and_a_cut_file(tmp_path):
         measure(tmp_path / "sound.mp4")
     write_video(tmp_path / "whole.mkv", 20)
     content = (tmp_path / "whole.mkv").read_bytes()
-    for share in (0.1, 0.5, 0.9):
-        (tmp_path / "cut.mkv").write_bytes(content[: int(len(content) * share)])
-        try:
-            measure(tmp_path / "cut.mkv")
-        except DataError as error:
-            assert "cut.mkv: " in str(error)
+    (tmp_path / "cut.mkv").write_bytes(content[:300])
+    with pytest.raises(DataError, match=r"cut\.mkv: "):
+        measure(tmp_path / "cut.mkv")

@@ -246,7 +246,7 @@ def test_what_looks_like_a_placeholder_beside_the_right_ones_is_text():
 def test_keys_of_parts():
     image = {"type": "image", "image": "a.png", "detail": "high", "index": None}
     assert "unread:detail (image part)" in parse(from_parts(image)).notes
-    with pytest.raises(DataError, match='video_start of a part: .* as "clip"'):
+    with pytest.raises(DataError, match=r'video_start of a part: .* as "clip"'):
         parse(from_parts({"type": "video", "video": "v.mp4", "video_start": 3}))
     with pytest.raises(DataError, match="its content is None"):
         parse({"messages": [ROLES[0], {"role": "assistant", "content": None}]})
