@@ -36,6 +36,7 @@ from megatron_v2pe.data.sources.file_kinds import kind_of
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _READ_KINDS = ("a JPEG image", "a PNG image", "a GIF image", "a WebP image")
+_STRIP_ROWS = 256
 MAX_SIDE = 65_535  # of width and height, as in JPEG; the tables of a resize grow with the side
 _HEADER_BYTES = 2**16  # of a remote image; enough for the size in all but files with large leading metadata
 _METADATA_BYTES = 64 * 2**20  # texts and profiles of one PNG, unpacked
@@ -104,8 +105,8 @@ def read_rgb(path: str, rules: MediaRules, *, size: Size | None = None) -> Image
                 "remove data.cache_dir so that they are measured again"
             )
         if rules.alpha == "white" and has_alpha(opened):
-            white = Image.new("RGBA", opened.size, "white")
-            image: Image.Image = Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
+            opened.load()
+            image = _on_white(opened)
         else:
             opened.load()
             image = opened if opened.mode == "RGB" else opened.convert("RGB")  # no copy of what is RGB
@@ -116,6 +117,17 @@ def read_rgb(path: str, rules: MediaRules, *, size: Size | None = None) -> Image
         if orientation > 1:
             image = image.transpose(_TURNS[orientation])
         return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A transparent image on white; in strips, so that no third copy of a large one is held."""
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
+        white = Image.new("RGBA", strip.size, "white")
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return whole
 
 
 _TURNS = {

@@ -24,7 +24,7 @@ from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, LITERAL_MARK, Med
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.samples.formats import HINT, NativeRecord, system_note, to_native
 from megatron_v2pe.data.samples.messages import Message
-from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
+from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind, way_out
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.data.text.templates import Turn
@@ -156,7 +156,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json_problem(line: bytes, error: Exception) -> str:
     """What is wrong, and what the line is if not json."""
     kind = annotation_kind(line[:HEAD_BYTES])
-    return f"it is {kind}; {CONVERT}" if kind else " ".join(str(error).split())[:200]
+    return f"it is {kind}; {way_out(kind)}" if kind else " ".join(str(error).split())[:200]
 
 
 def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str, where: str) -> Record:

@@ -12,7 +12,7 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.containers import records_of
-from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of
+from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of, way_out
 from tests.support.mixture import empty_mixture, entry, record
 
 RECORDS = [
@@ -133,3 +133,10 @@ def test_records_are_of_no_other_kind():
         assert annotation_kind(json.dumps(values).encode()) == ""
     assert kind_of(b"{}") == ""
     assert annotation_kind(b'\xef\xbb\xbf{"a": 1}\n') == ""
+
+
+def test_only_what_can_be_converted_is_sent_to_convert_data():
+    assert annotation_kind(b'"{\\"conversations\\": []}"\n') == "json objects written as texts"
+    assert "convert-data" in way_out(annotation_kind(b"[{}]"))
+    for head in (b"image,question\n", b"<html>", "x".encode("utf-16"), b'"{}"\n'):
+        assert "convert-data" not in way_out(annotation_kind(head))

@@ -133,7 +133,7 @@ def test_cut_answers_are_marked_unless_they_are_right(tmp_path):
     ("said", "wanted", "scores"),
     [
         ("Red", "red", (1, 1, 1, 1)),
-        ("Red.", "red", (0, 0, 0.75, 1)),
+        ("Red.", "red", (0, 1, 0.75, 1)),
         ("it is red", "red", (0, 0, 0, 1)),
         ("104", "100", (0, 1, pytest.approx(2 / 3), 0)),
         ("blue", "red", (0, 0, 0, 0)),
