@@ -60,8 +60,8 @@ def choose_stride(arch: InternVLArchitecture, asked: int | None, *, option: str 
         return StrideChoice(stride=arch.position_stride, mode="v2pe_fixed", reason=reason)
     if arch.position_mode == "v2pe_fixed":
         raise ConfigError(
-            "config.json of this checkpoint says that it was trained with one stride (rope_pos_id_version), but not with"
-            f" which (rope_pos_id_stride); name it with {option} 1..{whole}, or write it into config.json"
+            "config.json of this checkpoint says that it was trained with one stride (rope_pos_id_version), but not "
+            f"with which (rope_pos_id_stride); name it with {option} 1..{whole}, or write it into config.json"
         )
     raise ConfigError(
         f"this checkpoint was trained with random strides and recommends none; name one with {option} 1..{whole} "

@@ -36,7 +36,7 @@ def test_which_stride_is_used_and_why(arch, asked, wanted, reason):
 
 
 def test_one_stride_that_config_json_does_not_name():
-    with pytest.raises(ConfigError, match="trained with one stride .* but not with which"):
+    with pytest.raises(ConfigError, match=r"trained with one stride .* but not with which"):
         choose_stride(trained("v2pe_fixed"), None)
 
 
