@@ -80,6 +80,8 @@ class VisionConfig:
     to a checkpoint; auto accepts either."""
     freeze: bool = False
     """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
+    freeze_large_branch: bool = False
+    """Keep the weights of the checkpoint's own tower as they are and train the pyramid around it (`tower: piip`)."""
     drop_path_rate: float = 0.0
     """Largest stochastic depth rate; rises linearly from 0 over the layers. The release trains with 0.1."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -97,6 +99,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        if self.freeze_large_branch and (self.freeze or self.tower != "piip"):
+            raise ConfigError(
+                f"vision.freeze_large_branch is true with vision.freeze {str(self.freeze).lower()} and vision.tower "
+                f"{self.tower!r}, but it freezes the tower that a trained pyramid is around; set vision.tower to piip "
+                "and vision.freeze to false, or omit it"
+            )
         require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
         if self.micro_batch_tiles % self.tile_multiple:
             raise ConfigError(
@@ -482,5 +490,7 @@ class RunConfig:
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""
+        if part == "vision" and self.vision.freeze_large_branch:
+            return True
         section, name = FREEZE_FIELDS[part].split(".")
         return getattr(getattr(self, section), name)

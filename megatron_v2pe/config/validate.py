@@ -191,10 +191,11 @@ def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
             "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to "
             "piip, or give a checkpoint without a pyramid"
         )
-    if config.lora.vision_rank:
+    if config.lora.vision_rank and (tower != "piip" or config.vision.freeze):
         raise ConfigError(
-            f"lora.vision_rank is {config.lora.vision_rank}, but adapters freeze the rest of the tower, and a pyramid "
-            "whose gates stay zero changes nothing; set lora.vision_rank to 0 (the tower is then trained whole)"
+            f"lora.vision_rank is {config.lora.vision_rank}, vision.tower is {tower!r} and vision.freeze is "
+            f"{str(config.vision.freeze).lower()}, but adapters are for the large branch, and the pyramid around it is "
+            "trained whole; set vision.tower to piip and vision.freeze to false, or lora.vision_rank to 0"
         )
     if config.optim.vision_layer_decay != 1.0:
         raise ConfigError(
@@ -281,7 +282,8 @@ def check_part_rates(config: RunConfig) -> None:
     """A learning rate of its own is for a part that learns."""
     optim = config.optim
     for part in PARTS:
-        if not config.is_frozen(part) or config.lora.rank_of(part):
+        has_pyramid = part == "vision" and config.vision.freeze_large_branch
+        if not config.is_frozen(part) or config.lora.rank_of(part) or has_pyramid:
             continue
         rate = getattr(optim, f"lr_{part}")
         if rate is not None:

@@ -140,6 +140,11 @@ class InternVLArchitecture:
         return (self.image_size, *(branch.image_size for branch in smaller))
 
     @property
+    def values_per_tile(self) -> int:
+        """Pixel values of a tile in all branches together."""
+        return sum(3 * size**2 for size in self.tile_sizes)
+
+    @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
