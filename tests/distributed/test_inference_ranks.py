@@ -169,6 +169,7 @@ def served(chat, image):
             attachments=(Attachment(path=path),),
             system=None,
             sampling=Sampling(max_new_tokens=4),
+            num_choices=1,
             stride=None,
             num_top=None,
             stream=False,

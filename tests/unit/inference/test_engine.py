@@ -114,6 +114,30 @@ def test_a_batch_gives_the_answers_of_each_prompt_alone(engine):
     assert together == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in alone]
 
 
+def test_several_answers_of_one_prompt_are_those_of_each_alone(engine):
+    prompt = prompt_of(engine, [40, ("image", 2), 9])
+    samplings = [
+        Sampling(max_new_tokens=length, temperature=1.5, seed=seed)
+        for length, seed in ((6, 1), (3, 2), (5, 3))
+    ]
+    alone = [engine.generate(prompt, sampling=sampling) for sampling in samplings]
+    assert len({tuple(tokens[:3]) for tokens in alone}) == 3
+    opened = prompt.tiles.opened
+    steps = engine.begin_stepwise(prompt, samplings=samplings)
+    answers = None
+    while answers is None:
+        try:
+            next(steps)
+        except StopIteration as end:
+            answers = end.value
+    assert prompt.tiles.opened == opened + 2  # once for all three
+    while pending := [answer for answer in answers if not answer.is_done]:
+        engine.advance(pending)
+    assert [answer.answer for answer in answers] == alone
+    blocks = {id(block) for answer in answers for block, _ in answer.cache.blocks}
+    assert len(blocks) == 3  # the prompt's with room for the first answer, and one for each other answer
+
+
 def slow_beams(engine, prompt, *, width, length, stop):
     """The rules of Hugging Face's search, every candidate by a prefill from nothing."""
     beams, ended = [((), 0.0)], []
