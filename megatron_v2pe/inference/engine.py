@@ -33,6 +33,7 @@ from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfi
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, token_step
+from megatron_v2pe.inference.cache.memory import PlanPrefill, PrefillBytes, Stage
 from megatron_v2pe.inference.cache.prefix import Content, PrefixStore
 from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import (
@@ -151,6 +152,7 @@ class Engine:
         kv: how keys and values are stored.
         keep_tokens: tokens of earlier documents that are kept, so that a further question about one of them
             computes its own tokens only; 0 keeps none.
+        prefill_bytes: what a prefill chunk takes, for the check before a prefill; None checks keys and values alone.
     """
 
     def __init__(
@@ -160,10 +162,12 @@ class Engine:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         kv: KVKind = "model",
         keep_tokens: int = 0,
+        prefill_bytes: PrefillBytes | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ConfigError(f"--chunk-tokens is {chunk_tokens}, but must be at least 1")
         self.runner, self.chunk_tokens, self.kv = runner, chunk_tokens, kv
+        self.prefill_bytes = prefill_bytes
         self.context, self.plan, self.ranks = runner.context, runner.plan, runner.ranks
         self.arch = runner.arch
         self.documents = PrefixStore(keep_tokens)
@@ -180,6 +184,7 @@ class Engine:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         kv: KVKind = "model",
         keep_tokens: int = 0,
+        plan_prefill: PlanPrefill | None = None,
     ) -> Engine:
         """Build an engine from a checkpoint folder; under torchrun, one stage or slice of it on each rank.
 
@@ -194,6 +199,7 @@ class Engine:
             chunk_tokens: see the class.
             kv: see the class.
             keep_tokens: see the class.
+            plan_prefill: gives `prefill_bytes`, see the class.
 
         Raises:
             ConfigError: the sizes do not make up the world.
@@ -211,7 +217,19 @@ class Engine:
         models = build_model(config, arch, context)
         load_weights(checkpoint, models, ranks=context.ranks)
         runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
-        return cls(runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens)
+        stage = Stage(
+            config=config,
+            arch=arch,
+            plan=plan,
+            num_layers=len(models[0].language.decoder.layers),
+            is_first=context.ranks.is_first_stage,
+            is_last=context.ranks.is_last_stage,
+            on_cpu=runner.device.type != "cuda",
+        )
+        prefill_bytes = None if plan_prefill is None else plan_prefill(stage)
+        return cls(
+            runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens, prefill_bytes=prefill_bytes
+        )
 
     def content(self, prompt: Prompt, rope_length: int) -> Content:
         """What a prompt's keys and values depend on; reads its images where documents are kept."""
@@ -254,13 +272,14 @@ class Engine:
             Hidden rows [n, 1, H] of the wanted tokens that are on this rank, None where there are none.
 
         Raises:
-            ConfigError: the cache would not fit into memory.
+            ConfigError: it would not fit into memory.
             DataError: an image cannot be read; on all ranks alike.
         """
         start = cache.num_tokens
         sizes = dict(cp=self.plan.cp, tile_ranks=self.runner.tile_ranks.size)
         chunks = plan_chunks(prompt.layout, chunk_tokens=self.chunk_tokens, start=start, **sizes)
-        check_memory(self.runner, chunks, new_tokens=sum(rooms), kind=self.kv)
+        prefill_bytes = self.prefill_bytes
+        check_memory(self.runner, chunks, new_tokens=sum(rooms), kind=self.kv, prefill_bytes=prefill_bytes)
         cache.reserve(chunks, rooms[0])
         window = 1 if self.plan.pp == 1 else CHUNKS_PER_STAGE * self.plan.pp
         hidden: list[Tensor] = []
