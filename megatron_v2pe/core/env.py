@@ -42,12 +42,14 @@ class Launcher:
         rank: 0..world_size-1 over all nodes.
         world_size: processes of the run.
         local_rank: rank on this node, the index of its GPU.
+        local_size: ranks on this node; 1 where the launcher does not say.
         master: "address:port" of the rendezvous, None when no launcher was used.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     master: str | None = None
 
 
@@ -73,7 +75,10 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher:
     if not rank < world_size:
         raise ConfigError(f"environment: RANK is {rank}, but must lie in 0..WORLD_SIZE-1 = {world_size - 1}")
     master = f"{values['MASTER_ADDR']}:{_number(values, 'MASTER_PORT')}"
-    return Launcher(rank=rank, world_size=world_size, local_rank=local_rank, master=master)
+    local_size = max(1, _number(values, "LOCAL_WORLD_SIZE")) if "LOCAL_WORLD_SIZE" in values else 1
+    return Launcher(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master
+    )
 
 
 def require_known_starter(environ: Mapping[str, str] | None = None) -> None:
