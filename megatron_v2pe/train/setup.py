@@ -218,7 +218,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             startup=startup,
             interruption=interruption,
             monitors=monitors,
-            saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
+            saver=stack.enter_context(_saver(config, trainer, loader, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
         )
@@ -503,11 +503,12 @@ def _monitors(
     return Monitors(profiler, watchdog, entered=rank_monitor)
 
 
-def _saver(config: RunConfig, trainer: Trainer, *, ranks: Ranks) -> Saver:
+def _saver(config: RunConfig, trainer: Trainer, loader: TrainLoader, *, ranks: Ranks) -> Saver:
     return Saver(
         config,
         trainer,
         ranks=ranks,
         hf_folder=hf_folder_of(config),
         adapters=describe_adapters(config),
+        system=loader.system_text,
     )

@@ -35,7 +35,7 @@ Example: megatron-v2pe evaluate step_00000400 --benchmark mm-niah --data-dir MM-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("checkpoint", help="folder written by import-hf, or a step folder of a run")
+    parser.add_argument("checkpoint", help="folder of import-hf or of a run, or a Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--benchmark", default="", metavar="NAME", help="a published benchmark")
     what.add_argument("--data", default="", help="questions: a .jsonl file or a meta .json")
@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("with --data")
     own.add_argument("--metrics", default="", help="metrics.jsonl of the run, for a loss curve")
     own.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
+    own.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system text of questions that bring none; default: the one that the checkpoint was trained with",
+    )
     own.add_argument(
         "--max-dynamic-patch",
         type=int,
@@ -128,7 +133,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 
 
 def _run_retrieval(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.checkpoint.model_source import source_side_files
     from megatron_v2pe.config.trained_settings import answer_data
     from megatron_v2pe.evaluation.jobs.engine_adapter import own_strides
     from megatron_v2pe.evaluation.retrieval.answerer import EngineAnswerer
@@ -149,10 +154,11 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
-    data = answer_data(hf_path(args.checkpoint), max_dynamic_patch=args.max_dynamic_patch)
+    data = answer_data(source_side_files(args.checkpoint), max_dynamic_patch=args.max_dynamic_patch)
     answerer = EngineAnswerer(
         args.checkpoint,
         data=data,
+        system=args.system,
         parallel=parallel_config(args),
         dtype=args.dtype,
         max_new_tokens=args.max_new_tokens,
@@ -162,6 +168,7 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     is_plain = not items[0].length
     METRICS["anls"]("a", "a")  # a missing package is reported before the work
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {data.max_dynamic_patch} tiles"
+    options += "" if args.system is None else f", system text {args.system!r}"
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     found = run_strides(items, settings=settings, answerer=answerer, folder=folder, problems=problems)

@@ -108,6 +108,7 @@ class InternVLArchitecture:
         image_size: tile size S in pixels (`force_image_size`, or the vision tower's own).
         position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
         position_stride: `rope_pos_id_stride`, 0 when absent.
+        system_message: system text of answers; empty is the template's.
         trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
@@ -125,6 +126,7 @@ class InternVLArchitecture:
     position_stride: int
     dtype: Literal["float32", "bfloat16", "float16"]
     folder_format: FolderFormat = "github"
+    system_message: str = ""
     trained_tokens: int = 0
     pyramid: PyramidArchitecture | None = None
 
@@ -241,8 +243,8 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
 
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """A native config in GitHub's words, with what this package writes into either: template, length, positions."""
-    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "max_trained_tokens")
+    """A native config in GitHub's words, with what this package writes into either: template, positions, ..."""
+    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
     kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
     return {**github_config(values, path), **kept}
 
@@ -267,6 +269,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
         # Of no InternVL the projector reads an inner layer of the tower.
         select_layer=top.choice("select_layer", -1, (-1,)),
         template=str(top.get("template", "")),
+        system_message=str(top.get("system_message", "")),
         position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
         trained_tokens=int(top.get("max_trained_tokens", 0)),

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.data.samples.formats import note_text
+from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
 from megatron_v2pe.data.samples.records import parse_record
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, kind_of
@@ -102,7 +102,9 @@ class Converter:
             message = str(error)
             self.result.bad.append(message if message.startswith(where) else f"{where}: {message}")
             return None
-        for note in record.notes:
+        for note in (
+            f"{SYSTEM_NOTE}their own" if each.startswith(SYSTEM_NOTE) else each for each in record.notes
+        ):
             count, first = self.result.notes.get(note, (0, where))
             self.result.notes[note] = (count + 1, first)
         self.result.written += 1
