@@ -30,5 +30,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         [k for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else [path.name]
     )
     if foreign:
-        raise CheckpointError(f"{path}: {shortened(foreign[0])} is no tensor; only a dict of tensors can be imported")
+        raise CheckpointError(
+            f"{path}: {shortened(foreign[0])} is no tensor; only a dict of tensors can be imported"
+        )
     return state

@@ -59,7 +59,9 @@ def tokenizer_json(folder: Path) -> bytes:
         )
     wrong = [token for token, index in added.items() if backend.token_to_id(token) != index]
     if wrong:
-        raise CheckpointError(f"{folder}: added token {shortened(wrong[0])} would get another id in tokenizer.json")
+        raise CheckpointError(
+            f"{folder}: added token {shortened(wrong[0])} would get another id in tokenizer.json"
+        )
     return (json.dumps(json.loads(backend.to_str()), ensure_ascii=False, indent=2) + "\n").encode()
 
 
