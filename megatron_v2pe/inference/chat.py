@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.model_loading import check_model
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
@@ -80,7 +81,7 @@ class Chat:
                 f"{launcher().world_size} processes were started for one answer, but --tp * --pp * --cp is "
                 f"{parallel.tp} * {parallel.pp} * {parallel.cp}; start as many processes as their product"
             )
-        read_info(checkpoint)
+        check_model(checkpoint)
         hf_folder = hf_path(checkpoint)
         self.arch = read_architecture(hf_folder)
         self.stride: StrideChoice = choose_stride(self.arch, options.stride)

@@ -22,12 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.model_loading import check_model, load_model
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
@@ -184,7 +182,7 @@ class Engine:
         """Build an engine from a checkpoint folder; under torchrun, one stage or slice of it on each rank.
 
         Args:
-            checkpoint: folder written by `import-hf` or by a run.
+            checkpoint: folder written by `import-hf` or by a run, or a Hugging Face folder.
             mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
                 rotates by plain frequencies and takes any stride.
             norm: pixel normalisation; None where tiles of prompts are normalised already.
@@ -199,17 +197,16 @@ class Engine:
             ConfigError: the sizes do not make up the world.
         """
         parallel = replace(parallel or ParallelConfig(), sequence_parallel=False, vision="replicated")
-        read_info(checkpoint)
+        check_model(checkpoint)
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)  # type: ignore[arg-type]
+        runtime = RuntimeConfig(dtype=dtype)
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
-        config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
+        config = RunConfig(position=position, parallel=parallel, runtime=runtime, vision=vision)
         plan = resolve(parallel, launcher().world_size)
         context = init_distributed(plan, seed=config.runtime.seed)
-        models = build_model(config, arch, context)
-        load_weights(checkpoint, models, ranks=context.ranks)
+        models = load_model(checkpoint, config, arch, context)
         runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
         return cls(runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens)
 

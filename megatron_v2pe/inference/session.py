@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.files.identity import model_identity
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import commit_folder, write_atomic
 from megatron_v2pe.inference.cache.kv_cache import KVCache
@@ -35,11 +36,6 @@ from megatron_v2pe.v2pe.layout import SampleLayout
 SESSION_FILE = "session.json"
 FORMAT_VERSION = 1
 _READ_BYTES = 2**20
-
-
-def checkpoint_digest(checkpoint: str | Path) -> str:
-    """SHA-256 of `checkpoint.json`, which holds the hashes of all files of the checkpoint."""
-    return hashlib.sha256((Path(checkpoint) / "checkpoint.json").read_bytes()).hexdigest()
 
 
 def save_session(
@@ -69,7 +65,7 @@ def save_session(
     if engine.ranks.rank == 0:
         facts = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": model_identity(checkpoint),
             **_identity(engine),
             "spans": [[span.start, span.stop, span.padded] for span in cache.spans],
             "content": _content_data(content),
@@ -181,7 +177,7 @@ def _read(engine: Engine, source: Path, checkpoint: str | Path) -> tuple[Content
         facts = json.loads(path.read_text(encoding="utf-8"))
         wanted = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": model_identity(checkpoint),
             **_identity(engine),
         }
         for key, value in wanted.items():

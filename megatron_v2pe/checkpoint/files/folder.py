@@ -79,9 +79,14 @@ class CheckpointInfo:
             )
 
 
+def is_hf_folder(folder: str | Path) -> bool:
+    """True for a Hugging Face folder: a config.json, and no `checkpoint.json` beside it."""
+    return not is_complete(folder) and (Path(folder) / "config.json").is_file()
+
+
 def hf_path(folder: str | Path) -> Path:
-    """The Hugging Face side files of a checkpoint."""
-    return Path(folder) / "hf"
+    """The Hugging Face side files of a checkpoint; a Hugging Face folder itself."""
+    return Path(folder) if is_hf_folder(folder) else Path(folder) / "hf"
 
 
 def state_path(folder: str | Path) -> Path:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the model."""
-    parser.add_argument("checkpoint", help="checkpoint folder (of import-hf or of a run)")
+    parser.add_argument(
+        "checkpoint",
+        help="checkpoint (of import-hf, or of a run, whose folder means its newest) or Hugging Face folder",
+    )
     parser.add_argument(
         "--stride",
         type=int,

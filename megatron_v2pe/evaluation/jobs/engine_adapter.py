@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.model_loading import check_model
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
@@ -82,7 +83,7 @@ class ModelAnswerer:
         dtype: Literal["float32", "bfloat16"],
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
+        check_model(checkpoint)
         self._checkpoint, self._dtype = checkpoint, dtype
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(hf_path(checkpoint))

@@ -9,7 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path
+from megatron_v2pe.checkpoint.model_loading import check_model
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
@@ -53,7 +54,7 @@ class EngineAnswerer:
         max_new_tokens: int,
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
+        check_model(checkpoint)
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._max_new_tokens = max_new_tokens

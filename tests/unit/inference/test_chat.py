@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.files.identity import model_identity
+from megatron_v2pe.checkpoint.model_loading import check_model
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.errors import CheckpointError, ConfigError, DataError
 from megatron_v2pe.inference.chat import Chat, ChatOptions, with_reply
 from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
@@ -46,6 +48,24 @@ def test_pieces_join_to_the_answer(chat, image):
     assert reply.prompt.layout.num_tiles.tolist() == [3]
     assert "48 visual" in reply.summary
     assert f"positions 0..{reply.last_position}" in reply.summary
+
+
+def test_a_hugging_face_folder_answers_as_its_import_does(chat, image, tmp_path):
+    folder = golden_copy(tmp_path / "hf")
+    straight = Chat(folder, ChatOptions(dtype="float32", keep_tokens=100_000, chunk_tokens=64))
+    wanted = chat.reply([asked("What is it?", image)], LONG)
+    reply = straight.reply([asked("What is it?", image)], LONG)
+    assert "".join(reply) == "".join(wanted)
+    assert reply.answer.answer == wanted.answer.answer
+    with pytest.raises(CheckpointError, match="keeps no hashes"):
+        check_model(folder, verify="full")
+    first = model_identity(folder)
+    assert first == model_identity(folder)
+    edit_config(folder, max_dynamic_patch=3)
+    assert model_identity(folder) != first
+    (folder / "model.safetensors").rename(folder / "weights")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        Chat(folder, ChatOptions(dtype="float32"))
 
 
 def test_a_stop_text_ends_the_answer_before_it(chat, image):
