@@ -78,8 +78,8 @@ def check_items(
         )
     if len(problems) == len(items):
         raise DataError(
-            f"none of the {len(items)} questions can be asked; the first: {next(iter(problems.values()))}; --root names "
-            "the folder of the images of a jsonl file"
+            f"none of the {len(items)} questions can be asked; the first: {next(iter(problems.values()))}; --root "
+            "names the folder of the images of a jsonl file"
         )
     for text in list(problems.values())[:_MOST_SHOWN]:
         logger.warning("not asked: %s", text)

@@ -136,7 +136,7 @@ def test_pictures_of_a_jsonl_file_are_in_the_root_that_is_named(tmp_path):
 
 def test_no_model_is_loaded_where_no_question_can_be_asked(tmp_path):
     path = write(tmp_path / "e.jsonl", ["a", "b"])
-    with pytest.raises(DataError, match="none of the 2 questions can be asked; the first: .*--root"):
+    with pytest.raises(DataError, match=r"none of the 2 questions can be asked; the first: .*--root"):
         check_items(read_items(path), Reader("0.png", "1.png"), max_new_tokens=4)
 
 
