@@ -7,8 +7,8 @@ import pytest
 
 from megatron_v2pe.core.env import (
     GPU_ENVIRONMENT,
-    buffer_size_name,
     Launcher,
+    buffer_size_name,
     child_environment,
     launcher,
     numeric_environment,
