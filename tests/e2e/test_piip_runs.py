@@ -75,7 +75,12 @@ def test_a_frozen_large_branch_stays_and_the_pyramid_moves(setup, tmp_path, caps
     large = [key for key in before if key.startswith("vision.") and not key.startswith(NEW)]
     assert large
     assert all(torch.equal(before[key], after[key]) for key in large)
-    for part in ("vision.branches.0.", "vision.branches.1.", "vision.interactions.0.", "vision.interactions.1."):
+    for part in (
+        "vision.branches.0.",
+        "vision.branches.1.",
+        "vision.interactions.0.",
+        "vision.interactions.1.",
+    ):
         assert any(key.startswith(part) and not torch.equal(before[key], after[key]) for key in before), part
     assert (scores(root / "pyramid", image, capsys) - scores(checkpoint, image, capsys)).abs().max() > 1e-3
     # Out, in again: the same answers, and the second implementation agrees.
