@@ -30,9 +30,12 @@ from megatron_v2pe.data.text.templates import get_template
 TEMPLATE = "internlm2-chat"
 NUM_PIECES = 1024
 TRAINED_LENGTH = 512
-TILE_PIXELS, PATCH = 56, 14
-VIT_WIDTH, VIT_LAYERS, VIT_HEADS, VIT_FFN = 64, 2, 4, 256
-WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 128, 4, 4, 2, 384
+ROPE_BASE = 10_000
+"""Smaller than the released 1,000,000, as 512 positions are fewer than 32K: with that base most of these rotations would
+hardly turn within the trained length, and would not notice positions beyond it."""
+TILE_PIXELS, PATCH = 64, 4
+VIT_WIDTH, VIT_LAYERS, VIT_HEADS, VIT_FFN = 64, 1, 2, 128
+WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 128, 3, 4, 2, 256
 # In the order of the released ids: the first six end the sentencepiece range, the others follow it.
 CHAT_TOKENS = (
     "<|plugin|>",
@@ -254,7 +257,7 @@ def _language_config() -> dict[str, object]:
         "pad_token_id": 2,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-        "rope_theta": 1000000,
+        "rope_theta": ROPE_BASE,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "use_cache": True,
