@@ -44,7 +44,11 @@ def summary(found: Accuracies) -> tuple[list[str], list[list[str]]]:
     lengths = sorted({length for _, _, length in found})
     header = ["trained with", "asked with", *(f"{n:,} ({n // TRAINED_LENGTH}x)" for n in lengths)]
     rows = [
-        [training_text(model), stride_text(stride), *(spread(found[model, stride, length]) for length in lengths)]
+        [
+            training_text(model),
+            stride_text(stride),
+            *(spread(found[model, stride, length]) for length in lengths),
+        ]
         for model, stride in dict.fromkeys((model, stride) for model, stride, _ in found)
     ]
     return header, rows

@@ -2,8 +2,8 @@
 
     WORK/seed_*/MODEL/report/cells.csv  -->  WORK/seeds.csv, WORK/seeds.txt, WORK/seeds.png
 
-With --docs the table replaces what is between `<!-- quickstart figures: begin -->` and `<!-- quickstart figures: end -->`
-of both readmes, and the picture the one of the documentation.
+With --docs the table replaces what is between the comments `quickstart figures: begin` and `quickstart figures: end` of
+both readmes, and the picture the one of the documentation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def read_accuracies(work: Path, *, report: str = "report") -> Accuracies:
         for (stride, length), (correct, count) in sums.items():
             found[model, stride, length][seed] = correct / count
     if not found:
-        raise SystemExit(f"{work}: holds no seed_*/MODEL/{report}/cells.csv; run the script that fills it first")
+        raise SystemExit(
+            f"{work}: holds no seed_*/MODEL/{report}/cells.csv; run the script that fills it first"
+        )
     return found
 
 
@@ -70,7 +72,11 @@ def spread(values: Mapping[str, float]) -> str:
 
 def stride_text(stride: str) -> str:
     """A stride as the documentation writes it, such as `1/64`."""
-    return f"{TOKENS_PER_TILE}/{TOKENS_PER_TILE} (default)" if stride == "default" else f"{stride}/{TOKENS_PER_TILE}"
+    return (
+        f"{TOKENS_PER_TILE}/{TOKENS_PER_TILE} (default)"
+        if stride == "default"
+        else f"{stride}/{TOKENS_PER_TILE}"
+    )
 
 
 def summary(found: Accuracies) -> tuple[list[str], list[list[str]]]:
@@ -94,7 +100,9 @@ def draw(found: Accuracies, path: Path) -> None:
     for shift, (model, stride) in enumerate(dict.fromkeys((model, stride) for model, stride, _ in found)):
         # Shifted a little, so that bars do not cover each other.
         places = np.array(lengths) * 1.03 ** (shift - 1)
-        draw_spread(axes, places, [found[model, stride, length] for length in lengths], label=stride_text(stride))
+        draw_spread(
+            axes, places, [found[model, stride, length] for length in lengths], label=stride_text(stride)
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n:,}\n({n // TRAINED_LENGTH}x)" for n in lengths])
     axes.minorticks_off()
@@ -103,7 +111,9 @@ def draw(found: Accuracies, path: Path) -> None:
     axes.set_ylim(0.0, 1.03)
     axes.set_xlabel("document in tokens (multiple of the trained length)")
     axes.set_ylabel("accuracy: mean, worst and best seed")
-    axes.set_title(f"Retrieval by length and visual step, {num_seeds} seed{'s' * (num_seeds > 1)}", fontsize=11)
+    axes.set_title(
+        f"Retrieval by length and visual step, {num_seeds} seed{'s' * (num_seeds > 1)}", fontsize=11
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, loc="lower left")
     save_figure(figure, path)
@@ -140,7 +150,9 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path, help="folder that run.sh filled")
     parser.add_argument("--model", required=True, help="folder name of the runs, such as random_300")
-    parser.add_argument("--docs", action="store_true", help="also renew the tables and the picture of the documentation")
+    parser.add_argument(
+        "--docs", action="store_true", help="also renew tables and picture of the documentation"
+    )
     arguments = parser.parse_args()
     every = read_accuracies(arguments.work)
     found = {key: seeds for key, seeds in every.items() if key[0] == arguments.model}

@@ -72,7 +72,8 @@ _NEEDLE = (
     + _FORMAT
 )
 _HAYSTACK = (
-    "You are given a set of images. Please answer the question in Yes or No based on the given images. " + _FORMAT
+    "You are given a set of images. Please answer the question in Yes or No based on the given images. "
+    + _FORMAT
 )
 _RAG = (
     "Use the given documents to write a concise and short answer to the question about the entity shown in the "
@@ -96,7 +97,9 @@ class MMLongBench(Benchmark):
 
     name = "mmlongbench"
     title = "MMLongBench (without summaries)"
-    metric = "substring, letter, sum of the list, class, yes or no, F1 or number of documents (Wang et al. 2025)"
+    metric = (
+        "substring, letter, sum of the list, class, yes or no, F1 or number of documents (Wang et al. 2025)"
+    )
     modes: tuple[Mode, ...] = ("original", "clean")
     download = (
         "ZhaoweiWang/MMLongBench of Hugging Face: 0_mmlb_data.tar.gz and the images of vrag, vh, mm-niah, icl and "
@@ -144,7 +147,7 @@ class MMLongBench(Benchmark):
             )
 
     def score(self, rows: Sequence[Row], mode: Mode) -> Score:
-        """Mean over lengths of each set and category. A category is, at each length, the mean of its parts, as published.
+        """Mean over lengths of each set and category; at each length a category is the mean of its parts, as published.
 
         NIAH has five parts: the two visual haystacks, and retrieval, counting and reasoning, each the mean of text and
         image. Sets that were not asked are left out and named.
@@ -200,7 +203,10 @@ def _records(name: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}: {domain}"
         lists = need(both, "exemplar_list", list, where)
         for number, record in enumerate(need(both, "test_example", list, where)):
-            yield f"{where}: test_example {number}", {**record, "examples": _draw(lists, f"{domain}/{number}")}
+            yield (
+                f"{where}: test_example {number}",
+                {**record, "examples": _draw(lists, f"{domain}/{number}")},
+            )
 
 
 def _draw(lists: Sequence[Sequence[Sequence[Any]]], seed: str) -> list[Any]:
@@ -234,10 +240,10 @@ def _prompt(name: str, record: Mapping[str, Any], where: str) -> tuple[str, list
     return _needle_prompt(name, record, question, where)
 
 
-def _needle_prompt(
-    name: str, record: Mapping[str, Any], question: str, where: str
-) -> tuple[str, list[str]]:
-    context = "\n\n".join(need(document, "text", str, where) for document in need(record, "ctxs", list, where))
+def _needle_prompt(name: str, record: Mapping[str, Any], question: str, where: str) -> tuple[str, list[str]]:
+    context = "\n\n".join(
+        need(document, "text", str, where) for document in need(record, "ctxs", list, where)
+    )
     images = list(need(record, "image_list", list, where))
     option = ""
     if SETS[name].metric == "letter":

@@ -117,7 +117,11 @@ def document_answer(text: str, answer: Any, kind: str) -> float:
     if kind != "List":
         raise ValueError(f"answer_format is {kind!r}, but must be Integer, Float, String, None or List")
     items = json.loads(answer) if isinstance(answer, str) else answer
-    free = [item for item in items if isinstance(item, str) and _kind(item) == "String" and not _LITERAL.search(item)]
+    free = [
+        item
+        for item in items
+        if isinstance(item, str) and _kind(item) == "String" and not _LITERAL.search(item)
+    ]
     parts = [*([" ".join(free)] if free else []), *(item for item in items if item not in free)]
     return sum(document_answer(text, part, _kind(part)) for part in parts) / len(parts)
 

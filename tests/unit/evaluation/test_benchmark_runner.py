@@ -135,7 +135,8 @@ def test_a_model_that_remembers_the_tail_makes_a_staircase(tmp_path, monkeypatch
     data.picture(niah / "mm_niah_test" / "images" / "a.png")
     for task, answer in (("retrieval-text", "banana"), ("counting-text", [1, 2])):
         records = [
-            data.needle(n, answer=answer, length=length, depth=[depth]) for n, (length, depth) in enumerate(places)
+            data.needle(n, answer=answer, length=length, depth=[depth])
+            for n, (length, depth) in enumerate(places)
         ]
         data.lines(niah / "mm_niah_test" / "annotations" / f"{task}.jsonl", records)
     _, (score,) = run(niah, tmp_path / "out", StandIn(remembers(1200)))
@@ -212,7 +213,7 @@ def test_other_numbers_of_replicas_continue(niah, tmp_path):
 
 
 class Mortal(StandIn):
-    """A replica in a process of its own, which kills that process -9 when it is asked once more than `answers` times."""
+    """A replica in a process of its own, which it kills -9 when it is asked once more than `answers` times."""
 
     def __init__(self, share, everybody, answers):
         super().__init__(oracle, share=share)

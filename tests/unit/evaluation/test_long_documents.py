@@ -56,11 +56,18 @@ def test_the_other_readings():
         *(1, 1, 1),
         *(0, 0),
     ]
-    assert [class_number(text, 12) for text in ("label: 12", "label:3, not 12", "of 3: 12", "twelve", "")] == [
+    assert [
+        class_number(text, 12) for text in ("label: 12", "label:3, not 12", "of 3: 12", "twelve", "")
+    ] == [
         *(1, 0, 1),
         *(0, 0),
     ]
-    assert [yes_or_no(text, "Yes", default=0) for text in ("Yes.", "no... yes", "No", "maybe")] == [1, 1, 0, 0]
+    assert [yes_or_no(text, "Yes", default=0) for text in ("Yes.", "no... yes", "No", "maybe")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert yes_or_no("maybe", "Yes", default=1) == 1
     assert yes_or_no("maybe", "no") == yes_or_no("maybe", "yes") == 0
 

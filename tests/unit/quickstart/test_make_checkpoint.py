@@ -73,3 +73,14 @@ def test_the_seed_decides_the_weights_and_nothing_else(checkpoint, tmp_path):
         same, other = ((tmp_path / seed / file).read_bytes() for seed in ("0", "1"))
         assert same == (checkpoint / file).read_bytes()
         assert (other == same) is (file != "model.safetensors")
+
+
+def test_small_tiles_are_there_for_the_other_examples(tmp_path):
+    import make_checkpoint
+
+    from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+
+    make_checkpoint.write_checkpoint(tmp_path / "hf", seed=0, tokens_per_tile=4)
+    open_hf(tmp_path / "hf")
+    arch = read_architecture(tmp_path / "hf")
+    assert (arch.tokens_per_tile, arch.image_size) == (4, 56)

@@ -17,8 +17,15 @@ def fill(work, seed, model, lines, report="report"):
 
 @pytest.fixture
 def work(tmp_path):
-    fill(tmp_path, 0, "random_300", ["default,512,0.1,1,4,0.25", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"])
-    fill(tmp_path, 1, "random_300", ["default,512,0.1,4,4,1.0", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"])
+    fill(
+        tmp_path,
+        0,
+        "random_300",
+        ["default,512,0.1,1,4,0.25", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"],
+    )
+    fill(
+        tmp_path, 1, "random_300", ["default,512,0.1,4,4,1.0", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"]
+    )
     fill(tmp_path, 1, "fixed_8_300", ["default,512,0.1,0,4,0.0", "1,512,0.1,1,4,0.25"])
     return tmp_path
 
