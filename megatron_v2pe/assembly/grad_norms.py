@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from megatron_v2pe.assembly.optimizer import trained_optimizers
 from megatron_v2pe.models.internvl import InternVL
 
 PART_ORDER = ("vision", "projector", "language")  # of the sums, and of the line of a step
@@ -52,7 +52,8 @@ def grad_norms(
         if shard.grad is not None and _is_counted(shard, optimizer):
             grads[part_of[id(weight)]].append(shard.grad)
     squares = torch.stack([_sum_of_squares(grads[part], device) for part in PART_ORDER])
-    dist.all_reduce(squares)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(squares)
     return dict(zip(PART_ORDER, squares.sqrt().tolist(), strict=True))
 
 
@@ -63,22 +64,18 @@ def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
         optimizer: mcore's distributed optimizer, after `grad_norms`.
         grad_norm: of all parts together, equal on every rank.
     """
-    for single in _trained(optimizer):
-        parameters = single.get_parameters()
-        if parameters and single.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, single.config.clip_grad, grad_norm)
-
-
-def _trained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """The optimizers it is made of, except those of stages on which nothing is trained."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(single, "is_stub_optimizer", False):
-            yield single
+    for single in trained_optimizers(optimizer):
+        # mcore's coefficient; its own loop on torch makes a copy of every gradient.
+        coefficient = single.config.clip_grad / (grad_norm + 1.0e-6)
+        if single.config.clip_grad > 0 and coefficient < 1.0:
+            grads = [shard.grad for shard in single.get_parameters() if shard.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, coefficient)
 
 
 def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of which this rank updates a slice, with the float32 slice that the optimizer sees."""
-    for single in _trained(optimizer):
+    for single in trained_optimizers(optimizer):
         pairs = (
             (single.model_float16_groups, single.shard_fp32_from_float16_groups),
             (single.model_fp32_groups, single.shard_fp32_groups),

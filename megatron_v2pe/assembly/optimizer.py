@@ -6,6 +6,7 @@ model chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,27 @@ def wrap_data_parallel(
         )
         wrapper = DistributedDataParallel(model_chunk.config, ddp_config, module, disable_bucketing=index > 0)
         wrapper.vp_stage = model_chunk.vp_stage  # the interleaved schedule reads it from the wrapper
+        if shard_gradients:
+            _exchange_nothing_alone(wrapper)
         wrapped.append(wrapper)
     return wrapped
+
+
+def _exchange_nothing_alone(wrapper: DistributedDataParallel) -> None:
+    """Leave out the reduction and the gathering of buffers that one rank holds whole.
+
+    mcore runs both collectives over groups of one as well: each copies every gradient and every weight onto itself.
+    """
+    for bucket_group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
+        is_alone = bucket_group.intra_distributed_optimizer_instance_size == 1
+        # Sums are divided once by the global weight (`calculate_per_token_loss`), so mcore scales nothing here.
+        if is_alone and all(bucket.gradient_scaling_factor == 1.0 for bucket in bucket_group.buckets):
+            bucket_group.start_grad_sync = _nothing
+            bucket_group.start_param_sync = _nothing
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
 
 
 def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
@@ -98,12 +118,33 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         use_distributed_optimizer=True,
     )
     # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state needs them.
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         optimizer_config,
         wrapped,
         config_overrides=group_overrides(wrapped, optim),
         use_gloo_process_groups=False,
     )
+    for single in trained_optimizers(optimizer):
+        if _updates_weights_in_place(single):  # mcore would copy each onto itself
+            single._copy_main_params_to_model_params = _nothing
+    return optimizer
+
+
+def _updates_weights_in_place(optimizer: Any) -> bool:
+    """Whether all slices that Adam updates are parts of the float32 weights themselves."""
+    pairs = zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True)
+    return not any(map(len, optimizer.model_float16_groups)) and all(
+        weight.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+        for weights, shards in pairs
+        for weight, shard in zip(weights, shards, strict=True)
+    )
+
+
+def trained_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers it is made of, except those of stages on which nothing is trained."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(single, "is_stub_optimizer", False):
+            yield single
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
@@ -119,9 +160,8 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
     )
     for group in groups:
         group["step"] = max(steps)
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(single, "is_stub_optimizer", False):
-            single.init_state_fn(single.optimizer, single.config)
+    for single in trained_optimizers(optimizer):
+        single.init_state_fn(single.optimizer, single.config)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:

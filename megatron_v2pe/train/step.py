@@ -81,7 +81,8 @@ def train_step(
     """Run one update over this data parallel rank's micro batches; see `StepReport.is_applied`."""
     started = time.perf_counter()
     for chunk in trainer.wrapped:
-        chunk.train()
+        if not chunk.training:  # walks over every module
+            chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
