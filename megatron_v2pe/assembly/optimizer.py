@@ -6,8 +6,8 @@ model chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
+from megatron_v2pe.assembly.grad_norms import PartShards, counted_shards, trained_optimizers
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.param_groups import group_overrides
 from megatron_v2pe.config.schema import OptimConfig, RunConfig
@@ -38,6 +39,11 @@ class Trainer:
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @cached_property
+    def shards(self) -> PartShards:
+        """What this rank updates, by part."""
+        return counted_shards(self.optimizer, self.model_chunks)
 
 
 def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Trainer:
@@ -138,13 +144,6 @@ def _updates_weights_in_place(optimizer: Any) -> bool:
         for weights, shards in pairs
         for weight, shard in zip(weights, shards, strict=True)
     )
-
-
-def trained_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    """The optimizers it is made of, except those of stages on which nothing is trained."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(single, "is_stub_optimizer", False):
-            yield single
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:

@@ -34,7 +34,9 @@ from bodies import race, ranked
 from sides import RaceSizes
 
 TINY = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=384, vocab=1039, vision_hidden=64, vision_layers=2)
-MID = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=896, vocab=16384, vision_hidden=384, vision_layers=6)
+MID = dict(
+    hidden=512, layers=12, heads=8, kv_heads=4, ffn=896, vocab=16384, vision_hidden=384, vision_layers=6
+)
 MODELS = {"tiny": TINY, "54m": MID}
 TOKENS = {"tiny": (64, 1024, 4096, 16384), "54m": (1024, 4096, 16384)}
 TARGET_STEP, TARGET_RANKS = 1.0, 1.8
@@ -48,7 +50,9 @@ def sizes_of(model: str, tokens: int, documents: int = 1) -> RaceSizes:
 
 def steps(options: argparse.Namespace) -> bool:
     """One row for each model and length."""
-    print("| model, tokens | ours s | plain s | plain, full s | plain / ours | least to most by repeat |\n|---|---|---|---|---|---|")
+    print(
+        "| model, tokens | ours s | plain s | plain, full s | plain / ours | least to most by repeat |\n|---|---|---|---|---|---|"
+    )
     met = True
     for model in options.model or MODELS:
         rows = [(tokens, 1) for tokens in options.tokens or TOKENS[model]]
@@ -77,7 +81,9 @@ def _ratio(taken: dict[str, list[float]], number: int, repeats: int) -> float:
     middle = {}
     for name, times in taken.items():
         size = len(times) / repeats
-        middle[name] = statistics.median(times[round(number * size) : max(round((number + 1) * size), round(number * size) + 1)])
+        middle[name] = statistics.median(
+            times[round(number * size) : max(round((number + 1) * size), round(number * size) + 1)]
+        )
     return middle["plain"] / middle["ours"]
 
 
@@ -86,7 +92,9 @@ def ranks(options: argparse.Namespace) -> bool:
     sizes = sizes_of("54m", (options.tokens or [1024])[0])
     packs = 4
     layouts = {"one rank": (1, 1, packs), "cp 2": (2, 1, packs), "dp 2": (1, 2, packs // 2)}
-    best: dict[str, dict[str, float]] = {name: {"wall": float("inf"), "processor": float("inf")} for name in layouts}
+    best: dict[str, dict[str, float]] = {
+        name: {"wall": float("inf"), "processor": float("inf")} for name in layouts
+    }
     for _ in range(options.repeats):
         for name, (cp, dp, micro_batches) in layouts.items():
             taken = on_ranks(ranked, cp * dp, sizes, 2, cp, dp, micro_batches)
@@ -94,7 +102,9 @@ def ranks(options: argparse.Namespace) -> bool:
                 slowest = [max(times) for times in zip(*(rank[clock] for rank in taken), strict=True)]
                 best[name][clock] = min(best[name][clock], *slowest)
     met = True
-    print(f"54m, {packs} packs of {sizes.tokens:,} tokens a step\n| layout | wall s | busiest rank's processor s | speed by wall | by processor |")
+    print(
+        f"54m, {packs} packs of {sizes.tokens:,} tokens a step\n| layout | wall s | busiest rank's processor s | speed by wall | by processor |"
+    )
     print("|---|---|---|---|---|")
     for name, figures in best.items():
         speeds = {clock: best["one rank"][clock] / seconds for clock, seconds in figures.items()}
@@ -119,7 +129,9 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=MODELS, help="step: only this one")
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the pack; ranks: the first")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
-    parser.add_argument("--seconds", type=float, default=2.0, help="step: processor time of a turn, at least one step")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="step: processor time of a turn, at least one step"
+    )
     parser.add_argument("--full", action="store_true", help="step: also with logits of every token")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")

@@ -1,8 +1,8 @@
 """The sides of the race: one optimizer step each, on the same weights and the same packed tokens.
 
-    ours            `train_step`: cut, forward, backward, reduction, norms, clipping, Adam, numbers of the step
-    plain           plain PyTorch, logits of supervised tokens only, clip_grad_norm_, AdamW(fused=True)
-    plain, full     the same with logits of every token
+ours            `train_step`: cut, forward, backward, reduction, norms, clipping, Adam, numbers of the step
+plain           plain PyTorch, logits of supervised tokens only, clip_grad_norm_, AdamW(fused=True)
+plain, full     the same with logits of every token
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class RaceSizes(StepSizes):
 
     def layout(self, *, pad_to_multiple: int) -> PackLayout:
         """Equal documents, tiles spread over each."""
-        one = replace(self, tokens=self.tokens // self.documents, tiles=self.tiles // self.documents, documents=1)
+        one = replace(
+            self, tokens=self.tokens // self.documents, tiles=self.tiles // self.documents, documents=1
+        )
         sample: SampleLayout = StepSizes.layout(one, pad_to_multiple=pad_to_multiple).documents[0]
         return pack_layout([sample] * self.documents, pad_to_multiple=pad_to_multiple)
 
@@ -83,7 +85,9 @@ class RaceSizes(StepSizes):
 class Ours:
     """Our step on this rank of a layout."""
 
-    def __init__(self, sizes: RaceSizes, *, cp: int = 1, dp: int = 1, micro_batches: int = 1, **runtime: Any) -> None:
+    def __init__(
+        self, sizes: RaceSizes, *, cp: int = 1, dp: int = 1, micro_batches: int = 1, **runtime: Any
+    ) -> None:
         config = RunConfig(
             parallel=ParallelConfig(cp=cp),
             runtime=RuntimeConfig(dtype="float32", **runtime),
@@ -96,7 +100,9 @@ class Ours:
         model_chunks = [wrapped[0].module]
         model_chunks[0].config.grad_scale_func = optimizer.scale_loss
         scheduler = build_scheduler(optimizer, config.optim)
-        self.trainer = Trainer(model_chunks=model_chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
+        self.trainer = Trainer(
+            model_chunks=model_chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
+        )
         self.batches = [self.step.batch] * micro_batches
 
     @property
@@ -112,7 +118,9 @@ class Ours:
 class Plain:
     """The plain model's step on the same pack, in this process alone."""
 
-    def __init__(self, ours: Ours, sizes: RaceSizes, *, all_rows: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self, ours: Ours, sizes: RaceSizes, *, all_rows: bool = False, compiled: bool = False
+    ) -> None:
         pack = ours.step.batch
         layout = pack.layout
         whole = np.stack([layout.cu_seqlens[:-1], layout.cu_seqlens[1:]], 1)  # a range for each document
