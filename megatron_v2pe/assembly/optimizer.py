@@ -72,8 +72,12 @@ def wrap_data_parallel(
         shard_gradients: leave each rank its shard of the sum, for the distributed optimizer; otherwise every
             rank ends with whole gradients.
     """
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=shard_gradients,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and shard_gradients,
+        overlap_param_gather=parallel.overlap_param_gather and shard_gradients,
     )
     wrapped = []
     for index, model_chunk in enumerate(model_chunks):
@@ -84,10 +88,27 @@ def wrap_data_parallel(
         )
         wrapper = DistributedDataParallel(model_chunk.config, ddp_config, module, disable_bucketing=index > 0)
         wrapper.vp_stage = model_chunk.vp_stage  # the interleaved schedule reads it from the wrapper
-        if shard_gradients:
+        if ddp_config.overlap_grad_reduce:
+            model_chunk.config.no_sync_func = wrapper.no_sync  # micro batches before the last only add
+        elif shard_gradients:
             _exchange_nothing_alone(wrapper)
+        if ddp_config.overlap_param_gather:
+            _gather_head_in_time(wrapper, model_chunk)
         wrapped.append(wrapper)
     return wrapped
+
+
+def _gather_head_in_time(wrapper: DistributedDataParallel, model_chunk: InternVL) -> None:
+    """Wait for the head's weights before the final norm.
+
+    mcore waits for a module's weights when the module is called; the head's are used without (`LanguageModel.loss`).
+    """
+    language = model_chunk.language
+    if language.post_process:
+        is_tied = language.share_embeddings_and_output_weights and language.pre_process
+        owner = language.embedding.word_embeddings if is_tied else language.output_layer
+        wait = wrapper._make_forward_pre_hook()
+        language.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(owner))
 
 
 def _exchange_nothing_alone(wrapper: DistributedDataParallel) -> None:

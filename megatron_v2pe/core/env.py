@@ -151,17 +151,31 @@ GPU_ENVIRONMENT = {
 """What training on a GPU wants of CUDA, torch's allocator and NCCL, which read it when they start."""
 
 
-def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # of one size, or products of several streams differ
+    "NCCL_ALGO": "Ring",  # chosen by size and topology otherwise
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # attention backward of Transformer Engine without atomic sums
+}
+"""What libraries read for `runtime.deterministic`."""
+
+
+def prepare_gpu_environment(run_dir: str, *, deterministic: bool = False) -> dict[str, str]:
     """Set what training wants and nobody has set, before torch is imported; without a GPU it changes nothing.
 
     Args:
         run_dir: folder of the run; NCCL's dumps of collectives that timed out go into `stacks/` in it.
+        deterministic: the run asks for the same bits in every run.
 
     Returns:
         What was set.
     """
     dumps = str(Path(run_dir) / "stacks" / "nccl_rank_")
-    wanted = {**GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE": dumps, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps}
+    wanted = {
+        **GPU_ENVIRONMENT,
+        **(DETERMINISTIC_ENVIRONMENT if deterministic else {}),
+        "TORCH_FR_DUMP_TEMP_FILE": dumps,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps,
+    }
     changes = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changes)
     return changes
