@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
+from megatron_v2pe.config.overlap import check_overlap
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.parts import PARTS
@@ -36,6 +37,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_pipeline(config.parallel, arch.language.num_layers)
     check_experts(config, arch)
     check_world(config, world_size)
+    check_overlap(config, arch, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)

@@ -53,6 +53,7 @@ from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
+from megatron_v2pe.train.guards.determinism import deterministic_algorithms
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
 from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
@@ -179,6 +180,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        stack.enter_context(deterministic_algorithms(is_wanted=config.runtime.deterministic))
         facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
         context = stack.enter_context(_world(config, plan, facts=facts))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class BlockBatch:
     """Equal blocks of one or several documents that a kernel computes in one call.
 
     Attributes:
-        queries: local rows of the queries; a slice for one document, an index for several.
+        queries: local rows of the queries; a slice where they are consecutive, else an index.
         keys: rows of the source's keys, likewise.
         blocks: number of documents.
         causal: the diagonal block, of queries and keys of the same tokens.
@@ -91,5 +91,7 @@ def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:
     """Tokens low..high-1 of the documents that start at `starts`."""
     if len(starts) == 1:
         return slice(starts[0] + low, starts[0] + high)
+    if low == 0 and all(following - start == high for start, following in pairwise(starts)):
+        return slice(starts[0], starts[-1] + high)  # whole documents, one directly after the other
     rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten()
     return to_device([rows.numpy()], device)[0]
