@@ -56,7 +56,9 @@ def train(rank, size, overlap):
     LanguageModel.forward = noted(calls, "forward", LanguageModel.forward)
     install_fused_adam()
     config = RunConfig(parallel=ParallelConfig(**overlap), runtime=RuntimeConfig(dtype="float32"))
-    sizes = StepSizes(tokens=96, tiles=1 + rank, hidden=64, layers=3, vocab=300, vision_hidden=32, vision_layers=2)
+    sizes = StepSizes(
+        tokens=96, tiles=1 + rank, hidden=64, layers=3, vocab=300, vision_hidden=32, vision_layers=2
+    )
     step = MeasuredStep(config=config, sizes=sizes, dp=size)
     (wrapped,) = step.wrapped
     optimizer = build_optimizer(step.wrapped, config)
@@ -95,6 +97,10 @@ def test_the_same_bits_and_calls_inside_the_passes(plain, overlap):
         assert torch.equal(mine["weights"], other["weights"])
         assert inside(mine["calls"], "backward", "start_grad_sync")
         assert not inside(other["calls"], "backward", "start_grad_sync")
-        gathers = inside(mine["calls"][: mine["calls"].index("backward")] + ["end"], "forward", "start_param_sync")
+        gathers = inside(
+            mine["calls"][: mine["calls"].index("backward")] + ["end"], "forward", "start_param_sync"
+        )
         assert gathers == ("gather" in overlap)
-        assert ("start_param_sync" in mine["calls"][mine["calls"].index("backward") :]) == ("gather" not in overlap)
+        assert ("start_param_sync" in mine["calls"][mine["calls"].index("backward") :]) == (
+            "gather" not in overlap
+        )
