@@ -57,7 +57,7 @@ def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Traine
 def wrap_data_parallel(
     model_chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, summed over data and context parallel ranks.
+    """Gradient buffers in float32 (in float64 those of a float64 model), summed over data and context parallel ranks.
 
     Args:
         model_chunks: bare model chunks.
@@ -66,7 +66,8 @@ def wrap_data_parallel(
             rank ends with whole gradients.
     """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
+        grad_reduce_in_fp32=config.runtime.dtype != "float64",  # which only comparisons have
+        use_distributed_optimizer=shard_gradients,
     )
     wrapped = []
     for index, model_chunk in enumerate(model_chunks):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig
-from tests.support import parity, whole
+from megatron_v2pe.verification.prove import slices
+from tests.support import parity
 from tests.support.parity import Layout, Options, Work
 from tests.support.parity_cases import Case
 from tests.support.spawn import run_ranks
@@ -175,7 +176,7 @@ def draw(rank, world_size, sizes):
         ranks = context.ranks
         model_chunks = build_model(layout.config(SPREAD), arch, context)
         draw_adapters(model_chunks, lora=EVERYWHERE, arch=arch, seed=7, ranks=ranks)
-        found[name] = [held for held in whole.slices_of(model_chunks, ranks) if ".lora." in held[0]]
+        found[name] = [held for held in slices.slices_of(model_chunks, ranks) if ".lora." in held[0]]
     return found
 
 
