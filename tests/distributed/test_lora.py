@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig
-from megatron_v2pe.verification.prove import slices
+from megatron_v2pe.verification.prove import slices as whole
 from tests.support import parity
 from tests.support.parity import Layout, Options, Work
 from tests.support.parity_cases import Case
@@ -176,7 +176,7 @@ def draw(rank, world_size, sizes):
         ranks = context.ranks
         model_chunks = build_model(layout.config(SPREAD), arch, context)
         draw_adapters(model_chunks, lora=EVERYWHERE, arch=arch, seed=7, ranks=ranks)
-        found[name] = [held for held in slices.slices_of(model_chunks, ranks) if ".lora." in held[0]]
+        found[name] = [held for held in whole.slices_of(model_chunks, ranks) if ".lora." in held[0]]
     return found
 
 

@@ -15,11 +15,13 @@ from tests.support.parity import Work
 CASE = parity_cases.Case("packed", "spread", "v2pe_random")
 CP2, TP2, TP2SP, DP2, PP2 = of(cp=2), of(tp=2), of(tp=2, sp=True), of(), of(pp=2)
 EP2 = of(ep=2, options=EXPERTS)
+CP2_BY_DOCUMENT = of(cp=2, cp_sharding="by_document")
 LAYOUTS = {
     "labels shifted after the cut": [CP2],
-    "zigzag over the whole row": [CP2],
+    "zigzag over the whole row": [CP2, CP2_BY_DOCUMENT],
     "positions sliced contiguously": [CP2],
-    "positions of another rank": [CP2],
+    "positions of another rank": [CP2, CP2_BY_DOCUMENT],
+    "keys get no gradients of other ranks": [CP2, CP2_BY_DOCUMENT],
     "positions reversed on later stages": [PP2],
     "image rows in another order": [CP2, TP2SP],
     "no gradients through the router": [CP2],
@@ -36,8 +38,16 @@ def _rows():
     """{name of a row: (mutation, layout)}; a mutation on two layouts has a row for each."""
     for name, layouts in LAYOUTS.items():
         for layout in layouts:
-            suffix = "" if len(layouts) == 1 else ", sp" if layout.parallel.sequence_parallel else ", cp"
-            yield name + suffix, (MUTATIONS[name], layout)
+            yield name + suffix_of(layout, len(layouts)), (MUTATIONS[name], layout)
+
+
+def suffix_of(layout, count):
+    parallel = layout.parallel
+    if count == 1:
+        return ""
+    if parallel.cp_sharding == "by_document":
+        return ", by document"
+    return ", sp" if parallel.sequence_parallel else ", cp"
 
 
 VARIANTS = dict(_rows())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.shards import Shards, rows_received, sharding_of
 from megatron_v2pe.planning.memory.adapters import planned_adapters
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts
 from megatron_v2pe.planning.request.workload import Pack
@@ -41,10 +46,45 @@ class Setting:
         """Of the compute dtype."""
         return 2 if self.config.runtime.dtype == "bfloat16" else 4
 
+    @cached_property
+    def shards(self) -> Shards:
+        """The pack, cut as the run cuts it."""
+        bounds = np.concatenate([[0], np.cumsum(self.pack.document_lengths, dtype=np.int64)])
+        return sharding_of(self.config.parallel, self.arch).shards(bounds, cp=self.plan.cp)
+
     @property
     def tokens(self) -> int:
-        """Tokens of a rank after the context parallel cut (l)."""
-        return self.pack.num_tokens // self.plan.cp
+        """Tokens of the fullest rank after the context parallel cut (l)."""
+        return self._most(self.shards.tokens)
+
+    @property
+    def longest_local(self) -> int:
+        """Tokens of the longest document, or part of one, that a rank holds."""
+        return self._most(lambda rank: max(self.shards.local_lengths(rank)))
+
+    @property
+    def received_rows(self) -> int:
+        """Tokens whose keys and values the busiest rank gets from others in a forward pass of p2p or all_gather."""
+        shards = self.shards
+        holders = shards.holders
+        if holders is None:
+            return (self.plan.cp - 1) * self.tokens
+        return self._most(lambda rank: rows_received(shards.lengths, holders, rank))
+
+    @property
+    def attention_imbalance(self) -> float:
+        """Attention of the busiest rank over the mean; 1 where every document is cut over all ranks."""
+        shards = self.shards
+        if shards.holders is None:
+            return 1.0
+        pairs = [0] * self.plan.cp
+        for length, ranks in zip(shards.lengths, shards.holders, strict=True):
+            for rank in ranks:
+                pairs[rank] += length * length // len(ranks)
+        return max(pairs) * self.plan.cp / sum(pairs)
+
+    def _most(self, of_rank: Callable[[int], int]) -> int:
+        return max(of_rank(rank) for rank in range(self.plan.cp))
 
     @property
     def rows(self) -> int:

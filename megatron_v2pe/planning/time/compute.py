@@ -68,6 +68,7 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
         mlp_weights *= EXPERT_IMBALANCE
     weights = projections * attention_weights + mlp * mlp_weights
     attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
+    attention *= setting.attention_imbalance
     attention_forwards = 2.0 if model.recompute == "full" else 1.0
     supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0

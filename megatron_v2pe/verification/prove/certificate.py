@@ -115,7 +115,7 @@ class Certificate:
             return "NOT PROVEN: this layout does not give the numbers of one rank."
         missed = [each.name for each in self.caught if not each.is_caught]
         if missed:
-            return f"NOT PROVEN: the numbers are those of one rank, but would be so with a mistake: {', '.join(missed)}."
+            return f"NOT PROVEN: the numbers are one rank's, but would be with these mistakes too: {', '.join(missed)}."
         return (
             "PROVEN: this layout gives the loss and every gradient of one rank, and "
             f"{len(self.caught)} of {len(self.caught)} seeded mistakes were caught."
@@ -131,8 +131,9 @@ class Certificate:
             _table(["axis", "run", "proven"], self._layout_rows()),
             "\n".join(f"- {note}" for note in self.notes),
             "## Against one rank",
-            "Largest relative error over all ranks and parameters: losses to themselves, a gradient to its largest entry, "
-            "weights to their largest change. Every element of every parameter was compared on every rank that holds it.",
+            "Largest relative error over all ranks and parameters: losses to themselves, a gradient to its largest "
+            "entry, weights to their largest change. Every element of every parameter was compared on every rank that "
+            "holds it.",
             _table(["dtype", "quantity", "error", "tolerance", "where"], self._error_rows()),
             *([f"Not compared: {', '.join(self.not_compared)}"] if self.not_compared else []),
             "## Seeded mistakes",

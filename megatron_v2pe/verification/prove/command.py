@@ -24,6 +24,7 @@ from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_required, validate
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
+from megatron_v2pe.parallel.shards import Sharding, sharding_of
 from megatron_v2pe.train.guards.startup_checks import model_folder
 from megatron_v2pe.v2pe.layout import pack_layout
 from megatron_v2pe.verification.prove.certificate import (
@@ -89,7 +90,7 @@ def prove(request: ProofRequest) -> Certificate:
     narrow, notes = narrow_config(config, layout, num_packs=num_packs)
     model = narrow_architecture(arch, layout, tile_side=data.tile_side)
     validate(narrow, model, layout.world_size)
-    mutations = applied_mutations(narrow, layout, data)
+    mutations = applied_mutations(narrow, layout, data, sharding_of(narrow.parallel, model))
     logger.info(
         "%d ranks (tp %d, pp %d, cp %d, dp %d) against one: %s; %d mutations",
         *(layout.world_size, layout.parallel.tp, layout.parallel.pp, layout.parallel.cp, layout.dp),
@@ -157,12 +158,14 @@ def _facts(
     }
 
 
-def applied_mutations(config: RunConfig, layout: ProvenLayout, data: ProofData) -> list[str]:
+def applied_mutations(
+    config: RunConfig, layout: ProvenLayout, data: ProofData, sharding: Sharding
+) -> list[str]:
     """Names of the mutations that this layout can have."""
     plan = resolve(layout.parallel, layout.world_size)
     layouts = [
         pack_layout([each.layout for each in pack], pad_to_multiple=plan.pad_to_multiple)
         for pack in data.packs
     ]
-    facts = ProofFacts(plan=plan, config=config, layouts=layouts)
+    facts = ProofFacts(plan=plan, config=config, sharding=sharding, layouts=layouts)
     return [name for name, mutation in MUTATIONS.items() if mutation.applies(facts)]

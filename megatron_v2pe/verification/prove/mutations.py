@@ -22,10 +22,13 @@ from megatron_v2pe.assembly import build
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, FeatureRoute, LocalBatch, PackedBatch
 from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.parallel import batch_sharder, zigzag
+from megatron_v2pe.parallel import batch_sharder
+from megatron_v2pe.parallel.attention.direct import _DirectGradReturn
+from megatron_v2pe.parallel.attention.ring import _RingGradReturn
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.feature_router import FeatureRouter
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.shards import ZIGZAG, Sharding, Shards
 from megatron_v2pe.train.forward_step import MicroBatchRunner
 from megatron_v2pe.v2pe.layout import Int64Array, PackLayout
 from megatron_v2pe.v2pe.positions import position_units
@@ -44,7 +47,8 @@ def labels_shifted_after_the_cut() -> Iterator[None]:
             batch, labels=np.roll(batch.labels, 1), loss_weights=np.roll(batch.loss_weights, 1)
         )
         local = right(self, late, **kwargs)
-        assert local.labels is not None and local.loss_weights is not None
+        assert local.labels is not None
+        assert local.loss_weights is not None
         labels = local.labels.roll(-1)
         labels[0, -1] = IGNORE_INDEX
         weights = torch.where(labels >= 0, local.loss_weights.roll(-1), 0.0)
@@ -57,45 +61,71 @@ def labels_shifted_after_the_cut() -> Iterator[None]:
 @contextlib.contextmanager
 def zigzag_over_the_whole_row() -> Iterator[None]:
     """The pack is cut as one row, positions and features follow; attention treats the parts as documents."""
+    right = Sharding.shards
 
-    def ranges(cu_seqlens: Int64Array, *, cp: int) -> list[Int64Array]:
-        return zigzag.shard_ranges_of_ranks(cu_seqlens[[0, -1]], cp=cp)
+    def wrong(self: Sharding, cu_seqlens: Int64Array, *, cp: int) -> Shards:
+        row = right(ZIGZAG, cu_seqlens[[0, -1]], cp=cp)
+        return Shards(row.ranges, tuple(np.diff(cu_seqlens).tolist()), None)
 
     def units(layout: PackLayout, ranges: Int64Array) -> Int64Array:
         return np.concatenate([position_units(layout)[start:stop] for start, stop in ranges])
 
-    with mock.patch.multiple(batch_sharder, shard_ranges_of_ranks=ranges, position_units=units):
+    with (
+        mock.patch.object(Sharding, "shards", wrong),
+        mock.patch.object(batch_sharder, "position_units", units),
+    ):
         yield
 
 
 @contextlib.contextmanager
-def positions_sliced_contiguously() -> Iterator[None]:
+def _with_positions(units_of: Callable[[BatchSharder, PackedBatch, int], Int64Array]) -> Iterator[None]:
+    """Positions of a rank's tokens are `units_of(sharder, pack, number of local tokens)`."""
+    right = BatchSharder.shard
+
+    def wrong(self: BatchSharder, batch: PackedBatch, **kwargs: Any) -> LocalBatch:
+        local = right(self, batch, **kwargs)
+        units = torch.from_numpy(units_of(self, batch, len(local.position_units)))
+        units = units.to(local.position_units.device)
+        return dataclasses.replace(local, position_units=units, has_fractions=None)
+
+    with mock.patch.object(BatchSharder, "shard", wrong):
+        yield
+
+
+def positions_sliced_contiguously() -> AbstractContextManager[Any]:
     """Rank r gets the r-th slice of the position table, as mcore does for a table of the local length."""
 
-    def units(layout: PackLayout, ranges: Int64Array) -> Int64Array:
-        count = int((ranges[:, 1] - ranges[:, 0]).sum())
-        rank = _rank_of(ranges)
-        return position_units(layout)[rank * count : (rank + 1) * count]
+    def units(sharder: BatchSharder, batch: PackedBatch, count: int) -> Int64Array:
+        whole = position_units(batch.layout)
+        start = min(sharder.context.ranks.cp_rank * len(whole) // sharder.context.plan.cp, len(whole) - count)
+        return whole[start : start + count]
 
-    with mock.patch.object(batch_sharder, "position_units", units):
-        yield
+    return _with_positions(units)
 
 
-def _rank_of(ranges: Int64Array) -> int:
-    """The context parallel rank that holds these ranges: its first range starts that many zigzag chunks in."""
-    return int(ranges[0, 0]) // int(ranges[0, 1] - ranges[0, 0])
+def positions_of_another_rank() -> AbstractContextManager[Any]:
+    """Tokens of one shard, positions of the next."""
+
+    def units(sharder: BatchSharder, batch: PackedBatch, count: int) -> Int64Array:
+        cp = sharder.context.plan.cp
+        shards = sharder.sharding.shards(batch.layout.cu_seqlens, cp=cp)
+        other = shards.ranges[(sharder.context.ranks.cp_rank + 1) % cp]
+        return np.resize(position_units(batch.layout, other), count)
+
+    return _with_positions(units)
 
 
 @contextlib.contextmanager
-def positions_of_another_rank() -> Iterator[None]:
-    """Tokens of one shard, positions of the next."""
+def keys_get_no_gradients_of_other_ranks() -> Iterator[None]:
+    """What other ranks computed of the gradients of a rank's keys and values arrives, and is dropped."""
 
-    def units(layout: PackLayout, ranges: Int64Array) -> Int64Array:
-        cp = layout.num_tokens // int((ranges[:, 1] - ranges[:, 0]).sum())
-        others = zigzag.shard_ranges(layout.cu_seqlens, cp=cp, cp_rank=(_rank_of(ranges) + 1) % cp)
-        return position_units(layout, others)
+    def dropping(right: Callable[[Any, Tensor], None]) -> Callable[[Any, Tensor], None]:
+        return lambda self, d_own: right(self, d_own.clone())
 
-    with mock.patch.object(batch_sharder, "position_units", units):
+    with (
+        mock.patch.object(_RingGradReturn, "finish", dropping(_RingGradReturn.finish)),
+        mock.patch.object(_DirectGradReturn, "finish", dropping(_DirectGradReturn.finish)),
+    ):
         yield
 
 
@@ -234,12 +264,22 @@ class ProofFacts:
     Attributes:
         plan: sizes of the axes.
         config: the run.
+        sharding: how packs are cut.
         layouts: documents of each pack.
     """
 
     plan: ParallelPlan
     config: RunConfig
+    sharding: Sharding
     layouts: Sequence[PackLayout]
+
+    @property
+    def cuts_documents(self) -> bool:
+        """Some document lies on several context parallel ranks."""
+        if self.plan.cp == 1:
+            return False
+        found = [self.sharding.shards(each.cu_seqlens, cp=self.plan.cp).holders for each in self.layouts]
+        return any(holders is None or any(len(ranks) > 1 for ranks in holders) for holders in found)
 
     @property
     def has_images(self) -> bool:
@@ -283,7 +323,7 @@ _GRADIENT = ("gradient", "weight 1")
 _NORM = ("norm", "weight 1")
 
 
-def _is_cut(facts: ProofFacts) -> bool:
+def _has_shards(facts: ProofFacts) -> bool:
     return facts.plan.cp > 1
 
 
@@ -298,19 +338,30 @@ def _has_copies(facts: ProofFacts) -> bool:
 
 MUTATIONS = {
     "labels shifted after the cut": Mutation(
-        variant=labels_shifted_after_the_cut, needs="cp", applies=_is_cut, wrong=_FROM_LOSS_ON
+        variant=labels_shifted_after_the_cut,
+        needs="cp, a document on several ranks",
+        applies=lambda facts: facts.cuts_documents,
+        wrong=_FROM_LOSS_ON,
     ),
     "zigzag over the whole row": Mutation(
         variant=zigzag_over_the_whole_row,
         needs="cp, several documents in a pack",
-        applies=lambda facts: _is_cut(facts) and any(len(each.documents) > 1 for each in facts.layouts),
+        applies=lambda facts: _has_shards(facts) and any(len(each.documents) > 1 for each in facts.layouts),
         wrong=_FROM_LOSS_ON,
     ),
     "positions sliced contiguously": Mutation(
-        variant=positions_sliced_contiguously, needs="cp", applies=_is_cut, wrong=_FROM_LOSS_ON
+        variant=positions_sliced_contiguously, needs="cp", applies=_has_shards, wrong=_FROM_LOSS_ON
     ),
     "positions of another rank": Mutation(
-        variant=positions_of_another_rank, needs="cp", applies=_is_cut, wrong=_FROM_LOSS_ON
+        variant=positions_of_another_rank, needs="cp", applies=_has_shards, wrong=_FROM_LOSS_ON
+    ),
+    "keys get no gradients of other ranks": Mutation(
+        variant=keys_get_no_gradients_of_other_ranks,
+        needs="cp with p2p, a document on several ranks, a decoder that is trained",
+        applies=lambda facts: (
+            facts.cuts_documents and facts.config.parallel.cp_comm_type == "p2p" and facts.trains_language
+        ),
+        wrong=_GRADIENT,
     ),
     "positions reversed on later stages": Mutation(
         variant=positions_reversed_on_later_stages,

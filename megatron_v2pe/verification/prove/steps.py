@@ -24,6 +24,7 @@ from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.step import mean_losses, train_step
@@ -49,8 +50,13 @@ class Outcome:
     weights: list[list[LocalSlice]] = field(default_factory=list)
 
 
-def _runner(config: RunConfig, context: ParallelContext) -> MicroBatchRunner:
-    sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype], norm=NORM)
+def _runner(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> MicroBatchRunner:
+    sharder = BatchSharder(
+        context=context,
+        dtype=DTYPES[config.runtime.dtype],
+        norm=NORM,
+        sharding=sharding_of(config.parallel, arch),
+    )
     return MicroBatchRunner(shard=sharder.shard, device=context.ranks.device, rows=sharder.rows)
 
 
@@ -75,7 +81,7 @@ def run_steps(
     model_chunks = build.build_model(config, arch, context)
     slices.place(model_chunks, ranks, vocab_size=arch.language.vocab_size)
     trainer = wrap_for_training(model_chunks, config)
-    runner = _runner(config, context)
+    runner = _runner(config, arch, context)
     attach(runner, trainer.wrapped)
     outcome = Outcome()
     optimizer: Any = trainer.optimizer
@@ -107,7 +113,7 @@ def run_backward(
     model_chunks = build.build_model(config, arch, context)
     slices.place(model_chunks, ranks, vocab_size=arch.language.vocab_size)
     wrapped = wrap_data_parallel(model_chunks, config, shard_gradients=False)
-    runner = _runner(config, context)
+    runner = _runner(config, arch, context)
     attach(runner, wrapped)
     for chunk in wrapped:
         chunk.train()
