@@ -26,8 +26,8 @@ from megatron_v2pe.data.media.medium import MediumTiles
 from megatron_v2pe.data.pack_reader import PackReader, TileShare, pack_request
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.tokenizer import Tokenizer
-from megatron_v2pe.parallel.topology import resolve
 from megatron_v2pe.parallel.shards import sharding_of
+from megatron_v2pe.parallel.topology import resolve
 from megatron_v2pe.parallel.zigzag import range_indices
 from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.v2pe.positions import position_units

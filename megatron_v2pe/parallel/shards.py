@@ -1,14 +1,14 @@
 """Which tokens of a pack each context parallel rank holds, when documents may lie whole on one rank: pure integers.
 
     zigzag         every document is cut over all ranks (see `zigzag`): equal shards, all keys travel
-    by_document    short documents lie whole on one rank, long ones are cut over as many as balance needs; keys of a
-                   document travel between its own ranks only
-    auto           by_document for the packs where it sends at most `AUTO_ROWS` of the keys
+    by_document    short documents lie whole on one rank, long ones are cut over as many as balance needs, and keys of
+                   a document travel between its own ranks only
+    auto           by_document for packs where its busiest rank receives at most `AUTO_ROWS` of zigzag's keys
 
 A document of n tokens costs n (n + L): its attention costs as much as its linears at n = L. Tiles cost the same
-wherever their tokens are, because tower and projector run on even shares of them. The longest document comes first; each goes to
-the least loaded ranks, to the fewest (a divisor of cp) that stay within the limits of cost and of tokens; where none do,
-to as many as raise the fullest least. All arithmetic is whole numbers, so that every rank finds the same.
+wherever their tokens are, because tower and projector run on even shares of them. The longest document comes first;
+each goes to the least loaded ranks, to the fewest (a divisor of cp) that stay within the limits of cost and of tokens;
+where none do, to as many as raise the fullest least. All arithmetic is whole numbers, so that all ranks find the same.
 
                                                   rank 0: 0 1 . . . . 6 7 | a b c d | . . .
     documents of 8, 4 and 4 tokens, cp 2          rank 1: . . 2 3 4 5 . . | . . . . | A B C D

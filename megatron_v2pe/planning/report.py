@@ -73,7 +73,7 @@ def _sharing(estimate: Estimate) -> str:
     share = setting.received_rows / ((setting.plan.cp - 1) * mean)
     return (
         f"{parallel.cp_comm_type}, {parallel.cp_sharding}: {share:.0%} of zigzag's keys, fullest rank "
-        f"{setting.tokens / mean:.2f} of the mean in tokens, {setting.attention_imbalance:.2f} in attention"
+        f"{setting.tokens / mean:.2f} of the mean in tokens, slowest {setting.slowest_rank[1]:.2f} in attention"
     )
 
 

@@ -18,11 +18,12 @@ Here:            megatron-v2pe prove run.yaml
 As a document:   megatron-v2pe prove run.yaml --out certificate.md     # and certificate.json
 On 4 processes:  megatron-v2pe prove run.yaml --ranks 4
 
-The layout of the run (tp, pp, cp, ep, sequence parallelism, their options) is started on processes of this machine with
-a narrow model of the run's kind and the shapes of its first packs: documents, images, tiles, strides, labels. Loss and
-every gradient are compared with one process in float64, and with gradient norm and two updates in float32. Then mistakes
-are put into the ranks, one after the other, each of which the comparison must catch. Axes that need more ranks than
---ranks become smaller, never 1; the page says what differs. Lengths of the data are measured first, as `train` does.
+The layout of the run (tp, pp, cp, ep, sequence parallelism, their options) is started on processes of this machine
+with a narrow model of the run's kind and the shapes of its first packs: documents, images, tiles, strides, labels. Loss
+and every gradient are compared with one process in float64, and with gradient norm and two updates in float32. Then
+mistakes are put into the ranks, one after the other, each of which the comparison must catch. Axes that need more ranks
+than --ranks become smaller, never 1; the page says what differs. Lengths of the data are measured first, as `train`
+does.
 
 Exit code 0: proven, 1: not, 2: a mistake, or something that cannot be proven."""
 

@@ -119,6 +119,8 @@ class NativeContextAttention(torch.nn.Module):
         group = self.cp_group if params.cp_group is None else params.cp_group
         holders = getattr(params, "document_holders", None)
         if holders is not None:
+            if group is None:
+                raise ValueError("documents on some of the ranks need the group of these ranks")
             places = Places(params.document_lengths, holders)  # type: ignore[attr-defined]
             out = document_attention(query, key, value, places=places, scale=self.scale, group=group)
             return out.flatten(1)

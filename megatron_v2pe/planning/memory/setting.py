@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.flops import linear_tokens
 from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
@@ -71,17 +72,22 @@ class Setting:
             return (self.plan.cp - 1) * self.tokens
         return self._most(lambda rank: rows_received(shards.lengths, holders, rank))
 
-    @property
-    def attention_imbalance(self) -> float:
-        """Attention of the busiest rank over the mean; 1 where every document is cut over all ranks."""
+    @cached_property
+    def slowest_rank(self) -> tuple[int, float]:
+        """Tokens of the context parallel rank that works longest on a pack, and its attention over the mean.
+
+        By attention and linears; where every document is cut over all ranks, they are alike.
+        """
         shards = self.shards
         if shards.holders is None:
-            return 1.0
+            return self.tokens, 1.0
         pairs = [0] * self.plan.cp
         for length, ranks in zip(shards.lengths, shards.holders, strict=True):
             for rank in ranks:
                 pairs[rank] += length * length // len(ranks)
-        return max(pairs) * self.plan.cp / sum(pairs)
+        balance = linear_tokens(self.arch)
+        slowest = max(range(self.plan.cp), key=lambda rank: pairs[rank] + balance * shards.tokens(rank))
+        return shards.tokens(slowest), pairs[slowest] * self.plan.cp / sum(pairs)
 
     def _most(self, of_rank: Callable[[int], int]) -> int:
         return max(of_rank(rank) for rank in range(self.plan.cp))
