@@ -64,7 +64,7 @@ def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Traine
 def wrap_data_parallel(
     model_chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, summed over data and context parallel ranks.
+    """Gradient buffers in float32 (in float64 those of a float64 model), summed over data and context parallel ranks.
 
     Args:
         model_chunks: bare model chunks.
@@ -74,7 +74,7 @@ def wrap_data_parallel(
     """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.runtime.dtype != "float64",  # which only comparisons have
         use_distributed_optimizer=shard_gradients,
         overlap_grad_reduce=parallel.overlap_grad_reduce and shard_gradients,
         overlap_param_gather=parallel.overlap_param_gather and shard_gradients,

@@ -147,6 +147,11 @@ class ParallelConfig:
     all after it. Brings up to the time of that reduction; costs nothing, and GPU kernels some of their processors."""
     overlap_param_gather: bool = False
     """Gather updated weights bucket by bucket while the next forward pass has begun; needs overlap_grad_reduce."""
+    cp_sharding: Literal["zigzag", "by_document", "auto"] = "zigzag"
+    """Which context parallel rank holds which tokens. zigzag: every document is cut over all ranks; by_document (native
+    attention with p2p): short documents lie whole on one rank, long ones are cut over as many as balance needs, only
+    their keys travel, and shards differ by some 5 % in tokens; auto: by_document for packs where the busiest rank then
+    receives at most 3/4 of zigzag's keys."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp", "ep"):
@@ -175,6 +180,11 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the same "
                 "buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
+            )
+        if self.cp_sharding != "zigzag" and self.cp == 1:
+            raise ConfigError(
+                f"parallel.cp_sharding is {self.cp_sharding!r}, but parallel.cp is 1 and nothing is cut; set "
+                "parallel.cp to 2 or more, or cp_sharding to zigzag"
             )
         require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
         if self.ep == 1 and self.etp not in (0, self.tp):

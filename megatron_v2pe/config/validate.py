@@ -31,6 +31,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_required(config)
     check_model_split(config.parallel, arch)
     check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
+    check_sharding(config.parallel, config.parallel.attention_backend)
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
     check_tower(config, arch)
@@ -143,6 +144,28 @@ def check_comm_type(cp_comm_type: str, backend: str) -> None:
         f"{where} native attention has one level of context parallelism, and Transformer Engine before 2.20 refuses "
         "two levels for packed sequences (thd), which every batch here is; use p2p or a2a"
     )
+
+
+def check_sharding(parallel: ParallelConfig, backend: str) -> None:
+    """Documents that lie on some of the ranks need a back end that knows which.
+
+    Args:
+        parallel: names the sharding, and how ranks share a sequence.
+        backend: `native`, `transformer_engine`, or `auto` when that is not known yet.
+    """
+    if parallel.cp_sharding == "zigzag":
+        return
+    where = f"parallel.cp_sharding is {parallel.cp_sharding!r}, but"
+    if backend == "transformer_engine":
+        raise ConfigError(
+            f"{where} Transformer Engine's attention wants every document cut over all ranks, in equal shards; set "
+            "parallel.attention_backend to native, or cp_sharding to zigzag"
+        )
+    if parallel.cp_comm_type != "p2p":
+        raise ConfigError(
+            f"{where} parallel.cp_comm_type is {parallel.cp_comm_type!r}, in which all ranks exchange equal shards; "
+            "set cp_comm_type to p2p, or cp_sharding to zigzag"
+        )
 
 
 def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
