@@ -16,6 +16,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import sample_settings, with_system
 from megatron_v2pe.inference.beams import Beam, search
+from megatron_v2pe.inference.cache.memory import PlanPrefill
 from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
 from megatron_v2pe.inference.engine import Answer, Engine, ForcedToken, OnProgress
@@ -45,6 +46,7 @@ class ChatOptions:
         chunk_tokens: longest prefill chunk.
         kv: how keys and values are stored.
         keep_tokens: tokens of earlier documents that are kept for further questions about them.
+        plan_prefill: the planner's part of the check whether a prompt fits into memory, see `memory_check`.
     """
 
     stride: int | None = None
@@ -57,6 +59,7 @@ class ChatOptions:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     kv: KVKind = "model"
     keep_tokens: int = 0
+    plan_prefill: PlanPrefill | None = None
 
 
 class Chat:
@@ -110,6 +113,7 @@ class Chat:
             chunk_tokens=options.chunk_tokens,
             kv=options.kv,
             keep_tokens=options.keep_tokens,
+            plan_prefill=options.plan_prefill,
         )
 
     def set_stride(self, asked: int | None) -> None:

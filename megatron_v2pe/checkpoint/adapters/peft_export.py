@@ -26,14 +26,14 @@ from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, 
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.lora import PARTS, Part
+from megatron_v2pe.config.lora import PARTS
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HF_MODULES: dict[Part, str] = {"language": "language_model", "vision": "vision_model", "projector": "mlp1"}
+HF_MODULES: dict[str, str] = {"language": "language_model", "vision": "vision_model", "projector": "mlp1"}
 
 
 def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = False) -> int:
@@ -72,6 +72,11 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
 
 def refuse_native(arch: InternVLArchitecture, checkpoint: str | Path) -> None:
     """Adapters are exchanged under the names of a GitHub folder's modules."""
+    if arch.pyramid is not None:
+        raise CheckpointError(
+            f"{checkpoint}: has a pyramid around its vision tower (PIIP), which no model that PEFT can load has; merge "
+            "the adapters (export-hf without --adapter)"
+        )
     if arch.folder_format != "github":
         raise CheckpointError(
             f"{checkpoint}: came from a native (-hf) folder, whose modules have other names than PEFT folders here; "

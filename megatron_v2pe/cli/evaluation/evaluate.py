@@ -22,7 +22,7 @@ mm-niah, mm-niah-1m, long-vqa, milebench, chartqa, docvqa, ai2d, infovqa, scienc
 mvbench, video-mme, mmlongbench. `score` scores the same folder again, `paper-table` puts it beside the paper's numbers.
 
 --data FILE asks about long documents instead, and reports exact-match accuracy by length and depth. FILE is a jsonl
-file (images are looked up beside it) or a meta json, whose limits of tiles and frames come first. A record is a
+file (its images are in --root, or beside it) or a meta json, whose limits of tiles and frames come first. A record is a
 conversation that ends with the expected answer, with id, length (tokens) and depth (0..1). Plain questions, records of
 training data without length and depth, get exact, relaxed and contains scores and ANLS instead.
 
@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     published.add_argument("--retry-errors", action="store_true", help="ask again what ended with an error")
     own = parser.add_argument_group("with --data")
+    own.add_argument(
+        "--root", default="", metavar="FOLDER", help="images of a .jsonl file; default: where the file is"
+    )
     own.add_argument("--metrics", default="", help="metrics.jsonl of the run, for a loss curve")
     own.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
     own.add_argument(
@@ -164,7 +167,9 @@ def _run_retrieval(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
     )
     settings = own_strides(answerer.arch, args.strides)
-    items, problems = check_items(read_items(args.data), answerer, max_new_tokens=args.max_new_tokens)
+    items, problems = check_items(
+        read_items(args.data, root=args.root), answerer, max_new_tokens=args.max_new_tokens
+    )
     is_plain = not items[0].length
     METRICS["anls"]("a", "a")  # a missing package is reported before the work
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {data.max_dynamic_patch} tiles"

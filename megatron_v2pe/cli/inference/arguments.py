@@ -63,6 +63,7 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
     """The options of `add_model_arguments`."""
     from megatron_v2pe.core.errors import ConfigError
     from megatron_v2pe.inference.chat import ChatOptions
+    from megatron_v2pe.planning.answering import plan_prefill
 
     for name in ("max_tokens", "max_dynamic_patch", "max_num_frame", "chunk_tokens"):
         value = getattr(args, name)
@@ -80,6 +81,7 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
         chunk_tokens=args.chunk_tokens,
         kv=args.kv,
         keep_tokens=keep_tokens,
+        plan_prefill=plan_prefill,
     )
 
 

@@ -14,6 +14,7 @@ from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.plain_files import read_json_object
 
 
@@ -142,6 +143,11 @@ class InternVLArchitecture:
         return (self.image_size, *(branch.image_size for branch in smaller))
 
     @property
+    def values_per_tile(self) -> int:
+        """Pixel values of a tile in all branches together."""
+        return sum(3 * size**2 for size in self.tile_sizes)
+
+    @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
@@ -231,7 +237,7 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
         return replace(_parse_github(_with_positions(values, path), path), folder_format="hf-native")
     if kind != GITHUB_TYPE:
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}, only {GITHUB_TYPE!r} (GitHub folders of InternVL 2 to 3.5) and "
+            f"{path}: model_type is {shortened(kind)}, only {GITHUB_TYPE!r} (GitHub folders of InternVL 2 to 3.5) and "
             f"{NATIVE_TYPE!r} (their native -hf folders) are supported"
         )
     return _parse_github(values, path)
@@ -305,7 +311,7 @@ def _parse_language(language: Section) -> LanguageArchitecture:
     (name, *_) = language.get("architectures", ["?"])
     if name not in FAMILIES:
         reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
-        raise CheckpointError(f"{language.path}: architecture {name!r} is not supported; {reason}")
+        raise CheckpointError(f"{language.path}: architecture {shortened(name)} is not supported; {reason}")
     family = FAMILIES[name]
     hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     head_dim = _head_dim(language, family)

@@ -18,12 +18,10 @@ from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
 from megatron_v2pe.data.samples.settings import sample_settings, with_system
+from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
 from megatron_v2pe.evaluation.retrieval.questions import Answer, RetrievalItem, Share, StrideSetting
-from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
-from megatron_v2pe.parallel.topology import shutdown
 
-PositionMode = Literal["default", "v2pe_fixed"]
 _NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
@@ -57,8 +55,6 @@ class EngineAnswerer:
     ) -> None:
         require_source(checkpoint)
         side_files = source_side_files(checkpoint)
-        self._checkpoint = checkpoint
-        self._dtype = dtype
         self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
         self.arch = read_architecture(side_files)
@@ -72,32 +68,17 @@ class EngineAnswerer:
         self._settings = dataclasses.replace(settings, text=text, media=media)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
-        self._engine: Engine | None = None
-        self._mode: PositionMode = "default"
+        self._model = LoadedEngine(
+            checkpoint=checkpoint,
+            arch=self.arch,
+            norm=NORMALIZATION[settings.normalize_type],
+            dtype=dtype,
+            parallel=self._parallel,
+        )
 
     def prepare(self, setting: StrideSetting) -> Share:
-        """Load the model for a position mode; strides of one mode share it, as each prompt brings its own.
-
-        Collective under torchrun.
-
-        Raises:
-            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
-        """
-        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
-        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
-        if self._engine is None or self._mode != mode:
-            self.close()  # one model in memory at a time
-            self._engine = Engine.load(
-                self._checkpoint,
-                mode=mode,
-                norm=NORMALIZATION[self._settings.normalize_type],
-                dtype=self._dtype,
-                parallel=self._parallel,
-            )
-            self._mode = mode
-        plan, ranks = self._engine.context.plan, self._engine.context.ranks
-        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
-        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
+        """See `LoadedEngine.prepare`."""
+        return self._model.prepare(setting)
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> Answer:
         """Greedy answer; an image that cannot be decoded is its error where no other process waits for this one.
@@ -105,11 +86,10 @@ class EngineAnswerer:
         Raises:
             DataError: an image cannot be decoded, and other processes hold parts of the model.
         """
-        if self._engine is None:
-            raise RuntimeError("prepare() was not called")
+        engine = self._model.engine
         try:
             prompt = self.prompt(item, setting)
-            ids = self._engine.generate(prompt, max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids)
+            ids = engine.generate(prompt, max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids)
         except DataError as error:
             if self._parallel.replica_size > 1:
                 raise
@@ -146,7 +126,5 @@ class EngineAnswerer:
         return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
-        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
-        if self._engine is not None:
-            self._engine = None
-            shutdown()
+        """See `LoadedEngine.close`."""
+        self._model.close()
