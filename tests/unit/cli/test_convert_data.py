@@ -120,7 +120,7 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path, capsys):
 )  # fmt: skip
 def test_one_line_says_what_an_annotation_file_is(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=f"a.jsonl: is {kind}.*convert-data") as caught:
+    with pytest.raises(DataError, match=rf"a\.jsonl: is {kind}.*(convert-data|docs/data\.md)") as caught:
         index_dataset(
             entry(annotation=str(tmp_path / "a.jsonl")),
             settings=empty_mixture(tmp_path).settings(),
