@@ -247,7 +247,7 @@ TRAINED = {
 
 def test_how_a_run_trained_travels_into_the_other_format_and_back(tmp_path):
     source = tmp_path / "github"
-    shutil.copytree(FAMILIES_GOLDEN / "ckpt" / "f_qwen2_vit300m", source, copy_function=shutil.copyfile)
+    shutil.copytree(GITHUB / MOE, source, copy_function=shutil.copyfile)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **TRAINED}))
     convert_hf(source, tmp_path / "native")
