@@ -39,7 +39,8 @@ def case_row(name: str, case: Case, pack: PackedBatch) -> Row:
         "num_label_tokens": int((pack.labels != IGNORE_INDEX).sum()),
         "sample_lengths": [document.num_tokens for document in documents],
         "sample_num_tiles": tiles,
-        "num_tiles": tiles[0] or case.values.get("num_tiles"),  # a sample of text has a blank tile in the release
+        "num_tiles": tiles[0]
+        or case.values.get("num_tiles"),  # a sample of text has a blank tile in the release
         "moe_layers": list(experts.sparse_layers) if experts else [],
     }
     recorded = [quantity for quantity in ours if case.values.get(quantity) is not None]

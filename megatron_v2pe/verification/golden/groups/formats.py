@@ -1,7 +1,7 @@
 """The two Hugging Face formats of a golden folder: names, bits of every tensor, and the ways between them.
 
-    ckpt/<key> (GitHub)  <--convert-hf-->  ckpt_hf/<key> (native)      --import-hf, export-hf--> back, byte for byte
-    names.json: the recorded names of both, against our tables
+ckpt/<key> (GitHub)  <--convert-hf-->  ckpt_hf/<key> (native)      --import-hf, export-hf--> back, byte for byte
+names.json: the recorded names of both, against our tables
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class _Recorded:
     def __init__(self, rows: list[list[Any]]) -> None:
         self._rows = [
             (
-                re.compile(re.escape(github).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")),
+                re.compile(
+                    re.escape(github).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+                ),
                 [native] if isinstance(native, str) else native,
             )
             for github, native, _operation in rows

@@ -1,7 +1,7 @@
 """Golden prompts: the pieces of the chat templates, and what transformers' processor makes of one image and a question.
 
-    text/templates.json      --data.text.templates.render-->  one string, answered or open
-    text/hf_processor.json   --tokenizer and tiling of ckpt_hf/<key>-->  ids, tiles; names of the processor's tokens
+text/templates.json      --data.text.templates.render-->  one string, answered or open
+text/hf_processor.json   --tokenizer and tiling of ckpt_hf/<key>-->  ids, tiles; names of the processor's tokens
 """
 
 from __future__ import annotations

@@ -216,7 +216,14 @@ def test_a_native_folder_of_internlm_with_tokenizer_json_alone(tmp_path, tokeniz
     "changes",
     [
         {"normalizer": {"type": "NFKC"}},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True}},
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "_",
+                "prepend_scheme": "first",
+                "split": True,
+            }
+        },
         {"decoder": {"type": "Fuse"}},
     ],
 )
