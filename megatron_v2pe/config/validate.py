@@ -77,8 +77,8 @@ def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
         )
     if config.moe.bias_rate and "language" not in parts_trained_whole(config):
         raise ConfigError(
-            f"moe.bias_rate is {config.moe.bias_rate}, but the language model is not trained whole: its experts could not "
-            "follow the tokens that the bias sends to them; set moe.bias_rate to 0, or train the language model"
+            f"moe.bias_rate is {config.moe.bias_rate}, but the language model is not trained whole: its experts could "
+            "not follow the tokens that the bias sends to them; set moe.bias_rate to 0, or train the language model"
         )
     if config.model.mlp_chunks > 1:
         raise ConfigError(

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-expert-bias",
         action="store_true",
-        help="export a model whose experts were balanced by moe.bias_rate without that bias, for which formats have no place",
+        help="leave out the bias by which moe.bias_rate balanced the experts; no format has a place for it",
     )
     add_cast(parser)
     add_verify_checkpoint(parser)

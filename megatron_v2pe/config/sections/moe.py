@@ -19,8 +19,8 @@ class MoEConfig:
     capacity_factor: float = 0.0
     """An expert takes at most this many times its even share of a rank's tokens and drops others; 0 takes all."""
     bias_rate: float = 0.0
-    """How far the bias of an expert's choice moves in a step towards even use (balancing without a loss; 1e-3 to 1e-5 for
-    128 experts, whose probabilities are around 1/128); 0 is without. The released formats have no place for it, see
+    """How far the bias of an expert's choice moves in a step towards even use (balancing without a loss; probabilities
+    of 128 experts are around 1/128, so 1e-3 is much); 0 is without. The released formats have no place for it, see
     `export-hf --drop-expert-bias`."""
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class CapturedRun:
         if expert_bias_of(checkpoint):
             raise CheckpointError(
                 f"{checkpoint}: its routers choose experts with a bias (moe.bias_rate), which the second "
-                "implementation does not have; compare the model it started from, or one exported with --drop-expert-bias"
+                "implementation does not have; compare the model it started from, or export with --drop-expert-bias"
             )
         self.model_chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
