@@ -4,7 +4,7 @@
     python tools/bench_convert.py --size 8B --folder /data     where there is room
     python tools/bench_convert.py --size 26B --layout-only     files, offsets and memory, without a byte of weights
     python tools/bench_convert.py --size my/config.json        a model of other sizes
-    python tools/bench_convert.py --size 3.5-30B-A3B --layers 4     the first layers of the language model, in true width
+    python tools/bench_convert.py --size 3.5-30B-A3B --layers 4     4 layers of the language model, in true width
 
     random weights -> HF folder --copy, sync----> copy
                                 --import-hf-----> checkpoint

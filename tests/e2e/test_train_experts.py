@@ -48,13 +48,8 @@ def test_a_bias_of_the_choice_is_trained_stored_and_not_lost(setup, tmp_path):
         export_hf(checkpoint, tmp_path / "hf")
     export_hf(checkpoint, tmp_path / "hf", drop_expert_bias=True)
     # A new run starts with the bias, and keeps it at rate 0.
-    own = [
-        f"model.checkpoint={checkpoint}",
-        f"runtime.run_dir={tmp_path / 'next'}",
-        "optim.steps=1",
-        "optim.warmup_steps=0",
-    ]
-    tiny.train(config, [*own, "moe.bias_rate=0"])
+    own = [f"model.checkpoint={checkpoint}", f"runtime.run_dir={tmp_path / 'next'}", "moe.bias_rate=0"]
+    tiny.train(config, [*own, "optim.steps=1", "optim.warmup_steps=0"])
     (line,) = tiny.metrics(tmp_path / "next")
     assert line["expert_bias_max"] == pytest.approx(max(abs(v) for row in table.values() for v in row))
 
