@@ -142,9 +142,7 @@ def _lora_of(
         CheckpointError: there is none.
     """
     modules = PeftModules.of(arch)
-    problems = [*_name_problems(weights, linears, modules)]
-    if not problems:
-        problems += _shape_problems(weights, linears, modules)
+    problems = [*_name_problems(weights, linears, modules), *_shape_problems(weights, linears, modules)]
     if not linears:
         problems.append("no adapter of any linear of the base's model")
     raise_problems(f"{folder}: cannot be imported", problems)
@@ -190,8 +188,8 @@ def _shape_problems(weights: HFWeights, linears: list[AdaptedLinear], modules: P
             strict=True,
         )
         for module, (rows, columns), name_a, name_b in names:
-            a, b = weights.tensors[name_a], weights.tensors[name_b]
-            if a.shape[1:] != (columns,) or b.shape != (rows, a.shape[0]):
+            a, b = weights.tensors.get(name_a), weights.tensors.get(name_b)
+            if a and (a.shape[1:] != (columns,) or (b and b.shape != (rows, a.shape[0]))):
                 yield f"{module}: shapes do not fit a weight of {(rows, columns)}"
 
 

@@ -126,7 +126,8 @@ def test_under_the_names_of_a_native_model(tmp_path):
             weight = original.read(f"{module}.weight")
             b, a = given[name.replace("lora_A", "lora_B")], given[name]
             wanted = (weight.double() + 2 * b.double() @ a.double()).to(weight.dtype)
-            torch.testing.assert_close(exported.read(f"{module}.weight"), wanted, rtol=1e-5, atol=1e-5)
+            # One rounding to bfloat16 apart, whose sums were made in float32 and in float64.
+            torch.testing.assert_close(exported.read(f"{module}.weight"), wanted, rtol=2**-7, atol=1e-5)
 
 
 def test_three_modules_with_different_a_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Folders that `convert-hf` writes, in transformers 5 itself: nothing missing, the same logits, its processor."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.support.hf_folders import FAMILIES_GOLDEN
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="extra 'verify' is not installed")
 
 KEYS = ("h_qwen3_vit300m", "i_qwen3_vit6b", "j_qwen3moe_vit300m", "n_internlm2_vit300m")
-CASE = "default_multi"
+CASE = "packed_v2pe"
 LOGITS_ATOL = 1e-4  # float32 logits of order 10, against a float64 run
 
 
@@ -40,19 +41,40 @@ def test_every_name_is_known_and_none_is_missing(folders, key):
 
 @pytest.mark.parametrize("key", [key for key in KEYS if not key.startswith("n_")])
 def test_logits_are_the_recorded_ones_which_ours_equal(folders, key):
-    """`check-golden` compares ours with the same numbers."""
+    """Each document of the pack alone, at its fractional positions; `check-golden` compares ours with these numbers."""
     stored = load_file(FAMILIES_GOLDEN / "forward" / f"{key}.safetensors")
+    cases = json.loads((FAMILIES_GOLDEN / "forward" / f"{key}.json").read_text())["cases"]
+    (num_tiles,) = [case["sample_num_tiles"] for case in cases if case["name"] == CASE]
     wanted = {
-        name.removeprefix(f"{CASE}/"): value
-        for name, value in stored.items()
-        if name.startswith(f"{CASE}/") and "grad/" not in name
+        name: stored[f"{CASE}/{name}"]
+        for name in (
+            "input_ids",
+            "position_ids",
+            "cu_seqlens",
+            "tile_index",
+            "image_flags",
+            "logit_rows",
+            "logits",
+        )
     }
     pixels = stored["pixel_pool"].float()[wanted["tile_index"][wanted["image_flags"] == 1]]
     model, _ = load(folders / key)
-    ids = wanted["input_ids"].long()[None]
-    with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
-    assert float((logits[wanted["logit_rows"].long()] - wanted["logits"]).abs().max()) < LOGITS_ATOL
+    bounds, logits, first = wanted["cu_seqlens"].tolist(), [], 0
+    for (start, stop), tiles in zip(pairwise(bounds), num_tiles, strict=True):
+        ids = wanted["input_ids"][None, start:stop].long()
+        last = first + sum(tiles)
+        with torch.no_grad():
+            output = model(
+                input_ids=ids,
+                pixel_values=pixels[first:last] if tiles else None,
+                attention_mask=torch.ones_like(ids),
+                position_ids=wanted["position_ids"][None, start:stop],
+            )
+        logits.append(output.logits[0])
+        first = last
+    assert first == len(pixels)
+    error = (torch.cat(logits)[wanted["logit_rows"].long()] - wanted["logits"]).abs().max()
+    assert float(error) < LOGITS_ATOL
 
 
 @pytest.mark.parametrize("key", ["h_qwen3_vit300m", "n_internlm2_vit300m"])
