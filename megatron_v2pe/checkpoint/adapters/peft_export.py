@@ -26,7 +26,7 @@ from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
 from megatron_v2pe.checkpoint.hf.name_map import Entry
 from megatron_v2pe.checkpoint.state.reader import StateReader
-from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.lora import PARTS
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
@@ -57,6 +57,7 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
             f"{checkpoint}: holds a whole model and no adapters; export it without --adapter"
         )
     arch = read_architecture(hf_path(checkpoint))
+    refuse_pyramid(arch, checkpoint)
     modules = PeftModules.of(arch)
     linears = list(adapted_linears(record.lora, arch))
     stored = StateReader(state_path(checkpoint))
@@ -69,6 +70,15 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
         text = json.dumps(config, indent=2)
         write_atomic(folder / CONFIG_FILE, text + "\n")
     return len(infos)
+
+
+def refuse_pyramid(arch: InternVLArchitecture, checkpoint: str | Path) -> None:
+    """Adapters are exchanged under the names of a released model's modules."""
+    if arch.pyramid is not None:
+        raise CheckpointError(
+            f"{checkpoint}: has a pyramid around its vision tower (PIIP), which no model that PEFT can load has; merge "
+            "the adapters (export-hf without --adapter)"
+        )
 
 
 def _tensors(

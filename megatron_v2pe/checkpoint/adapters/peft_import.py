@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import fused_parts
-from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, refuse_pyramid
 from megatron_v2pe.checkpoint.adapters.peft_names import PeftModules
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import (
@@ -62,6 +62,7 @@ def import_peft(
     info = read_info(base)
     require_whole(base)
     arch = read_architecture(hf_path(base))
+    refuse_pyramid(arch, base)
     modules = PeftModules.of(arch)
     config, weights = _read_config(Path(folder) / CONFIG_FILE), HFWeights(folder)
     raise_problems(f"{folder}: cannot be imported", list(weights.problems))

@@ -17,14 +17,13 @@ from torch import Tensor
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
-from megatron_v2pe.config.sections.parts import Part
 
-_GITHUB_PARTS: dict[Part, tuple[str, ...]] = {
+_GITHUB_PARTS: dict[str, tuple[str, ...]] = {
     "language": ("language_model",),
     "vision": ("vision_model",),
     "projector": ("mlp1",),
 }
-_NATIVE_PARTS: dict[Part, tuple[str, ...]] = {
+_NATIVE_PARTS: dict[str, tuple[str, ...]] = {
     "language": ("language_model", "lm_head"),
     "vision": ("vision_tower",),
     "projector": ("multi_modal_projector",),
@@ -66,7 +65,7 @@ class PeftModules:
             return (linear.target,)
         return tuple(".".join(name.split(".")[-2:]) for name in self.names(linear))
 
-    def saved_whole(self, part: Part, *, is_tied: bool) -> tuple[str, ...]:
+    def saved_whole(self, part: str, *, is_tied: bool) -> tuple[str, ...]:
         """Entries of `modules_to_save` of a part; a tied head is the embedding."""
         names = (_NATIVE_PARTS if self.is_native else _GITHUB_PARTS)[part]
         return tuple(name for name in names if not (is_tied and name == "lm_head"))

@@ -30,6 +30,7 @@ from megatron_v2pe.checkpoint.state.private_api import shards_in
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
+from megatron_v2pe.config.sections.parts import part_of
 from megatron_v2pe.models.lora import adapter_prefix
 from megatron_v2pe.parallel.topology import Ranks
 
@@ -69,8 +70,8 @@ def adapted_linears(
     chosen = {part: adapted_names(lora, part, arch) for part in PARTS}
     for entry in entries:
         linear, _, kind = entry.ours.rpartition(".")
-        part, role = linear.partition(".")[0], linear.rpartition(".")[2]
-        if kind != "weight" or role not in roles[part]:  # type: ignore[index]
+        part, role = part_of(linear), linear.rpartition(".")[2]
+        if kind != "weight" or part not in roles or role not in roles[part]:  # type: ignore[index]
             continue
         for index, target in enumerate(roles[part][role]):  # type: ignore[index]
             if target in chosen[part]:  # type: ignore[index]

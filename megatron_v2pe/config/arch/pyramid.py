@@ -43,10 +43,10 @@ class PyramidArchitecture:
     projection: bool = True
     drop_path: float = 0.0
 
-    @property
-    def extra_values(self) -> int:
-        """Pixel values of a tile that the smaller branches see."""
-        return sum(3 * branch.image_size**2 for branch in self.branches)
+
+def interval_stops(num_layers: int, num_intervals: int) -> tuple[int, ...]:
+    """Layers after which each interval ends: as even as possible, longer ones first; the last one is num_layers."""
+    return tuple(-(-(index + 1) * num_layers // num_intervals) for index in range(num_intervals))
 
 
 def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int) -> PyramidArchitecture:
