@@ -2,8 +2,8 @@
 
     black picture of 32 x 32 pixels, a digit of 8 x 8 at one of 16 places     "Which digit is shown?" -> "7"
 
-Where the picture is seen at 8 x 8 pixels, the digit has 2 x 2. Digits are scikit-learn's, whose own size is 8 x 8; training and evaluation
-share none of them.
+Where the picture is seen at 8 x 8 pixels, the digit has 2 x 2. Digits are scikit-learn's, whose own size is 8 x 8;
+training and evaluation share none of them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
-
 LARGE_GATES = tuple(f"interaction_units_12.branch2to1_injector.{gate}_gamma" for gate in ("ca", "cffn"))
 
 

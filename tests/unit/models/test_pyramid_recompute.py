@@ -63,9 +63,9 @@ def largest_error(wanted, found):
 def test_recomputation_changes_gradients_by_rounding_only(recompute):
     """1e-14 of the largest in float64, which leaves the order of sums as the only reason.
 
-    What differs are gradients that are plain sums over rows (biases, LayerScale, gates): between recomputed layers a gradient
-    lies in memory row by row, without recomputation it is the transposed view that the tower's output gives, and torch
-    adds rows up in the order of memory. Gradients of matrix products are equal to the bit, and so is everything where
+    What differs are gradients that are plain sums over rows (biases, LayerScale, gates): between recomputed layers a
+    gradient lies in memory row by row, without recomputation it is the transposed view that the tower's output gives,
+    and torch adds rows up in the order of memory. Gradients of matrix products are equal to the bit, and so is everything where
     layers are not recomputed whole.
     """
     kept = gradients("float64", recompute="none")
