@@ -234,7 +234,7 @@ def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outs
 
 
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
-    """Architecture, plan and run folder, after all checks that read no data; of weights the gates of a frozen pyramid."""
+    """Architecture, plan and run folder, after all checks that read no data, and no weights but gates."""
     world_size = launcher().world_size
     check_required(config)
     check_sinks(config.runtime)

@@ -49,6 +49,7 @@ def answer(checkpoint, image, capsys, *, tokens=4):
 
 def scores(checkpoint, image, capsys):
     ask = ["generate", str(checkpoint), "What is it?", "--image", str(image), "--dtype", "float32"]
+    ask += ["--stride", "4"]
     assert main([*ask, "--score", "a small red square"]) == 0
     return torch.tensor([json.loads(line)["logprob"] for line in capsys.readouterr().out.splitlines()])
 

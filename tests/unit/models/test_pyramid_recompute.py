@@ -65,8 +65,8 @@ def test_recomputation_changes_gradients_by_rounding_only(recompute):
 
     What differs are gradients that are plain sums over rows (biases, LayerScale, gates): between recomputed layers a
     gradient lies in memory row by row, without recomputation it is the transposed view that the tower's output gives,
-    and torch adds rows up in the order of memory. Gradients of matrix products are equal to the bit, and so is everything where
-    layers are not recomputed whole.
+    and torch adds rows up in the order of memory. Gradients of matrix products are equal to the bit, and so is
+    everything where layers are not recomputed whole.
     """
     kept = gradients("float64", recompute="none")
     assert all(grad is not None and grad.dtype == torch.float64 and grad.any() for grad in kept.values())
