@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
+from megatron_v2pe.config.overlap import check_overlap
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.parts import PARTS
@@ -30,12 +31,14 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_required(config)
     check_model_split(config.parallel, arch)
     check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
+    check_sharding(config.parallel, config.parallel.attention_backend)
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
     check_tower(config, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_experts(config, arch)
     check_world(config, world_size)
+    check_overlap(config, arch, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
@@ -141,6 +144,28 @@ def check_comm_type(cp_comm_type: str, backend: str) -> None:
         f"{where} native attention has one level of context parallelism, and Transformer Engine before 2.20 refuses "
         "two levels for packed sequences (thd), which every batch here is; use p2p or a2a"
     )
+
+
+def check_sharding(parallel: ParallelConfig, backend: str) -> None:
+    """Documents that lie on some of the ranks need a back end that knows which.
+
+    Args:
+        parallel: names the sharding, and how ranks share a sequence.
+        backend: `native`, `transformer_engine`, or `auto` when that is not known yet.
+    """
+    if parallel.cp_sharding == "zigzag":
+        return
+    where = f"parallel.cp_sharding is {parallel.cp_sharding!r}, but"
+    if backend == "transformer_engine":
+        raise ConfigError(
+            f"{where} Transformer Engine's attention wants every document cut over all ranks, in equal shards; set "
+            "parallel.attention_backend to native, or cp_sharding to zigzag"
+        )
+    if parallel.cp_comm_type != "p2p":
+        raise ConfigError(
+            f"{where} parallel.cp_comm_type is {parallel.cp_comm_type!r}, in which all ranks exchange equal shards; "
+            "set cp_comm_type to p2p, or cp_sharding to zigzag"
+        )
 
 
 def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:

@@ -173,7 +173,7 @@ class ExpertRouter(TopKRouter):
         tokens, num_tokens = local[:-2], local[-2].clamp(min=1.0)
         probabilities = (logits.softmax(-1) * is_token[:, None]).sum(0)
         # This rank's share of either loss: the shares of all ranks of the pack add up to it.
-        share = (tokens / num_tokens).to(logits.dtype) / num_tokens.to(logits.dtype)
+        share = self.token_share(tokens, num_tokens).to(logits.dtype) / num_tokens.to(logits.dtype)
         aux = self.num_experts * (share * probabilities).sum()
         z = (logits.logsumexp(-1).square() * is_token).sum() / num_tokens.to(logits.dtype)
         self._count(tokens, local[-1], aux, z)
@@ -181,6 +181,15 @@ class ExpertRouter(TopKRouter):
             return weights
         factor = self.routed.weight.to(logits.dtype) / settings.num_sparse_layers
         return _AddLoss.apply(weights, (settings.aux_loss * aux + settings.z_loss * z) * factor)
+
+    def token_share(self, tokens: Tensor, num_tokens: Tensor) -> Tensor:
+        """f of the load balancing loss, float64 [E]: share of the pack's tokens that chose each expert.
+
+        Args:
+            tokens: float64 [E], tokens of the pack that chose each expert in this layer.
+            num_tokens: float64 [], tokens of the pack, at least 1.
+        """
+        return tokens / num_tokens
 
     def _count(self, tokens: Tensor, dropped: Tensor, aux: Tensor, z: Tensor) -> None:
         assert self.routed is not None

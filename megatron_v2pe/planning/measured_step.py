@@ -27,6 +27,7 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_a
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.v2pe.layout import PackLayout, SampleLayout, pack_layout
@@ -164,6 +165,7 @@ class MeasuredStep:
             context=context,
             dtype=torch.bfloat16 if is_half else torch.float32,
             norm=PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            sharding=sharding_of(parallel, self.sizes.architecture()),
         )
         self.runner = MicroBatchRunner(shard=sharder.shard, device=self.ranks.device)
         attach(self.runner, self.wrapped)

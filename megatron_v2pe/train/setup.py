@@ -40,6 +40,7 @@ from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import (
     Joining,
     ParallelContext,
@@ -53,6 +54,7 @@ from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
+from megatron_v2pe.train.guards.determinism import deterministic_algorithms
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
 from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
@@ -180,6 +182,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        stack.enter_context(deterministic_algorithms(is_wanted=config.runtime.deterministic))
         facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
         context = stack.enter_context(_world(config, plan, facts=facts))
@@ -208,7 +211,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(loader, trainer, _sharder(config, context)),
+            runner=_micro_batch_runner(loader, trainer, _sharder(config, arch, context)),
             validation=_validation(config, arch, context, monitors),
             retrieval=_retrieval(config, arch, context, monitors),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
@@ -219,7 +222,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             startup=startup,
             interruption=interruption,
             monitors=monitors,
-            saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
+            saver=stack.enter_context(_saver(config, trainer, loader, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
         )
@@ -376,12 +379,13 @@ def _record_start(
     append_json(run_dir / "starts.jsonl", line)
 
 
-def _sharder(config: RunConfig, context: ParallelContext) -> BatchSharder:
+def _sharder(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> BatchSharder:
     """How a pack becomes this rank's share."""
     return BatchSharder(
         context=context,
         dtype=DTYPES[config.runtime.dtype],
         norm=NORMALIZATION[config.data.normalize_type],
+        sharding=sharding_of(config.parallel, arch),
     )
 
 
@@ -427,7 +431,7 @@ def _validation(
     """Held-out packs, and a runner that keeps their groups apart."""
     packs = _held_out_packs(config.data.validation, "data.validation", config, arch, context)
     names = tuple(f"{group.source} {group.length_name}" for group in packs.groups) if packs else ()
-    shard, device = _sharder(config, context).shard, context.ranks.device
+    shard, device = _sharder(config, arch, context).shard, context.ranks.device
     return Validation(
         packs=packs,
         every=config.runtime.validate_every,
@@ -446,7 +450,7 @@ def _retrieval(
         packs=_held_out_packs(config.data.retrieval, "data.retrieval", config, arch, context),
         every=config.runtime.evaluate_every,
         last_step=config.optim.steps,
-        shard=_sharder(config, context).shard,
+        shard=_sharder(config, arch, context).shard,
         ranks=context.ranks,
         pp=context.plan.pp,
         on_progress=monitors.keep_alive,
@@ -505,11 +509,12 @@ def _monitors(
     return Monitors(profiler, watchdog, entered=rank_monitor)
 
 
-def _saver(config: RunConfig, trainer: Trainer, *, ranks: Ranks) -> Saver:
+def _saver(config: RunConfig, trainer: Trainer, loader: TrainLoader, *, ranks: Ranks) -> Saver:
     return Saver(
         config,
         trainer,
         ranks=ranks,
         hf_folder=hf_folder_of(config),
         adapters=describe_adapters(config),
+        system=loader.system_text,
     )

@@ -89,11 +89,8 @@ def test_a_damaged_video_is_a_row_with_an_error(checkpoint, tmp_path):
     assert found["Episodic Reasoning/0"].response.error is None
 
 
-SMALL = [name for name in data.DATA if name not in ("mm-niah", "mvbench", "mm-niah-1m")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", list(data.DATA))
 def test_every_benchmark_goes_all_the_way(checkpoint, tmp_path, name):
     folder = data.DATA[name][0](tmp_path / "data")
     out = tmp_path / "out"

@@ -60,27 +60,40 @@ def run_verb(
         entry: `module:function`, called with the arguments, returns an exit code.
         variables: changes of the environment.
     """
-    context, port = warm_context(), _free_port()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(
-                target=_rank_main,
-                args=(
-                    entry,
-                    [str(argument) for argument in arguments],
-                    child_environment(**{**_launched(rank, ranks, port), **(variables or {})}),
-                    folder,
-                    rank,
-                ),
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        processes = started_verb(*arguments, ranks=ranks, entry=entry, variables=variables, folder=folder)
         _wait(processes, timeout)
         texts = {name: _joined(Path(folder), name, ranks) for name in ("stdout", "stderr")}
     codes = [process.exitcode for process in processes]
     return Done(returncode=next((code for code in codes if code), 0), **texts)
+
+
+def started_verb(
+    *arguments: object,
+    folder: str,
+    ranks: int = 1,
+    entry: str = ENTRY,
+    variables: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Processes of `run_verb`, running; their outputs go to `folder`."""
+    context, port = warm_context(), _free_port()
+    texts = [str(argument) for argument in arguments]
+    processes = [
+        context.Process(
+            target=_rank_main,
+            args=(
+                entry,
+                texts,
+                child_environment(**{**_launched(rank, ranks, port), **(variables or {})}),
+                folder,
+                rank,
+            ),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _launched(rank: int, ranks: int, port: int) -> dict[str, str]:

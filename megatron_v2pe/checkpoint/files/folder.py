@@ -139,7 +139,8 @@ def _parsed_info(folder: Path) -> CheckpointInfo:
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no {INFO_FILE}, so it is not a checkpoint; either its writer was interrupted (write it "
-            "again), or this is a Hugging Face folder (import-hf turns it into a checkpoint)"
+            "again), or this is a Hugging Face folder (import-hf turns it into a checkpoint; model.hf_path of a "
+            "run, generate and evaluate read it as it is)"
         )
     try:
         values = read_json_object(path)

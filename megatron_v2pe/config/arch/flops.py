@@ -35,6 +35,17 @@ def decoder_linear_parameters(arch: InternVLArchitecture) -> int:
     return arch.language.active_weights
 
 
+def linear_tokens(arch: InternVLArchitecture) -> int:
+    """Length of a document whose causal attention costs as much as its linears; 30,720 for InternLM2-2B."""
+    language = arch.language
+    return max(
+        1,
+        round(
+            decoder_linear_parameters(arch) / (language.num_layers * language.num_heads * language.head_dim)
+        ),
+    )
+
+
 def attention_flops(
     arch: InternVLArchitecture, lengths: Iterable[int], *, full_attention: bool = False
 ) -> float:

@@ -68,8 +68,8 @@ class Phase:
 def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     """Decoder layers of a model chunk."""
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
-    longest = max(setting.pack.document_lengths)
-    gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
+    longest = setting.longest_local
+    gathers = len(setting.pack.document_lengths) > 1 and longest <= SHORT_TOKENS
     experts = language.experts
     sizes = DecoderShape(
         tokens=setting.tokens,
@@ -92,7 +92,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     )
     shape = AttentionShape(
         tokens=sizes.tokens,
-        longest_share=1.0 if gathers else longest / setting.pack.num_tokens,
+        longest_share=1.0 if gathers else longest / setting.tokens,
         gathers=gathers and setting.backend == "native",
         query_width=sizes.query_width,
         key_width=sizes.key_width,

@@ -75,12 +75,14 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
         mlp_weights *= EXPERT_IMBALANCE
     weights = projections * attention_weights + mlp * mlp_weights
     attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
+    tokens, imbalance = setting.slowest_rank
+    attention *= imbalance
     attention_forwards = 2.0 if model.recompute == "full" else 1.0
     supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0
     tower_linear, tower_attention_bytes = tower_flops(setting) if model_chunk.is_first else (0.0, 0.0)
     return ModelChunkFlops(
-        linear=2.0 * share * weights * setting.tokens / plan.tp,
+        linear=2.0 * share * weights * tokens / plan.tp,
         attention_forward=attention_forwards * attention,
         attention_backward=ATTENTION_BACKWARD * attention,
         head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,
