@@ -1,4 +1,4 @@
-"""A recomputed pyramid gives the gradients of one that keeps everything: in float64, to rounding of float64."""
+"""A tower with a pyramid: gradients with and without recomputation in float64; zero gates in float32 and bfloat16."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from megatron_v2pe.batch.packed_batch import tile_shape
 from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 from tests.support.piip import RECIPE
 
@@ -75,3 +76,32 @@ def test_recomputation_changes_gradients_by_rounding_only(recompute):
     differ = [name for name in kept if not torch.equal(kept[name], again[name])]
     assert all(name.endswith((".bias", ".ls1", ".ls2", "_embedding", "_gamma")) for name in differ), differ
     assert (differ != []) == (recompute == "full")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_gates_are_the_plain_tower_in_either_dtype(dtype):
+    """Output and shared gradients equal to the bit; only gates into the large branch get gradients."""
+    built, arch = tower(dtype)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("_gamma"):
+                parameter.zero_()
+    pixels = torch.randn(3, *tile_shape(arch.tile_sizes), generator=torch.Generator().manual_seed(6))
+    pixels = pixels.to(getattr(torch, dtype))
+    shared = {
+        name: p for name, p in built.named_parameters() if not name.startswith(("branches", "interactions"))
+    }
+    found, new = [], {}
+    for forward in (lambda: built(pixels), lambda: InternViT.forward(built, built.split_sizes(pixels)[0])):
+        built.zero_grad()
+        hidden = forward()
+        assert hidden.dtype == getattr(torch, dtype)
+        (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        found.append((hidden, {name: parameter.grad.clone() for name, parameter in shared.items()}))
+        new = new or {name: p.grad for name, p in built.named_parameters() if name not in shared}
+    (pyramid, pyramid_grads), (plain, plain_grads) = found
+    shutdown()
+    assert torch.equal(pyramid, plain)
+    assert [name for name in shared if not torch.equal(pyramid_grads[name], plain_grads[name])] == []
+    moved = {name for name, grad in new.items() if grad is not None and grad.any()}
+    assert moved == {name for name in new if "12.branch2to1_injector.c" in name and name.endswith("_gamma")}
