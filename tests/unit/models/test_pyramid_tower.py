@@ -1,5 +1,7 @@
 """A tower with a pyramid: gradients with and without recomputation in float64; zero gates in float32 and bfloat16."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from megatron_v2pe.batch.packed_batch import tile_shape
 from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.models.piip.interaction import _drop_tiles
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 from tests.support.piip import RECIPE
@@ -28,8 +31,9 @@ MODEL = {
 }
 
 
-def tower(dtype, **vision):
+def tower(dtype, *, drop_path=0.0, **vision):
     arch = parse_architecture(MODEL)
+    arch = replace(arch, pyramid=replace(arch.pyramid, drop_path=drop_path))
     config = RunConfig(runtime=RuntimeConfig(dtype=dtype), vision=VisionConfig(**vision))
     context = init_distributed(resolve(ParallelConfig(), 1), seed=0)
     modules = choose_modules(ParallelConfig(attention_backend="native"), dtype="float32")
@@ -41,9 +45,10 @@ def tower(dtype, **vision):
     return built.train(), arch
 
 
-def gradients(dtype, **vision):
-    """Gradients by name, of a weighted sum of the output."""
-    built, arch = tower(dtype, **vision)
+def gradients(dtype, *, seed=0, **settings):
+    """Gradients by name, of a weighted sum of the output; `seed` of drop path."""
+    built, arch = tower(dtype, **settings)
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(5)
     wide = torch.randn(3, *tile_shape(arch.tile_sizes), generator=generator, dtype=torch.float64)
     hidden = built(wide.to(getattr(torch, dtype)))
@@ -105,3 +110,24 @@ def test_zero_gates_are_the_plain_tower_in_either_dtype(dtype):
     assert [name for name in shared if not torch.equal(pyramid_grads[name], plain_grads[name])] == []
     moved = {name for name, grad in new.items() if grad is not None and grad.any()}
     assert moved == {name for name in new if "12.branch2to1_injector.c" in name and name.endswith("_gamma")}
+
+
+def test_drop_path_drops_whole_tiles_and_is_repeated_in_backward():
+    """Other draws give other gradients; recomputation draws what forward drew; in eval nothing is dropped."""
+    dropped, again, other = (
+        gradients("float64", drop_path=0.5, seed=seed, recompute=recompute)
+        for seed, recompute in ((1, "none"), (1, "full"), (2, "none"))
+    )
+    assert largest_error(dropped, again) < 1e-14
+    assert largest_error(dropped, other) > 1e-3
+    x = torch.ones(400, 3, 2, dtype=torch.float64)
+    kept = _drop_tiles(x, 0.25)
+    per_tile = kept.flatten(1)
+    assert ((per_tile == 0).all(1) | (per_tile == 1 / 0.75).all(1)).all()
+    assert 0.65 < float((per_tile[:, 0] > 0).double().mean()) < 0.85
+    built, arch = tower("float32", drop_path=0.9)
+    whole, _ = tower("float32")
+    pixels = torch.randn(2, *tile_shape(arch.tile_sizes), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        assert torch.equal(built.eval()(pixels), whole.eval()(pixels))
+    shutdown()
