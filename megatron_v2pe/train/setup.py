@@ -64,6 +64,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_open_gates,
     require_usable_folder,
     run_to_continue,
 )
@@ -237,13 +238,14 @@ def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outs
 
 
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
-    """Architecture, plan and run folder, after all checks that read no weights and no data."""
+    """Architecture, plan and run folder, after all checks that read no data, and no weights but gates."""
     world_size = launcher().world_size
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    require_open_gates(config, arch)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")

@@ -8,7 +8,9 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.arch.published import PUBLISHED
 from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
-from megatron_v2pe.parallel.plan import resolve
+from megatron_v2pe.inference.cache.memory import Stage
+from megatron_v2pe.parallel.plan import ParallelPlan, resolve
+from megatron_v2pe.planning.answering import plan_prefill
 from megatron_v2pe.planning.estimate import activation_peak
 from megatron_v2pe.planning.measured_step import MeasuredStep, peak_bytes
 from megatron_v2pe.planning.planner_check import compare_rank
@@ -143,3 +145,23 @@ def test_the_verb_plans_a_pyramid(tmp_path, capsys):
     assert vision[1] > 1.2 * vision[0] > 0
     weights = [found[name][1]["stages"][0]["weights_bytes"] for name in ("plain", "pyramid")]
     assert weights[1] > weights[0]
+
+
+def test_a_prefill_chunk_of_a_pyramid_is_planned():
+    """What the engine checks before a prompt: the tower's moment, larger than without the pyramid."""
+    found = []
+    for extra in ({}, {"piip_config": PUBLISHED_PYRAMID}):
+        arch = parse_architecture({**PUBLISHED["2B"], **extra})
+        stage = Stage(
+            config=run(),
+            arch=arch,
+            plan=ParallelPlan(),
+            num_layers=arch.language.num_layers,
+            is_first=True,
+            is_last=True,
+            on_cpu=True,
+        )
+        found.append(plan_prefill(stage)(512, 8))
+    (part, plain), (same_part, pyramid) = found
+    assert part == same_part == "vision tower"
+    assert pyramid > 1.2 * plain
