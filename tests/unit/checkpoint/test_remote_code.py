@@ -263,4 +263,4 @@ def test_the_verb_knows_the_families_of_the_code_and_of_this_package():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILIES"
     )
     assert tuple(ast.literal_eval(table)) == convert.ARCHITECTURES
-    assert set(convert.ARCHITECTURES) == set(FAMILIES_BY_ARCHITECTURE)
+    assert set(convert.ARCHITECTURES) <= set(FAMILIES_BY_ARCHITECTURE)
