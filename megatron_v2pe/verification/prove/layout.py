@@ -62,7 +62,7 @@ def proven_layout(run: ParallelConfig, arch: InternVLArchitecture, *, max_ranks:
             raise ConfigError(
                 f"--ranks is {max_ranks}, but the run's axes at their smallest, {names}, need "
                 f"{math.prod(sizes.values())}, and an axis that is left out is not proven; raise --ranks (processes of "
-                "this machine, 1 GB each), or prove axes one after the other (parallel.pp=1, then parallel.cp=1)"
+                "this machine, 0.6 GB each), or prove axes one after the other (parallel.pp=1, then parallel.cp=1)"
             )
         sizes[axis] = sizes[axis] // 2 if sizes[axis] % 2 == 0 else 2
     notes += [
