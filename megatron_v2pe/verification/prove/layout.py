@@ -72,7 +72,8 @@ def proven_layout(run: ParallelConfig, arch: InternVLArchitecture, *, max_ranks:
     ]
     dp = 2 if 2 * math.prod(sizes.values()) <= max_ranks else 1
     if dp == 1:
-        notes.append("dp 1: no ranks are left for a second replica, whose sums are those of cp")
+        sums = ", whose sums are those of cp" if sizes["cp"] > 1 else "; sums over replicas are not proven"
+        notes.append(f"dp 1: no ranks are left for a second replica{sums}")
     ep, etp = _experts(run, arch, stage=sizes["tp"] * sizes["cp"] * dp, tp=sizes["tp"])
     if ep != run.ep:
         notes.append(f"ep {ep} for the run's {run.ep}")
