@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from megatron_v2pe.config.schema import ParallelConfig
@@ -217,12 +218,7 @@ def machine_facts() -> dict[str, str]:
     from megatron_v2pe import __version__
     from megatron_v2pe.core.env import numeric_environment
 
-    try:
-        from importlib.metadata import version
-
-        mcore = version("megatron-core")
-    except ImportError:
-        mcore = "unknown"
+    mcore = version("megatron-core")
     facts = {
         "versions": f"megatron_v2pe {__version__}, megatron-core {mcore}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",

@@ -105,9 +105,8 @@ class _Work:
 
     def in_dtype(self, dtype: str) -> RunConfig:
         """The run in another dtype; float64 is for comparisons only, and no value of the schema."""
-        runtime: Any = dataclasses.replace(self.config.runtime)
-        object.__setattr__(runtime, "dtype", dtype)
-        return dataclasses.replace(self.config, runtime=runtime)
+        runtime: Any = {"dtype": dtype}
+        return dataclasses.replace(self.config, runtime=dataclasses.replace(self.config.runtime, **runtime))
 
 
 def _work(folder: Path, task: Task, parallel: ParallelConfig) -> _Work:
