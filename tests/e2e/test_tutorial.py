@@ -1,5 +1,6 @@
 """docs/tutorial.md, block by block, in an empty folder, as a reader would type it."""
 
+import json
 import os
 import re
 import subprocess
@@ -25,10 +26,13 @@ def test_every_block_runs_and_the_model_goes_home(tmp_path):
         env=tools,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.rstrip().endswith("equal")  # `verify`, the last command
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     assert (tmp_path / "curves.png").is_file()
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert {name: each["questions"] for name, each in scores.items()} == {"1": 10, "4": 10}
+    assert all(each["errors"] == 0 for each in scores.values())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -286,9 +287,11 @@ class MixturePlan:
             )
         allowed = int(self._data.max_bad_samples * num_records)
         if self.num_bad > allowed:
+            enough = math.ceil(1000 * self.num_bad / num_records) / 1000
             raise DataError(
                 f"{self.num_bad} of {num_records} samples are bad, but data.max_bad_samples = "
-                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit:\n{shown_bad(self.bad)}"
+                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit "
+                f"(data.max_bad_samples={enough:g} skips them):\n{shown_bad(self.bad)}"
             )
 
     def log_bad(self) -> None:
