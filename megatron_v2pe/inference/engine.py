@@ -201,7 +201,7 @@ class Engine:
         arch = read_architecture(hf_path(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime = RuntimeConfig(dtype=dtype)
+        runtime = RuntimeConfig(dtype=dtype)  # type: ignore[arg-type]
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, vision=vision)
         plan = resolve(parallel, launcher().world_size)
