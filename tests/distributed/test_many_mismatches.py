@@ -89,7 +89,7 @@ FIELDS = [
     "runtime.loss_window=16",
     "runtime.tensorboard=true",
     "runtime.profile_steps=3",
-    "runtime.elementwise=plain",
+    "runtime.elementwise=eager",
 ]
 VERSIONS = (
     "torch",
