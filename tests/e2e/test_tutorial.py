@@ -13,6 +13,7 @@ CLONE = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(560)
 def test_every_block_runs_and_the_model_goes_home(tmp_path):
     page = (CLONE / "docs" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
