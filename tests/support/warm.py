@@ -50,6 +50,7 @@ def run_verb(
     timeout: float = 240.0,
     entry: str = ENTRY,
     variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Done:
     """Run `megatron-v2pe ARGUMENTS` to its end, on ranks that are set up as torchrun does.
 
@@ -59,23 +60,27 @@ def run_verb(
         timeout: seconds, after which all are killed.
         entry: `module:function`, called with the arguments, returns an exit code.
         variables: changes of the environment.
+        folder: working folder of the ranks; this process's where None.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = started_verb(*arguments, ranks=ranks, entry=entry, variables=variables, folder=folder)
+    with tempfile.TemporaryDirectory() as outputs:
+        processes = started_verb(
+            *arguments, ranks=ranks, entry=entry, variables=variables, outputs=outputs, folder=folder
+        )
         _wait(processes, timeout)
-        texts = {name: _joined(Path(folder), name, ranks) for name in ("stdout", "stderr")}
+        texts = {name: _joined(Path(outputs), name, ranks) for name in ("stdout", "stderr")}
     codes = [process.exitcode for process in processes]
     return Done(returncode=next((code for code in codes if code), 0), **texts)
 
 
 def started_verb(
     *arguments: object,
-    folder: str,
+    outputs: str,
     ranks: int = 1,
     entry: str = ENTRY,
     variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> list[Any]:
-    """Processes of `run_verb`, running; their outputs go to `folder`."""
+    """Processes of `run_verb`, running; their outputs go to the folder `outputs`."""
     context, port = warm_context(), _free_port()
     texts = [str(argument) for argument in arguments]
     processes = [
@@ -85,7 +90,8 @@ def started_verb(
                 entry,
                 texts,
                 child_environment(**{**_launched(rank, ranks, port), **(variables or {})}),
-                folder,
+                outputs,
+                str(folder or Path.cwd()),
                 rank,
             ),
         )
@@ -116,11 +122,14 @@ def _wait(processes: list[Any], timeout: float) -> None:
         process.join()
 
 
-def _rank_main(entry: str, arguments: list[str], environment: dict[str, str], folder: str, rank: int) -> None:
+def _rank_main(
+    entry: str, arguments: list[str], environment: dict[str, str], outputs: str, folder: str, rank: int
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(Path(folder, f"{name}_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(Path(outputs, f"{name}_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     if "OMP_NUM_THREADS" in environment:
         import torch

@@ -114,7 +114,14 @@ def to_native(values: Mapping[str, Any], *, format_name: str, where: str) -> Nat
     named, keys = _named(values, where)
     system, messages, embedded = _READERS[shape](values, used, where)
     notes += [f"alias:{key}={native}" for native, key in keys.items() if key != native]
-    notes += _others(values, {*used, *keys.values()}, has_video=bool(named.get("video")), where=where)
+    read = {*used, *keys.values()}
+    if (
+        messages
+        and isinstance(values.get("answer"), str)
+        and values["answer"].strip() == messages[-1].text.strip()
+    ):
+        read.add("answer")  # said twice, as records of `synthesize` do
+    notes += _others(values, read, has_video=bool(named.get("video")), where=where)
     if any(message.was_renamed for message in messages):
         notes.append("roles")
     return NativeRecord(
