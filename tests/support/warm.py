@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def run_verb(
     entry: str = ENTRY,
     variables: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    kill_when: Callable[[], bool] | None = None,
 ) -> Done:
     """Run `megatron-v2pe ARGUMENTS` to its end, on ranks that are set up as torchrun does.
 
@@ -61,12 +62,13 @@ def run_verb(
         entry: `module:function`, called with the arguments, returns an exit code.
         variables: changes of the environment.
         folder: working folder of the ranks; this process's where None.
+        kill_when: looked at all the time; once it is true all ranks are killed -9.
     """
     with tempfile.TemporaryDirectory() as outputs:
         processes = started_verb(
             *arguments, ranks=ranks, entry=entry, variables=variables, outputs=outputs, folder=folder
         )
-        _wait(processes, timeout)
+        _wait(processes, timeout, kill_when or (lambda: False))
         texts = {name: _joined(Path(outputs), name, ranks) for name in ("stdout", "stderr")}
     codes = [process.exitcode for process in processes]
     return Done(returncode=next((code for code in codes if code), 0), **texts)
@@ -110,10 +112,10 @@ def _launched(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in number.items()} | one_thread
 
 
-def _wait(processes: list[Any], timeout: float) -> None:
-    """Wait for all; what still runs some seconds after a failure, or when time is up, is killed."""
+def _wait(processes: list[Any], timeout: float, kill_when: Callable[[], bool]) -> None:
+    """Wait for all; what still runs some seconds after a failure, when time is up or on request, is killed."""
     end = time.monotonic() + timeout
-    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+    while any(process.is_alive() for process in processes) and time.monotonic() < end and not kill_when():
         if any(process.exitcode for process in processes):
             end = min(end, time.monotonic() + _GRACE_SECONDS)
         time.sleep(0.02)
