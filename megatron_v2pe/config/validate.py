@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
+from megatron_v2pe.config.overlap import check_overlap
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.parts import PARTS
@@ -37,6 +38,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_pipeline(config.parallel, arch.language.num_layers)
     check_experts(config, arch)
     check_world(config, world_size)
+    check_overlap(config, arch, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
@@ -75,6 +77,11 @@ def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
             f"parallel.tp is {parallel.tp} and parallel.sequence_parallel is false, but with experts tensor parallel "
             "ranks must hold different tokens, or each expert would get every token several times; set "
             "parallel.sequence_parallel to true"
+        )
+    if config.moe.bias_rate and "language" not in parts_trained_whole(config):
+        raise ConfigError(
+            f"moe.bias_rate is {config.moe.bias_rate}, but the language model is not trained whole: its experts could "
+            "not follow the tokens that the bias sends to them; set moe.bias_rate to 0, or train the language model"
         )
     if config.model.mlp_chunks > 1:
         raise ConfigError(
@@ -214,10 +221,11 @@ def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
             "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to "
             "piip, or give a checkpoint without a pyramid"
         )
-    if config.lora.vision_rank:
+    if config.lora.vision_rank and (tower != "piip" or config.vision.freeze):
         raise ConfigError(
-            f"lora.vision_rank is {config.lora.vision_rank}, but adapters freeze the rest of the tower, and a pyramid "
-            "whose gates stay zero changes nothing; set lora.vision_rank to 0 (the tower is then trained whole)"
+            f"lora.vision_rank is {config.lora.vision_rank}, vision.tower is {tower!r} and vision.freeze is "
+            f"{str(config.vision.freeze).lower()}, but adapters are for the large branch, and the pyramid around it is "
+            "trained whole; set vision.tower to piip and vision.freeze to false, or lora.vision_rank to 0"
         )
     if config.optim.vision_layer_decay != 1.0:
         raise ConfigError(
@@ -304,7 +312,8 @@ def check_part_rates(config: RunConfig) -> None:
     """A learning rate of its own is for a part that learns."""
     optim = config.optim
     for part in PARTS:
-        if not config.is_frozen(part) or config.lora.rank_of(part):
+        has_pyramid = part == "vision" and config.vision.freeze_large_branch
+        if not config.is_frozen(part) or config.lora.rank_of(part) or has_pyramid:
             continue
         rate = getattr(optim, f"lr_{part}")
         if rate is not None:

@@ -126,7 +126,7 @@ class LanguageModel(GPTModel):
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
-            apply_rotary=self.elementwise.apply_rotary,
+            rotated=self.elementwise.rotated,
             routed=self.routed_rows(batch),
         )
 

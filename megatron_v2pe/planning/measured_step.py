@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_share
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_shape, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.schema import RunConfig
@@ -52,6 +52,8 @@ class StepSizes:
     vision_layers: int = 4
     supervised: float = 0.25
     """Share of the tokens that have a label, at the end of the document."""
+    pyramid: dict[str, Any] | None = None
+    """`piip_config` of a model with a pyramid."""
 
     def architecture(self) -> InternVLArchitecture:
         """The model."""
@@ -59,7 +61,9 @@ class StepSizes:
 
     def hugging_face(self) -> dict[str, Any]:
         """Its config.json."""
+        pyramid = {"piip_config": self.pyramid} if self.pyramid else {}
         return {
+            **pyramid,
             "model_type": "internvl_chat",
             "force_image_size": TILE_PIXELS,
             "vision_config": {
@@ -107,7 +111,8 @@ class StepSizes:
         tokens = generator.integers(0, self.vocab, layout.num_tokens)
         labels = np.roll(tokens, -1)
         labels[: round((1 - self.supervised) * len(labels))] = IGNORE_INDEX
-        shape = (share[1] - share[0], 3, TILE_PIXELS, TILE_PIXELS)
+        tile_sizes = self.architecture().tile_sizes
+        shape = (share[1] - share[0], *tile_shape(tile_sizes))
         return PackedBatch(
             tokens=tokens,
             labels=labels,
@@ -116,6 +121,7 @@ class StepSizes:
             num_tiles=self.tiles,
             tile_range=share,
             tiles=generator.integers(0, 256, shape, dtype=np.uint8),
+            tile_sizes=tile_sizes,
             sample_ids=("benchmark",),
         )
 

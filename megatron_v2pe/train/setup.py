@@ -20,6 +20,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -54,6 +55,7 @@ from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
+from megatron_v2pe.train.guards.determinism import deterministic_algorithms
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
 from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
@@ -62,6 +64,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_open_gates,
     require_usable_folder,
     run_to_continue,
 )
@@ -180,6 +183,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        stack.enter_context(deterministic_algorithms(is_wanted=config.runtime.deterministic))
         facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
         context = stack.enter_context(_world(config, plan, facts=facts))
@@ -219,7 +223,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             startup=startup,
             interruption=interruption,
             monitors=monitors,
-            saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
+            saver=stack.enter_context(_saver(config, trainer, loader, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
         )
@@ -234,13 +238,14 @@ def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outs
 
 
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
-    """Architecture, plan and run folder, after all checks that read no weights and no data."""
+    """Architecture, plan and run folder, after all checks that read no data, and no weights but gates."""
     world_size = launcher().world_size
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    require_open_gates(config, arch)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
@@ -307,6 +312,8 @@ def _trainer(
         load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
+    if config.model.checkpoint and resume_from is None:
+        trainer.expert_bias.load(expert_bias_of(config.model.checkpoint))
     startup.done("optimizer")
     return trainer
 
@@ -317,6 +324,7 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
         return None
     state = load_checkpoint(folder, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
     trainer.scheduler.load_state_dict(state.schedule)
+    trainer.expert_bias.load(state.expert_bias)
     return state
 
 
@@ -505,11 +513,12 @@ def _monitors(
     return Monitors(profiler, watchdog, entered=rank_monitor)
 
 
-def _saver(config: RunConfig, trainer: Trainer, *, ranks: Ranks) -> Saver:
+def _saver(config: RunConfig, trainer: Trainer, loader: TrainLoader, *, ranks: Ranks) -> Saver:
     return Saver(
         config,
         trainer,
         ranks=ranks,
         hf_folder=hf_folder_of(config),
         adapters=describe_adapters(config),
+        system=loader.system_text,
     )

@@ -12,6 +12,7 @@ The steps are those of `train`: `build_model`, `wrap_for_training`, `BatchSharde
 
 import contextlib
 import dataclasses
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -147,8 +148,19 @@ def join(layout, world_size):
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        leave_groups()
     plan = resolve(layout.parallel, world_size)
     return init_distributed(plan, seed=1, timeout_minutes=1)
+
+
+def leave_groups():
+    """Destroy every group but the world's: mcore only forgets its own, each of which keeps threads of gloo."""
+    torch.distributed.barrier()  # nobody waits in one of them any more
+    world = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()  # models of the last layout hold groups too
 
 
 def run_reference(rank, world_size, wanted, path):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class BlockBatch:
     """Equal blocks of one or several documents that a kernel computes in one call.
 
     Attributes:
-        queries: local rows of the queries; a slice for one document, an index for several.
+        queries: local rows of the queries; a slice where they are consecutive, else an index.
         keys: rows of the source's keys, likewise.
         blocks: number of documents.
         causal: the diagonal block, of queries and keys of the same tokens.
@@ -119,6 +119,8 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
     (first, stop), *rest = ranges
     if not rest:
         return slice(first, stop)
+    if all(after[0] == before[1] for before, after in pairwise(ranges)):
+        return slice(first, ranges[-1][1])  # one directly after the other
     starts = torch.tensor([start for start, _ in ranges])
     rows = (starts.unsqueeze(1) + torch.arange(stop - first)).flatten()
     return to_device([rows.numpy()], device)[0]

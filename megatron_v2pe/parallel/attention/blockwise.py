@@ -117,6 +117,13 @@ class _Blockwise(torch.autograd.Function):
         scale: float,
         transport: KVTransport,
     ) -> Tensor:
+        ctx.lengths, ctx.scale, ctx.transport = lengths, scale, transport
+        whole = _all_rows(lengths, transport, device=query.device)
+        if whole is not None:
+            out, lse = block_forward(query, key, value, blocks=whole.blocks, causal=True, scale=scale)
+            out = out.to(query.dtype)
+            ctx.save_for_backward(query, key, value, out, lse)
+            return out
         merged = _Merged(query, exact=transport.size > 1)
         for source, keys, values in transport.iter_kv(key, value):
             for batch in transport.blocks(lengths, source, query.device):
@@ -131,15 +138,19 @@ class _Blockwise(torch.autograd.Function):
                 merged.add(batch, block_out, block_lse)
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.lse)
-        ctx.lengths = lengths
-        ctx.scale = scale
-        ctx.transport = transport
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grad, transport = grads[0].contiguous(), ctx.transport
+        whole = _all_rows(ctx.lengths, transport, device=query.device)
+        if whole is not None:
+            gradients = block_backward(
+                grad, query, key, value, out, lse, blocks=whole.blocks, causal=True, scale=ctx.scale
+            )
+            inputs = (query, key, value)
+            return *(each.to(x.dtype) for each, x in zip(gradients, inputs, strict=True)), None, None, None
         working = torch.promote_types(query.dtype, torch.float32)
         dq = torch.empty_like(query, dtype=working)
         d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
@@ -169,6 +180,17 @@ class _Blockwise(torch.autograd.Function):
                 grad_return.send(source, blocks, d_own)
         grad_return.finish(d_own)
         return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), None, None, None
+
+
+def _all_rows(lengths: Lengths, transport: KVTransport, *, device: torch.device) -> BlockBatch | None:
+    """The block batch of a rank on its own whose documents are one call, all rows in their order; None elsewhere.
+
+    Nothing has to be merged or put in its place then.
+    """
+    if transport.size > 1:
+        return None
+    batches = block_batches(lengths, rank=0, source=0, device=device)
+    return batches[0] if len(batches) == 1 and isinstance(batches[0].queries, slice) else None
 
 
 class _Merged:

@@ -12,6 +12,7 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.arch.flops import linear_tokens
 from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.sections.parts import PYRAMID
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.shards import Shards, rows_received, sharding_of
 from megatron_v2pe.planning.memory.adapters import planned_adapters
@@ -122,6 +123,12 @@ class Setting:
     def has_gradients(self, part: Part) -> bool:
         """Whether a part, or its adapters, get gradients."""
         return self.trains(part) or self.config.lora.rank_of(part) > 0
+
+    @property
+    def trains_pyramid(self) -> bool:
+        """Whether smaller branches and interactions around the tower are there and trained."""
+        trained = parts_trained_whole(self.config)
+        return self.arch.pyramid is not None and ("vision" in trained or PYRAMID in trained)
 
     def costs(self, part: Part) -> LayerCosts:
         """What the back end's modules allocate for a part."""
