@@ -32,10 +32,10 @@ from megatron_v2pe.models.piip import attention
 from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 
 NAMES = {
-    "plain": "plain, 32 px",
-    "deep": "plain, 32 px, 5 layers",
-    "pixels": "plain, 64 px, 1 layer",
-    "piip": "PIIP, 32 and 64 px",
+    "plain": "plain, 8 px, 2 layers",
+    "deep": "plain, 8 px, 5 layers",
+    "pixels": "plain, 32 px, 1 layer",
+    "piip": "PIIP, 8 and 32 px, 2 layers each",
 }
 
 

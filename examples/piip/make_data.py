@@ -1,9 +1,9 @@
 """Large pictures with one small handwritten digit: what resolution is needed for.
 
-    black picture of 64 x 64 pixels, a digit of 8 x 8 at one of 64 places     "Which digit is shown?" -> "7"
+    black picture of 32 x 32 pixels, a digit of 8 x 8 at one of 16 places     "Which digit is shown?" -> "7"
 
-At 32 x 32 pixels the digit has 4 x 4. Digits are scikit-learn's, whose own size is 8 x 8; training and evaluation
-share none of them.
+Where the picture is seen at 8 x 8 pixels, the digit has 2 x 2. Digits are scikit-learn's, whose own size is 8 x 8;
+training and evaluation share none of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sklearn.datasets import load_digits
 from megatron_v2pe.core.files import write_atomic
 
 QUESTION = "Which digit is shown?"
-PIXELS, DIGIT = 64, 8
+PIXELS, DIGIT = 32, 8
 HELD_OUT_EVERY = 6
 
 
 def picture(digit: np.ndarray, place: int) -> bytes:
-    """A PNG file: `digit` uint8 [8, 8] at place 0..63, counted row by row."""
+    """A PNG file: `digit` uint8 [8, 8] at place 0..15, counted row by row."""
     grey = np.zeros((PIXELS, PIXELS), dtype=np.uint8)
     row, column = (DIGIT * step for step in divmod(place, PIXELS // DIGIT))
     grey[row : row + DIGIT, column : column + DIGIT] = digit

@@ -27,30 +27,32 @@ from safetensors.numpy import save_file
 from megatron_v2pe.core.files import commit_folder
 
 WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 64, 2, 4, 2, 192
-PATCH = 8
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision transformer: pixels of a picture's side, channels, layers, heads."""
+    """A vision transformer: pixels of a picture's side and of a patch's, channels, layers, heads."""
 
     pixels: int
+    patch: int
     width: int
     layers: int
     heads: int
+    joined: int = 1
+    """Patches of a side that the pixel shuffle joins to one visual token."""
 
     @property
     def patches(self) -> int:
         """Of a picture."""
-        return (self.pixels // PATCH) ** 2
+        return (self.pixels // self.patch) ** 2
 
 
 TOWERS = {
-    "plain": Tower(pixels=32, width=64, layers=2, heads=4),
-    "deep": Tower(pixels=32, width=64, layers=5, heads=4),
-    "pixels": Tower(pixels=64, width=64, layers=1, heads=4),
-    "branch": Tower(pixels=64, width=32, layers=2, heads=2),
+    "plain": Tower(pixels=8, patch=2, width=64, layers=2, heads=4),
+    "deep": Tower(pixels=8, patch=2, width=64, layers=5, heads=4),
+    "pixels": Tower(pixels=32, patch=4, width=64, layers=1, heads=4, joined=2),
+    "branch": Tower(pixels=32, patch=4, width=32, layers=2, heads=2),
 }
 INTERACTIONS = 2
 
@@ -64,7 +66,7 @@ def recipe(branch: Path) -> dict[str, Any]:
         "num_attention_heads": tower.heads,
         "intermediate_size": 4 * tower.width,
         "image_size": tower.pixels,
-        "patch_size": PATCH,
+        "patch_size": tower.patch,
         "weights": str(branch),
     }
     return {"branches": [sizes], "interactions": INTERACTIONS, "deform_num_heads": 4}
@@ -102,7 +104,9 @@ def draw_vision(draw: Draw, tower: Tower) -> None:
     width, prefix = tower.width, "vision_model.embeddings."
     draw.normal(f"{prefix}class_embedding", (1, 1, width), 0.02)
     draw.normal(f"{prefix}position_embedding", (1, 1 + tower.patches, width), 0.02)
-    draw.normal(f"{prefix}patch_embedding.weight", (width, 3, PATCH, PATCH), (3 * PATCH**2) ** -0.5)
+    draw.normal(
+        f"{prefix}patch_embedding.weight", (width, 3, tower.patch, tower.patch), (3 * tower.patch**2) ** -0.5
+    )
     draw.filled(f"{prefix}patch_embedding.bias", width, 0.0)
     for layer in range(tower.layers):
         prefix = f"vision_model.encoder.layers.{layer}."
@@ -121,7 +125,7 @@ def draw_rest(draw: Draw, tower: Tower, vocab_size: int) -> None:
 
     At the usual deviation of 0.02 a model of 64 channels would hardly pass on what the picture says.
     """
-    joined, head_dim = 4 * tower.width, WIDTH // HEADS
+    joined, head_dim = tower.joined**2 * tower.width, WIDTH // HEADS
     draw.norm("mlp1.0", joined)
     draw.linear("mlp1.1", joined, WIDTH)
     draw.linear("mlp1.3", WIDTH, WIDTH)
@@ -143,14 +147,14 @@ def draw_rest(draw: Draw, tower: Tower, vocab_size: int) -> None:
 def model_config(quick: dict[str, Any], tower: Tower) -> dict[str, Any]:
     """The quickstart's config.json with other sizes."""
     config = copy.deepcopy(quick)
-    config |= {"force_image_size": tower.pixels, "downsample_ratio": 0.5}
+    config |= {"force_image_size": tower.pixels, "downsample_ratio": 1 / tower.joined}
     config["vision_config"] |= {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads,
         "intermediate_size": 4 * tower.width,
         "image_size": tower.pixels,
-        "patch_size": PATCH,
+        "patch_size": tower.patch,
         "norm_type": "layer_norm",
         "qkv_bias": True,
         "qk_normalization": False,

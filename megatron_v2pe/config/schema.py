@@ -143,8 +143,8 @@ class ParallelConfig:
     (native only): all keys at once; a2a: tokens are exchanged for heads, of which every tensor parallel rank needs a
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data and context parallel ranks in buckets of 40 million while backward continues, instead of
-    all after it. Brings up to the time of that reduction; costs nothing, and GPU kernels some of their processors."""
+    """Reduce gradients over data and context parallel ranks in buckets of 40 million while backward continues, instead
+    of all after it. Saves up to that reduction's time; NCCL shares the GPU's processors with backward meanwhile."""
     overlap_param_gather: bool = False
     """Gather updated weights bucket by bucket while the next forward pass has begun; needs overlap_grad_reduce."""
     cp_sharding: Literal["zigzag", "by_document", "auto"] = "zigzag"
@@ -178,8 +178,8 @@ class ParallelConfig:
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ConfigError(
-                "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the same "
-                "buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
+                "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the "
+                "same buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
             )
         if self.cp_sharding != "zigzag" and self.cp == 1:
             raise ConfigError(
@@ -414,8 +414,8 @@ class RuntimeConfig:
     path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
     operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run of the same layout: torch refuses others, attention backward,
-    cuBLAS and NCCL use theirs, which costs speed on a GPU and nothing on a CPU, where it is so anyway."""
+    """Only algorithms that give the same bits in every run of one layout: torch refuses others; attention backward,
+    cuBLAS and NCCL use theirs. Costs speed on a GPU, nothing on a CPU, where runs give the same bits without it."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0

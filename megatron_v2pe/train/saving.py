@@ -197,7 +197,11 @@ class Saver:
             self._config.runtime.run_dir,
             model_chunks=self._trainer.wrapped,
             optimizer=self._trainer.optimizer,
-            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
+            run_state=replace(
+                state,
+                schedule=self._trainer.scheduler.state_dict(),
+                expert_bias=self._trainer.expert_bias.table(),
+            ),
             ranks=self._ranks,
             hf_folder=self._hf_folder,
             keep=self._config.checkpoint.keep,

@@ -20,6 +20,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -63,6 +64,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_open_gates,
     require_usable_folder,
     run_to_continue,
 )
@@ -236,13 +238,14 @@ def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outs
 
 
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
-    """Architecture, plan and run folder, after all checks that read no weights and no data."""
+    """Architecture, plan and run folder, after all checks that read no data, and no weights but gates."""
     world_size = launcher().world_size
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    require_open_gates(config, arch)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
@@ -309,6 +312,8 @@ def _trainer(
         load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
+    if config.model.checkpoint and resume_from is None:
+        trainer.expert_bias.load(expert_bias_of(config.model.checkpoint))
     startup.done("optimizer")
     return trainer
 
@@ -319,6 +324,7 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
         return None
     state = load_checkpoint(folder, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
     trainer.scheduler.load_state_dict(state.schedule)
+    trainer.expert_bias.load(state.expert_bias)
     return state
 
 

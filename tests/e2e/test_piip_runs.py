@@ -49,6 +49,7 @@ def answer(checkpoint, image, capsys, *, tokens=4):
 
 def scores(checkpoint, image, capsys):
     ask = ["generate", str(checkpoint), "What is it?", "--image", str(image), "--dtype", "float32"]
+    ask += ["--stride", "4"]
     assert main([*ask, "--score", "a small red square"]) == 0
     return torch.tensor([json.loads(line)["logprob"] for line in capsys.readouterr().out.splitlines()])
 
@@ -83,6 +84,10 @@ def test_a_frozen_large_branch_stays_and_the_pyramid_moves(setup, tmp_path, caps
     ):
         assert any(key.startswith(part) and not torch.equal(before[key], after[key]) for key in before), part
     assert (scores(root / "pyramid", image, capsys) - scores(checkpoint, image, capsys)).abs().max() > 1e-3
+    # Open gates may be frozen.
+    again = [f"model.checkpoint={checkpoint}", f"runtime.run_dir={tmp_path / 'run'}", "vision.freeze=true"]
+    tiny.train(root / "frozen.yaml", [*again, "optim.steps=2", "optim.warmup_steps=1"])
+    assert len(tiny.metrics(tmp_path / "run")) == 2
     # Out, in again: the same answers, and the second implementation agrees.
     assert main(["export-hf", str(checkpoint), str(tmp_path / "hf")]) == 0
     assert main(["verify", str(tmp_path / "hf"), str(checkpoint)]) == 0
@@ -158,6 +163,7 @@ def test_two_ranks_evaluate_what_one_does(setup, tmp_path):
         (["vision.tower=internvit"], "config.json has a piip_config"),
         (["optim.vision_layer_decay=0.9"], "not defined for the layers of a pyramid"),
         (["vision.freeze=true", "vision.tower=piip", "lora.vision_rank=2"], "vision.freeze to false"),
+        (["vision.freeze=true"], "it would be computed, change nothing and never learn"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_built(setup, capsys, overrides, message):

@@ -126,6 +126,22 @@ def tower_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     return tower_linear_flops(arch, num_tiles) + tower_attention_flops(arch, num_tiles)
 
 
+def branch_flops(arch: InternVLArchitecture, num_tiles: int) -> dict[str, float]:
+    """Forward and backward of each part of a tower with a pyramid; empty without one.
+
+    `large` is the checkpoint's own tower, `branch_1` and on are the smaller networks, `interactions` what is between.
+    """
+    if arch.pyramid is None:
+        return {}
+    parts = {
+        f"branch_{index}" if index else "large": branch_linear_flops(vision, rows, num_tiles)
+        + branch_attention_flops(vision, rows, num_tiles)
+        for index, (vision, rows) in enumerate(tower_branches(arch))
+    }
+    parts["interactions"] = interaction_flops(arch, num_tiles)
+    return {name: TRAINING * flops for name, flops in parts.items()}
+
+
 def vision_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward and backward of the tower and the projector for `num_tiles` tiles."""
     return TRAINING * (tower_flops(arch, num_tiles) + projector_flops(arch, num_tiles))

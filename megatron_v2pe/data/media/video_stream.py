@@ -123,7 +123,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
                 file,
                 options={"protocol_whitelist": "none"},
                 buffer_size=_BUFFER_BYTES,
-                metadata_errors="ignore",
+                **_metadata_options(av),
             ) as container,
         ):
             if not container.streams.video:
@@ -152,6 +152,11 @@ def _unreadable(path: str, error: Exception) -> DataError:
         return DataError(f"{path}: cannot be read as a video: it is {kind}; give a video file")
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return DataError(f"{path}: cannot be read as a video ({text}); repair or remove the sample")
+
+
+def _metadata_options(av: Any) -> dict[str, str]:
+    """Titles that are no UTF-8 are no error; PyAV 19 keeps such bytes by itself and has no option for it."""
+    return {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _pyav(path: str) -> Any:

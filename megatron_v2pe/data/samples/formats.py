@@ -131,9 +131,16 @@ def to_native(values: Mapping[str, Any], *, format_name: str, where: str) -> Nat
     named, keys = _named(values, where)
     system, messages, embedded = _READERS[shape](values, used, where)
     notes += [f"alias:{key}={native}" for native, key in keys.items() if key != native]
+    read = {*used, *keys.values()}
+    if (
+        messages
+        and isinstance(values.get("answer"), str)
+        and values["answer"].strip() == messages[-1].text.strip()
+    ):
+        read.add("answer")  # said twice, as records of `synthesize` do
     has_video = bool(named.get("video"))
     has_media = has_video or bool(named.get("image") or embedded["image"] or embedded["video"])
-    notes += _others(values, {*used, *keys.values()}, has_video=has_video, has_media=has_media, where=where)
+    notes += _others(values, read, has_video=has_video, has_media=has_media, where=where)
     notes += [f"unread:{name}" for name in dict.fromkeys(embedded.get("unread", ()))]
     if any(message.was_renamed for message in messages):
         notes.append("roles")

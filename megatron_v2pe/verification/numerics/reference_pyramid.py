@@ -1,4 +1,4 @@
-"""A tower with a pyramid (PIIP) in plain PyTorch, straight from Hugging Face names: the part of `verify-numerics` for it.
+"""A tower with a pyramid (PIIP) in plain PyTorch, from Hugging Face names: that part of `verify-numerics`.
 
     every branch:   vision_embedding, vision_layer of the plain reference, with the branch's own names
     after interval i of I, whose last layer is number ceil(i L / I) of L:
@@ -9,8 +9,8 @@
 Written from the formulas, with four corners gathered by index in place of `grid_sample`; shares no modelling code with
 `models/piip`. Weights are read when they are used.
 
-Shape legend: n tiles, N = h*w patches of a branch, C its channels; primes are those of its neighbour; H heads, P points,
-d channels of a head.
+Shape legend: n tiles, N = h*w patches of a branch, C its channels; primes are those of its neighbour; H heads, P
+points, d channels of a head.
 """
 
 from __future__ import annotations

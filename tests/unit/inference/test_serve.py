@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.chat import Chat, ChatOptions
 from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
@@ -299,6 +300,19 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
         model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
     )
     assert alive.choices[0].finish_reason == "length"
+
+
+def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat, monkeypatch):
+    def ask(text):
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+
+    chat.engine.documents.clear()
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 200 * 512)  # a row takes 512 bytes
+    with pytest.raises(openai.BadRequestError, match=r"add \d+ tokens.* 200 tokens would fit") as refused:
+        ask("Hello " * 200)
+    assert refused.value.code == "cannot_answer"
+    assert ask("Hello").choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
