@@ -145,8 +145,10 @@ def _native_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, A
 
 
 def _unused_token(folder: Path) -> str:
-    """A token that no text has, where a tokenizer has none for videos: the processor asks for one, replaces it wherever
-    it is, and refuses texts that have it without a video."""
+    """A token that no text has, where a tokenizer has none for videos.
+
+    The processor asks for one, replaces it wherever it is, and refuses texts that have it without a video.
+    """
     roles = read_tokenizer_files(folder).roles
     return roles.get("unk_token", roles["eos_token"])
 
