@@ -122,10 +122,13 @@ def test_processor_files_of_a_converted_folder(tmp_path):
 
 
 def test_sentencepiece_as_tokenizer_json(tmp_path):
-    """The library gives the ids of InternLM2's own tokenizer."""
+    """The library gives the ids of InternLM2's own tokenizer; the token for videos is in no text."""
     import tokenizers
 
     convert_hf(GITHUB / INTERNLM2, tmp_path / "hf")
+    names = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["extra_special_tokens"]
+    assert names["video_token"] == "<unk>"
+    assert "'<unk>\\n'" in (tmp_path / "hf" / "chat_template.jinja").read_text()
     fast = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     slow = load_tokenizer(GITHUB / INTERNLM2)
     for text in ("a dog", "  two  dogs\n", "<img></img><|im_end|>\n", "\u4e09\u6761\u8239 \U0001f600", ""):
