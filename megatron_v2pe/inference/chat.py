@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
-from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings, with_system
 from megatron_v2pe.inference.beams import Beam, search
 from megatron_v2pe.inference.cache.memory import PlanPrefill
 from megatron_v2pe.inference.cache.quantize import KVKind
@@ -37,6 +37,7 @@ class ChatOptions:
 
     Attributes:
         stride: position units that a visual token advances; None takes the checkpoint's own.
+        system: system text of conversations that bring none; None takes the checkpoint's own.
         dtype: compute dtype.
         max_tokens: longest prompt.
         max_tiles: most tiles of an image, thumbnail excluded; None takes the checkpoint's own.
@@ -49,6 +50,7 @@ class ChatOptions:
     """
 
     stride: int | None = None
+    system: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_tokens: int = 1_100_000
     max_tiles: int | None = None
@@ -64,7 +66,7 @@ class Chat:
     """An engine with the checkpoint's template, tokenizer, tiling and stride; all ranks of a replica call it alike.
 
     Args:
-        checkpoint: folder of `import-hf` or of a run.
+        checkpoint: folder of `import-hf` or of a run, or a Hugging Face folder.
         options: see `ChatOptions`.
 
     Attributes:
@@ -83,8 +85,8 @@ class Chat:
                 f"{launcher().world_size} processes were started for one answer, but --tp * --pp * --cp is "
                 f"{parallel.tp} * {parallel.pp} * {parallel.cp}; start as many processes as their product"
             )
-        read_info(checkpoint)
-        hf_folder = hf_path(checkpoint)
+        require_source(checkpoint)
+        hf_folder = source_side_files(checkpoint)
         self.arch = read_architecture(hf_folder)
         self.stride: StrideChoice = choose_stride(self.arch, options.stride)
         data = answer_data(
@@ -94,7 +96,7 @@ class Chat:
             max_num_frame=options.max_frames,
             min_num_frame=min(DataConfig().min_num_frame, options.max_frames),
         )
-        settings = sample_settings(RunConfig(data=data), self.arch, hf_folder)
+        settings = with_system(sample_settings(RunConfig(data=data), self.arch, hf_folder), options.system)
         # As many frames as there may be, the middle of each interval: a question has one prompt.
         video = replace(settings.media.video, min_frames=settings.media.video.max_frames, sampling="middle")
         self.settings = replace(settings, media=replace(settings.media, video=video))

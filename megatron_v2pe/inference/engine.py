@@ -25,9 +25,12 @@ from torch import Tensor
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import (
+    load_source,
+    require_source,
+    source_lora,
+    source_side_files,
+)
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
@@ -189,7 +192,7 @@ class Engine:
         """Build an engine from a checkpoint folder; under torchrun, one stage or slice of it on each rank.
 
         Args:
-            checkpoint: folder written by `import-hf` or by a run.
+            checkpoint: folder written by `import-hf` or by a run, or a Hugging Face folder.
             mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
                 rotates by plain frequencies and takes any stride.
             norm: pixel normalisation; None where tiles of prompts are normalised already.
@@ -205,17 +208,17 @@ class Engine:
             ConfigError: the sizes do not make up the world.
         """
         parallel = replace(parallel or ParallelConfig(), sequence_parallel=False, vision="replicated")
-        read_info(checkpoint)
-        arch = read_architecture(hf_path(checkpoint))
+        require_source(checkpoint)
+        arch = read_architecture(source_side_files(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)  # type: ignore[arg-type]
+        runtime, lora = RuntimeConfig(dtype=dtype), source_lora(checkpoint)  # type: ignore[arg-type]
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
         plan = resolve(parallel, launcher().world_size)
         context = init_distributed(plan, seed=config.runtime.seed)
         models = build_model(config, arch, context)
-        load_weights(checkpoint, models, ranks=context.ranks)
+        load_source(checkpoint, models, ranks=context.ranks)
         runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
         stage = Stage(
             config=config,

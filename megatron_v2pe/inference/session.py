@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.model_source import source_digest
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import commit_folder, write_atomic
 from megatron_v2pe.inference.cache.kv_cache import KVCache
@@ -41,11 +42,6 @@ _WAY_OUT = {
     "kv": "start with --kv as it was saved, or ask without it, which computes the document again",
     "dtype": "start with --dtype as it was saved, or ask without it, which computes the document again",
 }
-
-
-def checkpoint_digest(checkpoint: str | Path) -> str:
-    """SHA-256 of `checkpoint.json`, which holds the hashes of all files of the checkpoint."""
-    return hashlib.sha256((Path(checkpoint) / "checkpoint.json").read_bytes()).hexdigest()
 
 
 def save_session(
@@ -75,7 +71,7 @@ def save_session(
     if engine.ranks.rank == 0:
         facts = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": source_digest(checkpoint),
             **_identity(engine),
             "layout": dataclasses.asdict(_layout(engine)),
             "spans": [[span.start, span.stop, span.padded] for span in cache.spans],
@@ -194,7 +190,7 @@ def _read(engine: Engine, source: Path, checkpoint: str | Path) -> tuple[Content
         facts = json.loads(path.read_text(encoding="utf-8"))
         wanted = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": source_digest(checkpoint),
             **_identity(engine),
         }
         for key, value in wanted.items():

@@ -12,13 +12,8 @@ from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.request.workload import Pack
 
 
-def plan_prefill(stage: Stage) -> PrefillBytes | None:
-    """Bytes of prefill chunks on a rank, as `plan --inference` says; None for a tower that the planner does not model.
-
-    Such a tower is one with a pyramid around it (PIIP).
-    """
-    if stage.arch.pyramid is not None:
-        return None
+def plan_prefill(stage: Stage) -> PrefillBytes:
+    """Bytes of prefill chunks on a rank, as `plan --inference` says."""
     model_chunk = ModelChunk(num_layers=stage.num_layers, is_first=stage.is_first, is_last=stage.is_last)
 
     @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
@@ -82,12 +82,11 @@ class ModelAnswerer:
         dtype: Literal["float32", "bfloat16"],
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
+        require_source(checkpoint)
+        side_files = source_side_files(checkpoint)
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(hf_path(checkpoint))
-        settings = sample_settings(
-            RunConfig(data=answer_data(hf_path(checkpoint))), self.arch, hf_path(checkpoint)
-        )
+        self.arch = read_architecture(side_files)
+        settings = sample_settings(RunConfig(data=answer_data(side_files)), self.arch, side_files)
         video = dataclasses.replace(settings.media.video, sampling="middle")
         self._settings = dataclasses.replace(
             settings,

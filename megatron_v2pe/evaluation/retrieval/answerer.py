@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
@@ -17,7 +17,7 @@ from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
-from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings, with_system
 from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
 from megatron_v2pe.evaluation.retrieval.questions import Answer, RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
@@ -33,6 +33,7 @@ class EngineAnswerer:
         data: tiling and normalisation; lengths and packing are not used.
         dtype: compute dtype.
         max_new_tokens: longest answer.
+        system: system text of questions that bring none; None takes the checkpoint's own.
         parallel: sizes of the parallel axes of one replica.
 
     Attributes:
@@ -49,13 +50,16 @@ class EngineAnswerer:
         data: DataConfig,
         dtype: Literal["float32", "bfloat16"],
         max_new_tokens: int,
+        system: str | None = None,
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
+        require_source(checkpoint)
+        side_files = source_side_files(checkpoint)
         self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(hf_path(checkpoint))
-        settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))
+        self.arch = read_architecture(side_files)
+        settings = sample_settings(RunConfig(data=data), self.arch, side_files)
+        settings = with_system(settings, system)
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
         # A question about a video has one prompt: as many frames as there may be, the middle of each interval.
         video = settings.media.video
@@ -96,9 +100,11 @@ class EngineAnswerer:
     def expected(self, text: str) -> tuple[str, int]:
         """An expected answer as it comes out of the decoding that answers pass through, and its number of tokens.
 
-        Markers such as `<ref>` and `<box>` are special tokens of some tokenizers, which decoding leaves out.
+        It is encoded as training encodes an answer: a control token that it spells is text, and so it is in what a
+        model says after such training. Markers such as `<ref>` and `<box>` are special tokens of some tokenizers, which
+        decoding leaves out.
         """
-        ids = self._tokenizer.encode(text)
+        ids, _ = self._tokenizer.encode_marked(text, (), add_bos=False, written=[(0, len(text))])
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
 
     def check_media(self, item: RetrievalItem) -> None:

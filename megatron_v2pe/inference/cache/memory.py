@@ -44,7 +44,7 @@ class Stage:
 PrefillBytes = Callable[[int, int], tuple[str, float]]
 """(tokens, tiles) of a prefill chunk -> what takes the most memory at a time on this rank, and its bytes."""
 
-PlanPrefill = Callable[[Stage], PrefillBytes | None]
+PlanPrefill = Callable[[Stage], PrefillBytes]
 """The planner's side of the check; it lies above `inference`, so it is handed in."""
 
 

@@ -73,12 +73,12 @@ def prefill_moments(setting: Setting, model_chunk: ModelChunk) -> dict[str, floa
         shape = VisionShape(
             tiles=min(tiles, MICRO_BATCH_TILES),
             tower_tp=plan.tower_tp,
-            is_trained=False,
+            trains_tower=False,
             trains_projector=False,
             projector=setting.costs("projector"),
         )
         tower = vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
-        pixels = 3 * setting.arch.image_size**2 * tiles * setting.element_bytes
+        pixels = setting.arch.values_per_tile * tiles * setting.element_bytes
         moments["vision tower"] = pixels + hidden + tower.forward_bytes
     return moments
 

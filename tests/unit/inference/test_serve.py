@@ -129,6 +129,45 @@ def test_an_answer_is_that_of_generate(client, chat, media):
     assert found.usage.prompt_tokens_details.cached_tokens == reply.prompt.layout.num_tokens - 1
 
 
+def test_what_vlmevalkit_sends_with_our_configuration_is_answered(address, client, media, request):
+    """Its class for such servers sends the options it does not know, such as the stride, in the body."""
+    path = request.config.rootpath / "examples" / "vlmevalkit" / "config.json"
+    (options,) = json.loads(path.read_text())["model"].values()
+    own = (
+        "class",
+        "model",
+        "api_base",
+        "key",
+        "temperature",
+        "max_tokens",
+        "img_size",
+        "img_detail",
+        "timeout",
+    )
+    more = {name: value for name, value in options.items() if name not in own}
+    assert more == {"stride": 64}
+    assert options["key"].startswith("sk-"), "it refuses other keys"
+    assert options["api_base"].endswith("/v1/chat/completions")
+    url = {"url": data_url(media / "a.png"), "detail": options["img_detail"]}
+    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is it?"}]
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": options["max_tokens"],
+        "n": 1,
+        "temperature": options["temperature"],
+        **more,
+        "stride": 2,
+    }
+    status, found = post(address, body)
+    assert status == 200
+    assert found["usage"]["v2pe"]["stride"] == 2
+    wanted = client.chat.completions.create(
+        model="tiny", messages=question("What is it?", "a.png"), max_tokens=100, extra_body={"stride": 2}
+    )
+    assert found["choices"][0]["message"]["content"] == wanted.choices[0].message.content
+
+
 def test_a_stream_joins_to_the_answer_and_counts(client, chat):
     wanted, _ = direct(chat, "Who are you?", max_new_tokens=9)
     events = list(
