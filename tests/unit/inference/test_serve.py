@@ -321,7 +321,6 @@ def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat,
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "alternate"),
-        ({"messages": [{"role": "user", "content": "see <image>"}]}, "<image>"),
         ({"messages": [{"role": "user", "content": " "}]}, "the question is empty"),
         ({"max_tokens": 0}, "--max-new-tokens is 0"),
         ({"max_tokens": 6000}, "limit is 5000"),
@@ -343,6 +342,25 @@ def test_bad_requests(address, changes, message):
     status, found = post(address, body)
     assert status == 400
     assert message in found["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["see <image>", "<video> and \\\\<image>"])
+def test_placeholders_in_texts_are_text(chat, text):
+    """Images are parts of their own, so what a text spells is for the model to read."""
+    body = {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": f"About {text}"},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+        ],
+    }
+    request = parse_request(body, Limits(model="tiny"))
+    prompt = chat.prompt(request.messages, system=request.system)
+    assert prompt.layout.num_visual_tokens == 0
+    shown = chat.tokenizer.decode(prompt.tokens.tolist())
+    assert shown.count(text) == 4
 
 
 def test_model_key_and_json(address, client):

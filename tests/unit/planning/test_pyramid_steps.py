@@ -3,19 +3,30 @@
 import json
 
 import pytest
+import torch
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.arch.published import PUBLISHED
-from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
+from megatron_v2pe.config.schema import (
+    DataConfig,
+    LoRAConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    VisionConfig,
+)
 from megatron_v2pe.inference.cache.memory import Stage
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.answering import plan_prefill
 from megatron_v2pe.planning.estimate import activation_peak
 from megatron_v2pe.planning.measured_step import MeasuredStep, peak_bytes
 from megatron_v2pe.planning.planner_check import compare_rank
+from megatron_v2pe.planning.request.hardware import H100
 from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.time.compute import model_chunk_flops
+from megatron_v2pe.preflight import limit
 from tests.unit.planning.test_against_steps import counted_flops, setting, sizes
 
 PYRAMID = {
@@ -165,3 +176,17 @@ def test_a_prefill_chunk_of_a_pyramid_is_planned():
     (part, plain), (same_part, pyramid) = found
     assert part == same_part == "vision tower"
     assert pyramid > 1.2 * plain
+
+
+def test_preflight_plans_the_memory_of_a_pyramid(monkeypatch):
+    """On a GPU with stated numbers the finding is a figure, larger than without the pyramid."""
+    monkeypatch.setattr(limit, "known_hardware", lambda _device: H100)
+    monkeypatch.setattr(limit.torch.cuda, "mem_get_info", lambda _device: (0, 80 * 2**30))
+    config = RunConfig(data=DataConfig(max_pack_tokens=8192), optim=OptimConfig(global_batch_size=2))
+    found = []
+    for extra in ({}, {"piip_config": PUBLISHED_PYRAMID}):
+        arch = parse_architecture({**PUBLISHED["2B"], **extra})
+        estimated = limit.planned(config, arch, torch.device("cpu"), 2)
+        assert limit.check_memory(estimated).text.startswith("plan: ")
+        found.append(estimated.fullest.total_bytes)
+    assert found[1] > found[0]
