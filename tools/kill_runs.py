@@ -14,10 +14,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support.kills import KillReport, kill_runs
+if TYPE_CHECKING:
+    from tests.support.kills import KillReport
 
 
 def main() -> int:
@@ -29,6 +31,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (default 0)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run (default 1)")
     args = parser.parse_args()
+    from tests.support.kills import kill_runs  # imports torch
+
     root = Path(tempfile.mkdtemp(prefix="kills-"))
     report = kill_runs(root, count=args.count, seed=args.seed, ranks=args.ranks, on_run=_say)
     sys.stdout.write(report.text() + "\n")

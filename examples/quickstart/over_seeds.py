@@ -56,6 +56,28 @@ def read_accuracies(work: Path, *, report: str = "report") -> Accuracies:
     return found
 
 
+def questions(work: Path, model: str) -> list[int]:
+    """Questions of a seed with each step, by length."""
+    path = next(iter(sorted(work.glob(f"seed_*/{model}/report/cells.csv"))))
+    counts: dict[int, int] = defaultdict(int)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if row["stride"] == rows[0]["stride"]:
+            counts[int(row["length"])] += int(row["count"])
+    return [counts[length] for length in sorted(counts)]
+
+
+def caption(num_seeds: int, counts: list[int]) -> str:
+    """Sentences before the table of the documentation."""
+    asked = f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
+    return (
+        f"Accuracy over {num_seeds} seeds: mean (worst to best seed); guessing gives 0.10. A seed decides the random\n"
+        "weights, which sheets and prose the documents have, the order of the data and the strides that images draw.\n"
+        f"Each seed was asked {asked} questions of these lengths with each step.\n\n"
+    )
+
+
 def write_csv(found: Accuracies, path: Path) -> None:
     """Every value, one a line."""
     lines = ["model,stride,length,seed,accuracy"]
@@ -166,8 +188,9 @@ def main() -> None:
     draw(found, arguments.work / "seeds.png")
     print(text)
     if arguments.docs:
+        said = caption(num_seeds, questions(arguments.work, arguments.model)) + markdown(header, rows)
         for page in READMES:
-            replace_between_marks(page, "quickstart figures", "\n" + markdown(header, rows) + "\n")
+            replace_between_marks(page, "quickstart figures", f"\n{said}\n")
         draw(found, PICTURE)
 
 

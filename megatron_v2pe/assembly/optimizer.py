@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_v2pe.assembly.expert_bias import ExpertBias
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
 from megatron_v2pe.assembly.grad_norms import PartShards, counted_shards, trained_optimizers
 from megatron_v2pe.assembly.mcore_config import DTYPES
@@ -33,12 +34,14 @@ class Trainer:
         wrapped: the same model chunks under data parallelism, for the schedule.
         optimizer: mcore's distributed optimizer.
         scheduler: learning rate and weight decay by step.
+        expert_bias: of the routers; without a value where nothing balances experts by a bias.
     """
 
     model_chunks: list[InternVL]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    expert_bias: ExpertBias
 
     @cached_property
     def shards(self) -> PartShards:
@@ -58,6 +61,7 @@ def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Traine
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim),
+        expert_bias=ExpertBias(model_chunks, rate=config.moe.bias_rate),
     )
 
 

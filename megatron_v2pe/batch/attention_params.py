@@ -47,6 +47,7 @@ class V2PEPackedSeqParams(PackedSeqParams):
         assert self.rotary_angles is not None
         tables: dict[torch.dtype, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_tables", {})
         if dtype not in tables:
-            options = dict(scale=self.rotary_scale, round_tables=self.round_rotary)
-            tables[dtype] = rotary_tables(self.rotary_angles, dtype, **options)
+            tables[dtype] = rotary_tables(
+                self.rotary_angles, dtype, scale=self.rotary_scale, round_tables=self.round_rotary
+            )
         return tables[dtype]

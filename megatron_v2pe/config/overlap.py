@@ -10,8 +10,8 @@ from megatron_v2pe.core.errors import ConfigError
 def check_overlap(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> None:
     """Refuse `parallel.overlap_grad_reduce` where gradients do not become ready as often in every step.
 
-    mcore counts in the first step how often each parameter's gradient is added to, and reduces a bucket when all of its
-    parameters have been reached as often again.
+    mcore counts in the first step how often each parameter's gradient is added to, and reduces a bucket when all of
+    its parameters have been reached as often again.
 
     Raises:
         ConfigError: names the field that it does not go with.
@@ -34,7 +34,8 @@ def check_overlap(config: RunConfig, arch: InternVLArchitecture, world_size: int
         ),
         (
             config.vision.micro_batch_tiles > 0,
-            f"vision.micro_batch_tiles is {config.vision.micro_batch_tiles}, and each slice adds to the tower's gradients",
+            f"vision.micro_batch_tiles is {config.vision.micro_batch_tiles}, and each slice adds to the tower's "
+            "gradients",
         ),
         (
             config.model.mlp_chunks > 1,
@@ -44,6 +45,6 @@ def check_overlap(config: RunConfig, arch: InternVLArchitecture, world_size: int
     for is_broken, why in rules:
         if is_broken:
             raise ConfigError(
-                f"parallel.overlap_grad_reduce is true, but {why}; set overlap_grad_reduce (and overlap_param_gather) to "
-                "false, or change the other"
+                f"parallel.overlap_grad_reduce is true, but {why}; set overlap_grad_reduce (and "
+                "overlap_param_gather) to false, or change the other"
             )

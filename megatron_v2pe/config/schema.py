@@ -143,8 +143,8 @@ class ParallelConfig:
     (native only): all keys at once; a2a: tokens are exchanged for heads, of which every tensor parallel rank needs a
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data and context parallel ranks in buckets of 40 million while backward continues, instead of
-    all after it. Brings up to the time of that reduction; costs nothing, and GPU kernels some of their processors."""
+    """Reduce gradients over data and context parallel ranks in buckets of 40 million while backward continues, instead
+    of all after it. Saves up to that reduction's time; NCCL shares the GPU's processors with backward meanwhile."""
     overlap_param_gather: bool = False
     """Gather updated weights bucket by bucket while the next forward pass has begun; needs overlap_grad_reduce."""
     cp_sharding: Literal["zigzag", "by_document", "auto"] = "zigzag"
@@ -178,8 +178,8 @@ class ParallelConfig:
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ConfigError(
-                "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the same "
-                "buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
+                "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the "
+                "same buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
             )
         if self.cp_sharding != "zigzag" and self.cp == 1:
             raise ConfigError(
@@ -285,7 +285,8 @@ class DataConfig:
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
     max_image_pixels: int = 89_478_485
-    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel.
+    WebP needs 16, so its limit is three quarters of it."""
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
     alpha: Literal["black", "white"] = "black"
@@ -308,7 +309,6 @@ class DataConfig:
     """Stages by sample length; empty draws from all samples at every step."""
 
     def __post_init__(self) -> None:
-        require_local(self.cache_dir, "data.cache_dir")
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         require(
@@ -370,7 +370,10 @@ class CheckpointConfig:
     """When the run is saved and what it resumes from."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only, and a run that is killed before loses everything."""
+    """Steps between checkpoints; 0 saves by time, see save_minutes."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints where save_every is 0; 0 saves at the end only, and a run that is killed before loses
+    everything."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True
@@ -392,6 +395,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
+        require(self.save_minutes >= 0, "checkpoint.save_minutes", self.save_minutes, "must be >= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
@@ -410,8 +414,8 @@ class RuntimeConfig:
     path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
     operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run of the same layout: torch refuses others, attention backward,
-    cuBLAS and NCCL use theirs, which costs speed on a GPU and nothing on a CPU, where it is so anyway."""
+    """Only algorithms that give the same bits in every run of one layout: torch refuses others; attention backward,
+    cuBLAS and NCCL use theirs. Costs speed on a GPU, nothing on a CPU, where runs give the same bits without it."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0
@@ -443,7 +447,6 @@ class RuntimeConfig:
     """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
-        require_local(self.run_dir, "runtime.run_dir")
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
         require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
         require(self.evaluate_every >= 0, "runtime.evaluate_every", self.evaluate_every, "must be >= 0")
@@ -474,19 +477,6 @@ class RuntimeConfig:
         require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
-def _refuse_address(key: str, value: object) -> None:
-    """Refuse `s3://...` where a path is meant, which would make a local folder of that name.
-
-    The address is not repeated: it may carry credentials, and logs and config.yaml are kept.
-    """
-    if isinstance(value, str) and "://" in value:
-        scheme = value.partition("://")[0]
-        raise ConfigError(
-            f"{key} is an address ({scheme}://...), but must be a path of a mounted file system; copy or mount it. "
-            "Files that the meta json names may be addresses, with credentials where the storage library looks for them"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -509,7 +499,7 @@ class RunConfig:
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
                 require(is_number, f"{section.name}.{each.name}", value, "must be finite")
-                _refuse_address(f"{section.name}.{each.name}", value)
+                require_local(f"{section.name}.{each.name}", value)
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""

@@ -78,6 +78,11 @@ def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
             "ranks must hold different tokens, or each expert would get every token several times; set "
             "parallel.sequence_parallel to true"
         )
+    if config.moe.bias_rate and "language" not in parts_trained_whole(config):
+        raise ConfigError(
+            f"moe.bias_rate is {config.moe.bias_rate}, but the language model is not trained whole: its experts could "
+            "not follow the tokens that the bias sends to them; set moe.bias_rate to 0, or train the language model"
+        )
     if config.model.mlp_chunks > 1:
         raise ConfigError(
             f"model.mlp_chunks is {config.model.mlp_chunks}, but the load balancing loss needs all tokens of a pack at "

@@ -119,6 +119,7 @@ class ExpertRouter(TopKRouter):
 
     Attributes:
         routed: of the micro batch that runs next; the layer sets it.
+        choice_bias: float32 [E], added to the probabilities when experts are chosen, and only then; None is without.
         counts: what happened since `counts` was last replaced, in training only.
     """
 
@@ -136,6 +137,9 @@ class ExpertRouter(TopKRouter):
         self.sum_over_pack = sum_over_pack
         self.routed: RoutedRows | None = None
         self.counts: RouterCounts | None = None
+        self.choice_bias: Tensor | None = (
+            None  # no buffer: it stays float32, and is stored with the run's state
+        )
 
     def forward(self, rows: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """[s, b, H] to weights [r, E], 0 where an expert is not chosen, and the choice, bool [r, E]."""
@@ -156,7 +160,11 @@ class ExpertRouter(TopKRouter):
         return F.linear(rows.to(working), self.weight.to(working))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        values, experts = logits.topk(self.topk, dim=-1)
+        if self.choice_bias is None:
+            values, experts = logits.topk(self.topk, dim=-1)
+        else:
+            experts = (logits.detach().softmax(-1) + self.choice_bias).topk(self.topk, dim=-1).indices
+            values = logits.gather(1, experts)
         is_normal = self.settings.normalizes_top_k
         chosen = values.softmax(-1) if is_normal else logits.softmax(-1).gather(1, experts)
         weights = torch.zeros_like(logits).scatter(1, experts, chosen)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.text_table import text_table
-from megatron_v2pe.planning.changes import Variant, override_text
+from megatron_v2pe.planning.changes import Variant, changed, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
 from megatron_v2pe.planning.memory.inference import InferenceMemory
 from megatron_v2pe.planning.memory.setting import Setting
@@ -195,6 +196,21 @@ def advice_lines(estimate: Estimate, variant: Variant | None) -> list[str]:
         f"  then {gib(after.fullest.total_bytes)} GiB and {after.time.seconds:,.2f} s a step "
         f"({after.time.seconds / estimate.time.seconds:.2f}x)",
     ]
+
+
+def less_lines(found: Sequence[Variant], config: RunConfig) -> list[str]:
+    """Runs that train less of the model and fit."""
+    rows = []
+    for variant in found:
+        after, own = variant.estimate, changed(config, variant.overrides)
+        trained = ", ".join([*parts_trained_whole(own), *(["adapters"] if own.lora.is_on else [])])
+        memory = f"{gib(after.fullest.total_bytes)} GiB, {after.time.seconds:,.2f} s"
+        rows.append([trained, memory, variant.text])
+    if not rows:
+        return []
+    heading = "training less of the model would fit (what is trained, memory and time of a step, overrides):"
+    notes = ["  IMPORTED: the folder as `import-hf` stores it"] if "IMPORTED" in str(rows) else []
+    return [heading, *text_table(None, rows, align="<", indent="  "), *notes]
 
 
 def search_lines(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[str]:

@@ -20,6 +20,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -311,6 +312,8 @@ def _trainer(
         load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
+    if config.model.checkpoint and resume_from is None:
+        trainer.expert_bias.load(expert_bias_of(config.model.checkpoint))
     startup.done("optimizer")
     return trainer
 
@@ -321,6 +324,7 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
         return None
     state = load_checkpoint(folder, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
     trainer.scheduler.load_state_dict(state.schedule)
+    trainer.expert_bias.load(state.expert_bias)
     return state
 
 

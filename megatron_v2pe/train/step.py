@@ -100,6 +100,8 @@ def train_step(
         trainer.optimizer.step_with_ready_grads()
     trainer.scheduler.step(increment=1)
     routers = take_router_totals(trainer.model_chunks, ranks=ranks)
+    if is_applied and routers is not None:
+        trainer.expert_bias.update(routers)
     return StepReport(
         is_applied=is_applied,
         loss=loss,
@@ -112,7 +114,7 @@ def train_step(
         loss_limit=loss_limit,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
-        routers=routers.numbers(float(runner.weight_sum)) if routers else {},
+        routers=routers.numbers(float(runner.weight_sum)) | trainer.expert_bias.numbers() if routers else {},
     )
 
 

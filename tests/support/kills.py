@@ -132,9 +132,9 @@ def _run(config: Path, run_dir: Path, *, ranks: int, moment: Moment | None = Non
     first = _saved(run_dir)
     begin = time.time()
     metrics = run_dir / "metrics.jsonl"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as outputs:
         arguments = ("train", config, *RANDOMNESS, f"runtime.run_dir={run_dir}")
-        processes = started_verb(*arguments, ranks=ranks, folder=folder)
+        processes = started_verb(*arguments, ranks=ranks, outputs=outputs)
         kill_at, limit = float("inf"), time.monotonic() + 600.0
         while any(process.is_alive() for process in processes) and time.monotonic() < min(kill_at, limit):
             time.sleep(0.003)
@@ -151,5 +151,5 @@ def _run(config: Path, run_dir: Path, *, ranks: int, moment: Moment | None = Non
             assert moment is not None, "did not end within 600 s"
             return None
         codes = [process.exitcode for process in processes]
-        texts = [path.read_text(errors="replace")[-2000:] for path in sorted(Path(folder).glob("stderr_*"))]
+        texts = [path.read_text(errors="replace")[-2000:] for path in sorted(Path(outputs).glob("stderr_*"))]
     return f"ended with {codes}:\n" + "\n".join(texts) if any(codes) else ""

@@ -12,20 +12,25 @@ LOSSES_AGREE = 1e-5
 
 
 def turns(sides: dict[str, Callable[[], Any]], *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Processor seconds of each side's steps, taken in turns; each side first steps once to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
+    """Least processor time of a step in each turn of each side; a side steps once before, to warm up.
+
+    Args:
+        sides: name to step.
+        repeats: turns of each side, one after the other's.
+        seconds: processor time of a turn; it has at least one step.
+    """
+    least: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()
     for _ in range(repeats):
         for name, side in sides.items():
-            budget = time.process_time() + seconds
-            while True:
+            end, best = time.process_time() + seconds, float("inf")
+            while best == float("inf") or time.process_time() < end:
                 started = time.process_time()
                 side()
-                taken[name].append(time.process_time() - started)
-                if time.process_time() > budget:
-                    break
-    return taken
+                best = min(best, time.process_time() - started)
+            least[name].append(best)
+    return least
 
 
 def race(sizes: RaceSizes, repeats: int, seconds: float, with_full: bool) -> dict[str, list[float]]:

@@ -1,10 +1,11 @@
 """InternVL2 in plain PyTorch, written for speed as a careful user would: the side that a training step races against.
 
-    pixels --tower--> pixel shuffle --projector--> rows --spliced into--> embedding --decoder--> rows with a label --head--> loss
+    pixels --tower--> pixel shuffle --projector--> rows --spliced into--> embedding --decoder--> rows with a label
+    --head--> loss
 
 No megatron-core and nothing of this package: modules of torch.nn, scaled dot product attention for each document, sines
-and cosines of a pack made once, logits of supervised tokens only. Weights are `Linear`s, as a user has them: queries, keys
-and values are one, and so are gate and up, the largest products that the structure allows.
+and cosines of a pack made once, logits of supervised tokens only. Queries, keys and values are one `Linear`, and so are
+gate and up: the largest products that the structure allows.
 
 Shape legend: t tokens, H hidden, h query heads, k key heads, d head dimension, n tiles, C vision channels.
 """

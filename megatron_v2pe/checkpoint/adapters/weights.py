@@ -21,6 +21,7 @@ from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.load import load_state
 from megatron_v2pe.checkpoint.state.model_state import (
+    load_expert_bias,
     load_into_model_chunks,
     load_model_weights,
     model_sharded_state_dict,
@@ -97,6 +98,7 @@ def load_weights(checkpoint: str | Path, model_chunks: Sequence[torch.nn.Module]
     load_model_weights(find_base(checkpoint), model_chunks, ranks=ranks)
     states = model_sharded_state_dict(model_chunks, ranks, wanted=record.holds)
     load_into_model_chunks(model_chunks, load_state(state_path(checkpoint), states), wanted=record.holds)
+    load_expert_bias(checkpoint, model_chunks)
 
 
 def draw_adapters(

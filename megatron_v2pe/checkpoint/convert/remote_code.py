@@ -26,12 +26,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_internvl_v2pe.InternVLV2PEModel",
     "AutoModelForCausalLM": "modeling_internvl_v2pe.InternVLV2PEModel",
 }
-ARCHITECTURES = (
+ARCHITECTURES = (  # those of `FAMILIES` in the modeling file
     "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
     "LlamaForCausalLM",
+    "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
-    "Phi3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 
 

@@ -132,6 +132,15 @@ def read_info(
     return info
 
 
+def expert_bias_of(checkpoint_folder: str | Path) -> dict[str, list[float]]:
+    """The bias of the choice of experts that a checkpoint stores, by sparse layer; empty for one without.
+
+    Raises:
+        CheckpointError: not a complete checkpoint.
+    """
+    return dict(read_info(checkpoint_folder).run_state.get("expert_bias", {}))
+
+
 def _parsed_info(folder: Path) -> CheckpointInfo:
     path = folder / INFO_FILE
     if not folder.is_dir():

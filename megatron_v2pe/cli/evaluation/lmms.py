@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(
         ModelAnswerer(args.checkpoint, dtype=args.dtype, parallel=parallel_config(args))
     ) as answerer:
-        settings = own_strides(answerer.arch, args.stride)
+        settings = own_strides(answerer.arch, args.stride, option="--stride")
         if len(settings) > 1:
             raise ConfigError(f"--stride is {args.stride!r}, but lmms-eval judges one stride at a time")
         out = writable_folder(args.out, field="--out")

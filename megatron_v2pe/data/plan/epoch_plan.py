@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -299,9 +300,11 @@ class MixturePlan:
             )
         allowed = int(self._data.max_bad_samples * num_records + 1e-9)
         if self.num_bad > allowed:
+            enough = math.ceil(1000 * self.num_bad / num_records) / 1000
             raise TooManyBadError(
                 f"{self.num_bad} of {num_records} samples are bad, but data.max_bad_samples = "
-                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit",
+                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit "
+                f"(data.max_bad_samples={enough:g} skips them)",
                 self.bad,
             )
 

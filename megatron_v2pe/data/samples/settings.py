@@ -121,7 +121,7 @@ def with_system(settings: SampleSettings, system: str | None) -> SampleSettings:
     own = settings.text.template.system_text
     if template.system_text != own:
         logger.warning(
-            "--system names another system text than the one this checkpoint was trained with (%s); omit it to use that",
+            "--system is not the system text that this checkpoint was trained with (%s); omit it to use that",
             shortened(own),
         )
     return replace(settings, text=replace(settings.text, template=template))

@@ -5,8 +5,8 @@
 Each byte has a letter of its own, so any text can be encoded and no text has an unknown token. The library keeps a few
 hundred bytes for every token of a text until it is done with it, so long texts are encoded block by block.
 
-A tokenizer.json may also hold the pairs of a sentencepiece vocabulary (native folders of InternLM2 and InternLM3), where a
-blank is a mark and a character without an entry becomes its bytes: `MetaspaceVocabulary`.
+A tokenizer.json may also hold the pairs of a sentencepiece vocabulary (native folders of InternLM2 and InternLM3),
+where a blank is a mark and a character without an entry becomes its bytes: `MetaspaceVocabulary`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class ByteLevelVocabulary:
 
 
 class MetaspaceVocabulary(ByteLevelVocabulary):
-    """Byte pairs of a sentencepiece model, as a tokenizer.json describes them; blanks are marks, nothing is put in front.
+    """Byte pairs of a sentencepiece model, as a tokenizer.json describes them; blanks are marks, no prefix is added.
 
     Args:
         backend: the library's tokenizer, without added tokens.

@@ -42,18 +42,19 @@ _NO_LIMIT = 2**40  # a benchmark never cuts a question
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def own_strides(arch: InternVLArchitecture, text: str) -> list[StrideSetting]:
+def own_strides(arch: InternVLArchitecture, text: str, *, option: str = "--strides") -> list[StrideSetting]:
     """Strides that are asked for, or the checkpoint's own.
 
     Args:
         arch: of the checkpoint.
         text: comma list of `default` and position units; empty is the checkpoint's own.
+        option: what the user would name them with, for messages.
 
     Raises:
         ConfigError: an entry is out of range, or none is given and the checkpoint has none of its own.
     """
     if not text:
-        own = choose_stride(arch, None)
+        own = choose_stride(arch, None, option=option)
         _log.info("%s", own.reason)
         text = "default" if own.mode == "default" else str(own.stride)
     return parse_strides(text, tokens_per_tile=arch.tokens_per_tile)

@@ -305,7 +305,7 @@ class _Messages:
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
-                text += self._plain(part["text"], where)
+                text += _literal(part["text"])
             elif kind in _MEDIA_TYPES and message.get("role") == "user":
                 held, mark = (
                     (images, IMAGE_PLACEHOLDER) if kind == "image_url" else (videos, VIDEO_PLACEHOLDER)
@@ -320,14 +320,6 @@ class _Messages:
         role = _ROLES.get(str(message.get("role")), "human")
         return Message(role=role, text=text, images=tuple(images), videos=tuple(videos))  # type: ignore[arg-type]
 
-    def _plain(self, text: str, where: str) -> str:
-        for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
-            if mark in text:
-                raise _bad(
-                    f"{where}.content contains {mark}, which marks images; send image_url parts instead"
-                )
-        return text
-
     def _attachment(self, value: Any, where: str) -> Attachment:
         url = value.get("url") if isinstance(value, dict) else value
         if not isinstance(url, str):
@@ -341,6 +333,13 @@ class _Messages:
                 "unsupported_url",
             )
         return Attachment(path=_inside(unquote(parts.path), self._limits.media_root, where))
+
+
+def _literal(text: str) -> str:
+    """A text of a request, in which `<image>` is text: images are parts of their own."""
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
+        text = text.replace(mark, "\\" + mark)
+    return text
 
 
 def _inline(url: str, where: str) -> Attachment:

@@ -29,7 +29,9 @@ from megatron_v2pe.parallel.shards import Holders, local_lengths
 KEYS_TAG, GRADIENTS_TAG = 4, 5  # beside those of `ring` and `cached`
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # looked up by identity: hashing hundreds of documents takes long; see `places_of`
 class Places:
     """Which rank holds which documents.
 
@@ -44,6 +46,12 @@ class Places:
     def local(self, rank: int) -> Lengths:
         """Tokens of each document that a rank holds."""
         return tuple(n for n in local_lengths(self.lengths, self.holders, rank) if n)
+
+
+@lru_cache(maxsize=64)  # one for all layers of a micro batch
+def places_of(lengths: tuple[int, ...], holders: Holders) -> Places:
+    """The same object for the same documents."""
+    return Places(lengths, holders)
 
 
 @dataclass(frozen=True)

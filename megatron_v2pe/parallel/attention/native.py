@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention, document_attention
-from megatron_v2pe.parallel.attention.direct import Places
+from megatron_v2pe.parallel.attention.direct import places_of
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.rotary import rotate
 
@@ -121,7 +121,7 @@ class NativeContextAttention(torch.nn.Module):
         if holders is not None:
             if group is None:
                 raise ValueError("documents on some of the ranks need the group of these ranks")
-            places = Places(params.document_lengths, holders)  # type: ignore[attr-defined]
+            places = places_of(params.document_lengths, holders)  # type: ignore[attr-defined]
             out = document_attention(query, key, value, places=places, scale=self.scale, group=group)
             return out.flatten(1)
         lengths = local_lengths(params, 1 if group is None else group.size())

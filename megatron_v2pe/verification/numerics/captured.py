@@ -19,9 +19,11 @@ from torch import Tensor
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.collect import gather_slices, gather_tiles, gather_tokens
@@ -100,6 +102,11 @@ class CapturedRun:
         self.inputs = inputs
         self.wanted = wanted
         self.sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype])
+        if expert_bias_of(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint}: its routers choose experts with a bias (moe.bias_rate), which the second "
+                "implementation does not have; compare the model it started from, or export with --drop-expert-bias"
+            )
         self.model_chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
 

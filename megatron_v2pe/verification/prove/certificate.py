@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from megatron_v2pe.config.schema import ParallelConfig
@@ -77,8 +78,8 @@ class Certificate:
         errors: dtype -> quantity -> (error, where).
         limits: dtype -> quantity -> tolerance.
         not_compared: parameters of which not every element was compared.
-        caught: mutations that ran.
-        left_out: mutations that this layout cannot have -> what it would need.
+        caught: mutations that ran and changed something.
+        left_out: mutations that this layout cannot have, or that changed nothing -> why.
         seconds: of all.
     """
 
@@ -105,14 +106,16 @@ class Certificate:
 
     @property
     def is_proven(self) -> bool:
-        """Equal, and every mutation was caught."""
-        return self.is_equal and all(each.is_caught for each in self.caught)
+        """Equal, and every mutation was caught, at least one."""
+        return self.is_equal and bool(self.caught) and all(each.is_caught for each in self.caught)
 
     @property
     def verdict(self) -> str:
         """The answer in one sentence."""
         if not self.is_equal:
             return "NOT PROVEN: this layout does not give the numbers of one rank."
+        if not self.caught:
+            return "NOT PROVEN: the numbers are one rank's, but no mistake could be put into these packs; take others."
         missed = [each.name for each in self.caught if not each.is_caught]
         if missed:
             return f"NOT PROVEN: the numbers are one rank's, but would be with these mistakes too: {', '.join(missed)}."
@@ -174,7 +177,7 @@ class Certificate:
         ]
         return [
             *ran,
-            *([name, "", "", "", f"cannot be: needs {needs}"] for name, needs in self.left_out.items()),
+            *([name, "", "", "", why] for name, why in self.left_out.items()),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -217,12 +220,7 @@ def machine_facts() -> dict[str, str]:
     from megatron_v2pe import __version__
     from megatron_v2pe.core.env import numeric_environment
 
-    try:
-        from importlib.metadata import version
-
-        mcore = version("megatron-core")
-    except ImportError:
-        mcore = "unknown"
+    mcore = version("megatron-core")
     facts = {
         "versions": f"megatron_v2pe {__version__}, megatron-core {mcore}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
@@ -234,9 +232,19 @@ def machine_facts() -> dict[str, str]:
     return facts
 
 
-def left_out(applied: Sequence[str]) -> dict[str, str]:
-    """Mutations that do not apply, and what they need."""
-    return {name: mutation.needs for name, mutation in MUTATIONS.items() if name not in applied}
+def left_out(applied: Sequence[str], shown: Sequence[str]) -> dict[str, str]:
+    """Why other mutations than those in `shown` say nothing about a layout.
+
+    Args:
+        applied: those that ran.
+        shown: those of them that changed a number, to the bit, on some rank.
+    """
+    same = "changed no bit of these packs' results, as where documents are whole and alike"
+    return {
+        name: same if name in applied else f"cannot be here: needs {mutation.needs}"
+        for name, mutation in MUTATIONS.items()
+        if name not in shown
+    }
 
 
 def _figure(error: float) -> str:

@@ -107,6 +107,7 @@ def prove(request: ProofRequest) -> Certificate:
         run_alone(folder)
         found = run_layout(folder, layout.world_size)
         keys = _keys(folder)
+    shown = [name for name in mutations if any(rank["changed"][name] for rank in found)]
     limits = tolerances(max(sum(each.layout.num_tokens for each in pack) for pack in data.packs))
     return Certificate(
         facts=_facts(request, config, arch, data),
@@ -118,9 +119,9 @@ def prove(request: ProofRequest) -> Certificate:
         not_compared=not_compared([rank["held"] for rank in found], keys),
         caught=[
             clearest(name, worst([rank["mutations"][name] for rank in found]), limits["float32"])
-            for name in mutations
+            for name in shown
         ],
-        left_out=left_out(mutations),
+        left_out=left_out(mutations, shown),
         seconds=time.monotonic() - started,
     )
 

@@ -62,7 +62,7 @@ def proven_layout(run: ParallelConfig, arch: InternVLArchitecture, *, max_ranks:
             raise ConfigError(
                 f"--ranks is {max_ranks}, but the run's axes at their smallest, {names}, need "
                 f"{math.prod(sizes.values())}, and an axis that is left out is not proven; raise --ranks (processes of "
-                "this machine, 1 GB each), or prove axes one after the other (parallel.pp=1, then parallel.cp=1)"
+                "this machine, 0.6 GB each), or prove axes one after the other (parallel.pp=1, then parallel.cp=1)"
             )
         sizes[axis] = sizes[axis] // 2 if sizes[axis] % 2 == 0 else 2
     notes += [
@@ -72,7 +72,8 @@ def proven_layout(run: ParallelConfig, arch: InternVLArchitecture, *, max_ranks:
     ]
     dp = 2 if 2 * math.prod(sizes.values()) <= max_ranks else 1
     if dp == 1:
-        notes.append("dp 1: no ranks are left for a second replica, whose sums are those of cp")
+        sums = ", whose sums are those of cp" if sizes["cp"] > 1 else "; sums over replicas are not proven"
+        notes.append(f"dp 1: no ranks are left for a second replica{sums}")
     ep, etp = _experts(run, arch, stage=sizes["tp"] * sizes["cp"] * dp, tp=sizes["tp"])
     if ep != run.ep:
         notes.append(f"ep {ep} for the run's {run.ep}")

@@ -250,6 +250,8 @@ def divided_by_own_weights() -> Iterator[None]:
         if not local:  # stages before the last have seen no weights
             return
         for wrapper in model:
+            if not wrapper.bucket_groups:  # nothing is trained there
+                continue
             ranks = wrapper.bucket_groups[0].intra_distributed_optimizer_instance_group.size()
             wrapper.scale_gradients(float(self.weight_sum / local / ranks))
 

@@ -105,9 +105,8 @@ class _Work:
 
     def in_dtype(self, dtype: str) -> RunConfig:
         """The run in another dtype; float64 is for comparisons only, and no value of the schema."""
-        runtime: Any = dataclasses.replace(self.config.runtime)
-        object.__setattr__(runtime, "dtype", dtype)
-        return dataclasses.replace(self.config, runtime=runtime)
+        runtime: Any = {"dtype": dtype}
+        return dataclasses.replace(self.config, runtime=dataclasses.replace(self.config.runtime, **runtime))
 
 
 def _work(folder: Path, task: Task, parallel: ParallelConfig) -> _Work:
@@ -157,7 +156,7 @@ def _layout(folder: Path, task: Task) -> None:
 
     from megatron_v2pe.verification.prove.mutations import MUTATIONS
     from megatron_v2pe.verification.prove.slices import held_by
-    from megatron_v2pe.verification.prove.steps import compare, run_backward, run_steps
+    from megatron_v2pe.verification.prove.steps import compare, is_same_step, run_backward, run_steps
 
     wanted = torch.load(folder / REFERENCE, weights_only=True)
     work = _work(folder, task, task.layout.parallel)
@@ -171,11 +170,13 @@ def _layout(folder: Path, task: Task) -> None:
         },
         "held": held_by(single.gradients),
         "mutations": {},
+        "changed": {},
     }
     for name in task.mutations:
         with MUTATIONS[name].variant():
             outcome = run_steps(work.config, work.arch, work.context, work.packs, steps=1)
         found["mutations"][name] = compare(outcome, wanted["float32"])
+        found["changed"][name] = not is_same_step(outcome, single)
     write_atomic(folder / f"rank_{rank}.json", json.dumps(found))
 
 

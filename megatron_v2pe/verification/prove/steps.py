@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from megatron_v2pe.assembly import build
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel, wrap_for_training
@@ -167,6 +169,13 @@ def compare(outcome: Outcome, wanted: Mapping[str, Any]) -> dict[str, Error]:
             slices.errors(weights, wanted["weights"][number], scales=scales)
         )
     return found
+
+
+def is_same_step(outcome: Outcome, other: Outcome) -> bool:
+    """Whether two runs have the same first step on this rank, to the bit."""
+    numbers = (outcome.losses[0], outcome.norms[0]), (other.losses[0], other.norms[0])
+    pairs = zip([*outcome.gradients, *outcome.weights[0]], [*other.gradients, *other.weights[0]], strict=True)
+    return numbers[0] == numbers[1] and all(torch.equal(one[3], two[3]) for one, two in pairs)
 
 
 def _relative(values: Sequence[float], wanted: Sequence[float]) -> Error:

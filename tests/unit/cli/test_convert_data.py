@@ -12,7 +12,7 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.containers import records_of
-from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of
+from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of, way_out
 from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import empty_mixture, entry, record
 
@@ -120,7 +120,7 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path, capsys):
 )  # fmt: skip
 def test_one_line_says_what_an_annotation_file_is(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=f"a.jsonl: is {kind}.*convert-data") as caught:
+    with pytest.raises(DataError, match=rf"a\.jsonl: is {kind}.*(convert-data|docs/data\.md)") as caught:
         index_dataset(
             entry(annotation=str(tmp_path / "a.jsonl")),
             settings=empty_mixture(tmp_path).settings(),
@@ -134,6 +134,14 @@ def test_records_are_of_no_other_kind():
         assert annotation_kind(json.dumps(values).encode()) == ""
     assert kind_of(b"{}") == ""
     assert annotation_kind(b'\xef\xbb\xbf{"a": 1}\n') == ""
+
+
+def test_only_what_can_be_converted_is_sent_to_convert_data():
+    assert annotation_kind(b'"{\\"conversations\\": []}"\n') == "json objects written as texts"
+    for head in (b"[{}]", b"image,question\n", b"image;question\n"):
+        assert "convert-data" in way_out(annotation_kind(head))
+    for head in (b"<html>", "x".encode("utf-16"), b'"{}"\n'):
+        assert "convert-data" not in way_out(annotation_kind(head))
 
 
 def human_gpt(question, answer):

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RuntimeConfig
+from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.lora import LoRAConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
@@ -335,7 +335,7 @@ def test_addresses_are_no_folders(mixture, field):
         mixture.config(**{field: "s3://user:secret@bucket/x"})
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"runtime\.run_dir is an address"):
-        RuntimeConfig(run_dir="s3://bucket/run")
+        RunConfig(runtime=RuntimeConfig(run_dir="s3://bucket/run"))
 
 
 def test_a_line_of_absurd_length_is_a_bad_sample(mixture, monkeypatch):

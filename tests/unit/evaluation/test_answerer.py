@@ -162,3 +162,11 @@ def test_bad_arguments_exit_with_two_and_leave_nothing(checkpoint, data, tmp_pat
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expected_answer_keeps_the_control_tokens_that_it_spells(checkpoint):
+    """Training learns them as text, so that is what comes back; the marks of grounding data are left out of either."""
+    answerer = make(checkpoint)
+    assert answerer.expected("it is <s>old</s> new")[0] == "it is <s>old</s> new"
+    assert answerer.expected("end <|im_end|> here")[0] == "end <|im_end|> here"
+    assert answerer.expected("<ref>cat</ref><box>[[1, 2, 3, 4]]</box>")[0] == "cat[[1, 2, 3, 4]]"

@@ -150,7 +150,7 @@ def test_cut_answers_are_marked_unless_they_are_right(tmp_path):
     ("said", "wanted", "scores"),
     [
         ("Red", "red", (1, 1, 1, 1)),
-        ("Red.", "red", (0, 0, 0.75, 1)),
+        ("Red.", "red", (0, 1, 0.75, 1)),
         ("it is red", "red", (0, 0, 0, 1)),
         ("104", "100", (0, 1, pytest.approx(2 / 3), 0)),
         ("blue", "red", (0, 0, 0, 0)),
@@ -171,3 +171,23 @@ def test_the_table_counts_errors_as_wrong(tmp_path):
     assert "1 of 4 questions ended with an error" in text
     assert "1 of 4 answers were cut" in text
     assert (tmp_path / "table.txt").read_text() == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "wanted", "score"),
+    [
+        ("relaxed", "red", "Red.", 1),
+        ("relaxed", "\u201cGreen\u201d", "green", 1),
+        ("relaxed", "1,040", "1000", 1),
+        ("relaxed", "blue", "red", 0),
+        ("contains", "It is red.", "Red.", 1),
+        ("contains", "I do not know", "no", 0),
+        ("contains", "No, it is not", "no", 1),
+        ("contains", "\u662f\u7ea2\u8272\u7684", "\u7ea2\u8272", 1),
+        ("contains", "12 of 120", "20", 0),
+        ("contains", "what?", "?", 1),
+        ("exact", "red", "Red.", 0),
+    ],
+)
+def test_marks_and_parts_of_words(metric, said, wanted, score):
+    assert METRICS[metric](said, wanted) == score

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,24 @@ def test_the_terminal(chat, image, tmp_path):
     assert "none.png" in said[6]
     assert said[-1].startswith("/image FILE")
     assert [message.role for message in terminal.messages] == ["human", "gpt"] * 3
+
+
+def test_the_terminal_with_a_video_at_another_stride(checkpoint, tmp_path):
+    """Positions follow the stride; `own` is the checkpoint's again."""
+    write_frames(tmp_path / "film", 4)
+    film = str(tmp_path / "film")
+    chat = Chat(checkpoint, ChatOptions(dtype="float32", stride=4, chunk_tokens=64))
+    lines = iter(
+        [f"/video {film}", "What is it?", "/new", "/stride 8", f"/video {film}", "What is it?", "/stride x"]
+    )
+    written, said = [], []
+    read = partial(next, lines, None)
+    Terminal(chat, Sampling(max_new_tokens=2), read=read, write=written.append, say=said.append).run()
+    last = [int(re.search(r"positions 0\.\.(\d+)", line).group(1)) for line in (said[1], said[3])]
+    assert all("(64 visual" in line for line in (said[1], said[3]))  # four frames of one tile of 16 tokens
+    assert last[1] - last[0] == 64 * (8 - 4) // 16
+    assert said[2].startswith("stride 8 of 16")
+    assert "give a number" in said[4]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from megatron_v2pe.core.env import Launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.inference import engine as engine_module
 from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.beams import search
 from megatron_v2pe.inference.sampling import Sampling
@@ -194,6 +195,22 @@ def test_eight_bit_keys_and_values_change_little_and_say_how_much(engine, kind, 
     error = (coarse.steps[0].logits - exact.steps[0].logits).abs().max()
     assert 1e-6 < float(error) < largest * float(exact.steps[0].logits.abs().max())
     assert coarse.cache.num_bytes < exact.cache.num_bytes / 6  # 16 channels of 8 bytes against 16 + 2
+
+
+def test_a_whole_vocabulary_row_is_gathered_for_draws_and_logits_only(engine, monkeypatch):
+    prompt = prompt_of(engine)
+
+    def gathered(*_args, **_kwargs):
+        raise AssertionError("a vocabulary row was sent")
+
+    monkeypatch.setattr(engine_module, "whole_vocabulary", gathered)
+    answer = engine.begin(prompt, sampling=Sampling(max_new_tokens=3, repetition_penalty=1.2), num_top=5)
+    while not answer.is_done:
+        engine.advance([answer])
+    engine.score(prompt, answer.tokens)
+    for how in ({"logits": True}, {"sampling": Sampling(temperature=1.0)}):
+        with pytest.raises(AssertionError, match="row was sent"):
+            engine.begin(prompt, **how)
 
 
 class Broken:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.chat import Chat, ChatOptions
 from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
@@ -301,13 +302,25 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
     assert alive.choices[0].finish_reason == "length"
 
 
+def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat, monkeypatch):
+    def ask(text):
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+
+    chat.engine.documents.clear()
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 200 * 512)  # a row takes 512 bytes
+    with pytest.raises(openai.BadRequestError, match=r"add \d+ tokens.* 200 tokens would fit") as refused:
+        ask("Hello " * 200)
+    assert refused.value.code == "cannot_answer"
+    assert ask("Hello").choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "alternate"),
-        ({"messages": [{"role": "user", "content": "see <image>"}]}, "<image>"),
         ({"messages": [{"role": "user", "content": " "}]}, "the question is empty"),
         ({"max_tokens": 0}, "--max-new-tokens is 0"),
         ({"max_tokens": 6000}, "limit is 5000"),
@@ -329,6 +342,25 @@ def test_bad_requests(address, changes, message):
     status, found = post(address, body)
     assert status == 400
     assert message in found["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["see <image>", "<video> and \\\\<image>"])
+def test_placeholders_in_texts_are_text(chat, text):
+    """Images are parts of their own, so what a text spells is for the model to read."""
+    body = {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": f"About {text}"},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+        ],
+    }
+    request = parse_request(body, Limits(model="tiny"))
+    prompt = chat.prompt(request.messages, system=request.system)
+    assert prompt.layout.num_visual_tokens == 0
+    shown = chat.tokenizer.decode(prompt.tokens.tolist())
+    assert shown.count(text) == 4
 
 
 def test_model_key_and_json(address, client):

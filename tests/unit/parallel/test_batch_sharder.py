@@ -195,3 +195,15 @@ def test_ranges_are_computed_once_for_each_rank(monkeypatch):
     plan = ParallelPlan(tp=2, cp=2, sequence_parallel=True)
     cut(layout_of(DOCUMENTS["images spread"], pad_to_multiple=plan.pad_to_multiple), plan, 3)
     assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_stages_know_the_rows_of_their_own_shard(documents, plan, sharding):
+    layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
+    slices = plan.tile_ranks // plan.cp
+    for cp_rank in range(plan.cp):
+        sharder = BatchSharder(
+            context=context_of(plan, cp_rank * slices), dtype=torch.float32, norm=NORM, sharding=sharding
+        )
+        local = cut(layout, plan, cp_rank * slices, sharding=sharding)
+        assert sharder.rows(batch_of(layout)) == local.tokens.shape[1] // slices

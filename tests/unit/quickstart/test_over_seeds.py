@@ -39,6 +39,15 @@ def test_every_answer_counts_once(work):
     assert over_seeds.spread(found["fixed_8_300", "1", 512]) == "0.25"
 
 
+def test_the_caption_counts_the_questions_of_one_step(work):
+    import over_seeds
+
+    assert over_seeds.questions(work, "random_300") == [5]
+    text = over_seeds.caption(2, [20, 40, 15])
+    assert "over 2 seeds" in text
+    assert "20, 40 and 15 questions" in text
+
+
 def test_table_picture_and_values(work, capsys, monkeypatch):
     import over_seeds
 

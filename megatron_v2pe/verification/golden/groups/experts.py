@@ -4,10 +4,10 @@ Logits are compared at one rank only; the counts are of the whole pack in every 
 layers (docs/decisions/0122), so the layers' own values are compared (`aux_loss_per_layer`). The recorded `aux_loss` and
 its gradients (`aux_grad`, `aux_grad_l2`) join all layers before they multiply:
 
-    joint = E * sum_e f_e p_e = mean over layers of E * sum_e f_e p_{layer,e},   f_e and p_e over the tokens of all layers
+    joint = E * sum_e f_e p_e = mean over layers of E * sum_e f_e p_{layer,e},   f_e and p_e over all layers' tokens
 
-f has no gradient, so the pack runs a second time with the routers' f replaced by that of all layers (`JointShares`), and
-without labels, so that nothing but this loss has a gradient.
+f has no gradient, so the pack runs a second time with the routers' f replaced by that of all layers (`JointShares`),
+and without labels, so that nothing but this loss has a gradient.
 """
 
 from __future__ import annotations

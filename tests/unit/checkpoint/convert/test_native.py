@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import shutil
 
 import pytest
@@ -176,6 +177,35 @@ def test_mixed_formats_in_one_folder(tmp_path):
     shutil.copyfile(NATIVE / MOE / "config.json", folder / "config.json")
     with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
         import_hf(folder, tmp_path / "ckpt")
+
+
+def test_names_of_both_formats_in_one_file(tmp_path):
+    folder = shutil.copytree(NATIVE / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
+    both = load_file(GITHUB / MOE / "model.safetensors") | load_file(folder / "model.safetensors")
+    save_file(both, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
+        import_hf(folder, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.0.pre_feedforward_layernorm.weight",
+        "language_model.model.layers.1.self_attn.q_proj.bias",
+        "language_model.model.layers.0.self_attn.sinks",
+        "language_model.model.layers.1.mlp.gate.e_score_correction_bias",
+    ],
+    ids=["norm", "bias", "sinks", "router bias"],
+)
+@pytest.mark.parametrize("folder", [GITHUB, NATIVE], ids=["github", "native"])
+def test_a_tensor_that_the_family_does_not_have_is_refused_by_name(tmp_path, folder, name):
+    """The names of the files are compared before a weight is read."""
+    copy = shutil.copytree(folder / MOE, tmp_path / "near", copy_function=shutil.copyfile)
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, name: torch.ones(8)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(f"{name}: this architecture has no such tensor")):
+        import_hf(copy, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_a_format_that_the_folder_has_already(tmp_path):

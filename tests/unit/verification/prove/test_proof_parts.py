@@ -21,6 +21,7 @@ from megatron_v2pe.verification.prove.certificate import (
     Caught,
     Certificate,
     clearest,
+    left_out,
     tolerances,
     worst,
 )
@@ -235,7 +236,7 @@ def certificate(**changes):
         limits=tolerances(100),
         not_compared=[],
         caught=[Caught(name="m", quantity="loss", error=1e-2, times=1e4)],
-        left_out={"n": "pp"},
+        left_out={"n": "cannot be here: needs pp"},
         seconds=3.0,
     )
     return Certificate(**{**values, **changes})
@@ -250,6 +251,9 @@ def test_the_verdict():
     missed = certificate(caught=[Caught(name="m", quantity="loss", error=1e-5, times=10.0)])
     assert not missed.is_proven
     assert missed.verdict.endswith("with these mistakes too: m.")
+    nothing = certificate(caught=[])
+    assert not nothing.is_proven
+    assert "no mistake could be put" in nothing.verdict
     assert not certificate(not_compared=["w"]).is_proven
     assert not certificate(errors={"float64": {"loss": (float("inf"), "step 1")}}).is_proven
 
@@ -280,6 +284,15 @@ def test_float32_limits_grow_with_the_sums():
     assert tolerances(100) == {"float64": FLOAT64, "float32": FLOAT32}
     assert tolerances(1600)["float32"]["gradient"] == pytest.approx(2 * FLOAT32["gradient"])
     assert tolerances(1600)["float64"] == FLOAT64
+
+
+def test_mutations_that_say_nothing_are_explained():
+    found = left_out(
+        ["positions of another rank", "zigzag over the whole row"], ["zigzag over the whole row"]
+    )
+    assert "zigzag over the whole row" not in found
+    assert found["positions of another rank"].startswith("changed no bit")
+    assert found["norms without the mark"].startswith("cannot be here: needs sequence parallelism")
 
 
 def test_uncompared_elements_are_named():
