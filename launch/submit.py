@@ -284,6 +284,22 @@ def submit(script: str, run_dir: str) -> str:
     return done.stdout.strip()
 
 
+def check_folder(run_dir: str) -> None:
+    """Whether the run folder could be made and written, without making it: what a dry run says of it.
+
+    Raises:
+        LaunchError: as `submit` would.
+    """
+    place = Path(run_dir).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    reason = (
+        "Not a directory" if not place.is_dir() else "" if os.access(place, os.W_OK) else "Permission denied"
+    )
+    if reason:
+        raise LaunchError(f"{run_dir}: cannot be written ({reason}); choose another run folder")
+
+
 def tell_holder(run_dir: str) -> None:
     """Say that another job has the run folder now; the new one is let in if that has left when it starts."""
     lock = Path(run_dir) / "job.lock"
@@ -306,6 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(script)
         check_fit(cluster, options)
         if options.dry_run:
+            if not options.force:
+                check_folder(run_dir)
             return 0
         sys.stdout.write(submit(script, run_dir) + "\n")
         tell_holder(run_dir)

@@ -2,52 +2,56 @@
 
     WORK/seed_*/MODEL/report/cells.csv  -->  WORK/ablation.csv, WORK/ablation.txt, WORK/ablation.png
 
-A value is the mean over seeds; bars and ranges go from the worst seed to the best.
+A value is the mean over seeds; bars and ranges go from the worst seed to the best. With --docs the table of the
+readme and the picture of the documentation are renewed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from over_seeds import (
+    ROOT,
+    TRAINED_LENGTH,
+    Accuracies,
+    draw_spread,
+    markdown,
+    read_accuracies,
+    replace_between_marks,
+    spread,
+    stride_text,
+    write_csv,
+)
 
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 
-# (model, stride of the questions, length) -> accuracy of each seed
-Accuracies = dict[tuple[str, str, int], dict[str, float]]
+README = ROOT / "examples" / "ablation" / "README.md"
+PICTURE = ROOT / "docs" / "images" / "ablation.png"
 
 
-def read_accuracies(work: Path) -> Accuracies:
-    """Share of right answers of each seed; every answer counts once."""
-    found: Accuracies = defaultdict(dict)
-    for path in sorted(work.glob("seed_*/*/report/cells.csv")):
-        seed, model = path.parts[-4].removeprefix("seed_"), path.parts[-3]
-        sums: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                total = sums[row["stride"], int(row["length"])]
-                total[0] += int(row["correct"])
-                total[1] += int(row["count"])
-        for (stride, length), (correct, count) in sums.items():
-            found[model, stride, length][seed] = correct / count
-    return found
+def training_text(model: str) -> str:
+    """Name of a run as the table has it: `fixed_8_300` was trained with 8/64 in 300 steps."""
+    kind, _, _ = model.rpartition("_")
+    return f"fixed {stride_text(kind.removeprefix('fixed_'))}" if kind.startswith("fixed_") else kind
 
 
-def table(found: Accuracies) -> str:
-    """One row for each model and step, one column for each length: mean (worst to best seed)."""
+def summary(found: Accuracies) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table: a row for each kind of training and step, a column for each length."""
     lengths = sorted({length for _, _, length in found})
-    rows = []
-    for model, stride in dict.fromkeys((model, stride) for model, stride, _ in found):
-        values = [list(found[model, stride, length].values()) for length in lengths]
-        cells = [f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in values]
-        rows.append([model, stride, str(len(values[0])), *cells])
-    header = ["trained with", "asked with", "seeds", *map(str, lengths)]
-    return "\n".join(text_table(header, rows, align="<<>"))
+    header = ["trained with", "asked with", *(f"{n:,} ({n // TRAINED_LENGTH}x)" for n in lengths)]
+    rows = [
+        [
+            training_text(model),
+            stride_text(stride),
+            *(spread(found[model, stride, length]) for length in lengths),
+        ]
+        for model, stride in dict.fromkeys((model, stride) for model, stride, _ in found)
+    ]
+    return header, rows
 
 
 def draw(found: Accuracies, path: Path) -> None:
@@ -56,19 +60,17 @@ def draw(found: Accuracies, path: Path) -> None:
     lengths = sorted({length for _, _, length in found})
     strides = list(dict.fromkeys(stride for _, stride, _ in found))
     models = list(dict.fromkeys(model for model, _, _ in found))
-    size = (2.9 * len(lengths) + 1.2, 3.4)
+    size = (2.6 * len(lengths) + 1.2, 3.4)
     figure, panels = plt.subplots(
         1, len(lengths), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
     for length, panel in zip(lengths, panels.flat, strict=True):
         for shift, model in enumerate(models):
-            values = [list(found[model, stride, length].values()) for stride in strides]
-            means = np.array([np.mean(v) for v in values])
-            spread = [means - [min(v) for v in values], [max(v) for v in values] - means]
             places = np.arange(len(strides)) + 0.08 * (shift - (len(models) - 1) / 2)
-            panel.errorbar(places, means, spread, marker="o", capsize=3, label=model)
-        panel.set_xticks(range(len(strides)), strides)
-        panel.set_title(f"{length:,} tokens", fontsize=10)
+            values = [found[model, stride, length] for stride in strides]
+            draw_spread(panel, places, values, label=f"trained with {training_text(model)}")
+        panel.set_xticks(range(len(strides)), [stride_text(s).replace(" ", "\n") for s in strides])
+        panel.set_title(f"{length:,} tokens ({length // TRAINED_LENGTH}x)", fontsize=10)
         panel.set_xlabel("step of the questions")
         panel.grid(alpha=0.3)
         panel.set_ylim(0, 1.03)
@@ -83,20 +85,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path, help="folder that run.sh filled")
-    work = parser.parse_args().work
-    found = read_accuracies(work)
-    if not found:
-        raise SystemExit(
-            f"{work}: holds no seed_*/MODEL/report/cells.csv; run examples/ablation/run.sh first"
-        )
-    text = table(found)
-    write_atomic(work / "ablation.txt", text + "\n")
-    lines = ["model,stride,length,seed,accuracy"]
-    for (model, stride, length), seeds in found.items():
-        lines += [f"{model},{stride},{length},{seed},{value:.4f}" for seed, value in seeds.items()]
-    write_atomic(work / "ablation.csv", "\n".join(lines) + "\n")
-    draw(found, work / "ablation.png")
+    parser.add_argument(
+        "--models", nargs="+", required=True, help="folder names of the runs, such as random_300, in order"
+    )
+    parser.add_argument("--docs", action="store_true", help="also renew the readme's table and its picture")
+    arguments = parser.parse_args()
+    every = read_accuracies(arguments.work)
+    found = {key: seeds for name in arguments.models for key, seeds in every.items() if key[0] == name}
+    missing = sorted(set(arguments.models) - {model for model, _, _ in found})
+    if missing:
+        raise SystemExit(f"{arguments.work}: holds no finished run named {', '.join(missing)}")
+    header, rows = summary(found)
+    num_seeds = max(map(len, found.values()))
+    text = "\n".join([f"{num_seeds} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
+    write_atomic(arguments.work / "ablation.txt", text + "\n")
+    write_csv(found, arguments.work / "ablation.csv")
+    draw(found, arguments.work / "ablation.png")
     print(text)
+    if arguments.docs:
+        replace_between_marks(README, "ablation figures", "\n" + markdown(header, rows) + "\n")
+        draw(found, PICTURE)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,13 @@ from megatron_v2pe.data.text.templates import get_template
 TEMPLATE = "internlm2-chat"
 NUM_PIECES = 1024
 TRAINED_LENGTH = 512
-TILE_PIXELS, PATCH = 56, 14
-VIT_WIDTH, VIT_LAYERS, VIT_HEADS, VIT_FFN = 64, 2, 4, 256
-WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 128, 4, 4, 2, 384
+ROPE_BASE = 10_000
+"""Smaller than the released 1,000,000, as 512 positions are fewer than 32K: with that base most rotations would hardly
+turn within the trained length, and would not notice positions beyond it."""
+TILES = {64: (64, 4), 4: (56, 14)}
+"""Visual tokens of a tile: its width and that of a patch in pixels."""
+VIT_WIDTH, VIT_LAYERS, VIT_HEADS, VIT_FFN = 64, 1, 2, 128
+WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 128, 3, 4, 2, 256
 # In the order of the released ids: the first six end the sentencepiece range, the others follow it.
 CHAT_TOKENS = (
     "<|plugin|>",
@@ -113,7 +117,7 @@ def tokenizer_files() -> dict[str, bytes]:
     }
 
 
-def model_config() -> dict[str, object]:
+def model_config(tokens_per_tile: int) -> dict[str, object]:
     """Contents of config.json, with the keys of the released InternVL2 checkpoints."""
     return {
         "_commit_hash": None,
@@ -125,7 +129,7 @@ def model_config() -> dict[str, object]:
         },
         "downsample_ratio": 0.5,
         "dynamic_image_size": False,
-        "force_image_size": TILE_PIXELS,
+        "force_image_size": TILES[tokens_per_tile][0],
         "llm_config": _language_config(),
         "max_dynamic_patch": 1,
         "min_dynamic_patch": 1,
@@ -138,25 +142,25 @@ def model_config() -> dict[str, object]:
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "use_thumbnail": False,
-        "vision_config": _vision_config(),
+        "vision_config": _vision_config(*TILES[tokens_per_tile]),
     }
 
 
-def model_weights(seed: int) -> dict[str, Array]:
+def model_weights(seed: int, tokens_per_tile: int) -> dict[str, Array]:
     """Random weights under the released names, scaled for training from scratch.
 
     The decoder starts at standard deviation 0.02 with smaller residual outputs, as language models do; the
     vision tower and the projector start at 1/sqrt(inputs), because their width of 64 would otherwise pass
     on hardly any of the image.
     """
-    return _Weights(np.random.default_rng(seed)).all()
+    return _Weights(np.random.default_rng(seed), *TILES[tokens_per_tile]).all()
 
 
 class _Weights:
     """Draws tensors in a fixed order."""
 
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._generator = generator
+    def __init__(self, generator: np.random.Generator, tile: int, patch: int) -> None:
+        self._generator, self._tile, self._patch = generator, tile, patch
 
     def all(self) -> dict[str, Array]:
         weights = self._vision()
@@ -188,12 +192,14 @@ class _Weights:
         }
 
     def _vision(self) -> dict[str, Array]:
-        patches, inputs = (TILE_PIXELS // PATCH) ** 2, 3 * PATCH**2
+        patches, inputs = (self._tile // self._patch) ** 2, 3 * self._patch**2
         prefix = "vision_model.embeddings."
         weights = {
             prefix + "class_embedding": self._normal((1, 1, VIT_WIDTH), 0.02),
             prefix + "position_embedding": self._normal((1, 1 + patches, VIT_WIDTH), 0.02),
-            prefix + "patch_embedding.weight": self._normal((VIT_WIDTH, 3, PATCH, PATCH), inputs**-0.5),
+            prefix + "patch_embedding.weight": self._normal(
+                (VIT_WIDTH, 3, self._patch, self._patch), inputs**-0.5
+            ),
             prefix + "patch_embedding.bias": _zeros(VIT_WIDTH),
         }
         for layer in range(VIT_LAYERS):
@@ -254,7 +260,7 @@ def _language_config() -> dict[str, object]:
         "pad_token_id": 2,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-        "rope_theta": 1000000,
+        "rope_theta": ROPE_BASE,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "use_cache": True,
@@ -262,7 +268,7 @@ def _language_config() -> dict[str, object]:
     }
 
 
-def _vision_config() -> dict[str, object]:
+def _vision_config(tile: int, patch: int) -> dict[str, object]:
     return {
         "architectures": ["InternVisionModel"],
         "attention_dropout": 0.0,
@@ -270,7 +276,7 @@ def _vision_config() -> dict[str, object]:
         "dropout": 0.0,
         "hidden_act": "gelu",
         "hidden_size": VIT_WIDTH,
-        "image_size": TILE_PIXELS,
+        "image_size": tile,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
         "intermediate_size": VIT_FFN,
@@ -280,7 +286,7 @@ def _vision_config() -> dict[str, object]:
         "num_attention_heads": VIT_HEADS,
         "num_channels": 3,
         "num_hidden_layers": VIT_LAYERS,
-        "patch_size": PATCH,
+        "patch_size": patch,
         "qk_normalization": False,
         "qkv_bias": True,
         "torch_dtype": "float32",
@@ -297,17 +303,22 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_checkpoint(folder: Path, *, seed: int) -> int:
+def write_checkpoint(folder: Path, *, seed: int, tokens_per_tile: int = 64) -> int:
     """Write the whole folder aside, then give it its name; returns the number of parameters.
+
+    Args:
+        folder: to create.
+        seed: of the weights.
+        tokens_per_tile: visual tokens of a tile, a key of TILES.
 
     Raises:
         FileExistsError: `folder` exists.
     """
-    weights = model_weights(seed)
+    weights = model_weights(seed, tokens_per_tile)
     generation = {"_from_model_config": True, "eos_token_id": 2, "transformers_version": "4.44.2"}
     files = {
         **tokenizer_files(),
-        "config.json": _json(model_config()),
+        "config.json": _json(model_config(tokens_per_tile)),
         "generation_config.json": _json(generation),
         "model.safetensors": save(weights, metadata={"format": "pt"}),
     }
@@ -325,8 +336,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder to create")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    parser.add_argument(
+        "--tokens-per-tile",
+        type=int,
+        choices=tuple(TILES),
+        default=64,
+        help="visual tokens of a tile: 64 (64 pixels wide) or 4 (56 pixels), default 64",
+    )
     arguments = parser.parse_args()
-    count = write_checkpoint(arguments.folder, seed=arguments.seed)
+    count = write_checkpoint(arguments.folder, seed=arguments.seed, tokens_per_tile=arguments.tokens_per_tile)
     print(f"{arguments.folder}: InternVL2 with {count:,} random parameters, vocabulary {VOCAB_SIZE}")
 
 

@@ -1,19 +1,21 @@
 """Long interleaved documents with one marked digit: retrieval data at laptop size, from real input.
 
     prose words      w w w w w w w w w w w w w w w w w w w w w w
-    digit images        [3]     [8]   needle[5]   [0]      [5]         "Which digit is marked?" -> "5"
+    sheets              [3]     [8]   needle[5]   [0]      [5]         "Which digit is marked?" -> "5"
 
-Text is Python's own language reference (`prose.py`), images are the handwritten digits bundled with
-scikit-learn, 8x8 grey levels enlarged to one 56-pixel tile. Every image but one is a distractor; the fixed
-word MARK precedes the one that is asked for. Training and evaluation share neither a digit image nor a
-topic of prose. A sample's length is exact in tokens, chat template, answer and end token included, and each
-record is encoded once more after it was built to prove it.
+Text is Python's own language reference (`prose.py`), images are sheets of handwritten digits (`sheets.py`), one
+tile of 64 visual tokens each. Every image but one is a distractor; the fixed word MARK precedes the one that is
+asked for. Training and evaluation share neither a sheet nor a topic of prose. A sample's length is exact in tokens,
+chat template, answer and end token included, and each record is encoded once more after it was built to prove it.
+
+Training documents have any number of images that fits, and prose for the rest, so that all positions up to the
+trained length occur whatever strides their images draw. Evaluation documents have as many images as fit, with one
+token of prose for each: 67 tokens that take 4 positions at the smallest stride.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from prose import MARK, Split, prose_words
-from sklearn.datasets import load_digits
+from sheets import SHEETS_PER_DIGIT, sheet_file, write_sheets
 
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.core.files import write_atomic
@@ -32,12 +33,9 @@ from megatron_v2pe.data.text.templates import Turn, get_template, render
 from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
-TRAIN_LENGTHS = (48, 64, 128, 256, 512)
-EVAL_RECORDS_PER_CELL = {512: 30, 1024: 20, 2048: 10, 4096: 8}
+TRAIN_LENGTHS = (104, 176, 256, 512)
+EVAL_RECORDS_PER_CELL = {512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 3}
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TOKENS_PER_IMAGE = 12
-"""One image for so many tokens of the document, its own 6 included, but at least 2: needle and distractor."""
-HELD_OUT_DIGITS_EVERY = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +43,14 @@ class Source:
     """Material of one split.
 
     Attributes:
+        split: whose sheets are shown.
         words: prose in reading order.
         ends: int64 [len(words)+1], tokens of all words before each place, each word with its blank.
-        digits: indices into scikit-learn's digits that this split may show.
-        values: int64 [1797], the digit that each image shows.
     """
 
+    split: Split
     words: list[str]
     ends: NDArray[np.int64]
-    digits: NDArray[np.int64]
-    values: NDArray[np.int64]
 
 
 class DocumentWriter:
@@ -81,8 +77,12 @@ class DocumentWriter:
         text = render(self._template, turns).text.replace("<image>", self._visual)
         return len(self._tokenizer.encode(text))
 
+    def most_images(self, length: int) -> int:
+        """Images that fit into a document of `length` tokens with a token of prose for each."""
+        return (length - self._fixed_tokens - self._mark_tokens) // (self._tokens_per_image + 1)
+
     def record(
-        self, generator: np.random.Generator, *, length: int, depth: float, name: str
+        self, generator: np.random.Generator, *, length: int, depth: float, num_images: int, name: str
     ) -> dict[str, Any]:
         """One record in the release's format, with `length`, `depth` and `answer` beside it.
 
@@ -90,10 +90,10 @@ class DocumentWriter:
             generator: source of every choice.
             length: tokens of the sample, exact.
             depth: 0..1, where among the images the needle is.
+            num_images: images of the document, the needle among them; the rest is prose.
             name: id of the record.
         """
         body_tokens = length - self._fixed_tokens
-        num_images = max(2, body_tokens // TOKENS_PER_IMAGE)
         text_tokens = body_tokens - self._mark_tokens - num_images * self._tokens_per_image
         words = self._passage(generator, text_tokens)
         needle = min(int(depth * num_images), num_images - 1)
@@ -101,14 +101,15 @@ class DocumentWriter:
         places = (len(words) * (np.arange(num_images) + generator.random(num_images)) / num_images).astype(
             int
         )
-        digits = generator.choice(self._source.digits, num_images)
+        digits = generator.integers(10, size=num_images).tolist()
+        sheets = generator.integers(SHEETS_PER_DIGIT, size=num_images).tolist()
         message = _interleave(words, places.tolist(), needle) + "\n" + QUESTION
         if self.count(message) != length:
             raise AssertionError(f"{name}: {self.count(message)} tokens instead of {length}")
-        answer = str(self._source.values[digits[needle]])
+        answer = str(digits[needle])
         return {
             "id": name,
-            "image": [digit_file(index) for index in digits.tolist()],
+            "image": [sheet_file(self._source.split, *each) for each in zip(digits, sheets, strict=True)],
             "conversations": [{"from": "human", "value": message}, {"from": "gpt", "value": answer}],
             "length": length,
             "depth": depth,
@@ -145,35 +146,15 @@ def _interleave(words: Sequence[str], places: Sequence[int], needle: int) -> str
     return "".join(parts)
 
 
-def digit_file(index: int) -> str:
-    """Path of a digit's image under the data folder."""
-    return f"digits/{index:04d}.png"
-
-
 def load_source(split: Split, tokenizer: Tokenizer) -> Source:
     """Prose and digits of one split."""
     words = prose_words(split)
     lengths = {word: len(tokenizer.encode(" " + word, add_bos=False)) for word in set(words)}
-    values = load_digits().target.astype(np.int64)
-    indices = np.arange(len(values))
-    is_held_out = indices % HELD_OUT_DIGITS_EVERY == 0
     return Source(
+        split=split,
         words=words,
         ends=np.concatenate([[0], np.cumsum([lengths[word] for word in words])]).astype(np.int64),
-        digits=indices[is_held_out == (split == "held_out")],
-        values=values,
     )
-
-
-def write_digits(folder: Path) -> None:
-    """Write all digits as 56x56 PNG files; documents share them."""
-    (folder / "digits").mkdir(parents=True, exist_ok=True)
-    for index, pixels in enumerate(load_digits().images):
-        grey = np.kron(np.round(pixels * (255 / 16)), np.ones((7, 7))).astype(np.uint8)
-        content = io.BytesIO()
-        Image.fromarray(grey).save(content, format="PNG")
-        # Not flushed one by one: 1,797 flushes cost seconds, and a lost image is drawn again.
-        (folder / digit_file(index)).write_bytes(content.getvalue())
 
 
 def train_records(writer: DocumentWriter, *, tokens_per_length: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -182,8 +163,10 @@ def train_records(writer: DocumentWriter, *, tokens_per_length: int, seed: int) 
         generator = np.random.default_rng([seed, 0, length])
         for number in range(max(1, tokens_per_length // length)):
             depth = round(float(generator.random()), 3)
+            most = writer.most_images(length)
+            num_images = int(generator.integers(min(2, most), most + 1))
             name = f"train-{length}-{number:05d}"
-            yield writer.record(generator, length=length, depth=depth, name=name)
+            yield writer.record(generator, length=length, depth=depth, num_images=num_images, name=name)
 
 
 def eval_records(writer: DocumentWriter, *, share: float, seed: int) -> Iterator[dict[str, Any]]:
@@ -193,7 +176,8 @@ def eval_records(writer: DocumentWriter, *, share: float, seed: int) -> Iterator
         for depth in DEPTHS:
             for number in range(max(1, round(usual * share))):
                 name = f"eval-{length}-{depth}-{number:03d}"
-                yield writer.record(generator, length=length, depth=depth, name=name)
+                num_images = writer.most_images(length)
+                yield writer.record(generator, length=length, depth=depth, num_images=num_images, name=name)
 
 
 def write_data(
@@ -210,7 +194,7 @@ def write_data(
         )
         for split in ("train", "held_out")
     }
-    write_digits(folder)
+    write_sheets(folder, seed=seed)
     files = {
         "train": train_records(writers["train"], tokens_per_length=tokens_per_length, seed=seed),
         "eval": eval_records(writers["held_out"], share=eval_share, seed=seed),

@@ -1,99 +1,73 @@
 #!/usr/bin/env bash
 # The project's main job at laptop size, from nothing to pictures:   bash examples/quickstart/run.sh
 #
-#   --fresh         start over: remove what an earlier run left in the work folder
-#   --steps N       training steps (default 400); fewer is a smoke test, it does not learn the task
+#   --seeds A,B,..  seeds of weights, documents, data order and strides (default 0); several are trained one after
+#                   the other, and a table and a picture show mean and range
+#   --steps N       training steps (default 300); fewer is a smoke test, it does not learn the task
 #   --eval-share S  share of the evaluation questions, 0..1 (default 1)
+#   --ranks N       1 or 2 processes (default 2)
 #   --work DIR      folder to work in (default examples/quickstart/work)
+#   --fresh         start over: remove what an earlier run left in the work folder
 #
 # Finished parts are skipped, so running it again after an interruption continues. No GPU, no root.
 set -eu
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-here=examples/quickstart
-work="$here/work" steps=400 eval_share=1 fresh=no
+EXAMPLE=quickstart
+# shellcheck source=parts.sh
+source "$root/examples/quickstart/parts.sh"
+work="$QUICKSTART/work" seeds=0 steps=300 eval_share=1 fresh=no
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --fresh) fresh=yes; shift ;;
-        --steps | --eval-share | --work)
-            if [ $# -lt 2 ]; then echo "run.sh: $1 needs a value" >&2; exit 2; fi
+        --seeds | --steps | --eval-share | --ranks | --work)
+            [ $# -ge 2 ] || refuse "$1 needs a value"
             case "$1" in
+                --seeds) seeds="$2" ;;
                 --steps) steps="$2" ;;
                 --eval-share) eval_share="$2" ;;
+                --ranks) RANKS="$2" ;;
                 --work) work="$(realpath -m "$2")" ;;
             esac
             shift 2 ;;
         -h | --help) usage; exit 0 ;;
-        *) echo "run.sh: unknown option '$1'" >&2; usage >&2; exit 2 ;;
+        *) usage >&2; refuse "unknown option '$1'" ;;
     esac
 done
-if ! [[ "$steps" =~ ^[1-9][0-9]*$ ]]; then
-    echo "run.sh: --steps is '$steps', but must be a whole number of at least 1" >&2
-    exit 2
-fi
-if ! [[ "$eval_share" =~ ^(0?\.[0-9]+|1|1\.0)$ ]]; then
-    echo "run.sh: --eval-share is '$eval_share', but must lie above 0 and be at most 1" >&2
-    exit 2
-fi
+check_seeds --seeds "$seeds"
+check_whole --steps "$steps"
+check_share --eval-share "$eval_share"
+check_ranks --ranks "$RANKS"
+set_up "$root"
+claim_work "$work" "$fresh" "$eval_share"
 
-cd "$root"
-# shellcheck source=../../tools/venv.sh
-source tools/venv.sh
-ensure_venv "$root"
-started=$SECONDS
-say() { echo "[quickstart +$((SECONDS - started)) s] $*" >&2; }
-v2pe() { "$VENV_PYTHON" -m megatron_v2pe "$@"; }
-ranks() { "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_v2pe "$@"; }
+for seed in ${seeds//,/ }; do
+    base="$work/seed_$seed" run="$work/seed_$seed/random_$steps"
+    trained="$(step_folder "$run" "$steps")"
+    mkdir -p "$base"
 
-# Only a folder that this script made is written to or removed.
-if [ -e "$work" ] && [ ! -e "$work/.quickstart" ] && [ -n "$(ls -A "$work")" ]; then
-    echo "run.sh: $work was not made by this script; remove it yourself or choose another --work" >&2
-    exit 2
-fi
-if [ "$fresh" = yes ] && [ -e "$work" ]; then
-    say "removing $work"
-    rm -rf "$work"
-fi
-mkdir -p "$work"
-if [ -e "$work/.quickstart" ] && [ "$(cat "$work/.quickstart")" != "eval_share $eval_share" ]; then
-    echo "run.sh: $work was made with '$(cat "$work/.quickstart")', not 'eval_share $eval_share';" \
-        "give the same --eval-share, another --work, or --fresh" >&2
-    exit 2
-fi
-echo "eval_share $eval_share" >"$work/.quickstart"
+    say "1/6 seed $seed: a tiny InternVL2 with random weights, and documents with one marked digit"
+    make_inputs "$base" "$seed" "$eval_share"
 
-run="$work/run_$steps"
-trained="$run/checkpoints/step_$(printf %08d "$steps")"
-export OMP_NUM_THREADS=1
+    say "2/6 import-hf"
+    import_weights "$base"
 
-say "1/7 checkpoint: a tiny InternVL2 with random weights"
-[ -d "$work/hf" ] || "$VENV_PYTHON" "$here/make_checkpoint.py" "$work/hf"
+    say "3/6 train: $steps steps on $RANKS ranks, context parallel"
+    train_model "$base" "$run" "$seed" "$steps"
 
-say "2/7 data: documents with one marked digit"
-[ -e "$work/data/train_meta.json" ] ||
-    "$VENV_PYTHON" "$here/make_data.py" "$work/data" --checkpoint "$work/hf" --eval-share "$eval_share"
+    say "4/6 export-hf"
+    [ -e "$run/exported/config.json" ] || v2pe export-hf "$trained" "$run/exported"
 
-say "3/7 import-hf"
-[ -e "$work/imported/checkpoint.json" ] || v2pe import-hf "$work/hf" "$work/imported"
+    say "5/6 verify: exported weights against the trained checkpoint, bit for bit"
+    v2pe verify "$run/exported" "$trained"
 
-say "4/7 train: $steps steps on 2 ranks, context parallel"
-if [ ! -e "$trained/checkpoint.json" ]; then
-    ranks train "$here/train.yaml" \
-        model.checkpoint="$work/imported" data.meta="$work/data/train_meta.json" runtime.run_dir="$run" \
-        optim.steps="$steps" optim.warmup_steps=$((steps > 60 ? 60 : steps - 1))
-fi
+    say "6/6 evaluate: 1x to 16x the trained length, visual steps of 64/64 (default), 8/64 and 1/64"
+    ask_model "$base" "$run" "$steps"
+done
 
-say "5/7 export-hf"
-[ -e "$run/exported/config.json" ] || v2pe export-hf "$trained" "$run/exported"
-
-say "6/7 verify: exported weights against the trained checkpoint, bit for bit"
-v2pe verify "$run/exported" "$trained"
-
-say "7/7 evaluate: 1x to 8x the trained length, visual positions in steps of 4/4 (default), 2/4 and 1/4"
-ranks evaluate "$trained" --data "$work/data/eval.jsonl" --strides default,2,1 \
-    --out "$run/report" --metrics "$run/metrics.jsonl" --max-new-tokens 4
-
-say "done; pictures and tables are in $run/report"
+say "mean and range over seeds"
+"$VENV_PYTHON" "$QUICKSTART/over_seeds.py" "$work" --model "random_$steps"
+say "done; tables and pictures are in $work and in $run/report"
 echo "Exported checkpoint: $run/exported"

@@ -23,7 +23,7 @@ from megatron_v2pe.core.files import write_atomic
 
 NUM_DIGITS = 300
 PIXELS_PER_DOT = 7
-"""Digits have 8 x 8 dots; 56 pixels are one tile of the quickstart's model."""
+"""Digits have 8 x 8 dots; 56 pixels are one tile of the model with 4 tokens a tile."""
 
 
 def write_texts(folder: Path) -> None:

@@ -50,7 +50,7 @@ say "1/5 inputs: texts, images and short visual questions from what is installed
 [ -e "$in/vqa.jsonl" ] || "$VENV_PYTHON" examples/synthetic/make_inputs.py "$in"
 
 say "2/5 checkpoint: the quickstart's tiny InternVL2 with random weights"
-[ -d "$work/hf" ] || "$VENV_PYTHON" examples/quickstart/make_checkpoint.py "$work/hf"
+[ -d "$work/hf" ] || "$VENV_PYTHON" examples/quickstart/make_checkpoint.py "$work/hf" --tokens-per-tile 4
 [ -e "$work/imported/checkpoint.json" ] || v2pe import-hf "$work/hf" "$work/imported"
 
 # One image for every 60 tokens of text, because the documents are short; leave --text-per-image out for real lengths.

@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_v2pe.assembly.expert_bias import ExpertBias
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
 from megatron_v2pe.assembly.grad_norms import PartShards, counted_shards, trained_optimizers
 from megatron_v2pe.assembly.mcore_config import DTYPES
@@ -33,12 +34,14 @@ class Trainer:
         wrapped: the same model chunks under data parallelism, for the schedule.
         optimizer: mcore's distributed optimizer.
         scheduler: learning rate and weight decay by step.
+        expert_bias: of the routers; without a value where nothing balances experts by a bias.
     """
 
     model_chunks: list[InternVL]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    expert_bias: ExpertBias
 
     @cached_property
     def shards(self) -> PartShards:
@@ -58,13 +61,14 @@ def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Traine
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim),
+        expert_bias=ExpertBias(model_chunks, rate=config.moe.bias_rate),
     )
 
 
 def wrap_data_parallel(
     model_chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, summed over data and context parallel ranks.
+    """Gradient buffers in float32 (in float64 those of a float64 model), summed over data and context parallel ranks.
 
     Args:
         model_chunks: bare model chunks.
@@ -74,7 +78,7 @@ def wrap_data_parallel(
     """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.runtime.dtype != "float64",  # which only comparisons have
         use_distributed_optimizer=shard_gradients,
         overlap_grad_reduce=parallel.overlap_grad_reduce and shard_gradients,
         overlap_param_gather=parallel.overlap_param_gather and shard_gradients,

@@ -27,6 +27,7 @@ class V2PEPackedSeqParams(PackedSeqParams):
         round_rotary: round cos and sin to the compute dtype before use (`rope_precision: reference`).
         rotated: how heads are rotated by tables.
         document_lengths: padded tokens of each document, global, on the host; None reads them from the boundaries.
+        document_holders: for each document the context parallel ranks that hold it; None where all hold a part.
         kv_cache: what is done with keys and values of earlier tokens (generation); None in training.
         routed: what the routers of a mixture of experts must know of the rows, a `models.experts.RoutedRows`; it
             travels here because a layer that is computed again must get that of its own micro batch.
@@ -37,6 +38,7 @@ class V2PEPackedSeqParams(PackedSeqParams):
     round_rotary: bool = False
     rotated: Callable[..., Tensor] = rotated
     document_lengths: tuple[int, ...] | None = None
+    document_holders: tuple[tuple[int, ...], ...] | None = None
     kv_cache: CacheStep | None = None
     routed: Any = None
 

@@ -17,6 +17,7 @@ _OTHER_NAMES = {
     "optim.beta2": "adam_beta2",
     "optim.eps": "adam_epsilon adam_eps epsilon",
     "checkpoint.save_every": "save_steps save_interval checkpoint_interval save_freq save_frequency",
+    "checkpoint.save_minutes": "save_interval_minutes every_n_minutes train_time_interval",
     "checkpoint.keep": "save_total_limit keep_last max_checkpoints num_checkpoints",
     "checkpoint.resume": "resume_from_checkpoint",
     "runtime.run_dir": "output_dir out_dir work_dir save_dir log_dir output exp_dir",

@@ -80,6 +80,8 @@ class VisionConfig:
     to a checkpoint; auto accepts either."""
     freeze: bool = False
     """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
+    freeze_large_branch: bool = False
+    """Keep the weights of the checkpoint's own tower as they are and train the pyramid around it (`tower: piip`)."""
     drop_path_rate: float = 0.0
     """Largest stochastic depth rate; rises linearly from 0 over the layers. The release trains with 0.1."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -97,6 +99,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        if self.freeze_large_branch and (self.freeze or self.tower != "piip"):
+            raise ConfigError(
+                f"vision.freeze_large_branch is true with vision.freeze {str(self.freeze).lower()} and vision.tower "
+                f"{self.tower!r}, but it freezes the tower that a trained pyramid is around; set vision.tower to piip "
+                "and vision.freeze to false, or omit it"
+            )
         require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
         if self.micro_batch_tiles % self.tile_multiple:
             raise ConfigError(
@@ -139,6 +147,11 @@ class ParallelConfig:
     of all after it. Saves up to that reduction's time; NCCL shares the GPU's processors with backward meanwhile."""
     overlap_param_gather: bool = False
     """Gather updated weights bucket by bucket while the next forward pass has begun; needs overlap_grad_reduce."""
+    cp_sharding: Literal["zigzag", "by_document", "auto"] = "zigzag"
+    """Which context parallel rank holds which tokens. zigzag: every document is cut over all ranks; by_document (native
+    attention with p2p): short documents lie whole on one rank, long ones are cut over as many as balance needs, only
+    their keys travel, and shards differ by some 5 % in tokens; auto: by_document for packs where the busiest rank then
+    receives at most 3/4 of zigzag's keys."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp", "ep"):
@@ -167,6 +180,11 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the "
                 "same buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
+            )
+        if self.cp_sharding != "zigzag" and self.cp == 1:
+            raise ConfigError(
+                f"parallel.cp_sharding is {self.cp_sharding!r}, but parallel.cp is 1 and nothing is cut; set "
+                "parallel.cp to 2 or more, or cp_sharding to zigzag"
             )
         require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
         if self.ep == 1 and self.etp not in (0, self.tp):
@@ -267,7 +285,8 @@ class DataConfig:
     max_bad_samples: float = 0.001
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
     max_image_pixels: int = 89_478_485
-    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel."""
+    """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel.
+    WebP needs 16, so its limit is three quarters of it."""
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
     alpha: Literal["black", "white"] = "black"
@@ -290,7 +309,6 @@ class DataConfig:
     """Stages by sample length; empty draws from all samples at every step."""
 
     def __post_init__(self) -> None:
-        require_local(self.cache_dir, "data.cache_dir")
         for name in ("max_pack_tokens", "max_pack_tiles", "max_sample_tokens", "max_image_pixels"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         require(
@@ -352,7 +370,10 @@ class CheckpointConfig:
     """When the run is saved and what it resumes from."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only, and a run that is killed before loses everything."""
+    """Steps between checkpoints; 0 saves by time, see save_minutes."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints where save_every is 0; 0 saves at the end only, and a run that is killed before loses
+    everything."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     async_save: bool = True
@@ -374,6 +395,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.save_every >= 0, "checkpoint.save_every", self.save_every, "must be >= 0")
+        require(self.save_minutes >= 0, "checkpoint.save_minutes", self.save_minutes, "must be >= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
@@ -425,7 +447,6 @@ class RuntimeConfig:
     """Ranks that write traces: numbers such as 0,8 or all."""
 
     def __post_init__(self) -> None:
-        require_local(self.run_dir, "runtime.run_dir")
         require(self.log_every >= 1, "runtime.log_every", self.log_every, "must be at least 1")
         require(self.validate_every >= 0, "runtime.validate_every", self.validate_every, "must be >= 0")
         require(self.evaluate_every >= 0, "runtime.evaluate_every", self.evaluate_every, "must be >= 0")
@@ -456,19 +477,6 @@ class RuntimeConfig:
         require(self.seed >= 0, "runtime.seed", self.seed, "must be >= 0")
 
 
-def _refuse_address(key: str, value: object) -> None:
-    """Refuse `s3://...` where a path is meant, which would make a local folder of that name.
-
-    The address is not repeated: it may carry credentials, and logs and config.yaml are kept.
-    """
-    if isinstance(value, str) and "://" in value:
-        scheme = value.partition("://")[0]
-        raise ConfigError(
-            f"{key} is an address ({scheme}://...), but must be a path of a mounted file system; copy or mount it. "
-            "Files that the meta json names may be addresses, with credentials where the storage library looks for them"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -491,9 +499,11 @@ class RunConfig:
                 value = getattr(values, each.name)
                 is_number = not isinstance(value, float) or math.isfinite(value)
                 require(is_number, f"{section.name}.{each.name}", value, "must be finite")
-                _refuse_address(f"{section.name}.{each.name}", value)
+                require_local(f"{section.name}.{each.name}", value)
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""
+        if part == "vision" and self.vision.freeze_large_branch:
+            return True
         section, name = FREEZE_FIELDS[part].split(".")
         return getattr(getattr(self, section), name)

@@ -122,6 +122,7 @@ class LanguageModel(GPTModel):
                 has_fractions=batch.has_fractions,
             ),
             document_lengths=batch.document_lengths or None,
+            document_holders=batch.document_holders,
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,

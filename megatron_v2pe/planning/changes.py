@@ -21,6 +21,8 @@ Override = tuple[str, str, Any]
 
 Evaluate = Callable[[RunConfig], Estimate]
 MAX_ROUNDS = 8
+ADVISED_RANK = 16
+"""Of adapters of the language model, as in the recipe for one GPU of 24 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,44 @@ def advise(config: RunConfig, evaluate: Evaluate) -> Variant | None:
         before = current.estimate
         current = max(smaller, key=lambda variant: _worth(variant.estimate, before))
     return None
+
+
+def train_less(config: RunConfig, evaluate: Evaluate) -> list[Variant]:
+    """Runs that train less of the model and fit, with what `advise` adds; those that keep most in training first.
+
+    Each is a run of another kind, so it is offered only where no change of the layout makes the whole fit.
+    """
+    found = []
+    for overrides in _smaller_trainings(config):
+        try:
+            smaller = changed(config, overrides)
+            estimate = evaluate(smaller)
+            more = None if estimate.fits else advise(smaller, evaluate)
+        except ConfigError:
+            continue
+        if more is not None:
+            found.append(Variant(overrides=merged(overrides, more.overrides), estimate=more.estimate))
+        elif estimate.fits:
+            found.append(Variant(overrides=overrides, estimate=estimate))
+    return found
+
+
+def _smaller_trainings(config: RunConfig) -> Iterator[tuple[Override, ...]]:
+    """The tower frozen; adapters on the language model beside the projector; adapters alone."""
+    if config.lora.is_on:
+        return
+    tower: tuple[Override, ...] = (("vision", "freeze", True),)
+    if not config.vision.freeze and not (config.model.freeze_language and config.model.freeze_projector):
+        yield tower
+    if config.model.freeze_language:
+        return
+    # Checkpoints of adapters name their base by hashes, which a Hugging Face folder does not have.
+    imported: tuple[Override, ...] = (("model", "hf_path", ""), ("model", "checkpoint", "IMPORTED"))
+    base = imported if config.model.hf_path else ()
+    adapters = (*base, *tower, ("lora", "language_rank", ADVISED_RANK))
+    if not config.model.freeze_projector:
+        yield adapters
+    yield (*adapters, ("model", "freeze_projector", True))
 
 
 def _worth(after: Estimate, before: Estimate) -> float:

@@ -12,14 +12,19 @@ from functools import partial
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.as_json import estimate_data, inference_data, search_data, variant_data
-from megatron_v2pe.planning.changes import advise, relax
+from megatron_v2pe.planning.changes import advise, relax, train_less
 from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
 from megatron_v2pe.planning.memory.inference import inference_memory
 from megatron_v2pe.planning.memory.setting import Setting
-from megatron_v2pe.planning.report import estimate_text, heading_lines, inference_lines, search_lines
+from megatron_v2pe.planning.report import (
+    estimate_text,
+    heading_lines,
+    inference_lines,
+    less_lines,
+    search_lines,
+)
 from megatron_v2pe.planning.request.hardware import Hardware
 from megatron_v2pe.planning.request.inputs import (
     PlanRequest,
@@ -63,11 +68,6 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
         ConfigError, CheckpointError, DataError: mistakes in the request, the configuration or the data.
     """
     name, arch = find_architecture(request.arch, request.config)
-    if arch.pyramid is not None:
-        raise ConfigError(
-            f"{name} has a pyramid around its vision tower (PIIP), whose activations the planner does not model; "
-            "measure a step instead (metrics.jsonl: peak_mem_gib), or plan the folder without its piip_config"
-        )
     hardware = chosen_hardware(request)
     if request.inference:
         return _inference(request, name, arch, hardware)
@@ -79,16 +79,20 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
             return _json(
                 {"model": name, "search": search_data(found, request.config, count=request.search)}
             ), fits
+        less = () if fits else train_less(request.config, ask)
         heading = heading_lines(found[0].estimate, name)
         batch = f"  step     {batch_schedule(request.config).text}"
         rows = search_lines(found, request.config, count=request.search)
-        lines = [heading[0], heading[3], batch, "", *rows]
+        lines = [heading[0], heading[3], batch, "", *rows, *less_lines(less, request.config)]
         return "\n".join(lines) + "\n", fits
     result = ask(request.config)
     change = (relax if result.fits else advise)(request.config, ask)
+    less = () if result.fits or change else train_less(request.config, ask)
     if request.as_json:
-        return _json({**estimate_data(result, name), "advice": variant_data(change)}), result.fits
-    return estimate_text(result, name, change), result.fits
+        data = {**estimate_data(result, name), "advice": variant_data(change)}
+        return _json({**data, "train_less": [variant_data(variant) for variant in less]}), result.fits
+    text = estimate_text(result, name, change)
+    return text + "".join(f"{line}\n" for line in less_lines(less, request.config)), result.fits
 
 
 def _inference(

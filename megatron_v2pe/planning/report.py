@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.text_table import text_table
-from megatron_v2pe.planning.changes import Variant, override_text
+from megatron_v2pe.planning.changes import Variant, changed, override_text
 from megatron_v2pe.planning.estimate import Estimate, RankMemory
 from megatron_v2pe.planning.memory.inference import InferenceMemory
 from megatron_v2pe.planning.memory.setting import Setting
@@ -53,13 +54,28 @@ def heading_lines(estimate: Estimate, name: str) -> list[str]:
     return [
         f"{name} on {plan.world_size} x {estimate.hardware.name}, {config.runtime.dtype}, {estimate.setting.backend}",
         f"  layout   tp {plan.tp}{' with sequence parallelism' if plan.sequence_parallel else ''}, pp {plan.pp}, "
-        f"vpp {plan.vpp}, cp {plan.cp} ({config.parallel.cp_comm_type}), dp {plan.dp}",
+        f"vpp {plan.vpp}, cp {plan.cp} ({_sharing(estimate)}), dp {plan.dp}",
         f"  memory   {saving}; {tower}",
         f"  pack     {pack.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}, "
         f"{pack.num_tiles:,} tiles, {pack.supervised_tokens:,} supervised ({pack.source})",
         f"  step     {batches.full_size} packs, {estimate.micro_batches} for each data parallel rank{rampup}",
         f"  rank     {estimate.setting.tokens:,} tokens, {estimate.setting.tiles:,} tiles",
     ]
+
+
+def _sharing(estimate: Estimate) -> str:
+    """How context parallel ranks share a pack, and what by_document sends and weighs beside zigzag."""
+    parallel, setting = estimate.setting.config.parallel, estimate.setting
+    if parallel.cp_sharding == "zigzag":
+        return parallel.cp_comm_type
+    if setting.shards.holders is None:
+        return f"{parallel.cp_comm_type}, {parallel.cp_sharding}: zigzag for this pack"
+    mean = setting.pack.num_tokens / setting.plan.cp
+    share = setting.received_rows / ((setting.plan.cp - 1) * mean)
+    return (
+        f"{parallel.cp_comm_type}, {parallel.cp_sharding}: {share:.0%} of zigzag's keys, fullest rank "
+        f"{setting.tokens / mean:.2f} of the mean in tokens, slowest {setting.slowest_rank[1]:.2f} in attention"
+    )
 
 
 def shown_stages(estimate: Estimate) -> list[RankMemory]:
@@ -180,6 +196,21 @@ def advice_lines(estimate: Estimate, variant: Variant | None) -> list[str]:
         f"  then {gib(after.fullest.total_bytes)} GiB and {after.time.seconds:,.2f} s a step "
         f"({after.time.seconds / estimate.time.seconds:.2f}x)",
     ]
+
+
+def less_lines(found: Sequence[Variant], config: RunConfig) -> list[str]:
+    """Runs that train less of the model and fit."""
+    rows = []
+    for variant in found:
+        after, own = variant.estimate, changed(config, variant.overrides)
+        trained = ", ".join([*parts_trained_whole(own), *(["adapters"] if own.lora.is_on else [])])
+        memory = f"{gib(after.fullest.total_bytes)} GiB, {after.time.seconds:,.2f} s"
+        rows.append([trained, memory, variant.text])
+    if not rows:
+        return []
+    heading = "training less of the model would fit (what is trained, memory and time of a step, overrides):"
+    notes = ["  IMPORTED: the folder as `import-hf` stores it"] if "IMPORTED" in str(rows) else []
+    return [heading, *text_table(None, rows, align="<", indent="  "), *notes]
 
 
 def search_lines(found: Sequence[Variant], config: RunConfig, *, count: int) -> list[str]:

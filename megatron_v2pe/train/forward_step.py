@@ -61,17 +61,23 @@ class MicroBatchRunner:
         batch = self.shard(pack, encodes_tiles=encodes_tiles)
         if batch.loss_weights is None:
             return model(batch), None
-        return model(batch), partial(self._loss, pack, batch.loss_weights)
+        return model(batch), partial(self._loss, pack, batch)
 
     def _loss(
-        self, pack: PackedBatch, loss_weights: Tensor, output: tuple[Tensor, Tensor]
+        self, pack: PackedBatch, batch: LocalBatch, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, losses = output
+        loss_weights = batch.loss_weights
+        assert loss_weights is not None
         self.weight_sum += loss_weights.sum(dtype=torch.float64)
         report = {"loss_sum": total.detach(), "losses": losses}
         if self.source_names:
             report["source_loss_sums"] = local_loss_sums(
-                pack, losses, loss_weights, num_sources=len(self.source_names)
+                pack,
+                losses,
+                loss_weights,
+                local_lengths=batch.local_lengths,
+                num_sources=len(self.source_names),
             )
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
         return total, torch.zeros((), dtype=torch.int, device=losses.device), report

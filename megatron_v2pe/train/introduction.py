@@ -3,7 +3,7 @@
 training run                                              before the model is built
   version  megatron_v2pe 0.1.0, torch 2.13.0, cpu
   ...
-  saves    at the end only: no checkpoint before step 1000 (checkpoint.save_every)
+  saves    every 30 minutes (checkpoint.save_minutes) and at the end
 data: 24 samples of 1 data set, 11 packs an epoch; 10 packs are 0.91 epochs        once they were measured
 """
 
@@ -55,7 +55,9 @@ def introduction(
     runtime = config.runtime
     trained = [*parts_trained_whole(config), *(["adapters"] if config.lora.is_on else [])]
     begin = f"continued from {resume_from.name}" if resume_from else "from the first"
-    layout = f"tp {plan.tp}, cp {plan.cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
+    sharding = config.parallel.cp_sharding
+    cp = f"cp {plan.cp}" if sharding == "zigzag" else f"cp {plan.cp} ({sharding})"
+    layout = f"tp {plan.tp}, {cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     share = f"{sizes.trained / 1e6:,.1f} M parameters, {sizes.trained / sizes.parameters:.1%} of the model"
     rows = [
@@ -97,8 +99,7 @@ def check_room(config: RunConfig, run_dir: Path, sizes: RunSizes) -> None:
         )
         error.is_final = False
         raise error
-    saves = config.optim.steps // config.checkpoint.save_every if config.checkpoint.save_every else 1
-    needed = one * min(saves, keep + 1)
+    needed = one * min(_most_saves(config), keep + 1)
     if free < needed:
         logger.warning(
             "%s: %.3g GB are free, but checkpoints may need %.3g GB (checkpoint.keep = %d and the one that is being "
@@ -110,13 +111,23 @@ def check_room(config: RunConfig, run_dir: Path, sizes: RunSizes) -> None:
         )
 
 
+def _most_saves(config: RunConfig) -> int:
+    every, steps = config.checkpoint.save_every, config.optim.steps
+    if every:
+        return max(1, steps // every)
+    return steps if config.checkpoint.save_minutes else 1
+
+
 def _saves(config: RunConfig, sizes: RunSizes, *, first_step: int) -> str:
     every, last = config.checkpoint.save_every, config.optim.steps
     size = f"about {sizes.checkpoint_bytes / 1e9:.3g} GB each"
+    minutes, kept = config.checkpoint.save_minutes, f"the newest {config.checkpoint.keep} are kept, {size}"
+    if not every and minutes:
+        return f"every {minutes:g} minutes (checkpoint.save_minutes) and at the end; {kept}"
     following = (first_step // every + 1) * every if every else last
     if following >= last:
         return f"at the end only: no checkpoint before step {last} (checkpoint.save_every = {every}); {size}"
-    return f"every {every} steps, the next after step {following}; the newest {config.checkpoint.keep} are kept, {size}"
+    return f"every {every} steps, the next after step {following}; {kept}"
 
 
 def _step_of(folder: Path | None) -> int:

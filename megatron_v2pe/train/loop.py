@@ -62,8 +62,14 @@ def steps(run: Run) -> str:
         run.log.write({**line, **own, **held_out})
         run.bad_steps.record(report, batches, step=step)
 
-        reason = run.interruption.agreed() if step < last_step else ""
-        run.saver.after_step(run.state, is_interrupted=bool(reason), is_applied=report.is_applied)
+        asked = run.interruption
+        reason = asked.agreed(wants_save=run.saver.is_time) if step < last_step else ""
+        run.saver.after_step(
+            run.state,
+            is_interrupted=bool(reason),
+            is_applied=report.is_applied,
+            is_time=asked.is_save_agreed,
+        )
 
         run.monitors.beat(step + 1)
         if reason:

@@ -6,6 +6,9 @@
     step 13         thread of rank 0: .metadata, hf/, checkpoint.json, rename, latest, delete old ones
     step 13 done -> rank 0 is done: `saved ...` in the log
 
+A save is due every checkpoint.save_every steps or, where that is 0, when checkpoint.save_minutes have passed by the
+clock of any rank, on which all agree between steps.
+
 So it is with checkpoint.async_save; without, and for the last step and an interruption, all is done after the step. At
 most one save is under way, so a rank needs one copy of its state in host memory and never more. While a save is under
 way, one number is reduced over all ranks between steps, which says whether all are ready for its next part. All
@@ -57,6 +60,7 @@ class Saver:
         ranks: this rank's place.
         hf_folder: Hugging Face side files of the model.
         adapters: of a run that trains adapters.
+        system: system text of all samples, empty for the template's; None where they differ.
     """
 
     def __init__(
@@ -67,13 +71,14 @@ class Saver:
         ranks: Ranks,
         hf_folder: Path,
         adapters: AdapterRecord | None = None,
+        system: str | None = None,
     ) -> None:
         self._config = config
         self._trainer = trainer
         self._ranks = ranks
         self._hf_folder = hf_folder
         self._adapters = adapters
-        self._trained = trained_values(config, read_architecture(hf_folder))
+        self._trained = trained_values(config, read_architecture(hf_folder), system=system)
         self._is_memory_known = False
         self._memory = (
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
@@ -81,9 +86,20 @@ class Saver:
         self._under_way: _SaveUnderWay | None = None
         self._known: KnownPlan | None = None
         self._paused_s = 0.0
+        self._saved_at = time.monotonic()
         self._is_owed = False
 
-    def after_step(self, state: RunState, *, is_interrupted: bool, is_applied: bool = True) -> None:
+    @property
+    def is_time(self) -> bool:
+        """Whether a checkpoint is due by the clock of this rank; without checkpoint.save_every only."""
+        settings = self._config.checkpoint
+        if settings.save_every or not settings.save_minutes or self._under_way is not None:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * settings.save_minutes
+
+    def after_step(
+        self, state: RunState, *, is_interrupted: bool, is_applied: bool = True, is_time: bool = False
+    ) -> None:
         """Finish or start what is due after a step. Collective.
 
         Args:
@@ -91,19 +107,21 @@ class Saver:
             is_interrupted: the run ends here, before its last step.
             is_applied: the step changed the weights. A save that is due after one that did not waits for the next
                 that does: saves of a run that has gone wrong would replace good ones.
+            is_time: `is_time` of any rank.
 
         Raises:
             CheckpointError: a save failed; the checkpoints before it are untouched. Raised on all ranks.
         """
         started = time.perf_counter()
         is_last = is_interrupted or state.step == self._config.optim.steps
-        self._is_owed |= self._is_due(state.step)
+        self._is_owed |= self._is_due(state.step) or is_time
         is_due = is_last or (self._is_owed and is_applied)
         if self._under_way is not None:
             self._advance(self._under_way, must_end_for=state.step if is_due else 0)
         if is_due:
             self._is_owed = False
             self._save(state, in_background=not is_last)
+            self._saved_at = time.monotonic()
         self._paused_s += time.perf_counter() - started
 
     def take_pause(self) -> float:
@@ -179,7 +197,11 @@ class Saver:
             self._config.runtime.run_dir,
             model_chunks=self._trainer.wrapped,
             optimizer=self._trainer.optimizer,
-            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
+            run_state=replace(
+                state,
+                schedule=self._trainer.scheduler.state_dict(),
+                expert_bias=self._trainer.expert_bias.table(),
+            ),
             ranks=self._ranks,
             hf_folder=self._hf_folder,
             keep=self._config.checkpoint.keep,

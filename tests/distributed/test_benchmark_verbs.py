@@ -1,11 +1,15 @@
 """evaluate --benchmark with a real checkpoint on one and two ranks: same rows; forced answers, errors, all layouts."""
 
 import json
+import random
+import signal
+import time
 
 import pytest
 
 from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.evaluation.jobs.response_rows import read_rows
+from megatron_v2pe.evaluation.jobs.runner import count_lines
 from tests.support import benchmark_data as data
 from tests.support.tiny import import_golden
 from tests.support.warm import run_verb
@@ -89,11 +93,38 @@ def test_a_damaged_video_is_a_row_with_an_error(checkpoint, tmp_path):
     assert found["Episodic Reasoning/0"].response.error is None
 
 
-SMALL = [name for name in data.DATA if name not in ("mm-niah", "mvbench", "mm-niah-1m")]
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(2400)
+def test_twenty_kills_and_other_numbers_of_ranks_give_the_same_rows(checkpoint, tmp_path):
+    niah = data.mm_niah(tmp_path / "data", per_cell=3)
+    given = ("--benchmark", "mm-niah", "--data-dir", niah, "--stride", "2")
+    evaluate(checkpoint, niah, tmp_path / "whole", "--stride", "2")
+    wanted = answers(tmp_path / "whole", "2")
+    out, generator, kills = tmp_path / "out", random.Random(5), 0
+    for _ in range(20):
+        before, more = count_lines(out, "2"), generator.randint(0, 3)
+        # After some more answers, or, with none more, somewhere between the start and the first answer.
+        end = time.monotonic() + generator.uniform(0, 4)
+
+        def is_time(lines=before + more, is_timed=more == 0, end=end):
+            return time.monotonic() > end if is_timed else count_lines(out, "2") >= lines
+
+        done = run_verb(
+            "evaluate", checkpoint, *given, "--out", out, ranks=generator.choice((1, 2)), kill_when=is_time
+        )
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+        kills += done.returncode != 0
+        assert count_lines(out, "2") >= before
+        assert answers(out, "2").items() <= wanted.items()
+    assert kills > 10
+    evaluate(checkpoint, niah, out, "--stride", "2", ranks=2)
+    assert answers(out, "2") == wanted
+    assert len(wanted) == 72
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", list(data.DATA))
 def test_every_benchmark_goes_all_the_way(checkpoint, tmp_path, name):
     folder = data.DATA[name][0](tmp_path / "data")
     out = tmp_path / "out"

@@ -50,12 +50,15 @@ LAYOUTS = [
     ["parallel.pp=2"],
     ["parallel.pp=2", "parallel.vpp=2", "parallel.pipeline_layout=E|t|t|L"],
     [],  # dp 2
+    pytest.param(["parallel.cp=2", "parallel.cp_sharding=by_document"], marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "overrides", LAYOUTS, ids=["cp2", "cp2gather", "cp2a2a", "tp2", "tp2sp", "pp2", "vpp2", "dp2"]
+    "overrides",
+    LAYOUTS,
+    ids=["cp2", "cp2gather", "cp2a2a", "tp2", "tp2sp", "pp2", "vpp2", "dp2", "documents"],
 )
 def test_two_ranks_give_the_curve_of_one(setup, overrides, tmp_path):
     """Losses and gradient norms, float32: sums in another order, carried by five updates to 1e-5 relative."""
@@ -85,15 +88,15 @@ def test_losses_of_the_data_sets_add_up_to_the_loss(setup):
     assert any(len(names) < 3 for names in present)
 
 
-def wait_for_step(run_dir, step, process, *, saved):
+def wait_for_step(run_dir, step, process, *, saved, patience_s=60):
     """Until a step is done and the checkpoint of an earlier one, which is written meanwhile, is complete."""
     metrics, mark = run_dir / "metrics.jsonl", run_dir / f"checkpoints/step_{saved:08d}/checkpoint.json"
-    for _ in range(1200):
+    for _ in range(20 * patience_s):
         if mark.exists() and len(metrics.read_text().splitlines()) >= step:
             return
         assert process.poll() is None, process.communicate()[1][-4000:]
         time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached in a minute")
+    pytest.fail(f"step {step} was not reached in {patience_s} s")
 
 
 def test_killed_and_started_again_equals_uninterrupted(setup, tmp_path):
@@ -122,3 +125,20 @@ def test_a_checkpoint_continues_under_another_layout(setup, tmp_path):
     process.wait()
     assert "resumed from" in tiny.train(config, [*run, "parallel.cp=2"], ranks=2)
     np.testing.assert_allclose(tiny.curve(tmp_path), wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_save_every_a_killed_run_continues_from_the_clock(setup, tmp_path):
+    """checkpoint.save_minutes alone: here a hundredth of a second, so that every step is saved."""
+    _, config, wanted = setup
+    overrides = [f"runtime.run_dir={tmp_path}", "checkpoint.save_minutes=0.0002"]
+    process = subprocess.Popen(
+        tiny.train_command(config, overrides, ranks=1), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(tmp_path, 3, process, saved=1, patience_s=300)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    log = tiny.train(config, overrides)
+    assert "resumed from" in log
+    assert "every 0.0002 minutes (checkpoint.save_minutes)" in log
+    assert tiny.curve(tmp_path) == wanted

@@ -283,6 +283,10 @@ def test_a_run_file_of_the_callers_folder_is_planned(sbatch, tmp_path, monkeypat
 
 def test_a_run_folder_that_cannot_be_written(sbatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
+    assert submit.main([CPU, "--dry-run", *RUN_32K, f"runtime.run_dir={tmp_path}/file/run"]) == 2
+    assert "/file/run: cannot be written (Not a directory)" in capsys.readouterr().err
+    assert submit.main([CPU, "--dry-run", *RUN_32K, f"runtime.run_dir={tmp_path}/new/run"]) == 0
+    assert not (tmp_path / "new").exists()
     assert submit.main([CPU, *RUN_32K, f"runtime.run_dir={tmp_path}/file/run"]) == 2
     assert (
         "/file/run: cannot be written (Not a directory); choose another run folder" in capsys.readouterr().err

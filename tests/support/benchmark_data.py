@@ -254,6 +254,22 @@ def mmlongbench(root: Path) -> Path:
         "answer": ["Ada"],
     }
     lines(root / "mmlb_data" / "vrag" / "viquae_K8_dep6.jsonl", [record])
+    haystack = {"id": "z", "question": "Is there a dog?", "ctxs": ["a.png"] * 3, "answer": "Yes"}
+    lines(folder / "vh_single_test_1000_K8_dep6.jsonl", [haystack, haystack | {"answer": "No"}])
+    shown = {"image": "a.png", "id": 3}
+    domain = {
+        "exemplar_list": [[[shown, shown | {"id": 4}]], [[shown], [shown | {"id": 4}]]],
+        "test_example": [shown | {"answer": 3}, shown | {"answer": 4}],
+    }
+    whole(root / "mmlb_data" / "ICL" / "food101_K8.json", {"food": domain})
+    picture(root / "mmlb_image" / "slides" / "deck_about_the_owl" / "page1.png")
+    page = "slides/deck_about_the_owl/page1.png"
+    document = {"id": "d", "doc_name": "deck_about_the_owl", "question": "How many?", "page_list": [page] * 2}
+    asked = [
+        document | {"answer": answer, "answer_format": kind}
+        for answer, kind in (("12", "Integer"), ("the red owl", "String"), ('["3", "7"]', "List"))
+    ]
+    lines(root / "mmlb_data" / "documentQA" / "slidevqa_K8.jsonl", asked)
     return root
 
 
@@ -274,13 +290,15 @@ DATA = {
     "seed-i": (vqa, 1),
     "mvbench": (mvbench, 2),
     "video-mme": (video_mme, 1),
-    "mmlongbench": (mmlongbench, 4),
+    "mmlongbench": (mmlongbench, 11),
 }
 
 
 def oracle(name: str, gold: dict) -> str:
     """What a model that knows the answer says."""
     answer = gold["answers"][0] if "answers" in gold else gold["answer"]
+    if name == "mmlongbench" and gold["set"] == "food101":
+        return f"label: {answer}"
     if name in ("mm-niah", "mm-niah-1m", "mmlongbench") and isinstance(answer, int):
         return chr(65 + answer)
     if name in ("mm-niah", "mmlongbench") and isinstance(answer, list) and not isinstance(answer[0], str):

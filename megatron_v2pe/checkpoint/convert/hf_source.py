@@ -37,7 +37,7 @@ def open_hf(
         CheckpointError: one message with every problem found.
     """
     weights = HFWeights(hf_folder, allow_pickle=allow_pickle)
-    problems = [*weights.problems, *outside_or_odd(Path(hf_folder))]
+    problems = [*weights.problems, *outside_or_odd(Path(hf_folder)), *_adapters_beside(Path(hf_folder))]
     names = None
     try:
         arch = read_architecture(hf_folder)
@@ -56,6 +56,16 @@ def open_hf(
     raise_problems(f"{hf_folder}: cannot be imported", problems)
     assert names is not None
     return weights, arch, names
+
+
+def _adapters_beside(folder: Path) -> Iterator[str]:
+    """Adapters that nobody would apply."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file() and (folder / "config.json").is_file():
+            yield (
+                f"{name}: adapters beside whole weights, which would be left out; merge them (merge_and_unload() of "
+                "PEFT), import them from a folder of their own with --base, or move the file away"
+            )
 
 
 def _unknown_or_misshapen(tensors: Mapping[str, TensorInfo], names: NameMap) -> Iterator[str]:

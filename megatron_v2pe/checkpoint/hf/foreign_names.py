@@ -48,16 +48,20 @@ def _wrapped(found: Collection[str], expected: set[str]) -> str:
     """Names that are all right but for what is in front of, or within, each."""
     if len(expected & set(found)) >= _ENOUGH * len(expected):
         return ""
-    best, count = "", 0
+    best, count, way = "", 0, ""
     for prefix in [*_WRAPPERS, *_common_prefixes(found)]:
-        hits = sum(name.replace(prefix, "") in expected for name in found)
-        best, count = (prefix, hits) if hits > count else (best, count)
+        for call, changed in (
+            (f"removeprefix({prefix!r})", [name.removeprefix(prefix) for name in found]),
+            (f"replace({prefix!r}, '')", [name.replace(prefix, "") for name in found]),
+        ):
+            hits = sum(name in expected for name in changed)
+            best, count, way = (prefix, hits, call) if hits > count else (best, count, way)
     if count < _ENOUGH * len(expected):
         return ""
     origin = f" (as {_WRAPPERS[best]} saves them)" if best in _WRAPPERS else ""
     return (
         f"{count} of {len(found)} names have {best!r} in front of what they should be{origin}; take it out and save "
-        f"the folder again: save_file({{name.replace({best!r}, ''): t for name, t in load_file(f).items()}}, f, "
+        f"the folder again: save_file({{name.{way}: t for name, t in load_file(f).items()}}, f, "
         "metadata={'format': 'pt'}) of safetensors.torch"
     )
 

@@ -17,17 +17,20 @@ def require(condition: bool, path: str, value: object, rule: str) -> None:
         raise ConfigError(f"{path} is {value!r}, but {rule}")
 
 
-def require_local(value: str, path: str) -> None:
-    """Refuse an address where a local folder is wanted; it may hold credentials, so it is not repeated.
+def require_local(path: str, value: object) -> None:
+    """Refuse `s3://...` where a path is meant, which would make a local folder of that name.
+
+    The address is not repeated: it may carry credentials, and logs and config.yaml are kept.
 
     Raises:
         ConfigError: names the field and the scheme.
     """
-    scheme, found, _ = value.partition("://")
-    if found:
+    if isinstance(value, str) and "://" in value:
+        scheme = value.partition("://")[0]
         raise ConfigError(
-            f"{path} is an address ({scheme[:16]}://...), but must be a folder of a local or shared file system; "
-            "give one, and copy results to the store when the run has ended"
+            f"{path} is an address ({scheme[:16]}://...), but must be a path of a local or shared file system; mount "
+            "the store, or copy what is there. Files that the meta json names may be addresses, with credentials where "
+            "the storage library looks for them"
         )
 
 

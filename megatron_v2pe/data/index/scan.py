@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
+from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind, way_out
 from megatron_v2pe.data.sources.storage import open_binary
 
 _BLOCK_BYTES = 2**20
@@ -66,7 +66,7 @@ def check_kind(path: str) -> None:
         raise DataError(f"{path}: {error.strerror}; the annotation file cannot be read") from None
     kind = annotation_kind(head) if head else ""
     if kind:
-        raise DataError(f"{path}: is {kind}, not one json object a line; {CONVERT}")
+        raise DataError(f"{path}: is {kind}, not one json object a line; {way_out(kind)}")
 
 
 def scan_file(path: str, *, prefix: int = 0) -> FileScan:

@@ -36,9 +36,12 @@ from megatron_v2pe.data.sources.file_kinds import kind_of
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _READ_KINDS = ("a JPEG image", "a PNG image", "a GIF image", "a WebP image")
+_STRIP_ROWS = 256
 MAX_SIDE = 65_535  # of width and height, as in JPEG; the tables of a resize grow with the side
 _HEADER_BYTES = 2**16  # of a remote image; enough for the size in all but files with large leading metadata
 _METADATA_BYTES = 64 * 2**20  # texts and profiles of one PNG, unpacked
+# Share of the limit for formats whose decoder holds 16 bytes for each pixel, where others hold up to 12.
+_PIXEL_SHARES = {"WEBP": 0.75}
 # Last bytes of a complete file; a file with any other ending is decoded once.
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -102,8 +105,8 @@ def read_rgb(path: str, rules: MediaRules, *, size: Size | None = None) -> Image
                 "remove data.cache_dir so that they are measured again"
             )
         if rules.alpha == "white" and has_alpha(opened):
-            white = Image.new("RGBA", opened.size, "white")
-            image: Image.Image = Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
+            opened.load()
+            image = _on_white(opened)
         else:
             opened.load()
             image = opened if opened.mode == "RGB" else opened.convert("RGB")  # no copy of what is RGB
@@ -114,6 +117,17 @@ def read_rgb(path: str, rules: MediaRules, *, size: Size | None = None) -> Image
         if orientation > 1:
             image = image.transpose(_TURNS[orientation])
         return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A transparent image on white; in strips, so that no third copy of a large one is held."""
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
+        white = Image.new("RGBA", strip.size, "white")
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return whole
 
 
 _TURNS = {
@@ -146,7 +160,7 @@ def open_image(path: str, *, max_pixels: int, header_only: bool = False) -> Iter
     with _pillow_limits():
         try:
             with _opened_file(path, header_only) as file, Image.open(file, formats=_formats()) as image:
-                _check_size(path, image.size, max_pixels)
+                _check_size(path, image.size, max_pixels, image_format=image.format or "")
                 Image.MAX_IMAGE_PIXELS = max_pixels  # of whatever a decoder finds inside
                 yield image
         except V2PEError:
@@ -170,8 +184,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_size(path: str, size: Size, max_pixels: int) -> None:
+def _check_size(path: str, size: Size, max_pixels: int, *, image_format: str) -> None:
     width, height = size
+    share = _PIXEL_SHARES.get(image_format, 1.0)
+    if max_pixels * share < width * height <= max_pixels:
+        raise DataError(
+            f"{path}: {width} x {height} = {width * height} pixels, but decoding {image_format} needs more memory "
+            f"than other formats, so its limit is {share:.0%} of data.max_image_pixels = {max_pixels}; scale it down, "
+            "write it as PNG or JPEG, or raise the limit"
+        )
     if width * height > max_pixels:
         raise DataError(
             f"{path}: {width} x {height} = {width * height} pixels exceed data.max_image_pixels = "

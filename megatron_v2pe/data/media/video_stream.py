@@ -16,14 +16,16 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.media.frames import frame_index
 from megatron_v2pe.data.sources import storage
+from megatron_v2pe.data.sources.file_kinds import kind_of
 
 Clip = tuple[float, float] | None
 _MAX_FRAMES = 4_000_000  # of one file; more than a day at 30 frames per second
 _BUFFER_BYTES = 2**18
+_HEAD_BYTES = 2**12
 # A header's frame count is an estimate. Where it is this many times what is wanted, an error in it does not matter.
 _SAFE_FACTOR = 4
 
@@ -121,7 +123,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
                 file,
                 options={"protocol_whitelist": "none"},
                 buffer_size=_BUFFER_BYTES,
-                metadata_errors="ignore",
+                **_metadata_options(av),
             ) as container,
         ):
             if not container.streams.video:
@@ -131,10 +133,30 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except FileNotFoundError:
         raise DataError(f"{path}: no such video; check the data set's root and the annotation") from None
-    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a video ({error}); repair or remove the sample"
-        ) from error
+    except V2PEError:
+        raise
+    except MemoryError as error:
+        raise DataError(f"{path}: not enough memory to read the video; scale it down or cut it") from error
+    except Exception as error:  # FFmpeg's errors, and what decoders and containers raise beside them
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    """What the file is if it is no video; else what FFmpeg says, on one line."""
+    try:
+        with storage.open_binary(path) as file:
+            kind = kind_of(file.read(_HEAD_BYTES))
+    except OSError:
+        kind = ""
+    if kind and not kind.endswith("video"):
+        return DataError(f"{path}: cannot be read as a video: it is {kind}; give a video file")
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(f"{path}: cannot be read as a video ({text}); repair or remove the sample")
+
+
+def _metadata_options(av: Any) -> dict[str, str]:
+    """Titles that are no UTF-8 are no error; PyAV 19 keeps such bytes by itself and has no option for it."""
+    return {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _pyav(path: str) -> Any:

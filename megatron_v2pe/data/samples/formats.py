@@ -12,6 +12,8 @@ training here cannot use are refused, with the right key.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,14 +61,30 @@ _REFUSED = {
     "video_end": 'the part of a video is given as "clip": [start, end] in seconds',
 }
 _CLIP_KEYS = ("start", "end", "video_start", "video_end")
+# Keys that mask or weigh a whole record, and values of them that change nothing.
+_WEIGHTS = {
+    "loss": "a record as a whole is not masked; leave it out, or mask its answers ('loss' of a message)",
+    "train": "a record as a whole is not masked; leave it out, or mask its answers ('loss' of a message)",
+    "loss_mask": "masks of tokens are not read; mask answers ('loss' of a message)",
+    "weight": "weights of records are not read; use repeat_time of a data set of their own",
+    "sample_weight": "weights of records are not read; use repeat_time of a data set of their own",
+    "loss_weight": "weights of records are not read; use repeat_time of a data set of their own",
+    "label": "preference data are not read; leave out records whose answer is not wanted",
+}
+_MEDIA_FILE = re.compile(
+    r"(?i).+\.(?:(?P<image>png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic)|(?P<video>mp4|avi|mov|mkv|webm|m4v|flv)"
+    r"|(?P<audio>wav|mp3|flac|m4a|ogg))"
+)
 _MEANT = {"img": "image", "imgs": "image", "picture": "image", "image_path": "image", "image_paths": "image",
-          "image_file": "image", "image_url": "image", "pictures": "image", "video_path": "video", "vid": "video",
-          "video_file": "video", "video_url": "video", "video_paths": "video", "clips": "clip",
+          "image_file": "image", "image_url": "image", "pictures": "image", "image_list": "image", "photo": "image",
+          "photos": "image", "frames": "video", "video_list": "video", "media": "image", "video_path": "video",
+          "vid": "video", "video_file": "video", "video_url": "video", "video_paths": "video", "clips": "clip",
           "dialog": "conversations", "dialogue": "conversations", "turns": "conversations",
           "sys": "system", "system_text": "system", "system_message": "system"}  # fmt: skip
 _QUERY = ("query", "response", "history")
 _ALPACA = ("instruction", "input", "output", "history")
 _MOST_KEY = 40
+_MOST_NAME = 4096  # characters of a path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +131,17 @@ def to_native(values: Mapping[str, Any], *, format_name: str, where: str) -> Nat
     named, keys = _named(values, where)
     system, messages, embedded = _READERS[shape](values, used, where)
     notes += [f"alias:{key}={native}" for native, key in keys.items() if key != native]
-    notes += _others(values, {*used, *keys.values()}, has_video=bool(named.get("video")), where=where)
+    read = {*used, *keys.values()}
+    if (
+        messages
+        and isinstance(values.get("answer"), str)
+        and values["answer"].strip() == messages[-1].text.strip()
+    ):
+        read.add("answer")  # said twice, as records of `synthesize` do
+    has_video = bool(named.get("video"))
+    has_media = has_video or bool(named.get("image") or embedded["image"] or embedded["video"])
+    notes += _others(values, read, has_video=has_video, has_media=has_media, where=where)
+    notes += [f"unread:{name}" for name in dict.fromkeys(embedded.get("unread", ()))]
     if any(message.was_renamed for message in messages):
         notes.append("roles")
     return NativeRecord(
@@ -152,7 +180,11 @@ def _shape(values: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
 
 def _shape_of_list(messages: Any, key: str, where: str) -> str:
     if not isinstance(messages, list):
-        raise DataError(f"{where}: {key} must be a list of at least one message, found {shortened(messages)}")
+        is_text = isinstance(messages, str) and messages.lstrip().startswith("[")
+        raise DataError(
+            f"{where}: {key} must be a list of at least one message, found {shortened(messages)}"
+            + (", which is json written as a text; write the list itself" if is_text else "")
+        )
     first = messages[0]
     is_role = isinstance(first, dict) and "role" in first and "from" not in first
     return "role_content" if is_role else "from_value"
@@ -177,7 +209,9 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _others(values: Mapping[str, Any], used: set[str], *, has_video: bool, where: str) -> list[str]:
+def _others(
+    values: Mapping[str, Any], used: set[str], *, has_video: bool, has_media: bool, where: str
+) -> list[str]:
     """Notes on the keys that nobody reads.
 
     Raises:
@@ -190,11 +224,22 @@ def _others(values: Mapping[str, Any], used: set[str], *, has_video: bool, where
         name = shortened(key, _MOST_KEY)
         if key in _REFUSED and (key not in _CLIP_KEYS or has_video):
             raise DataError(f"{where}: key {name}: {_REFUSED[key]}")
-        meant = _MEANT.get(key.lower()) or _near(key, value)
+        if key in _WEIGHTS and not (value in (True, 1) or (key == "label" and value is not False)):
+            raise DataError(f"{where}: key {name} is {shortened(value, _MOST_KEY)}: {_WEIGHTS[key]}")
+        meant = _MEANT.get(key.lower()) or _near(key, value) or ("" if has_media else _media_named(value))
+        if meant == "audio":
+            raise DataError(f"{where}: key {name}: {_REFUSED['audio']}")
         if meant:
             raise DataError(f"{where}: unknown key {name}; is {meant!r} meant?")
         notes.append(f"unread:{key[:_MOST_KEY]}")
     return notes
+
+
+def _media_named(value: Any) -> str:
+    """The key of a value that names files of pictures or videos; empty for any other value."""
+    first = value[0] if isinstance(value, list) and value else value
+    found = _MEDIA_FILE.fullmatch(first) if isinstance(first, str) and len(first) < _MOST_NAME else None
+    return str(found.lastgroup) if found else ""
 
 
 def _near(key: str, value: Any) -> str:
@@ -237,7 +282,7 @@ def _read_list(read: Callable[..., Message]) -> Reader:
     def reader(
         values: Mapping[str, Any], used: list[str], where: str
     ) -> tuple[str, list[Message], dict[str, list[Any]]]:
-        embedded: dict[str, list[Any]] = {"image": [], "video": []}
+        embedded: dict[str, list[Any]] = {"image": [], "video": [], "unread": []}
         key = used[0]
         messages = [
             read(message, f"{where}: {key}[{index}]", embedded=embedded)
@@ -304,6 +349,18 @@ def _keys_text(values: Mapping[str, Any]) -> str:
     return f"keys {', '.join(names)}{more}" if names else "no key at all"
 
 
+SYSTEM_NOTE = "system:"
+DIGEST_MARK = "(sha256 "
+_MOST_SYSTEM = 8000
+
+
+def system_note(text: str) -> str:
+    """Note on a record's own system text; of a very long one only its digest."""
+    if len(text) > _MOST_SYSTEM:
+        text = f"{DIGEST_MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]})"
+    return SYSTEM_NOTE + text
+
+
 def note_text(note: str, count: int, place: str) -> str:
     """One line on a note of `NativeRecord.notes`.
 
@@ -320,6 +377,8 @@ def note_text(note: str, count: int, place: str) -> str:
         return f"key {key!r} is read as {native!r} ({count:,} records, first {place})"
     if kind == "format":
         return f"records of the form {rest} are recognised ({count:,}, first {place})"
+    if note.startswith(SYSTEM_NOTE):
+        return f"system texts of records are used: {rest} ({count:,} records, first {place})"
     if kind == "video_image":
         return f"<image> is read as <video>, as in LLaVA-Video ({count:,} records, first {place})"
     return f"roles user and assistant are read as human and gpt ({count:,} records, first {place})"

@@ -32,6 +32,7 @@ _ROLES: dict[str, Role] = {
 _MASKS = ("loss", "weight", "train")
 # Keys of a message that say nothing that is trained on.
 _SILENT = frozenset(("id", "name", "timestamp", "index", "length", "turn", "turn_id", "message_id"))
+_MOST_NOTE = 40
 _PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 
@@ -71,7 +72,7 @@ def from_role_content(message: Any, where: str, *, embedded: dict[str, list[Any]
     Args:
         message: as it was parsed.
         where: for messages.
-        embedded: by `image` and `video`, gets the files that parts of the content name.
+        embedded: by `image` and `video`, gets the files that parts of the content name; by `unread`, their other keys.
 
     Raises:
         DataError: not such an object.
@@ -89,8 +90,9 @@ def _found(message: Any) -> str:
     if not isinstance(message, dict):
         return f", found {shortened(message)}"
     names = ", ".join(shortened(key, 40) for key in list(message)[:6])
-    if isinstance(message.get("value"), (int, float, list, dict)):
-        return f"; its value is {shortened(message['value'])}"
+    for key in ("value", "content"):
+        if key in message and not isinstance(message[key], str):
+            return f"; its {key} is {shortened(message[key])}"
     return f"; found keys {names or 'none'} (formats: docs/data.md)"
 
 
@@ -134,7 +136,7 @@ def _joined(parts: list[Any], where: str, embedded: dict[str, list[Any]]) -> str
         elif kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         elif kind in ("image", "image_url", "video", "video_url"):
-            text += _medium(part, kind.removesuffix("_url"), embedded)
+            text += _medium(part, kind.removesuffix("_url"), f"{where}.content[{index}]", embedded)
         else:
             raise DataError(
                 f"{where}.content[{index}] is {shortened(part)}, but must be a part of type text, image or video"
@@ -142,8 +144,16 @@ def _joined(parts: list[Any], where: str, embedded: dict[str, list[Any]]) -> str
     return text
 
 
-def _medium(part: dict[str, Any], kind: str, embedded: dict[str, list[Any]]) -> str:
-    names = [part[key] for key in (kind, f"{kind}_url", "url", "path") if part.get(key)]
+def _medium(part: dict[str, Any], kind: str, where: str, embedded: dict[str, list[Any]]) -> str:
+    holders = (kind, f"{kind}_url", "url", "path")
+    for key, value in part.items():
+        if key in ("video_start", "video_end") and value is not None:
+            raise DataError(
+                f'{where}: {key} of a part: the part of a video is given as "clip": [start, end] of the record'
+            )
+        if key not in (*holders, "type", "index", "text") and value is not None:
+            embedded["unread"].append(f"{key} ({kind} part)"[:_MOST_NOTE])
+    names = [part[key] for key in holders if part.get(key)]
     if names:
         name = names[0]
         name = name.get("url") if isinstance(name, dict) else name

@@ -22,9 +22,9 @@ from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.media.image import ImageFile
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, LITERAL_MARK, Medium
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
-from megatron_v2pe.data.samples.formats import HINT, NativeRecord, to_native
+from megatron_v2pe.data.samples.formats import HINT, NativeRecord, system_note, to_native
 from megatron_v2pe.data.samples.messages import Message
-from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
+from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind, way_out
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import resolve_path
 from megatron_v2pe.data.text.templates import Turn
@@ -33,6 +33,13 @@ MediaSizes = Sequence[Sequence[Size]]
 """(width, height) of the images of each medium of a record, in order."""
 _PLACEHOLDERS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
 _MOST_NAME = 4096  # characters of a path
+# Placeholders of other programs, and ours in another spelling.
+_FOREIGN = re.compile(
+    r"(?i)<\|?\s*(?:image|video)(?:[_ ]?(?:pad|token|placeholder|soft_token|here))?[_ ]?\d*\s*\|?>"
+    r"|\[(?:image|img|video)\]"
+)
+# How PNG, JPEG, GIF and WebP files begin in base64.
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +128,12 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
     """
     where = f"{entry.annotation}:{line_number}"
     try:
-        values = json.loads(line.decode("utf-8-sig"))  # some editors mark the start of a file
+        text = line.decode("utf-8-sig")  # some editors mark the start of a file
+        values = json.loads(text, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not utf-8 ({error})") from None
+    except _RepeatedKeyError as error:
+        raise DataError(f"{where}: key {error} is there twice; keep one") from None
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise DataError(f"{where}: not valid json ({_json_problem(line, error)})") from None
     if not isinstance(values, dict):
@@ -131,10 +141,22 @@ def parse_line(line: bytes, *, entry: DatasetEntry, line_number: int) -> Record:
     return parse_record(values, entry=entry, sample_id=f"{entry.name}:{line_number}", where=where)
 
 
+class _RepeatedKeyError(Exception):
+    """A key that an object has twice, of which json would keep the last."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(shortened(next(name for name in names if names.count(name) > 1), 40))
+    return values
+
+
 def _json_problem(line: bytes, error: Exception) -> str:
     """What is wrong, and what the line is if not json."""
     kind = annotation_kind(line[:HEAD_BYTES])
-    return f"it is {kind}; {CONVERT}" if kind else " ".join(str(error).split())[:200]
+    return f"it is {kind}; {way_out(kind)}" if kind else " ".join(str(error).split())[:200]
 
 
 def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str, where: str) -> Record:
@@ -151,7 +173,10 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
     turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
     turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
-    system = _checked_text(native.system, "system text", where) or entry.system
+    own_system = _checked_text(native.system, "system text", where)
+    if own_system.strip():
+        notes.append(system_note(own_system))
+    system = own_system or entry.system
     if any(placeholder in system for placeholder in _PLACEHOLDERS):
         raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
     return Record(
@@ -183,16 +208,24 @@ def _placed(
     leave a placeholder of a later message as plain text.
     """
     count = sum(turn.value.count(placeholder) for turn in turns)
-    if count == 0 and may_add and media:
+    foreign = _foreign_placeholder(turns) if count < len(media) else ""
+    if count == 0 and may_add and media and not foreign:
         turns = (replace(turns[0], value=f"{placeholder}\n{turns[0].value}"), *turns[1:])
         count = 1
     if count != len(media):
         kind = placeholder[1:-1]
         raise DataError(
             f"{where}: {count} times {placeholder} for {len(media)} {kind}s; each {kind} needs exactly one "
-            f"placeholder, and \\{placeholder} is the text itself"
+            f"placeholder, and \\{placeholder} is the text itself" + foreign
         )
     return turns
+
+
+def _foreign_placeholder(turns: Sequence[Turn]) -> str:
+    """A sentence about what may be meant as a placeholder; empty where nothing is."""
+    spelled = (found.group() for turn in turns for found in _FOREIGN.finditer(turn.value))
+    found = next((text for text in spelled if text not in _PLACEHOLDERS), "")
+    return f"; the text has {found!r}: is one of {', '.join(_PLACEHOLDERS)} meant?" if found else ""
 
 
 def _in_order(
@@ -261,9 +294,13 @@ def _checked_name(name: str, kind: str, where: str) -> str:
             f"{where}: {kind} is a data: address ({len(name):,} characters), not a file; write it to a file below the "
             "root (`convert-data --media FOLDER` does)"
         )
-    if len(name) > _MOST_NAME:
+    if name[:1] == "[" and name[-1:] == "]":
         raise DataError(
-            f"{where}: {kind} has {len(name):,} characters, too many for a path; is it the file itself as base64? "
+            f"{where}: {kind} is {shortened(name)}, a list written as a text; write the list itself"
+        )
+    if len(name) > _MOST_NAME or _BASE64.fullmatch(name):
+        raise DataError(
+            f"{where}: {kind} has {len(name):,} characters and is no path; is it the file itself as base64? "
             "Write it to a file below the root (`convert-data --media FOLDER` does)"
         )
     return _checked_text(name, kind, where)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 
 HEAD_BYTES = 4096
-CONVERT = "`megatron-v2pe convert-data` writes one record a line from json, gzip and parquet files"
+_TABLES = {b"\t": "a table with tabs", b",": "a CSV table", b";": "a table with semicolons"}
+_CONVERTED = (
+    "a gzip file",
+    "a parquet file",
+    "one json array",
+    "json over several lines",
+    *_TABLES.values(),
+)
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file (run  git lfs pull)"),
     (b"\x1f\x8b", "a gzip file"),
@@ -113,6 +120,16 @@ def annotation_kind(head: bytes) -> str:
     return _tabular(first) if first and not first.startswith(b"{") else ""
 
 
+def way_out(kind: str) -> str:
+    """What to do about an annotation file of a kind, for messages."""
+    if kind in _CONVERTED:
+        return "`megatron-v2pe convert-data` writes one record a line from json, gzip, parquet, CSV and TSV files"
+    return "annotation files have one json object a line, see docs/data.md"
+
+
 def _tabular(first: bytes) -> str:
-    signs: tuple[tuple[bytes, str], ...] = ((b"\t", "a table with tabs"), (b",", "a CSV table"))
-    return next((kind for sign, kind in signs if first.count(sign) >= 1 and b'"from"' not in first), "")
+    """A table by the separator that its first line has most of, or json in quotes."""
+    if first.startswith(b'"{'):
+        return "json objects written as texts"
+    sign = max(_TABLES, key=first.count)
+    return _TABLES[sign] if first.count(sign) and b'"from"' not in first else ""

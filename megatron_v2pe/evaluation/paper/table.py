@@ -88,7 +88,7 @@ def paper_table(folders: Sequence[Path]) -> str:
     head = ["benchmark", "ours", "card", "paper", "InternVL2-2B", "our settings"]
     lines = [head]
     for column in COLUMNS:
-        published = [_shown(column.card), _shown(column.paper), _shown(column.base)]
+        published = [_shown(value) for value in column.published]
         found: list[OwnNumber | None] = list(ours.get(column.title, []))
         for number in found or [None]:
             if number is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,16 @@ logger = logging.getLogger(__name__)
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {
     "exact": lambda said, wanted: exact(said, [wanted]),
-    "relaxed": relaxed_correctness,
+    "relaxed": lambda said, wanted: relaxed_correctness(_simple(said), _simple(wanted)),
     "anls": lambda said, wanted: anls(said, [wanted]),
-    "contains": lambda said, wanted: float(_simple(wanted) in _simple(said)),
+    "contains": lambda said, wanted: float(_holds(said, wanted)),
 }
-"""Score 0..1 of (prediction, expected answer); case counts in none of them."""
+"""Score 0..1 of (prediction, expected answer); case counts in none of them.
+
+For relaxed and contains, marks at the ends (`Red.`) and commas of thousands do not count either.
+"""
+_MARKS = " .,;:!?\"'`*()[]\u3002\uff0c\uff01\uff1f\u201c\u201d\u2018\u2019"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _MOST_SHOWN = 10
 
 
@@ -52,7 +58,7 @@ def check_items(
 
     Raises:
         ConfigError: an expected answer is longer than an answer may be.
-        DataError: nothing is left of an expected answer once it was decoded.
+        DataError: nothing is left of an expected answer once it was decoded, or no question can be asked.
     """
     found, longest, too_long, problems = [], 0, [], {}
     for item in items:
@@ -75,6 +81,11 @@ def check_items(
         raise ConfigError(
             f"--max-new-tokens is {max_new_tokens}, but {len(too_long)} of {len(items)} expected answers are longer, "
             f"the first with {tokens} tokens at {first.record.where}; give --max-new-tokens {longest} or more"
+        )
+    if len(problems) == len(items):
+        raise DataError(
+            f"none of the {len(items)} questions can be asked; the first: {next(iter(problems.values()))}; --root "
+            "names the folder of the images of a jsonl file"
         )
     for text in list(problems.values())[:_MOST_SHOWN]:
         logger.warning("not asked: %s", text)
@@ -137,4 +148,16 @@ def _scores(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def _simple(text: str) -> str:
-    return " ".join(text.lower().split())
+    """Lower case, single blanks, no marks at the ends (but for a text of marks alone), no commas of thousands."""
+    text = " ".join(text.lower().split())
+    return _THOUSANDS.sub("", text.strip(_MARKS) or text)
+
+
+def _holds(said: str, wanted: str) -> bool:
+    """Whether whole words of a prediction are the expected answer: `not known` does not hold `no`."""
+    if not wanted.strip(_MARKS):
+        return wanted in said
+    said, wanted = _simple(said), _simple(wanted)
+    before = r"(?<![a-z0-9])" if wanted[:1].isascii() and wanted[:1].isalnum() else ""
+    after = r"(?![a-z0-9])" if wanted[-1:].isascii() and wanted[-1:].isalnum() else ""
+    return re.search(before + re.escape(wanted) + after, said) is not None

@@ -51,10 +51,11 @@ def build_prompt(
             placeholder after a backslash is text too.
         settings: template, tokenizer and tiling of the checkpoint.
         stride: position units that a visual token advances.
-        system: replaces the template's system text.
+        system: replaces the template's system text; it has no images.
 
     Raises:
-        ConfigError: the question is empty, placeholders and attachments differ in number, or the prompt is too long.
+        ConfigError: the system text has a placeholder, the question is empty, placeholders and attachments differ in
+            number, or the prompt is too long.
         DataError: an image or video cannot be read.
     """
     if not messages[-1].text.strip() and not (messages[-1].images or messages[-1].videos):
@@ -62,7 +63,11 @@ def build_prompt(
     num_images = sum(len(message.images) for message in messages)
     turns, media = list[Turn](), list[MediumTiles]()
     if system is not None:
-        turns.append(Turn(role="system", value=system))
+        turns.append(Turn(role="system", value=literal_placeholders(system)))
+        if _PLACEHOLDER.search(turns[0].value):
+            raise ConfigError(
+                "the system text has a placeholder of an image; write it as \\<image>, or move it"
+            )
     for message in messages:
         text, found = _message_media(message, num_images=num_images, settings=settings)
         turns.append(Turn(role=message.role, value=text))

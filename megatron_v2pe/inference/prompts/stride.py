@@ -58,6 +58,11 @@ def choose_stride(arch: InternVLArchitecture, asked: int | None, *, option: str 
         kind = "was trained with" if arch.position_mode == "v2pe_fixed" else "recommends"
         reason = f"stride {arch.position_stride} of {whole}, which this checkpoint {kind}"
         return StrideChoice(stride=arch.position_stride, mode="v2pe_fixed", reason=reason)
+    if arch.position_mode == "v2pe_fixed":
+        raise ConfigError(
+            "config.json of this checkpoint says that it was trained with one stride (rope_pos_id_version), but not "
+            f"with which (rope_pos_id_stride); name it with {option} 1..{whole}, or write it into config.json"
+        )
     raise ConfigError(
         f"this checkpoint was trained with random strides and recommends none; name one with {option} 1..{whole} "
         "(small strides reach further), or record one with `export-hf --stride N`"

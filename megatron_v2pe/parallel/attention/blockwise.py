@@ -47,6 +47,9 @@ class KVTransport(Protocol):
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values) of every rank once, my own first."""
 
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """What this rank computes with the keys that `iter_kv` brings of rank `source`."""
+
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """For one backward pass; `like` gives shape, dtype and device of keys."""
 
@@ -60,6 +63,10 @@ class LocalKV:
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My own keys."""
         yield 0, key, value
+
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """Each document with itself."""
+        return block_batches(lengths, rank=0, source=source, device=device)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """Nothing is sent."""
@@ -119,7 +126,7 @@ class _Blockwise(torch.autograd.Function):
             return out
         merged = _Merged(query, exact=transport.size > 1)
         for source, keys, values in transport.iter_kv(key, value):
-            for batch in block_batches(lengths, rank=transport.rank, source=source, device=query.device):
+            for batch in transport.blocks(lengths, source, query.device):
                 block_out, block_lse = block_forward(
                     query[batch.queries],
                     keys[batch.keys],
@@ -150,7 +157,7 @@ class _Blockwise(torch.autograd.Function):
         grad_return = transport.grad_return(ctx.lengths, key)
         for source, keys, values in transport.iter_kv(key, value):
             blocks = []
-            for batch in block_batches(ctx.lengths, rank=transport.rank, source=source, device=query.device):
+            for batch in transport.blocks(ctx.lengths, source, query.device):
                 rows = batch.queries
                 dq_block, *dkv = block_backward(
                     grad[rows],

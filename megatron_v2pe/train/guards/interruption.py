@@ -56,6 +56,7 @@ class Interruption:
         self._seen_at = 0.0
         self._is_profile_asked = False
         self.is_profile_agreed = False
+        self.is_save_agreed = False
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -89,10 +90,14 @@ class Interruption:
     def _handle_profile(self, number: int, frame: FrameType | None) -> None:
         self._is_profile_asked = True
 
-    def agreed(self) -> str:
-        """What asked any rank to stop, "" if nothing did. Collective, after every step; two numbers travel.
+    def agreed(self, *, wants_save: bool = False) -> str:
+        """What asked any rank to stop, "" if nothing did. Collective, after every step; three numbers travel.
 
-        `is_profile_agreed` says until the next call whether anybody asked any rank for a profile meanwhile.
+        `is_profile_agreed` says until the next call whether anybody asked any rank for a profile meanwhile, and
+        `is_save_agreed` whether a checkpoint is due by the clock of any rank.
+
+        Args:
+            wants_save: it is by this rank's clock.
         """
         if self._ranks.rank == 0:
             if not self._seen and self._stop_file.exists():
@@ -101,10 +106,11 @@ class Interruption:
                 self._is_profile_asked = True
                 self._profile_file.unlink(missing_ok=True)
         is_asked, self._is_profile_asked = self._is_profile_asked, False
-        (asked,) = to_device([np.array([self._seen, int(is_asked)], dtype=np.int64)], self._ranks.device)
+        own = np.array([self._seen, int(is_asked), int(wants_save)], dtype=np.int64)
+        (asked,) = to_device([own], self._ranks.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        number, profile = asked.tolist()
-        self.is_profile_agreed = bool(profile)
+        number, profile, save = asked.tolist()
+        self.is_profile_agreed, self.is_save_agreed = bool(profile), bool(save)
         return "" if not number else STOP_FILE if number == _BY_FILE else signal.Signals(number).name
 
     def record(self, reason: str, *, step: int) -> None:

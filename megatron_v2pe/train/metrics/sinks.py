@@ -18,6 +18,7 @@ from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
 
 METRICS_FILE = "metrics.jsonl"
+REPLACED_FILE = "metrics_replaced.jsonl"  # of steps that no checkpoint held, and that were done again
 Values = Mapping[str, Any]
 
 
@@ -32,7 +33,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl. Lines of a resumed run from `first_step` on are dropped, because those steps come again."""
+    """metrics.jsonl. Of a resumed run, lines from `first_step` on move to another file: those steps come again."""
 
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         self._path = run_dir / METRICS_FILE
@@ -45,6 +46,9 @@ class JsonLines:
                         "or rename the file"
                     )
             kept = [line for _, line in lines if line["step"] < first_step]
+            for _, line in lines:
+                if line["step"] >= first_step:
+                    append_json(run_dir / REPLACED_FILE, line)
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values: Values) -> None:

@@ -41,6 +41,7 @@ def quantised(weights):
         (prefixed("module."), r"have 'module\.' in front .*DDP or DeepSpeed.*take it out"),
         (prefixed("_orig_mod."), r"have '_orig_mod\.' in front .*torch\.compile"),
         (prefixed("student."), r"have 'student\.' in front"),
+        (prefixed("model."), r"have 'model\.' in front .*name\.removeprefix\('model\.'\)"),
         (quantised, "parts of quantised weights"),
     ],
 )
@@ -57,6 +58,13 @@ def test_a_single_file_beside_shards_is_refused(tmp_path):
     folder = golden_copy(tmp_path / "hf")
     (folder / "model-00001-of-00001.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="two sets of weights"):
+        import_hf(folder, tmp_path / "ckpt")
+
+
+def test_adapters_beside_whole_weights_are_refused(tmp_path):
+    folder = golden_copy(tmp_path / "hf")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="adapters beside whole weights, which would be left out"):
         import_hf(folder, tmp_path / "ckpt")
 
 

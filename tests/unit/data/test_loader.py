@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RuntimeConfig
+from megatron_v2pe.config.schema import ModelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.lora import LoRAConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.loader import explained_worker_deaths, packs_under_way
@@ -138,8 +138,8 @@ def test_bad_samples_are_named_and_skipped(mixture, caplog):
     caplog.set_level("WARNING", logger="megatron_v2pe")
     loader = mixture.loader(mixture.config(steps=30, max_bad_samples=0.1))
     assert (loader.num_bad, loader.num_samples) == (2, 30)
-    assert "skipped a:31" in caplog.text
-    assert "skipped a:32" in caplog.text
+    assert "a.jsonl:31: " in caplog.text
+    assert "a.jsonl:32: " in caplog.text
     assert "no.png" in caplog.text
     seen = {name for step in loader for batch in step for name in batch.sample_ids}
     assert seen == {f"a:{line}" for line in range(1, 31)}
@@ -335,7 +335,7 @@ def test_addresses_are_no_folders(mixture, field):
         mixture.config(**{field: "s3://user:secret@bucket/x"})
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"runtime\.run_dir is an address"):
-        RuntimeConfig(run_dir="s3://bucket/run")
+        RunConfig(runtime=RuntimeConfig(run_dir="s3://bucket/run"))
 
 
 def test_a_line_of_absurd_length_is_a_bad_sample(mixture, monkeypatch):

@@ -1,6 +1,7 @@
 """Rows that survive, with stand-in models: torn lines, kills, other numbers of replicas, changed data."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from megatron_v2pe.core.jsonl import append_json
 from megatron_v2pe.evaluation.benchmarks.base import Response
 from megatron_v2pe.evaluation.benchmarks.registry import find_benchmark
 from megatron_v2pe.evaluation.jobs import job as benchmark_job
-from megatron_v2pe.evaluation.jobs import report
+from megatron_v2pe.evaluation.jobs import pictures, report
 from megatron_v2pe.evaluation.jobs.eta import TimeLeft, fit_seconds
 from megatron_v2pe.evaluation.jobs.job import JobOptions, run_job
 from megatron_v2pe.evaluation.jobs.response_rows import read_rows
@@ -116,18 +117,65 @@ def test_a_whole_job(niah, tmp_path):
     assert again.asked == []
 
 
-def test_a_model_that_remembers_the_tail_makes_a_staircase(tmp_path):
-    niah = data.mm_niah(tmp_path / "data")
+def remembers(tokens):
+    """A model that knows what lies within the last `tokens` of a document, and nothing else."""
 
-    def tail(request):
+    def say(request):
         depth = request.gold["placed_depth"]
         depth = depth[0] if isinstance(depth, list) else depth
-        reach = (1 - depth) * request.gold["context_length"]
-        return oracle(request) if reach <= 1400 else "no idea at all"
+        is_near = (1 - depth) * request.gold["context_length"] <= tokens
+        return oracle(request) if is_near else "no idea at all"
 
-    _, (score,) = run(niah, tmp_path / "out", StandIn(tail))
-    cells = {(c.length, c.depth): c.mean for c in score.score.cells if c.group == "retrieval-text"}
-    assert cells == {(1000, 0.0): 1, (1000, 0.8): 1, (8000, 0.0): 0, (8000, 0.8): 1}
+    return say
+
+
+def test_a_model_that_remembers_the_tail_makes_a_staircase(tmp_path, monkeypatch):
+    niah = tmp_path / "data"
+    places = [(length, depth) for length in (1500, 3000, 6000) for depth in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    data.picture(niah / "mm_niah_test" / "images" / "a.png")
+    for task, answer in (("retrieval-text", "banana"), ("counting-text", [1, 2])):
+        records = [
+            data.needle(n, answer=answer, length=length, depth=[depth])
+            for n, (length, depth) in enumerate(places)
+        ]
+        data.lines(niah / "mm_niah_test" / "annotations" / f"{task}.jsonl", records)
+    _, (score,) = run(niah, tmp_path / "out", StandIn(remembers(1200)))
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    cells, lengths = score.score.cells, score.score.lengths
+    pictures.write_heat_maps(tmp_path / "map.png", cells, lengths=lengths, title="", trained_length=0)
+    shown = [lengths.index(length) for length in (1000, 2000, 4000)]
+    panels = [axes for axes in figures[0].axes if axes.get_title().startswith(("retrieval", "counting"))]
+    assert len(panels) == 2
+    for panel in panels:
+        # The start of a document is on top, short documents are on the left.
+        assert [text.get_text() for text in panel.get_yticklabels()] == ["0", "0.2", "0.4", "0.6", "0.8"]
+        assert panel.images[0].origin == "upper"
+        assert panel.images[0].get_array()[:, shown].tolist() == [
+            [0, 0, 0],
+            [1, 0, 0],
+            [1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1],
+        ]
+
+
+def test_blind_answers_are_right_by_chance_only(tmp_path):
+    niah = tmp_path / "data"
+    generator = random.Random(11)
+    data.picture(niah / "mm_niah_test" / "images" / "a.png")
+    for task in ("retrieval-image", "reasoning-image"):
+        more = {"choices": list("wxyz")} if task == "retrieval-image" else {"pictures": ["a.png"] * 4}
+        records = [
+            data.needle(n, answer=generator.randrange(4), length=1500, depth=0.5, **more) for n in range(200)
+        ]
+        data.lines(niah / "mm_niah_test" / "annotations" / f"{task}.jsonl", records)
+    for text, chance in ((lambda _: generator.choice("ABCD"), 0.25), (lambda _: "no idea at all", 0.0)):
+        _, (score,) = run(niah, tmp_path / f"out_{chance}", StandIn(text))
+        values = list(score.score.rows.values())
+        assert len(values) == 400
+        # Four standard deviations of 400 answers, of which each is right with that chance.
+        assert sum(values) / 400 == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 400) ** 0.5)
 
 
 def test_a_torn_line_is_asked_again(niah, tmp_path):
@@ -164,30 +212,68 @@ def test_other_numbers_of_replicas_continue(niah, tmp_path):
     assert len(rows(out)) == 24
 
 
-def test_kills_at_any_moment_leave_the_same_rows(niah, tmp_path):
+class Mortal(StandIn):
+    """A replica in a process of its own, which it kills -9 when it is asked once more than `answers` times."""
+
+    def __init__(self, share, everybody, answers):
+        super().__init__(oracle, share=share)
+        self.everybody, self.answers = everybody, answers
+
+    def prepare(self, setting):
+        self.everybody.wait(30)
+        return self.share
+
+    def answer(self, request, setting):
+        if len(self.asked) >= self.answers:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answer(request, setting)
+
+
+def start_replicas(folder, requests, numbers_of_answers):
+    """One process for each number; returns their exit codes."""
+    context = multiprocessing.get_context("fork")
+    count = len(numbers_of_answers)
+    everybody = context.Barrier(count)
+    settings = parse_strides("2", tokens_per_tile=4)
+
+    def replica(index, answers):
+        work = Work(requests=requests, settings=settings, folder=folder, is_first=index == 0, waits=False)
+        answer_all(work, Mortal(Share(index=index, count=count), everybody, answers))
+
+    processes = [
+        context.Process(target=replica, args=each, daemon=True) for each in enumerate(numbers_of_answers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_twenty_kills_and_other_numbers_of_replicas_leave_the_same_rows(tmp_path):
+    niah = data.mm_niah(tmp_path / "data", per_cell=4)
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(niah, whole, StandIn(oracle))
+    requests = list(find_benchmark("mm-niah").requests(niah))
+    out.mkdir()
     generator = random.Random(3)
-    kills = 0
+    counts = [len(rows(out))]
     for _ in range(20):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(niah, out, StandIn(oracle, seconds=0.02))
-            finally:
-                os._exit(0)
-        time.sleep(generator.uniform(0.02, 0.12))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        for path in out.glob("rows_2.*.jsonl"):  # a writer that died in the middle of its line
-            if generator.random() < 0.5 and path.read_bytes().endswith(b"\n"):
-                with open(path, "ab") as file:
-                    file.write(b'{"id": "retrieval-te')
-    assert kills >= 5
+        numbers = [generator.randint(0, 3) for _ in range(generator.randint(1, 3))]
+        codes = start_replicas(out, requests, numbers)
+        assert set(codes) <= {0, -signal.SIGKILL}
+        assert -signal.SIGKILL in codes
+        torn = generator.choice(list(out.glob("rows_2.*.jsonl")) or [out / "rows_2.0.jsonl"])
+        with open(torn, "ab") as file:  # of a writer that died in the middle of its line
+            file.write(b'{"id": "retrieval-te')
+        counts.append(len(rows(out)))
+    assert counts == sorted(counts)
+    assert 20 < counts[-1] < len(requests) == 96
+    assert start_replicas(out, requests, [96, 96]) == [0, 0]
+    assert rows(out) == rows(whole)
     _, (score,) = run(niah, out, StandIn(oracle))
     assert score.is_complete
-    assert rows(out) == rows(whole)
+    assert score.score.metrics["Avg"] == 1
 
 
 def test_a_replica_waits_for_the_rows_of_the_others(niah, tmp_path):
@@ -203,7 +289,7 @@ def test_a_replica_waits_for_the_rows_of_the_others(niah, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         slow, fast = pool.submit(replica, 0, 0.05), pool.submit(replica, 1, 0.0)
-        assert [slow.result(20), fast.result(20)] == [24, 24], "the fast one saw all rows when it ended"
+        assert [slow.result(120), fast.result(120)] == [24, 24], "the fast one saw all rows when it ended"
 
 
 def test_a_changed_question_is_refused(niah, tmp_path):

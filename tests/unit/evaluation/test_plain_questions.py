@@ -123,6 +123,23 @@ def test_a_missing_picture_is_named_before_and_is_a_row_that_is_tried_again(tmp_
     assert answered(items, tmp_path / "p.jsonl", model)["e:2"].correct  # the last row counts
 
 
+def test_pictures_of_a_jsonl_file_are_in_the_root_that_is_named(tmp_path):
+    (tmp_path / "photos").mkdir()
+    path = write(tmp_path / "e.jsonl", ["a"])
+    assert read_items(path)[0].entry.root == str(tmp_path)
+    assert read_items(path, root=str(tmp_path / "photos"))[0].entry.root == str(tmp_path / "photos")
+    with pytest.raises(ConfigError, match="--root is 'none', which is no folder"):
+        read_items(path, root="none")
+    with pytest.raises(ConfigError, match="a meta json, which has a root for each data set"):
+        read_items(tmp_path / "meta.json", root=str(tmp_path))
+
+
+def test_no_model_is_loaded_where_no_question_can_be_asked(tmp_path):
+    path = write(tmp_path / "e.jsonl", ["a", "b"])
+    with pytest.raises(DataError, match=r"none of the 2 questions can be asked; the first: .*--root"):
+        check_items(read_items(path), Reader("0.png", "1.png"), max_new_tokens=4)
+
+
 def test_cut_answers_are_marked_unless_they_are_right(tmp_path):
     items = read_items(write(tmp_path / "e.jsonl", ["red", "green", "blue"]))
     found = answered(items, tmp_path / "p.jsonl", Model("red", "a gre", "no", cut=(0, 1)))
@@ -133,7 +150,7 @@ def test_cut_answers_are_marked_unless_they_are_right(tmp_path):
     ("said", "wanted", "scores"),
     [
         ("Red", "red", (1, 1, 1, 1)),
-        ("Red.", "red", (0, 0, 0.75, 1)),
+        ("Red.", "red", (0, 1, 0.75, 1)),
         ("it is red", "red", (0, 0, 0, 1)),
         ("104", "100", (0, 1, pytest.approx(2 / 3), 0)),
         ("blue", "red", (0, 0, 0, 0)),
@@ -154,3 +171,23 @@ def test_the_table_counts_errors_as_wrong(tmp_path):
     assert "1 of 4 questions ended with an error" in text
     assert "1 of 4 answers were cut" in text
     assert (tmp_path / "table.txt").read_text() == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "wanted", "score"),
+    [
+        ("relaxed", "red", "Red.", 1),
+        ("relaxed", "\u201cGreen\u201d", "green", 1),
+        ("relaxed", "1,040", "1000", 1),
+        ("relaxed", "blue", "red", 0),
+        ("contains", "It is red.", "Red.", 1),
+        ("contains", "I do not know", "no", 0),
+        ("contains", "No, it is not", "no", 1),
+        ("contains", "\u662f\u7ea2\u8272\u7684", "\u7ea2\u8272", 1),
+        ("contains", "12 of 120", "20", 0),
+        ("contains", "what?", "?", 1),
+        ("exact", "red", "Red.", 0),
+    ],
+)
+def test_marks_and_parts_of_words(metric, said, wanted, score):
+    assert METRICS[metric](said, wanted) == score

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.chat import Chat, ChatOptions
 from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
@@ -128,6 +129,45 @@ def test_an_answer_is_that_of_generate(client, chat, media):
     assert found.usage.prompt_tokens_details.cached_tokens == reply.prompt.layout.num_tokens - 1
 
 
+def test_what_vlmevalkit_sends_with_our_configuration_is_answered(address, client, media, request):
+    """Its class for such servers sends the options it does not know, such as the stride, in the body."""
+    path = request.config.rootpath / "examples" / "vlmevalkit" / "config.json"
+    (options,) = json.loads(path.read_text())["model"].values()
+    own = (
+        "class",
+        "model",
+        "api_base",
+        "key",
+        "temperature",
+        "max_tokens",
+        "img_size",
+        "img_detail",
+        "timeout",
+    )
+    more = {name: value for name, value in options.items() if name not in own}
+    assert more == {"stride": 64}
+    assert options["key"].startswith("sk-"), "it refuses other keys"
+    assert options["api_base"].endswith("/v1/chat/completions")
+    url = {"url": data_url(media / "a.png"), "detail": options["img_detail"]}
+    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is it?"}]
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": options["max_tokens"],
+        "n": 1,
+        "temperature": options["temperature"],
+        **more,
+        "stride": 2,
+    }
+    status, found = post(address, body)
+    assert status == 200
+    assert found["usage"]["v2pe"]["stride"] == 2
+    wanted = client.chat.completions.create(
+        model="tiny", messages=question("What is it?", "a.png"), max_tokens=100, extra_body={"stride": 2}
+    )
+    assert found["choices"][0]["message"]["content"] == wanted.choices[0].message.content
+
+
 def test_a_stream_joins_to_the_answer_and_counts(client, chat):
     wanted, _ = direct(chat, "Who are you?", max_new_tokens=9)
     events = list(
@@ -172,6 +212,55 @@ def test_stride_sampling_stop_and_system(client, chat, media):
     assert system.usage.prompt_tokens != 0
 
 
+def test_several_answers_share_one_prefill(client, chat, media):
+    """Answer i is that of seed + i alone; the prompt's tokens and tiles are counted once."""
+
+    def ask(**how):
+        return client.chat.completions.create(
+            model="tiny",
+            messages=question("What is it?", "a.png"),
+            max_tokens=8,
+            temperature=2.0,
+            logprobs=True,
+            **how,
+        )
+
+    alone = [ask(seed=seed).choices[0] for seed in (7, 8, 9)]
+    texts = [choice.message.content for choice in alone]
+    assert len(set(texts)) > 1
+    chat.engine.documents.clear()
+    together = ask(seed=7, n=3)
+    assert [choice.index for choice in together.choices] == [0, 1, 2]
+    assert [choice.message.content for choice in together.choices] == texts
+    for found, wanted in zip(together.choices, alone, strict=True):
+        assert found.finish_reason == wanted.finish_reason
+        logprobs = [token.logprob for token in wanted.logprobs.content]
+        assert [token.logprob for token in found.logprobs.content] == pytest.approx(logprobs, abs=1e-4)
+    assert together.usage.prompt_tokens_details.cached_tokens == 0
+    assert together.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in alone)
+    streamed, roles = {}, {}
+    for event in ask(seed=7, n=3, stream=True):
+        (choice,) = event.choices
+        streamed[choice.index] = streamed.get(choice.index, "") + choice.delta.content
+        roles.setdefault(choice.index, []).append(choice.delta.role)
+    assert [streamed[index] for index in range(3)] == texts
+    assert all(found[0] == "assistant" and set(found[1:]) <= {None} for found in roles.values())
+
+
+def test_an_answer_that_ends_early_waits_for_the_others(client, chat):
+    def ask(**how):
+        messages = [{"role": "user", "content": "Talk"}]
+        return client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=12, temperature=2.0, seed=3, n=2, **how
+        ).choices
+
+    long, other = (choice.message.content for choice in ask())
+    stop = next(character for character in long if character not in other)
+    first, second = ask(stop=[stop])
+    assert (first.finish_reason, first.message.content) == ("stop", long[: long.index(stop)])
+    assert (second.finish_reason, second.message.content) == ("length", other)
+
+
 def test_requests_at_the_same_time_get_their_own_answers(client, chat):
     texts = [f"Question {number}? " * (number * 3 + 1) for number in range(6)]
     wanted = [direct(chat, text.strip(), max_new_tokens=6)[0] for text in texts]
@@ -213,13 +302,25 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
     assert alive.choices[0].finish_reason == "length"
 
 
+def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat, monkeypatch):
+    def ask(text):
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+
+    chat.engine.documents.clear()
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 200 * 512)  # a row takes 512 bytes
+    with pytest.raises(openai.BadRequestError, match=r"add \d+ tokens.* 200 tokens would fit") as refused:
+        ask("Hello " * 200)
+    assert refused.value.code == "cannot_answer"
+    assert ask("Hello").choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role is 'tool'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "alternate"),
-        ({"messages": [{"role": "user", "content": "see <image>"}]}, "<image>"),
         ({"messages": [{"role": "user", "content": " "}]}, "the question is empty"),
         ({"max_tokens": 0}, "--max-new-tokens is 0"),
         ({"max_tokens": 6000}, "limit is 5000"),
@@ -227,7 +328,9 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
         ({"stride": "4"}, "whole number"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"top_p": 0, "temperature": 1}, "--top-p"),
-        ({"n": 2}, "n is 2"),
+        ({"n": 5}, "n is 5, but must lie in 1..4"),
+        ({"n": 0}, "n is 0"),
+        ({"n": "2"}, "n must be a whole number"),
         ({"tools": []}, "unknown fields tools"),
         ({"stream": 1}, "stream must be true or false"),
         ({"top_logprobs": 99, "logprobs": True}, "0..20"),
@@ -239,6 +342,25 @@ def test_bad_requests(address, changes, message):
     status, found = post(address, body)
     assert status == 400
     assert message in found["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["see <image>", "<video> and \\\\<image>"])
+def test_placeholders_in_texts_are_text(chat, text):
+    """Images are parts of their own, so what a text spells is for the model to read."""
+    body = {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": f"About {text}"},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+        ],
+    }
+    request = parse_request(body, Limits(model="tiny"))
+    prompt = chat.prompt(request.messages, system=request.system)
+    assert prompt.layout.num_visual_tokens == 0
+    shown = chat.tokenizer.decode(prompt.tokens.tolist())
+    assert shown.count(text) == 4
 
 
 def test_model_key_and_json(address, client):
@@ -291,10 +413,14 @@ def test_a_client_that_goes_ends_its_answer(address, stream):
     connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
     with contextlib.closing(connection), contextlib.suppress(TimeoutError):
         connection.getresponse().readline()
-    time.sleep(0.8)
-    stopped = generated(address)
-    time.sleep(0.3)
-    assert generated(address) == stopped < before + 4000
+    stopped = last = generated(address)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # the server notices at its next token
+        time.sleep(0.5)
+        last, stopped = stopped, generated(address)
+        if last == stopped:
+            break
+    assert last == stopped < before + 4000
 
 
 def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
@@ -349,6 +475,7 @@ def test_requests_travel_to_other_ranks_unchanged():
         "top_k": 3,
         "stride": 2,
         "logprobs": True,
+        "n": 3,
     }
     request = parse_request(body, Limits(model="m"))
     assert ChatRequest.from_json(json.loads(json.dumps(request.to_json()))) == request

@@ -35,6 +35,11 @@ def test_which_stride_is_used_and_why(arch, asked, wanted, reason):
     assert reason in found.reason
 
 
+def test_one_stride_that_config_json_does_not_name():
+    with pytest.raises(ConfigError, match=r"trained with one stride .* but not with which"):
+        choose_stride(trained("v2pe_fixed"), None)
+
+
 @pytest.mark.parametrize("asked", [0, 17, -1])
 def test_out_of_range(asked):
     with pytest.raises(ConfigError, match=rf"--stride is {asked}, but must lie in 1\.\.16"):

@@ -60,6 +60,49 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     assert plan("--gpus", "8", "--gpu-memory", "24", "--arch", "2B", *overrides)[0] == 0
 
 
+def test_a_run_that_no_layout_makes_fit_is_offered_to_train_less(plan):
+    small = (
+        "--gpus",
+        "1",
+        "--gpu-memory",
+        "24",
+        "--arch",
+        "2B",
+        "parallel.cp=1",
+        "data.max_pack_tokens=8192",
+    )
+    small += ("data.max_sample_tokens=8192", "optim.global_batch_size=4")
+    code, out, _ = plan(*small)
+    assert code == 1
+    assert "no small change makes it fit" in out
+    rows = out.partition("training less of the model would fit")[2].splitlines()[1:]
+    assert "adapters" in rows[-1]
+    assert "GiB" in rows[-1]
+    overrides = [word for word in rows[-1].split() if "=" in word]
+    assert "lora.language_rank=16" in overrides
+    assert "vision.freeze=true" in overrides
+    assert plan(*small, *overrides)[0] == 0
+    found = json.loads(plan(*small, "--json")[1])
+    assert found["train_less"][-1]["overrides"] == overrides
+    assert "training less of the model would fit" in plan(*small, "--search", "3")[1]
+
+
+def test_a_folder_that_was_not_imported_says_how_adapters_would_need_it(plan):
+    small = (
+        "--gpus",
+        "1",
+        "--gpu-memory",
+        "24",
+        "--arch",
+        "2B",
+        "parallel.cp=1",
+        "data.max_pack_tokens=8192",
+    )
+    out = plan(*small, "data.max_sample_tokens=8192", "model.hf_path=x")[1]
+    assert "model.checkpoint=IMPORTED" in out
+    assert "as `import-hf` stores it" in out
+
+
 def test_overrides_may_be_on_both_sides_of_options(plan):
     code, out, _ = plan("parallel.cp=8", "--gpus", "8", "--arch", "2B", "model.recompute=selective", "--json")
     assert code == 0

@@ -11,7 +11,7 @@ from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 def test_the_architecture_is_read(checkpoint):
     arch = read_architecture(checkpoint)
-    assert arch.tokens_per_tile == 4
+    assert arch.tokens_per_tile == 64
     assert arch.language.max_position_embeddings == 512
     assert arch.language.rope_scaling.kind == "dynamic"
     assert arch.position_mode == "default"
@@ -22,7 +22,7 @@ def test_weights_fit_the_configuration(checkpoint):
 
     open_hf(checkpoint)  # raises on a missing, surplus or misshapen tensor
     weights = load_file(checkpoint / "model.safetensors")
-    assert 1.1e6 < sum(weight.size for weight in weights.values()) < 1.5e6
+    assert 0.7e6 < sum(weight.size for weight in weights.values()) < 1.0e6
     assert {str(weight.dtype) for weight in weights.values()} == {"float32"}
 
 
@@ -73,3 +73,14 @@ def test_the_seed_decides_the_weights_and_nothing_else(checkpoint, tmp_path):
         same, other = ((tmp_path / seed / file).read_bytes() for seed in ("0", "1"))
         assert same == (checkpoint / file).read_bytes()
         assert (other == same) is (file != "model.safetensors")
+
+
+def test_small_tiles_are_there_for_the_other_examples(tmp_path):
+    import make_checkpoint
+
+    from megatron_v2pe.checkpoint.convert.hf_source import open_hf
+
+    make_checkpoint.write_checkpoint(tmp_path / "hf", seed=0, tokens_per_tile=4)
+    open_hf(tmp_path / "hf")
+    arch = read_architecture(tmp_path / "hf")
+    assert (arch.tokens_per_tile, arch.image_size) == (4, 56)

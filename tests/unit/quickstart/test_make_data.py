@@ -46,20 +46,17 @@ def test_the_training_loader_counts_the_stated_lengths(data, checkpoint):
 
 def test_the_needle_is_marked_once_and_is_the_answer(data):
     import prose
-    from sklearn.datasets import load_digits
 
-    values = load_digits().target
     for record in records(data, "train") + records(data, "eval"):
         message, answer = (turn["value"] for turn in record["conversations"])
         assert message.count(prose.MARK) == 1
         before, _, _ = message.partition(f" {prose.MARK}<image>")
         marked = before.count("<image>")
         assert message.count("<image>") == len(record["image"]) > marked
-        shown = int(record["image"][marked].removeprefix("digits/").removesuffix(".png"))
-        assert answer == record["answer"] == str(values[shown])
+        assert answer == record["answer"] == record["image"][marked].split("_")[-2]
 
 
-def test_train_and_eval_share_no_digit_and_no_prose(data):
+def test_train_and_eval_share_no_sheet_and_no_prose(data):
     shown = {
         name: {image for record in records(data, name) for image in record["image"]}
         for name in ("train", "eval")
@@ -104,14 +101,33 @@ def test_depth_says_where_the_needle_is(data, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     for record in records(data, "eval"):
         message = record["conversations"][0]["value"]
-        place = len(tokenizer.encode(message.partition(f" {prose.MARK}<image>")[0]))
-        # `<image>` counts a few tokens as text and six as an image, so compare within the text.
-        assert place / len(tokenizer.encode(message)) == pytest.approx(record["depth"], abs=0.08)
+        before = message.partition(f" {prose.MARK}<image>")[0]
+        assert before.count("<image>") == int(record["depth"] * len(record["image"]))
+        assert 0 < len(tokenizer.encode(before)) < record["length"]
 
 
-def test_images_grow_with_the_length(data):
-    counts = {record["length"]: len(record["image"]) for record in records(data, "eval")}
-    assert counts[4096] == pytest.approx(8 * counts[512], rel=0.08)
+def positions(record, stride):
+    """Positions that a document covers: one visual token of 64 is stride/64."""
+    return record["length"] - len(record["image"]) * (64 - stride)
+
+
+def test_the_smallest_step_keeps_documents_near_the_trained_positions(data):
+    asked = {record["length"]: record for record in records(data, "eval")}
+    covered = {stride: {n: positions(record, stride) for n, record in asked.items()} for stride in (1, 8, 64)}
+    assert max(asked) == 16 * 512
+    # The numbers of the readme; the last document has a few words more than it has images.
+    assert covered[1] == {512: 71, 1024: 142, 2048: 158, 4096: 316, 8192: 569}
+    assert covered[8] == {512: 120, 1024: 240, 2048: 368, 4096: 736, 8192: 1416}
+    assert covered[64] == {n: n for n in asked}
+
+
+def test_training_documents_have_different_shares_of_images(data):
+    counts = {n: set() for n in (104, 176, 256, 512)}
+    for record in records(data, "train"):
+        counts[record["length"]].add(len(record["image"]))
+    assert (counts[104], counts[176], counts[256]) == ({1}, {2}, {2, 3})
+    assert counts[512] <= set(range(2, 8))
+    assert len(counts[512]) > 2
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(data, checkpoint, tmp_path):
@@ -120,19 +136,26 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(data, chec
     for name, seed in (("same", SMALL["seed"]), ("other", SMALL["seed"] + 1)):
         (tmp_path / name).mkdir()
         make_data.write_data(tmp_path / name, checkpoint, **{**SMALL, "seed": seed})
-    for file in ("train.jsonl", "eval.jsonl", "digits/0007.png"):
+    for file in ("train.jsonl", "eval.jsonl", "sheets/train_7_03.png"):
         assert (tmp_path / "same" / file).read_bytes() == (data / file).read_bytes()
     assert (tmp_path / "other" / "train.jsonl").read_bytes() != (data / "train.jsonl").read_bytes()
 
 
-def test_digits_are_one_tile_and_look_like_the_source(data):
+def test_a_sheet_is_one_tile_of_64_samples_of_its_digit(data):
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    with Image.open(data / "digits" / "0003.png") as image:
-        assert image.size == (56, 56)
-        pixels = np.asarray(image)
-    assert np.array_equal(np.round(pixels[3::7, 3::7] / 255 * 16), load_digits().images[3])
+    source = load_digits()
+    grey = np.round(source.images * (255 / 16)).astype(np.uint8)
+    held_out = np.arange(len(grey)) % 6 == 0
+    for split, mine in (("train", ~held_out), ("held_out", held_out)):
+        known = {each.tobytes() for each in grey[mine & (source.target == 3)]}
+        with Image.open(data / "sheets" / f"{split}_3_00.png") as image:
+            assert image.size == (64, 64)
+            pixels = np.asarray(image)
+        cells = {pixels[y : y + 8, x : x + 8].tobytes() for y in range(0, 64, 8) for x in range(0, 64, 8)}
+        assert cells <= known
+        assert len(cells) > 10
 
 
 def test_a_length_without_room_for_prose_is_refused(checkpoint):
@@ -140,7 +163,7 @@ def test_a_length_without_room_for_prose_is_refused(checkpoint):
 
     source = make_data.load_source("train", load_tokenizer(checkpoint))
     writer = make_data.DocumentWriter(
-        load_tokenizer(checkpoint), template="internlm2-chat", tokens_per_tile=4, source=source
+        load_tokenizer(checkpoint), template="internlm2-chat", tokens_per_tile=64, source=source
     )
     with pytest.raises(ValueError, match="no passage"):
-        writer.record(np.random.default_rng(0), length=30, depth=0.5, name="short")
+        writer.record(np.random.default_rng(0), length=90, depth=0.5, num_images=1, name="short")

@@ -1,4 +1,4 @@
-"""run.sh refuses what it does not understand before it sets anything up."""
+"""run.sh of the quickstart and of the ablation refuse what they do not understand before they set anything up."""
 
 import subprocess
 from pathlib import Path
@@ -6,38 +6,54 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "examples" / "quickstart" / "run.sh"
+SCRIPTS = ("quickstart", "ablation")
 
 
-def run(*arguments):
+def run(example, *arguments):
+    script = ROOT / "examples" / example / "run.sh"
     return subprocess.run(
-        ["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=30, cwd="/"
+        ["bash", str(script), *arguments], capture_output=True, text=True, timeout=30, cwd="/", check=False
     )
 
 
-def test_help_names_every_option():
-    done = run("--help")
+@pytest.mark.parametrize("example", SCRIPTS)
+def test_help_names_every_option(example):
+    done = run(example, "--help")
     assert done.returncode == 0
-    for option in ("--fresh", "--steps", "--eval-share", "--work"):
-        assert option in done.stdout
+    own = {"quickstart": ["--fresh"], "ablation": ["--models"]}[example]
+    for option in ("--seeds", "--steps", "--eval-share", "--ranks", "--work", *own):
+        assert f"\n  {option}" in done.stdout
+    assert done.stdout.rstrip().endswith("no root.")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--stesp", "3"], "unknown option '--stesp'"),
-        (["--steps"], "--steps needs a value"),
-        (["--steps", "0"], "--steps is '0'"),
-        (["--steps", "many"], "--steps is 'many'"),
-        (["--eval-share", "2"], "--eval-share is '2'"),
-        (["--eval-share", "0"], "--eval-share is '0'"),
-    ],
-)
-def test_bad_options_exit_with_two(arguments, message):
-    done = run(*arguments)
+WRONG = [
+    (["--stesp", "3"], "unknown option '--stesp'"),
+    (["--steps"], "--steps needs a value"),
+    (["--steps", "0"], "--steps is '0'"),
+    (["--steps", "many"], "--steps is 'many'"),
+    (["--eval-share", "2"], "--eval-share is '2'"),
+    (["--eval-share", "0"], "--eval-share is '0'"),
+    (["--eval-share", ".00"], "--eval-share is '.00'"),
+    (["--ranks", "3"], "--ranks is '3'"),
+    (["--seeds", "0,x"], "--seeds is '0,x'"),
+    (["--seeds", "1,"], "--seeds is '1,'"),
+]
+
+
+@pytest.mark.parametrize("example", SCRIPTS)
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_bad_options_exit_with_two(example, arguments, message):
+    done = run(example, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
-    assert "[quickstart" not in done.stderr
+    assert f"[{example}" not in done.stderr
+
+
+@pytest.mark.parametrize("models", ["random,odd", "fixed_0", "", "fixed", "random,", "fixed_65"])
+def test_unknown_models_of_the_ablation_are_refused(models):
+    done = run("ablation", "--models", models)
+    assert done.returncode == 2
+    assert f"--models is '{models}'" in done.stderr
 
 
 def test_the_recipe_is_a_valid_configuration():
@@ -46,7 +62,7 @@ def test_the_recipe_is_a_valid_configuration():
     config = load_run_config(ROOT / "examples" / "quickstart" / "train.yaml", [])
     assert config.position.mode == "v2pe_random"
     assert config.parallel.cp == 2
-    assert config.optim.steps == 400
+    assert config.optim.steps == 300
 
 
 def test_the_recipes_stages_end_at_the_trained_length():

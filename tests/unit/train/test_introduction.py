@@ -29,7 +29,7 @@ def test_version_device_and_trained_share_are_there():
 @pytest.mark.parametrize(
     ("every", "step", "said"),
     [
-        (0, 0, "at the end only: no checkpoint before step 1000"),
+        (0, 0, "every 30 minutes (checkpoint.save_minutes) and at the end; the newest 2 are kept"),
         (5000, 0, "at the end only: no checkpoint before step 1000"),
         (300, 0, "every 300 steps, the next after step 300"),
         (300, 450, "every 300 steps, the next after step 600"),
@@ -38,6 +38,10 @@ def test_version_device_and_trained_share_are_there():
 def test_the_next_save_is_named(tmp_path, every, step, said):
     resume_from = tmp_path / f"step_{step:08d}" if step else None
     assert said in text(f"checkpoint.save_every={every}", resume_from=resume_from)
+
+
+def test_a_run_without_checkpoints_before_its_end_says_so():
+    assert "at the end only: no checkpoint before step 1000" in text("checkpoint.save_minutes=0")
 
 
 def test_epochs_follow_from_packs():

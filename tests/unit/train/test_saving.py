@@ -61,8 +61,8 @@ def make(monkeypatch):
     FakeSave.made, FakeSave.gate, FakeSave.write_fails = [], threading.Event(), False
     trainer = SimpleNamespace(wrapped=[], optimizer=None, scheduler=SimpleNamespace(state_dict=dict))
 
-    def saver(*, async_save=True, save_every=2):
-        checkpoint = CheckpointConfig(save_every=save_every, async_save=async_save)
+    def saver(*, async_save=True, **settings):
+        checkpoint = CheckpointConfig(async_save=async_save, **{"save_every": 2, **settings})
         config = RunConfig(checkpoint=checkpoint, optim=OptimConfig(steps=9))
         return Saver(config, trainer, ranks=RANKS, hf_folder=GOLDEN_HF)
 
@@ -70,9 +70,9 @@ def make(monkeypatch):
         yield saver
 
 
-def step(saver, number, *, is_interrupted=False, is_applied=True):
+def step(saver, number, *, is_interrupted=False, is_applied=True, is_time=False):
     state = RunState(step=number, consumed_packs=0, data_seed=0, data_hash="")
-    saver.after_step(state, is_interrupted=is_interrupted, is_applied=is_applied)
+    saver.after_step(state, is_interrupted=is_interrupted, is_applied=is_applied, is_time=is_time)
 
 
 def let_threads_end():
@@ -137,6 +137,32 @@ def test_without_async_save_every_step_waits(make):
     saver = make(async_save=False)
     step(saver, 2)
     assert FakeSave.made[0].calls == ["write", "join", "commit", "finish"]
+
+
+def test_without_save_every_a_save_is_due_by_time(make, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    saver = make(save_every=0, async_save=False)
+    assert not saver.is_time
+    now += 30 * 60
+    assert saver.is_time
+    step(saver, 3, is_time=True)
+    assert [save.run_state.step for save in FakeSave.made] == [3]
+    assert not saver.is_time
+    now += 30 * 60
+    step(saver, 4, is_time=True, is_applied=False)
+    assert len(FakeSave.made) == 1
+    step(saver, 5)
+    assert [save.run_state.step for save in FakeSave.made] == [3, 5]
+
+
+@pytest.mark.parametrize("settings", [{"save_every": 3}, {"save_every": 0, "save_minutes": 0}])
+def test_no_save_is_due_by_time(make, monkeypatch, settings):
+    now = 0.0
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    saver = make(**settings)
+    now = 1e9
+    assert not saver.is_time
 
 
 def test_only_the_last_step_is_saved_when_save_every_is_0(make):

@@ -226,3 +226,15 @@ def test_only_images_of_the_range_are_opened(tmp_path):
     assert load_tile_range(media, image_size=16, tile_range=(3, 3)).shape == (0, 3, 16, 16)
     with pytest.raises(DataError, match=r"missing\.png: no such image"):
         load_tile_range(media, image_size=16, tile_range=(2, 4))
+
+
+def test_webp_has_a_lower_limit_of_pixels(tmp_path):
+    """Its decoder holds 16 bytes for each pixel, so that an image at its limit stays as small as others at theirs."""
+    for suffix in ("webp", "png"):
+        Image.new("RGB", (100, 80)).save(tmp_path / f"a.{suffix}")
+    assert check_image(str(tmp_path / "a.png"), 8000) == (100, 80)
+    assert check_image(str(tmp_path / "a.webp"), 10_667) == (100, 80)
+    with pytest.raises(DataError, match=r"limit is 75% of data\.max_image_pixels = 8000"):
+        check_image(str(tmp_path / "a.webp"), 8000)
+    with pytest.raises(DataError, match=r"exceed data\.max_image_pixels = 7000"):
+        check_image(str(tmp_path / "a.webp"), 7000)

@@ -111,6 +111,15 @@ def test_exif_is_applied_by_policy(tmp_path):
     assert np.array_equal(np.asarray(read_rgb(path, RULES, size=(30, 20))), pixels)
 
 
+def test_white_is_the_same_in_strips_as_at_once(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 7, 4), dtype=np.uint8)
+    whole = Image.fromarray(pixels, "RGBA")
+    whole.save(tmp_path / "a.png")
+    wanted = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    found = read_rgb(str(tmp_path / "a.png"), MediaRules(max_pixels=10**6, alpha="white"))
+    assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
 def test_transparency_is_laid_on_white_by_policy(tmp_path):
     path = saved(tmp_path / "a.png", half_transparent())
     assert np.asarray(read_rgb(path, RULES))[0, 29].tolist() == [0, 0, 0]

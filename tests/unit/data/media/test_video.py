@@ -11,6 +11,7 @@ import pytest
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media import video as video_module
+from megatron_v2pe.data.media import video_stream
 from megatron_v2pe.data.media.cut import ImageTiles
 from megatron_v2pe.data.media.frames import VideoRule, draw_places, frame_index, wanted_frames
 from megatron_v2pe.data.media.image import read_header
@@ -211,3 +212,52 @@ def test_videos_and_folders_behind_an_address(tmp_path):
     shutil.rmtree(tmp_path / "v")
     with pytest.raises(DataError, match="v: cannot be listed"):
         measure(f"file://{tmp_path}/v/")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("decoder"), IndexError("x"), NotImplementedError()]
+)
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+    write_video(tmp_path / "a.mp4", 4)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(video_stream, "_bound", fail)
+    with pytest.raises(DataError, match=r"a\.mp4: (not enough memory|cannot be read as a video)"):
+        measure(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+        (b"", "an empty file"),
+        (b"hello, this is text\n" * 20, "cannot be read as a video"),
+        (b"\0\0\0\x18ftypisom" + b"x" * 200, "cannot be read as a video"),
+    ],
+)
+def test_what_a_file_is_that_is_no_video(tmp_path, content, said):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        measure(tmp_path / "a.mp4")
+
+
+def test_sound_alone_and_a_cut_file(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
+        frame.rate = 8000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            file.mux(packet)
+    with pytest.raises(DataError, match=r"sound\.mp4: holds no video stream"):
+        measure(tmp_path / "sound.mp4")
+    write_video(tmp_path / "whole.mkv", 20)
+    content = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[:300])
+    with pytest.raises(DataError, match=r"cut\.mkv: "):
+        measure(tmp_path / "cut.mkv")

@@ -1,6 +1,7 @@
 """Records of public formats: read alike, said, or refused with the right key; nothing passes silently."""
 
 import json
+import re
 
 import pytest
 
@@ -60,6 +61,8 @@ def test_what_was_understood_otherwise_is_noted():
     assert parse({"image": "a.png", "conversations": ASKED}).notes == ()
     notes = parse({"images": ["a.png"], "messages": ROLES, "uid": 3, "empty": []}).notes
     assert notes == ("format:role/content", "alias:images=image", "unread:uid", "roles")
+    assert parse({"image": "a.png", "conversations": ASKED, "answer": "a cat"}).notes == ()  # said twice
+    assert parse({"image": "a.png", "conversations": ASKED, "answer": "a dog"}).notes == ("unread:answer",)
     assert note_text("unread:uid", 12, "a.jsonl:7") == "key 'uid' is not read (12 records, first a.jsonl:7)"
 
 
@@ -98,7 +101,7 @@ def test_keys_with_meaning_are_refused_with_the_right_one(values, message):
         ({"messages": [{"role": "tool", "content": "x"}]}, "tool calls are not used"),
         ({"conversations": [ASKED[0], {**ASKED[1], "loss": 0.5}]}, "loss is 0.5, but must be true or false"),
         ({"image": "data:image/png;base64," + "A" * 9999, "conversations": ASKED}, r"data: address \(10,021 char"),
-        ({"image": "A" * 9999, "conversations": ASKED}, "9,999 characters, too many for a path; is it the file itself"),
+        ({"image": "A" * 9999, "conversations": ASKED}, "9,999 characters and is no path; is it the file itself"),
         ({"image": [{"bytes": "x"}], "conversations": ASKED}, "an image inside the record"),
         (record("say <video>", "x"), r"1 times <video> for 0 videos.*\\<video> is the text itself"),
     ],
@@ -177,3 +180,87 @@ def test_two_videos_of_a_record_keep_their_frames(mixture):
     (batch, *_) = next(iter(mixture.loader(mixture.config(steps=1, batch=1, min_num_frame=3))))
     assert batch.num_tiles == 10
     assert not batch.damaged
+
+
+ANSWERED = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+
+
+def from_parts(part):
+    text = {"type": "text", "text": "Q"}
+    return {"messages": [{"role": "user", "content": [part, text]}, {"role": "assistant", "content": "A"}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"image_list": ["a.png"]}, "unknown key 'image_list'; is 'image' meant"),
+        ({"frames": ["1.jpg", "2.jpg"]}, "unknown key 'frames'; is 'video' meant"),
+        ({"scan": "pages/1.TIFF"}, "unknown key 'scan'; is 'image' meant"),
+        ({"recording": ["talk.mkv"]}, "unknown key 'recording'; is 'video' meant"),
+        ({"sound": "talk.wav"}, "key 'sound': audio is not read"),
+        ({"loss": False}, "key 'loss' is False: a record as a whole is not masked"),
+        ({"weight": 0.5}, "key 'weight' is 0.5: weights of records are not read"),
+        ({"label": False}, "key 'label' is False: preference data are not read"),
+        ({"image": '["a.png", "b.png"]'}, "a list written as a text"),
+        (
+            {"image": "iVBORw0KGgo" + "A" * 60},
+            "71 characters and is no path; is it the file itself as base64",
+        ),
+        ({"conversations": "[1]"}, "json written as a text"),
+    ],
+)
+def test_keys_that_carry_media_or_meaning_are_refused(values, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        parse({**ANSWERED, **values})
+
+
+@pytest.mark.parametrize(
+    "values", [{"loss": True}, {"weight": 1.0}, {"label": "cat"}, {"source": "web"}, {"license": ["x.txt"]}]
+)
+def test_keys_that_change_nothing_are_counted(values):
+    assert parse({**ANSWERED, **values}).notes == (f"unread:{next(iter(values))}",)
+
+
+def test_names_of_files_beside_the_picture_are_counted():
+    found = parse({"image": "a.png", "source": "coco/1.jpg", "conversations": ASKED})
+    assert found.notes == ("unread:source",)
+
+
+@pytest.mark.parametrize(
+    "spelled", ["<IMAGE>", "< image >", "<|image|>", "<|image_pad|>", "<image1>", "<ImageHere>", "[image]"]
+)
+def test_placeholders_of_other_programs_are_named(spelled):
+    turns = [{"from": "human", "value": f"{spelled} What?"}, {"from": "gpt", "value": "a cat"}]
+    for images in ("a.png", ["a.png", "b.png"]):
+        with pytest.raises(DataError, match=re.escape(f"the text has {spelled!r}")):
+            parse({"image": images, "conversations": turns})
+
+
+def test_what_looks_like_a_placeholder_beside_the_right_ones_is_text():
+    text = "<image> and <video>\nsee [image] <img src='x'>"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "a cat"}]
+    values = {"image": "a.png", "video": "v.mp4", "conversations": turns}
+    assert shown(values)[0][0] == ("human", text)
+    html = [{"from": "human", "value": "<img src='x'>"}, {"from": "gpt", "value": "a cat"}]
+    assert shown({"image": "a.png", "conversations": html})[0][0] == ("human", "<image>\n<img src='x'>")
+
+
+def test_keys_of_parts():
+    image = {"type": "image", "image": "a.png", "detail": "high", "index": None}
+    assert "unread:detail (image part)" in parse(from_parts(image)).notes
+    with pytest.raises(DataError, match=r'video_start of a part: .* as "clip"'):
+        parse(from_parts({"type": "video", "video": "v.mp4", "video_start": 3}))
+    with pytest.raises(DataError, match="its content is None"):
+        parse({"messages": [ROLES[0], {"role": "assistant", "content": None}]})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"image": "a.png", "image": "b.png", "conversations": []}',
+        b'{"conversations": [{"from": "human", "value": "Q", "value": "R"}]}',
+    ],
+)
+def test_a_key_that_is_there_twice(line):
+    with pytest.raises(DataError, match=r"a\.jsonl:7: key '(image|value)' is there twice"):
+        parse_line(line, entry=entry(), line_number=7)

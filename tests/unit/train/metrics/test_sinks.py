@@ -89,3 +89,14 @@ def test_a_line_that_a_crash_cut_does_not_keep_a_run_from_continuing(tmp_path):
     (sink,) = open_sinks(RuntimeConfig(tensorboard=False), tmp_path, rank=0, first_step=2)
     sink.write({"step": 2})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_lines_of_steps_that_come_again_are_kept_beside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0 * step}) + "\n" for step in (1, 2, 3)))
+    (sink,) = open_sinks(RuntimeConfig(tensorboard=False), tmp_path, rank=0, first_step=2)
+    sink.write({"step": 2, "loss": 9.0})
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 9.0]
+    (sink,) = open_sinks(RuntimeConfig(tensorboard=False), tmp_path, rank=0, first_step=1)
+    replaced = (tmp_path / "metrics_replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in replaced] == [2.0, 3.0, 1.0, 9.0]

@@ -1,0 +1,107 @@
+"""Tables over seeds: every answer counts once, mean and range, documentation between its marks."""
+
+import sys
+
+import pytest
+
+from tests.unit.quickstart.conftest import QUICKSTART
+
+CELLS = "stride,length,depth,correct,count,accuracy\n"
+
+
+def fill(work, seed, model, lines, report="report"):
+    folder = work / f"seed_{seed}" / model / report
+    folder.mkdir(parents=True)
+    (folder / "cells.csv").write_text(CELLS + "".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture
+def work(tmp_path):
+    fill(
+        tmp_path,
+        0,
+        "random_300",
+        ["default,512,0.1,1,4,0.25", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"],
+    )
+    fill(
+        tmp_path, 1, "random_300", ["default,512,0.1,4,4,1.0", "default,512,0.5,1,1,1.0", "1,512,0.1,3,3,1.0"]
+    )
+    fill(tmp_path, 1, "fixed_8_300", ["default,512,0.1,0,4,0.0", "1,512,0.1,1,4,0.25"])
+    return tmp_path
+
+
+def test_every_answer_counts_once(work):
+    import over_seeds
+
+    found = over_seeds.read_accuracies(work)
+    assert found["random_300", "default", 512] == {"0": 2 / 5, "1": 1.0}
+    assert over_seeds.spread(found["random_300", "default", 512]) == "0.70 (0.40 to 1.00)"
+    assert over_seeds.spread(found["fixed_8_300", "1", 512]) == "0.25"
+
+
+def test_the_caption_counts_the_questions_of_one_step(work):
+    import over_seeds
+
+    assert over_seeds.questions(work, "random_300") == [5]
+    text = over_seeds.caption(2, [20, 40, 15])
+    assert "over 2 seeds" in text
+    assert "20, 40 and 15 questions" in text
+
+
+def test_table_picture_and_values(work, capsys, monkeypatch):
+    import over_seeds
+
+    monkeypatch.setattr(sys, "argv", ["over_seeds.py", str(work), "--model", "random_300"])
+    over_seeds.main()
+    shown = capsys.readouterr().out
+    assert "2 seeds: mean (worst to best)" in shown
+    assert "64/64 (default)  0.70 (0.40 to 1.00)" in shown
+    assert (work / "seeds.txt").read_text() == shown
+    assert (work / "seeds.csv").read_text().splitlines()[1] == "random_300,default,512,0,0.4000"
+    assert (work / "seeds.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["over_seeds.py", str(work), "--model", "random_5"])
+    with pytest.raises(SystemExit, match="no run named random_5"):
+        over_seeds.main()
+
+
+def test_the_ablation_has_a_row_for_each_training_and_step(work, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(QUICKSTART.parent / "ablation"))
+    import figure
+
+    arguments = ["figure.py", str(work), "--models", "random_300", "fixed_8_300"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    figure.main()
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in row if cell] for row in rows[2:]] == [
+        ["random", "64/64 (default)", "0.70 (0.40 to 1.00)"],
+        ["random", "1/64", "1.00 (1.00 to 1.00)"],
+        ["fixed 8/64", "64/64 (default)", "0.00"],
+        ["fixed 8/64", "1/64", "0.25"],
+    ]
+    assert (work / "ablation.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", [*arguments, "default_300"])
+    with pytest.raises(SystemExit, match="no finished run named default_300"):
+        figure.main()
+
+
+def test_documentation_is_replaced_between_its_marks(tmp_path):
+    import over_seeds
+
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- figures: begin (by hand) -->\nold\n<!-- figures: end -->\nb\n")
+    over_seeds.replace_between_marks(page, "figures", over_seeds.markdown(["x", "y"], [["1", "2"]]))
+    assert page.read_text() == (
+        "a\n<!-- figures: begin (by hand) -->\n| x | y |\n| --- | --- |\n| 1 | 2 |\n<!-- figures: end -->\nb\n"
+    )
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="does not have the two comments"):
+        over_seeds.replace_between_marks(page, "figures", "x")
+
+
+def test_documents_have_the_marks():
+    import over_seeds
+
+    for page in over_seeds.READMES:
+        assert page.read_text(encoding="utf-8").count("<!-- quickstart figures: ") == 2
+    readme = QUICKSTART.parent / "ablation" / "README.md"
+    assert readme.read_text(encoding="utf-8").count("<!-- ablation figures: ") == 2
