@@ -4,6 +4,7 @@
     python tools/bench_convert.py --size 8B --folder /data     where there is room
     python tools/bench_convert.py --size 26B --layout-only     files, offsets and memory, without a byte of weights
     python tools/bench_convert.py --size my/config.json        a model of other sizes
+    python tools/bench_convert.py --size 3.5-30B-A3B --layers 4     4 layers of the language model, in true width
 
     random weights -> HF folder --copy, sync----> copy
                                 --import-hf-----> checkpoint
@@ -22,6 +23,7 @@ is printed because other work on the same cores and disk distorts all figures.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import mmap
 import os
@@ -58,7 +60,7 @@ MIB = 2**20
 
 
 def hf_config(size: str) -> dict[str, Any]:
-    """config.json of a published size, or the one at a path.
+    """config.json of a published size, or the one at a path; "SIZE@N" has N layers of the language model.
 
     Raises:
         SystemExit: neither of both.
@@ -67,6 +69,11 @@ def hf_config(size: str) -> dict[str, Any]:
         return PUBLISHED[size]
     if Path(size).is_file():
         return json.loads(Path(size).read_text(encoding="utf-8"))
+    if "@" in size:  # as `with_layers` writes it
+        name, _, layers = size.rpartition("@")
+        config = copy.deepcopy(hf_config(name))
+        config["llm_config"]["num_hidden_layers"] = int(layers)
+        return config
     raise SystemExit(f"--size is {size!r}, but must be a config.json or one of {', '.join(PUBLISHED)}")
 
 
@@ -294,12 +301,22 @@ def main() -> int:
     parser.add_argument(
         "--cache", choices=("cold", "warm", "both"), default="cold", help="state of the page cache"
     )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers of the language model, where the whole does not fit the disk; default: all",
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="leave the Hugging Face folder there")
     parser.add_argument(
         "--layout-only", action="store_true", help="no data: files, offsets, predicted memory"
     )
     options = parser.parse_args()
+    if options.layers:
+        hf_config(options.size)  # before an unknown size gets a suffix
+        options.size = f"{options.size}@{options.layers}"
     if options.layout_only:
         return 0 if layout(options.size) else 1
     folder = Path(tempfile.mkdtemp(prefix=f"bench_convert_{Path(options.size).stem}_", dir=options.folder))

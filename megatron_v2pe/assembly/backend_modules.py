@@ -8,7 +8,7 @@ import torch
 
 from megatron_v2pe.assembly.environment import has_module
 from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.config.validate import check_comm_type
+from megatron_v2pe.config.validate import check_comm_type, check_sharding
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.layer_specs import BackendModules, local_modules, transformer_engine_modules
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
@@ -46,6 +46,7 @@ def choose_modules(parallel: ParallelConfig, *, dtype: str) -> BackendModules:
             language_attention=NativeContextAttention, vision_attention=NativeContextAttention
         )
     check_comm_type(parallel.cp_comm_type, "transformer_engine")
+    check_sharding(parallel, "transformer_engine")
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     from megatron_v2pe.parallel.attention.te import RotaryTEAttention

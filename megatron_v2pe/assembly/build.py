@@ -30,6 +30,7 @@ from megatron_v2pe.assembly.mcore_config import (
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
+from megatron_v2pe.config.sections.parts import is_in
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.elementwise import ElementwiseOps
 from megatron_v2pe.models.experts import ExpertRouter, RouterSettings
@@ -75,7 +76,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         )
         vision, projector = None, None
         if stage.pre_process:
-            vision = build_vision(config, arch, modules["vision"], elementwise, context)
+            vision = build_vision(config, arch, modules["vision"], elementwise, context, plain_modules=plain)
             projector = _build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
@@ -159,6 +160,7 @@ def build_vision(
     elementwise: ElementwiseOps,
     context: ParallelContext,
     *,
+    plain_modules: BackendModules | None = None,
     returns_all: bool = False,
 ) -> InternViT:
     """The vision tower, with its pyramid where the architecture has one; without weights.
@@ -169,12 +171,14 @@ def build_vision(
         modules: modules of the back end.
         elementwise: operations between the linears.
         context: sizes of the parallel axes and this rank's place on them.
+        plain_modules: those without adapters, of which a pyramid's smaller branches are made; None is `modules`.
         returns_all: of a pyramid, keep what only the smaller branches' last hidden states need.
     """
-    arguments = partial(_tower_arguments, config, modules=modules, elementwise=elementwise, context=context)
+    arguments = partial(_tower_arguments, config, elementwise=elementwise, context=context)
+    own = plain_modules or modules
     pyramid = arch.pyramid
     if pyramid is None:
-        vision = InternViT(**arguments(arch))
+        vision = InternViT(**arguments(arch, modules=modules))
     else:
         settings = InteractionSettings(
             heads=pyramid.heads,
@@ -187,8 +191,11 @@ def build_vision(
             drop_path=pyramid.drop_path,
         )
         vision = PyramidTower(
-            **arguments(arch),
-            branches=[InternViT(**arguments(replace(arch, vision=branch))) for branch in pyramid.branches],
+            **arguments(arch, modules=modules),
+            branches=[
+                InternViT(**arguments(replace(arch, vision=branch), modules=own))
+                for branch in pyramid.branches
+            ],
             sizes=arch.tile_sizes,
             num_interactions=pyramid.num_interactions,
             settings=settings,
@@ -399,5 +406,5 @@ def freeze(model_chunks: list[InternVL], config: RunConfig) -> None:
     for model_chunk in model_chunks:
         for name, part in model_chunk.parts().items():
             for param_name, parameter in part.named_parameters():
-                if name not in trained and not is_adapter_parameter(param_name):
+                if not is_in(f"{name}.{param_name}", trained) and not is_adapter_parameter(param_name):
                     parameter.requires_grad = False

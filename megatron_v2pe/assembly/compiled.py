@@ -19,7 +19,7 @@ from megatron.core.fusions import fused_bias_swiglu
 from megatron_v2pe.config.schema import ModelConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.models.elementwise import ElementwiseOps
-from megatron_v2pe.v2pe.rope import apply_rotary
+from megatron_v2pe.v2pe.rope import rotary_tables, rotated
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def trial(device: torch.device) -> str:
     angles = torch.arange(8, dtype=torch.float32, device=device).view(4, 2)
     x = torch.arange(32, dtype=torch.float32, device=device).view(4, 2, 4)
     try:
-        found = compiled_ops().apply_rotary(x, angles)
-        off = float((found - apply_rotary(x, angles)).abs().max())
+        tables = rotary_tables(angles, x.dtype)
+        off = float((compiled_ops().rotated(x, *tables) - rotated(x, *tables)).abs().max())
     except Exception as error:  # whatever a compiler, a driver or a full disk raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
     return "" if off < 1e-4 else f"a compiled rotation is wrong by {off:.1e}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam over lists of tensors, with the state layout and arguments of apex's FusedAdam.
+    """Adam in torch's fused kernel (CPU and CUDA), with the state layout and arguments of apex's FusedAdam.
 
     Args:
         params: parameters or parameter groups.
@@ -72,21 +72,26 @@ class FusedAdam(torch.optim.Optimizer):
             return
         gradients: list[Tensor] = [weight.grad for weight in weights if weight.grad is not None]
         first, second = self._moments(weights)
-        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-        correction1, correction2 = 1.0, 1.0
-        if group["bias_correction"]:
-            correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(weights, 1 - lr * decay)
-        elif decay:
-            gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        divisor = torch._foreach_sqrt(second)
-        torch._foreach_div_(divisor, math.sqrt(correction2))
-        torch._foreach_add_(divisor, group["eps"])
-        torch._foreach_addcdiv_(weights, first, divisor, -lr / correction1)
+        beta1, beta2 = group["betas"]
+        # Without correction c is 1, as it is after infinitely many steps. All parameters read one count.
+        step = float(group["step"]) if group["bias_correction"] else math.inf
+        count = torch.full((), step, dtype=torch.float32, device=weights[0].device)
+        kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        kernel(
+            weights,
+            gradients,
+            first,
+            second,
+            [],
+            [count] * len(weights),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
     def _moments(self, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         for weight in weights:

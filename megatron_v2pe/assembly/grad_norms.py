@@ -12,11 +12,11 @@ beyond 1.8e19 counts as Inf: its square overflows float32, as in megatron-core's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -26,20 +26,17 @@ from megatron_v2pe.models.internvl import InternVL
 PART_ORDER = ("vision", "projector", "language")  # of the sums, and of the line of a step
 
 
-def grad_norms(
-    optimizer: MegatronOptimizer, model_chunks: Sequence[InternVL], *, device: torch.device
-) -> dict[str, float]:
-    """Norm of the reduced gradients of each part, before clipping. Collective.
+PartShards = dict[str, list[Tensor]]
+"""Part to the slices of its parameters that this rank updates."""
+
+
+def counted_shards(optimizer: MegatronOptimizer, model_chunks: Sequence[InternVL]) -> PartShards:
+    """The slices whose gradients `grad_norms` adds up, by part; they stay the same as long as the optimizer lives.
 
     Args:
-        optimizer: mcore's distributed optimizer; the gradients of its shards are set here (`prepare_grads`).
+        optimizer: mcore's distributed optimizer.
         model_chunks: bare model chunks of this rank.
-        device: where the numbers are summed.
-
-    Returns:
-        Part to norm, equal on every rank; 0.0 for a frozen part, not finite where a gradient is not.
     """
-    optimizer.prepare_grads()
     part_of = {
         id(parameter): part
         for model_chunk in model_chunks
@@ -47,12 +44,29 @@ def grad_norms(
         if (module := getattr(model_chunk, part)) is not None
         for parameter in module.parameters()
     }
-    grads: dict[str, list[Tensor]] = {part: [] for part in PART_ORDER}
+    shards: PartShards = {part: [] for part in PART_ORDER}
     for weight, shard in _shards(optimizer):
-        if shard.grad is not None and _is_counted(shard, optimizer):
-            grads[part_of[id(weight)]].append(shard.grad)
+        if _is_counted(shard, optimizer):
+            shards[part_of[id(weight)]].append(shard)
+    return shards
+
+
+def grad_norms(optimizer: MegatronOptimizer, shards: PartShards, *, device: torch.device) -> dict[str, float]:
+    """Norm of the reduced gradients of each part, before clipping. Collective.
+
+    Args:
+        optimizer: mcore's distributed optimizer; the gradients of its shards are set here (`prepare_grads`).
+        shards: `counted_shards` of it.
+        device: where the numbers are summed.
+
+    Returns:
+        Part to norm, equal on every rank; 0.0 for a frozen part, not finite where a gradient is not.
+    """
+    optimizer.prepare_grads()
+    grads = {part: [shard.grad for shard in own if shard.grad is not None] for part, own in shards.items()}
     squares = torch.stack([_sum_of_squares(grads[part], device) for part in PART_ORDER])
-    dist.all_reduce(squares)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(squares)
     return dict(zip(PART_ORDER, squares.sqrt().tolist(), strict=True))
 
 
@@ -63,13 +77,16 @@ def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
         optimizer: mcore's distributed optimizer, after `grad_norms`.
         grad_norm: of all parts together, equal on every rank.
     """
-    for single in _trained(optimizer):
-        parameters = single.get_parameters()
-        if parameters and single.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, single.config.clip_grad, grad_norm)
+    for single in trained_optimizers(optimizer):
+        # mcore's coefficient; its own loop on torch makes a copy of every gradient.
+        coefficient = single.config.clip_grad / (grad_norm + 1.0e-6)
+        if single.config.clip_grad > 0 and coefficient < 1.0:
+            grads = [shard.grad for shard in single.get_parameters() if shard.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, coefficient)
 
 
-def _trained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+def trained_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
     """The optimizers it is made of, except those of stages on which nothing is trained."""
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(single, "is_stub_optimizer", False):
@@ -78,7 +95,7 @@ def _trained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of which this rank updates a slice, with the float32 slice that the optimizer sees."""
-    for single in _trained(optimizer):
+    for single in trained_optimizers(optimizer):
         pairs = (
             (single.model_float16_groups, single.shard_fp32_from_float16_groups),
             (single.model_fp32_groups, single.shard_fp32_groups),

@@ -22,8 +22,10 @@ from megatron_v2pe.v2pe.rope import RopeSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def _common(dtype: torch.dtype) -> dict[str, Any]:
+def _common(config: RunConfig) -> dict[str, Any]:
+    dtype = DTYPES[config.runtime.dtype]
     return dict(
+        deterministic_mode=config.runtime.deterministic,
         # Weights always come from a checkpoint; mcore only has to allocate them.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -85,7 +87,7 @@ def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) 
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
-    common = {**_common(DTYPES[config.runtime.dtype]), "bias_activation_fusion": fuses_swiglu(config.model)}
+    common = {**_common(config), "bias_activation_fusion": fuses_swiglu(config.model)}
     return TransformerConfig(
         **common,
         **_recompute(config.model.recompute),
@@ -123,7 +125,7 @@ def vision_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelP
     """
     vision, tp = arch.vision, plan.tower_tp
     return TransformerConfig(
-        **_common(DTYPES[config.runtime.dtype]),
+        **_common(config),
         **_recompute(config.vision.recompute),
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -143,7 +145,7 @@ def projector_config(config: RunConfig, arch: InternVLArchitecture, plan: Parall
     """mcore's configuration of the projector; its norm is a LayerNorm whatever the tower's is."""
     hidden = arch.language.hidden_size
     return TransformerConfig(
-        **_common(DTYPES[config.runtime.dtype]),
+        **_common(config),
         num_layers=1,
         hidden_size=hidden,
         num_attention_heads=arch.language.num_heads,

@@ -7,6 +7,7 @@ model chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_v2pe.assembly.expert_bias import ExpertBias
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
+from megatron_v2pe.assembly.grad_norms import PartShards, counted_shards, trained_optimizers
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.param_groups import group_overrides
 from megatron_v2pe.config.schema import OptimConfig, RunConfig
@@ -31,12 +34,19 @@ class Trainer:
         wrapped: the same model chunks under data parallelism, for the schedule.
         optimizer: mcore's distributed optimizer.
         scheduler: learning rate and weight decay by step.
+        expert_bias: of the routers; without a value where nothing balances experts by a bias.
     """
 
     model_chunks: list[InternVL]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    expert_bias: ExpertBias
+
+    @cached_property
+    def shards(self) -> PartShards:
+        """What this rank updates, by part."""
+        return counted_shards(self.optimizer, self.model_chunks)
 
 
 def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Trainer:
@@ -51,13 +61,14 @@ def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Traine
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim),
+        expert_bias=ExpertBias(model_chunks, rate=config.moe.bias_rate),
     )
 
 
 def wrap_data_parallel(
     model_chunks: list[InternVL], config: RunConfig, *, shard_gradients: bool
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, summed over data and context parallel ranks.
+    """Gradient buffers in float32 (in float64 those of a float64 model), summed over data and context parallel ranks.
 
     Args:
         model_chunks: bare model chunks.
@@ -65,8 +76,12 @@ def wrap_data_parallel(
         shard_gradients: leave each rank its shard of the sum, for the distributed optimizer; otherwise every
             rank ends with whole gradients.
     """
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=shard_gradients
+        grad_reduce_in_fp32=config.runtime.dtype != "float64",  # which only comparisons have
+        use_distributed_optimizer=shard_gradients,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and shard_gradients,
+        overlap_param_gather=parallel.overlap_param_gather and shard_gradients,
     )
     wrapped = []
     for index, model_chunk in enumerate(model_chunks):
@@ -77,8 +92,44 @@ def wrap_data_parallel(
         )
         wrapper = DistributedDataParallel(model_chunk.config, ddp_config, module, disable_bucketing=index > 0)
         wrapper.vp_stage = model_chunk.vp_stage  # the interleaved schedule reads it from the wrapper
+        if ddp_config.overlap_grad_reduce:
+            model_chunk.config.no_sync_func = wrapper.no_sync  # micro batches before the last only add
+        elif shard_gradients:
+            _exchange_nothing_alone(wrapper)
+        if ddp_config.overlap_param_gather:
+            _gather_head_in_time(wrapper, model_chunk)
         wrapped.append(wrapper)
     return wrapped
+
+
+def _gather_head_in_time(wrapper: DistributedDataParallel, model_chunk: InternVL) -> None:
+    """Wait for the head's weights before the final norm.
+
+    mcore waits for a module's weights when the module is called; the head's are used without (`LanguageModel.loss`).
+    """
+    language = model_chunk.language
+    if language.post_process:
+        is_tied = language.share_embeddings_and_output_weights and language.pre_process
+        owner = language.embedding.word_embeddings if is_tied else language.output_layer
+        wait = wrapper._make_forward_pre_hook()
+        language.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(owner))
+
+
+def _exchange_nothing_alone(wrapper: DistributedDataParallel) -> None:
+    """Leave out the reduction and the gathering of buffers that one rank holds whole.
+
+    mcore runs both collectives over groups of one as well: each copies every gradient and every weight onto itself.
+    """
+    for bucket_group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
+        is_alone = bucket_group.intra_distributed_optimizer_instance_size == 1
+        # Sums are divided once by the global weight (`calculate_per_token_loss`), so mcore scales nothing here.
+        if is_alone and all(bucket.gradient_scaling_factor == 1.0 for bucket in bucket_group.buckets):
+            bucket_group.start_grad_sync = _nothing
+            bucket_group.start_param_sync = _nothing
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
 
 
 def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
@@ -98,11 +149,25 @@ def build_optimizer(wrapped: list[Any], config: RunConfig) -> MegatronOptimizer:
         use_distributed_optimizer=True,
     )
     # `init_distributed` makes no extra gloo groups; only the `mem_efficient` way of gathering state needs them.
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         optimizer_config,
         wrapped,
         config_overrides=group_overrides(wrapped, optim),
         use_gloo_process_groups=False,
+    )
+    for single in trained_optimizers(optimizer):
+        if _updates_weights_in_place(single):  # mcore would copy each onto itself
+            single._copy_main_params_to_model_params = _nothing
+    return optimizer
+
+
+def _updates_weights_in_place(optimizer: Any) -> bool:
+    """Whether all slices that Adam updates are parts of the float32 weights themselves."""
+    pairs = zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True)
+    return not any(map(len, optimizer.model_float16_groups)) and all(
+        weight.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+        for weights, shards in pairs
+        for weight, shard in zip(weights, shards, strict=True)
     )
 
 
@@ -119,9 +184,8 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
     )
     for group in groups:
         group["step"] = max(steps)
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(single, "is_stub_optimizer", False):
-            single.init_state_fn(single.optimizer, single.config)
+    for single in trained_optimizers(optimizer):
+        single.init_state_fn(single.optimizer, single.config)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig) -> OptimizerParamScheduler:

@@ -3,7 +3,7 @@
     data.loader --PackedBatch--> parallel.batch_sharder --LocalBatch--> models.internvl
 
 Shape legend: t tokens of the pack (padding included), N documents, n tiles, S tile size in pixels,
-l local tokens (t / cp), r local rows of the embedding (l, or l / tp with sequence parallelism).
+l local tokens (t / cp, or what documents give), r local rows of the embedding (l, or l / tp with sequence parallelism).
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class LocalBatch:
         cu_seqlens: int32 [N+1], global padded document boundaries.
         max_seqlen: longest padded document in tokens, global.
         document_lengths: padded tokens of each document, global, on the host; empty reads them from `cu_seqlens`.
+        document_holders: for each document the context parallel ranks that hold it; None where all hold a part.
+        local_lengths: padded tokens of each document on this rank; empty where nobody asks (prompts).
         has_fractions: some position is not whole; None where the device has to be asked.
         supervised: int64 [u], local tokens with a label; None where the device has to be asked.
         pixels: [n_local, *tile_shape] normalised tiles of this rank in the model's dtype; None on ranks
@@ -115,6 +117,8 @@ class LocalBatch:
     pixels: Tensor | None
     route: FeatureRoute | None
     document_lengths: tuple[int, ...] = ()
+    document_holders: tuple[tuple[int, ...], ...] | None = None
+    local_lengths: tuple[int, ...] = ()
     has_fractions: bool | None = None
     supervised: Tensor | None = None
     kv_cache: CacheStep | None = None

@@ -10,6 +10,7 @@ from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 _SHOWN_CHANGES = 12
 _FORMER = {"config_hash"}  # in checkpoints of 0.1.0, which never read it
+_LATER = {"expert_bias"}  # not in checkpoints of 0.1.0
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class RunState:
         data_facts: what `data_hash` is the hash of, by name, to report what changed.
         recent_losses: of the last applied steps, where `runtime.max_loss_ratio` asks for them.
         model_facts: what is trained, see `model_facts`.
+        expert_bias: bias of the choice of experts by sparse layer, see `assembly.expert_bias`; empty is without.
     """
 
     step: int
@@ -41,6 +43,7 @@ class RunState:
     data_facts: dict[str, Any] = field(default_factory=dict)
     recent_losses: tuple[float, ...] = ()
     model_facts: dict[str, Any] = field(default_factory=dict)
+    expert_bias: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `checkpoint.json`."""
@@ -59,7 +62,7 @@ class RunState:
                 "the checkpoint holds weights only (it was imported); a run cannot resume from it"
             )
         values = {name: value for name, value in values.items() if name not in _FORMER}
-        if set(values) != known:
+        if set(values) | _LATER != known:
             odd = ", ".join(sorted(set(values) ^ known))
             raise CheckpointError(f"the checkpoint's run state and this program's differ in: {odd}")
         return cls(**{**values, "recent_losses": tuple(values["recent_losses"])})

@@ -170,12 +170,12 @@ def check_files(args: argparse.Namespace) -> Launcher:
     Raises:
         CheckpointError: names the damaged files that this process found.
     """
-    from megatron_v2pe.checkpoint.files.folder import read_info
+    from megatron_v2pe.checkpoint.model_source import require_source
     from megatron_v2pe.checkpoint.retention import checkpoint_of
 
     here = launcher()
     args.checkpoint = str(checkpoint_of(args.checkpoint))
-    read_info(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)
+    require_source(args.checkpoint, verify=args.verify_checkpoint, rank=here.rank, world_size=here.world_size)
     return here
 
 

@@ -52,6 +52,7 @@ ROOMS = {  # sub-room of cli -> its title in the overview, and its verbs
             "runs": "what happened in a run, with curves; two runs side by side",
             "plan": "memory, time and best layouts of a run, worked out without a cluster",
             "recipes": "run files and cluster files that come with the package, and where submit.py is",
+            "prove": "this run's parallel layout against one rank, with a certificate",
             "preflight": "go or no-go: what would stop a run on these machines, found in a minute",
             "doctor": "what this machine has and what will therefore be used",
         },

@@ -15,7 +15,7 @@ import re
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.arch.families import FAMILIES
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
-from megatron_v2pe.config.sections.parts import PARTS, Part
+from megatron_v2pe.config.sections.parts import PARTS, PYRAMID, Part
 from megatron_v2pe.core.errors import ConfigError
 
 LinearNames = dict[str, tuple[str, ...]]
@@ -62,9 +62,14 @@ def is_adapter_parameter(name: str) -> bool:
     return f".{ADAPTERS}." in name
 
 
-def parts_trained_whole(config: RunConfig) -> tuple[Part, ...]:
-    """Parts whose own weights are trained: not frozen, and without adapters."""
-    return tuple(part for part in PARTS if not config.is_frozen(part) and not config.lora.rank_of(part))
+def parts_trained_whole(config: RunConfig) -> tuple[str, ...]:
+    """Parts whose own weights are trained: not frozen, and without adapters.
+
+    Of a tower with a pyramid the large branch may be frozen, or have adapters; what is around it is then a part too.
+    """
+    parts = [part for part in PARTS if not config.is_frozen(part) and not config.lora.rank_of(part)]
+    has_pyramid = config.vision.tower == "piip" and not config.vision.freeze
+    return (*parts, PYRAMID) if has_pyramid and "vision" not in parts else tuple(parts)
 
 
 def check_lora(config: RunConfig, arch: InternVLArchitecture) -> None:

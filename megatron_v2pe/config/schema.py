@@ -80,6 +80,8 @@ class VisionConfig:
     to a checkpoint; auto accepts either."""
     freeze: bool = False
     """Keep the vision tower's weights as they are (drop path stays active, as in the release)."""
+    freeze_large_branch: bool = False
+    """Keep the weights of the checkpoint's own tower as they are and train the pyramid around it (`tower: piip`)."""
     drop_path_rate: float = 0.0
     """Largest stochastic depth rate; rises linearly from 0 over the layers. The release trains with 0.1."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -97,6 +99,12 @@ class VisionConfig:
         require(
             self.micro_batch_tiles >= 0, "vision.micro_batch_tiles", self.micro_batch_tiles, "must be >= 0"
         )
+        if self.freeze_large_branch and (self.freeze or self.tower != "piip"):
+            raise ConfigError(
+                f"vision.freeze_large_branch is true with vision.freeze {str(self.freeze).lower()} and vision.tower "
+                f"{self.tower!r}, but it freezes the tower that a trained pyramid is around; set vision.tower to piip "
+                "and vision.freeze to false, or omit it"
+            )
         require(self.tile_multiple >= 1, "vision.tile_multiple", self.tile_multiple, "must be at least 1")
         if self.micro_batch_tiles % self.tile_multiple:
             raise ConfigError(
@@ -134,6 +142,16 @@ class ParallelConfig:
     """How context parallel ranks share a sequence. p2p: keys travel in a ring, overlapped with compute; all_gather
     (native only): all keys at once; a2a: tokens are exchanged for heads, of which every tensor parallel rank needs a
     multiple of cp. No back end has a2a+p2p for packed sequences yet."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data and context parallel ranks in buckets of 40 million while backward continues, instead
+    of all after it. Saves up to that reduction's time; NCCL shares the GPU's processors with backward meanwhile."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket while the next forward pass has begun; needs overlap_grad_reduce."""
+    cp_sharding: Literal["zigzag", "by_document", "auto"] = "zigzag"
+    """Which context parallel rank holds which tokens. zigzag: every document is cut over all ranks; by_document (native
+    attention with p2p): short documents lie whole on one rank, long ones are cut over as many as balance needs, only
+    their keys travel, and shards differ by some 5 % in tokens; auto: by_document for packs where the busiest rank then
+    receives at most 3/4 of zigzag's keys."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "vpp", "ep"):
@@ -157,6 +175,16 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.sequence_parallel is true, but parallel.tp is 1 and there is nothing to split over; "
                 "set parallel.tp to 2 or more, or sequence_parallel to false"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigError(
+                "parallel.overlap_param_gather is true, but parallel.overlap_grad_reduce is false, and both use the "
+                "same buckets; set overlap_grad_reduce to true as well, or overlap_param_gather to false"
+            )
+        if self.cp_sharding != "zigzag" and self.cp == 1:
+            raise ConfigError(
+                f"parallel.cp_sharding is {self.cp_sharding!r}, but parallel.cp is 1 and nothing is cut; set "
+                "parallel.cp to 2 or more, or cp_sharding to zigzag"
             )
         require(self.etp >= 0, "parallel.etp", self.etp, "must be >= 0")
         if self.ep == 1 and self.etp not in (0, self.tp):
@@ -381,6 +409,9 @@ class RuntimeConfig:
     """How element-wise operations run (rotation of queries and keys, SwiGLU, the tower's biases, GELU, LayerScale, drop
     path). compiled: one kernel each, made by torch.compile in the first step; an error where it cannot run; eager:
     operation by operation. auto: compiled on a GPU, eager where that fails, which is reported, and on a CPU."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run of one layout: torch refuses others; attention backward,
+    cuBLAS and NCCL use theirs. Costs speed on a GPU, nothing on a CPU, where runs give the same bits without it."""
     log_every: int = 1
     """Steps between heartbeat lines."""
     validate_every: int = 0
@@ -482,5 +513,7 @@ class RunConfig:
 
     def is_frozen(self, part: Part) -> bool:
         """Whether the weights of a part stay as they are."""
+        if part == "vision" and self.vision.freeze_large_branch:
+            return True
         section, name = FREEZE_FIELDS[part].split(".")
         return getattr(getattr(self, section), name)

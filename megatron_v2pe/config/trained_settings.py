@@ -25,10 +25,20 @@ DEFAULTS: dict[str, Any] = {key: getattr(DataConfig(), key) for key in _SHARED}
 """What a config.json without these keys means here."""
 
 
-def trained_values(config: RunConfig, arch: InternVLArchitecture) -> dict[str, Any]:
-    """Keys and values of config.json that say how a run trained: template, tiling, normalisation, longest sample."""
+def trained_values(
+    config: RunConfig, arch: InternVLArchitecture, *, system: str | None = None
+) -> dict[str, Any]:
+    """Keys and values of config.json that say how a run trained: template, tiling, normalisation, longest sample.
+
+    Args:
+        config: the run.
+        arch: of the model that it started from.
+        system: system text of its samples, empty for the template's; None where they have different ones.
+    """
     data = config.data
+    own = {} if system is None else {"system_message": system}
     return {
+        **own,
         "template": data.template or arch.template,
         **{key: getattr(data, key) for key in _SHARED},
         "max_trained_tokens": data.max_sample_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
+from megatron_v2pe.config.overlap import check_overlap
 from megatron_v2pe.config.pipeline import check_layout
 from megatron_v2pe.config.schema import MOST_TILES, DataConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.parts import PARTS
@@ -30,12 +31,14 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_required(config)
     check_model_split(config.parallel, arch)
     check_comm_type(config.parallel.cp_comm_type, config.parallel.attention_backend)
+    check_sharding(config.parallel, config.parallel.attention_backend)
     check_heads_by_cp(config.parallel, arch)
     check_vision_split(config.parallel, arch)
     check_tower(config, arch)
     check_pipeline(config.parallel, arch.language.num_layers)
     check_experts(config, arch)
     check_world(config, world_size)
+    check_overlap(config, arch, world_size)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)
@@ -74,6 +77,11 @@ def check_experts(config: RunConfig, arch: InternVLArchitecture) -> None:
             f"parallel.tp is {parallel.tp} and parallel.sequence_parallel is false, but with experts tensor parallel "
             "ranks must hold different tokens, or each expert would get every token several times; set "
             "parallel.sequence_parallel to true"
+        )
+    if config.moe.bias_rate and "language" not in parts_trained_whole(config):
+        raise ConfigError(
+            f"moe.bias_rate is {config.moe.bias_rate}, but the language model is not trained whole: its experts could "
+            "not follow the tokens that the bias sends to them; set moe.bias_rate to 0, or train the language model"
         )
     if config.model.mlp_chunks > 1:
         raise ConfigError(
@@ -143,6 +151,28 @@ def check_comm_type(cp_comm_type: str, backend: str) -> None:
     )
 
 
+def check_sharding(parallel: ParallelConfig, backend: str) -> None:
+    """Documents that lie on some of the ranks need a back end that knows which.
+
+    Args:
+        parallel: names the sharding, and how ranks share a sequence.
+        backend: `native`, `transformer_engine`, or `auto` when that is not known yet.
+    """
+    if parallel.cp_sharding == "zigzag":
+        return
+    where = f"parallel.cp_sharding is {parallel.cp_sharding!r}, but"
+    if backend == "transformer_engine":
+        raise ConfigError(
+            f"{where} Transformer Engine's attention wants every document cut over all ranks, in equal shards; set "
+            "parallel.attention_backend to native, or cp_sharding to zigzag"
+        )
+    if parallel.cp_comm_type != "p2p":
+        raise ConfigError(
+            f"{where} parallel.cp_comm_type is {parallel.cp_comm_type!r}, in which all ranks exchange equal shards; "
+            "set cp_comm_type to p2p, or cp_sharding to zigzag"
+        )
+
+
 def check_heads_by_cp(parallel: ParallelConfig, arch: InternVLArchitecture) -> None:
     """Exchanging tokens for heads gives every rank whole heads."""
     if parallel.cp_comm_type != "a2a":
@@ -191,10 +221,11 @@ def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
             "vision.tower is 'internvit', but the checkpoint's config.json has a piip_config; set vision.tower to "
             "piip, or give a checkpoint without a pyramid"
         )
-    if config.lora.vision_rank:
+    if config.lora.vision_rank and (tower != "piip" or config.vision.freeze):
         raise ConfigError(
-            f"lora.vision_rank is {config.lora.vision_rank}, but adapters freeze the rest of the tower, and a pyramid "
-            "whose gates stay zero changes nothing; set lora.vision_rank to 0 (the tower is then trained whole)"
+            f"lora.vision_rank is {config.lora.vision_rank}, vision.tower is {tower!r} and vision.freeze is "
+            f"{str(config.vision.freeze).lower()}, but adapters are for the large branch, and the pyramid around it is "
+            "trained whole; set vision.tower to piip and vision.freeze to false, or lora.vision_rank to 0"
         )
     if config.optim.vision_layer_decay != 1.0:
         raise ConfigError(
@@ -281,7 +312,8 @@ def check_part_rates(config: RunConfig) -> None:
     """A learning rate of its own is for a part that learns."""
     optim = config.optim
     for part in PARTS:
-        if not config.is_frozen(part) or config.lora.rank_of(part):
+        has_pyramid = part == "vision" and config.vision.freeze_large_branch
+        if not config.is_frozen(part) or config.lora.rank_of(part) or has_pyramid:
             continue
         rate = getattr(optim, f"lr_{part}")
         if rate is not None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from megatron_v2pe.core.errors import ConfigError
@@ -42,12 +43,14 @@ class Launcher:
         rank: 0..world_size-1 over all nodes.
         world_size: processes of the run.
         local_rank: rank on this node, the index of its GPU.
+        local_size: ranks on this node; 1 where the launcher does not say.
         master: "address:port" of the rendezvous, None when no launcher was used.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     master: str | None = None
 
 
@@ -73,7 +76,10 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher:
     if not rank < world_size:
         raise ConfigError(f"environment: RANK is {rank}, but must lie in 0..WORLD_SIZE-1 = {world_size - 1}")
     master = f"{values['MASTER_ADDR']}:{_number(values, 'MASTER_PORT')}"
-    return Launcher(rank=rank, world_size=world_size, local_rank=local_rank, master=master)
+    local_size = max(1, _number(values, "LOCAL_WORLD_SIZE")) if "LOCAL_WORLD_SIZE" in values else 1
+    return Launcher(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master=master
+    )
 
 
 def require_known_starter(environ: Mapping[str, str] | None = None) -> None:
@@ -145,23 +151,44 @@ def slurm_job(environ: Mapping[str, str] | None = None) -> str | None:
 GPU_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels queue in the order of their calls, on which overlap relies
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packs differ in size; fixed ones fragment
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives that a dump shows
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
+_DUMPED_COLLECTIVES = "2000"
 """What training on a GPU wants of CUDA, torch's allocator and NCCL, which read it when they start."""
 
 
-def prepare_gpu_environment(run_dir: str) -> dict[str, str]:
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # of one size, or products of several streams differ
+    "NCCL_ALGO": "Ring",  # chosen by size and topology otherwise
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # attention backward of Transformer Engine without atomic sums
+}
+"""What libraries read for `runtime.deterministic`."""
+
+
+def buffer_size_name(torch_version: str) -> str:
+    """The variable for how many collectives a dump shows; torch 2.9 renamed it, and warns of the name before."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return "TORCH_FR_BUFFER_SIZE" if (major, minor) >= (2, 9) else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+
+
+def prepare_gpu_environment(run_dir: str, *, deterministic: bool = False) -> dict[str, str]:
     """Set what training wants and nobody has set, before torch is imported; without a GPU it changes nothing.
 
     Args:
         run_dir: folder of the run; NCCL's dumps of collectives that timed out go into `stacks/` in it.
+        deterministic: the run asks for the same bits in every run.
 
     Returns:
         What was set.
     """
     dumps = str(Path(run_dir) / "stacks" / "nccl_rank_")
-    wanted = {**GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE": dumps, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps}
+    wanted = {
+        **GPU_ENVIRONMENT,
+        **(DETERMINISTIC_ENVIRONMENT if deterministic else {}),
+        buffer_size_name(version("torch")): _DUMPED_COLLECTIVES,
+        "TORCH_FR_DUMP_TEMP_FILE": dumps,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dumps,
+    }
     changes = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changes)
     return changes

@@ -7,6 +7,13 @@ from typing import Any
 _MOST = 100
 
 
+def clipped(text: str, limit: int) -> str:
+    """A sentence without what is in its middle, where it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]}... ({len(text):,} characters) ...{text[-limit // 3 :]}"
+
+
 def shortened(value: Any, limit: int = _MOST) -> str:
     """`repr` of a value that came out of a file, cut in the middle.
 

@@ -33,6 +33,7 @@ from megatron_v2pe.data.pack_reader import PackReader, PackRequest, SentPack, Ti
 from megatron_v2pe.data.plan.epoch_plan import MixturePlan
 from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings
 from megatron_v2pe.data.sources.meta import read_meta
+from megatron_v2pe.data.system_texts import trained_system
 
 logger = logging.getLogger(__name__)
 _TOKEN_BYTES = 20  # id, label and weight
@@ -124,6 +125,7 @@ class TrainLoader:
         num_bad: samples that are skipped as bad.
         num_samples: samples that may be drawn.
         packs_of_first_epoch: packs of the first epoch.
+        system_text: that all samples are trained with; None where they differ.
         source_names: names of the data sets, in the order that `PackedBatch.sources` counts them.
     """
 
@@ -168,6 +170,9 @@ class TrainLoader:
             plan.log_bad()
             plan.log_notices()
         check_something_is_learned(config, indexes)
+        self.system_text, remark = trained_system(indexes, settings.text.template)
+        if remark and dp_rank == 0 and tile_rank == 0:
+            logger.warning("%s", remark)
         self.fingerprint = plan.fingerprint
         self.facts = plan.facts
         self.num_bad = plan.num_bad

@@ -201,21 +201,26 @@ def data_table(rows: Sequence[DatasetRow], report: PlanReport | None, *, notices
     ]
     header += ["images", "lost", "tiles", "x", "drawn", "share"]
     total = max(sum(row.drawn_tokens for row in rows), 1)
-    text = "\n".join(text_table(header, [_cells(row, total) for row in rows]))
+    text = "\n".join(text_table(header, [_cells(row, total, is_planned=report is not None) for row in rows]))
+    draws = (
+        f"an epoch draws {sum(row.draws for row in rows):,} samples, "
+        f"{sum(row.drawn_tokens for row in rows):,} tokens"
+    )
     sums = (
         f"{sum(row.samples for row in rows):,} samples, {sum(row.bad for row in rows):,} bad, "
-        f"{sum(row.tokens for row in rows):,} tokens, {sum(row.tiles for row in rows):,} tiles; an epoch draws "
-        f"{sum(row.draws for row in rows):,} samples, {sum(row.drawn_tokens for row in rows):,} tokens"
+        f"{sum(row.tokens for row in rows):,} tokens, {sum(row.tiles for row in rows):,} tiles; "
+        + (draws if report is not None else "no epoch is planned, the error says why")
     )
     noticed = "".join(f"{line}\n" for line in notices)
     return f"{text}\n\n{sums}\n{noticed}" + (_plan_text(report) if report is not None else "")
 
 
-def _cells(row: DatasetRow, total: int) -> list[str]:
+def _cells(row: DatasetRow, total: int, *, is_planned: bool) -> list[str]:
     numbers = [row.samples, row.bad, row.cut, row.parts, row.tokens, row.median_tokens, row.p95_tokens]
     numbers += [row.longest, row.supervised, row.images, row.lost, row.tiles]
     shown = [f"{number:,}" for number in numbers]
-    return [row.name, *shown, f"{row.repeat_time:g}", f"{row.draws:,}", f"{row.drawn_tokens / total:.1%}"]
+    drawn = [f"{row.draws:,}", f"{row.drawn_tokens / total:.1%}"] if is_planned else ["-", "-"]
+    return [row.name, *shown, f"{row.repeat_time:g}", *drawn]
 
 
 def _plan_text(report: PlanReport) -> str:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
-from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings, with_system
 from megatron_v2pe.inference.beams import Beam, search
+from megatron_v2pe.inference.cache.memory import PlanPrefill
 from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
 from megatron_v2pe.inference.engine import Answer, Engine, ForcedToken, OnProgress
@@ -36,6 +37,7 @@ class ChatOptions:
 
     Attributes:
         stride: position units that a visual token advances; None takes the checkpoint's own.
+        system: system text of conversations that bring none; None takes the checkpoint's own.
         dtype: compute dtype.
         max_tokens: longest prompt.
         max_tiles: most tiles of an image, thumbnail excluded; None takes the checkpoint's own.
@@ -44,9 +46,11 @@ class ChatOptions:
         chunk_tokens: longest prefill chunk.
         kv: how keys and values are stored.
         keep_tokens: tokens of earlier documents that are kept for further questions about them.
+        plan_prefill: the planner's part of the check whether a prompt fits into memory, see `memory_check`.
     """
 
     stride: int | None = None
+    system: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_tokens: int = 1_100_000
     max_tiles: int | None = None
@@ -55,13 +59,14 @@ class ChatOptions:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     kv: KVKind = "model"
     keep_tokens: int = 0
+    plan_prefill: PlanPrefill | None = None
 
 
 class Chat:
     """An engine with the checkpoint's template, tokenizer, tiling and stride; all ranks of a replica call it alike.
 
     Args:
-        checkpoint: folder of `import-hf` or of a run.
+        checkpoint: folder of `import-hf` or of a run, or a Hugging Face folder.
         options: see `ChatOptions`.
 
     Attributes:
@@ -80,8 +85,8 @@ class Chat:
                 f"{launcher().world_size} processes were started for one answer, but --tp * --pp * --cp is "
                 f"{parallel.tp} * {parallel.pp} * {parallel.cp}; start as many processes as their product"
             )
-        read_info(checkpoint)
-        hf_folder = hf_path(checkpoint)
+        require_source(checkpoint)
+        hf_folder = source_side_files(checkpoint)
         self.arch = read_architecture(hf_folder)
         self.stride: StrideChoice = choose_stride(self.arch, options.stride)
         data = answer_data(
@@ -91,7 +96,7 @@ class Chat:
             max_num_frame=options.max_frames,
             min_num_frame=min(DataConfig().min_num_frame, options.max_frames),
         )
-        settings = sample_settings(RunConfig(data=data), self.arch, hf_folder)
+        settings = with_system(sample_settings(RunConfig(data=data), self.arch, hf_folder), options.system)
         # As many frames as there may be, the middle of each interval: a question has one prompt.
         video = replace(settings.media.video, min_frames=settings.media.video.max_frames, sampling="middle")
         self.settings = replace(settings, media=replace(settings.media, video=video))
@@ -108,6 +113,7 @@ class Chat:
             chunk_tokens=options.chunk_tokens,
             kv=options.kv,
             keep_tokens=options.keep_tokens,
+            plan_prefill=options.plan_prefill,
         )
 
     def set_stride(self, asked: int | None) -> None:

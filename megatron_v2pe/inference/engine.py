@@ -25,14 +25,18 @@ from torch import Tensor
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.checkpoint.adapters.weights import load_weights
-from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import (
+    load_source,
+    require_source,
+    source_lora,
+    source_side_files,
+)
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, token_step
+from megatron_v2pe.inference.cache.memory import PlanPrefill, PrefillBytes, Stage
 from megatron_v2pe.inference.cache.prefix import Content, PrefixStore
 from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import (
@@ -151,6 +155,7 @@ class Engine:
         kv: how keys and values are stored.
         keep_tokens: tokens of earlier documents that are kept, so that a further question about one of them
             computes its own tokens only; 0 keeps none.
+        prefill_bytes: what a prefill chunk takes, for the check before a prefill; None checks keys and values alone.
     """
 
     def __init__(
@@ -160,10 +165,12 @@ class Engine:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         kv: KVKind = "model",
         keep_tokens: int = 0,
+        prefill_bytes: PrefillBytes | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ConfigError(f"--chunk-tokens is {chunk_tokens}, but must be at least 1")
         self.runner, self.chunk_tokens, self.kv = runner, chunk_tokens, kv
+        self.prefill_bytes = prefill_bytes
         self.context, self.plan, self.ranks = runner.context, runner.plan, runner.ranks
         self.arch = runner.arch
         self.documents = PrefixStore(keep_tokens)
@@ -180,11 +187,12 @@ class Engine:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         kv: KVKind = "model",
         keep_tokens: int = 0,
+        plan_prefill: PlanPrefill | None = None,
     ) -> Engine:
         """Build an engine from a checkpoint folder; under torchrun, one stage or slice of it on each rank.
 
         Args:
-            checkpoint: folder written by `import-hf` or by a run.
+            checkpoint: folder written by `import-hf` or by a run, or a Hugging Face folder.
             mode: `default` rotates as the checkpoint says and takes whole positions only; `v2pe_fixed`
                 rotates by plain frequencies and takes any stride.
             norm: pixel normalisation; None where tiles of prompts are normalised already.
@@ -194,24 +202,37 @@ class Engine:
             chunk_tokens: see the class.
             kv: see the class.
             keep_tokens: see the class.
+            plan_prefill: gives `prefill_bytes`, see the class.
 
         Raises:
             ConfigError: the sizes do not make up the world.
         """
         parallel = replace(parallel or ParallelConfig(), sequence_parallel=False, vision="replicated")
-        read_info(checkpoint)
-        arch = read_architecture(hf_path(checkpoint))
+        require_source(checkpoint)
+        arch = read_architecture(source_side_files(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), checkpoint_lora(checkpoint)  # type: ignore[arg-type]
+        runtime, lora = RuntimeConfig(dtype=dtype), source_lora(checkpoint)  # type: ignore[arg-type]
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
         config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
         plan = resolve(parallel, launcher().world_size)
         context = init_distributed(plan, seed=config.runtime.seed)
         models = build_model(config, arch, context)
-        load_weights(checkpoint, models, ranks=context.ranks)
+        load_source(checkpoint, models, ranks=context.ranks)
         runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
-        return cls(runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens)
+        stage = Stage(
+            config=config,
+            arch=arch,
+            plan=plan,
+            num_layers=len(models[0].language.decoder.layers),
+            is_first=context.ranks.is_first_stage,
+            is_last=context.ranks.is_last_stage,
+            on_cpu=runner.device.type != "cuda",
+        )
+        prefill_bytes = None if plan_prefill is None else plan_prefill(stage)
+        return cls(
+            runner, chunk_tokens=chunk_tokens, kv=kv, keep_tokens=keep_tokens, prefill_bytes=prefill_bytes
+        )
 
     def content(self, prompt: Prompt, rope_length: int) -> Content:
         """What a prompt's keys and values depend on; reads its images where documents are kept."""
@@ -233,22 +254,36 @@ class Engine:
         return found.fork(known), known
 
     def _prefill(
-        self, prompt: Prompt, cache: KVCache, *, rope_length: int, wanted: Int64Array, new_tokens: int
+        self,
+        prompt: Prompt,
+        cache: KVCache,
+        *,
+        rope_length: int,
+        wanted: Int64Array,
+        rooms: Sequence[int] = (0,),
     ) -> Generator[tuple[int, int], None, Tensor | None]:
         """Compute what the cache does not hold yet; yields (tokens done, all) after each call of the schedule.
+
+        Args:
+            prompt: the whole prompt.
+            cache: holds a prefix of it, or nothing.
+            rope_length: by which dynamic NTK chooses its base.
+            wanted: rising token indices whose hidden states are wanted.
+            rooms: new tokens of each answer that will be made; the first one's are kept in this cache.
 
         Returns:
             Hidden rows [n, 1, H] of the wanted tokens that are on this rank, None where there are none.
 
         Raises:
-            ConfigError: the cache would not fit into memory.
+            ConfigError: it would not fit into memory.
             DataError: an image cannot be read; on all ranks alike.
         """
         start = cache.num_tokens
         sizes = dict(cp=self.plan.cp, tile_ranks=self.runner.tile_ranks.size)
         chunks = plan_chunks(prompt.layout, chunk_tokens=self.chunk_tokens, start=start, **sizes)
-        check_memory(self.runner, chunks, new_tokens=new_tokens, kind=self.kv)
-        cache.reserve(chunks, new_tokens)
+        prefill_bytes = self.prefill_bytes
+        check_memory(self.runner, chunks, new_tokens=sum(rooms), kind=self.kv, prefill_bytes=prefill_bytes)
+        cache.reserve(chunks, rooms[0])
         window = 1 if self.plan.pp == 1 else CHUNKS_PER_STAGE * self.plan.pp
         hidden: list[Tensor] = []
         for first in range(0, len(chunks), window):
@@ -301,13 +336,13 @@ class Engine:
             on_progress: given the tokens prefilled so far, and all.
         """
         steps = self.begin_stepwise(
-            prompt, sampling=sampling, stop_ids=stop_ids, num_top=num_top, logits=logits
+            prompt, samplings=[sampling], stop_ids=stop_ids, num_top=num_top, logits=logits
         )
         while True:
             try:
                 done, total = next(steps)
             except StopIteration as end:
-                return end.value
+                return end.value[0]
             if on_progress is not None:
                 on_progress(done, total)
 
@@ -315,21 +350,28 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        sampling: Sampling = GREEDY,
+        samplings: Sequence[Sampling] = (GREEDY,),
         stop_ids: Collection[int] = (),
         num_top: int = 0,
         logits: bool = False,
-    ) -> Generator[tuple[int, int], None, Answer]:
+    ) -> Generator[tuple[int, int], None, list[Answer]]:
         """Prefill a prompt step by step, so that other answers may be continued in between.
 
         One prompt at a time: the router of image features remembers one cut tile. A prompt that is not prefilled to
         its end is simply left.
 
+        Args:
+            prompt: what is asked.
+            samplings: how each answer to it is made, one or more; the prompt is computed once for all of them.
+            stop_ids: tokens that end an answer.
+            num_top: most probable tokens to report with each step.
+            logits: give the whole vocabulary row of the step.
+
         Yields:
             Tokens prefilled so far, and all.
 
         Returns:
-            The answer with its first token.
+            The answers with their first tokens, in the order of `samplings`.
 
         Raises:
             ConfigError: the prompt is empty, or longer than memory.
@@ -337,23 +379,28 @@ class Engine:
         """
         if prompt.layout.num_tokens == 0:
             raise ConfigError("the prompt is empty; ask something")
-        rope_length, room = prompt.layout.next_position, sampling.max_new_tokens
-        cache, known = self._cache_for(prompt, rope_length, room)
+        rope_length, rooms = prompt.layout.next_position, [each.max_new_tokens for each in samplings]
+        cache, known = self._cache_for(prompt, rope_length, sum(rooms))
         last = np.array([prompt.layout.num_tokens - 1], dtype=np.int64)
-        answer = Answer(
-            prompt=prompt,
-            cache=cache,
-            rope_length=rope_length,
-            sampling=sampling,
-            stop_ids=frozenset(stop_ids),
-            num_top=num_top,
-            reused_tokens=known,
-        )
-        hidden = yield from self._prefill(
-            prompt, cache, rope_length=rope_length, wanted=last, new_tokens=room
-        )
-        self._choose(hidden, [answer], logits=logits)
-        return answer
+        hidden = yield from self._prefill(prompt, cache, rope_length=rope_length, wanted=last, rooms=rooms)
+        caches = [cache]
+        for room in rooms[1:]:
+            caches.append(cache.fork(prompt.layout.num_tokens))
+            caches[-1].reserve([], room)
+        answers = [
+            Answer(
+                prompt=prompt,
+                cache=own,
+                rope_length=rope_length,
+                sampling=sampling,
+                stop_ids=frozenset(stop_ids),
+                num_top=num_top,
+                reused_tokens=known,
+            )
+            for sampling, own in zip(samplings, caches, strict=True)
+        ]
+        self._choose(None if hidden is None else hidden.expand(len(answers), -1, -1), answers, logits=logits)
+        return answers
 
     def advance(self, answers: Sequence[Answer], *, logits: bool = False) -> None:
         """Feed the last token of each answer and choose the next; answers of one base of dynamic NTK go together."""
@@ -518,7 +565,7 @@ class Engine:
         cache, _ = self._cache_for(prompt, rope_length, len(tokens))
         wanted = np.arange(asked - 1, asked + len(tokens) - 1, dtype=np.int64)
         whole = prompt.with_tokens(list(tokens)[:-1])
-        hidden = _result(self._prefill(whole, cache, rope_length=rope_length, wanted=wanted, new_tokens=0))
+        hidden = _result(self._prefill(whole, cache, rope_length=rope_length, wanted=wanted))
         values = None
         if hidden is not None:
             mine = self._held_rows(cache, wanted)

@@ -3,8 +3,9 @@
     folder/session.json                     checkpoint, sizes, tokens, images, conversation; written last
     folder/kv_tp0_pp0_cp0.safetensors       rows of one rank, as they are stored; its SHA-256 is in `.sha256`
 
-A session belongs to one checkpoint and one layout of ranks. What is loaded is used only as far as a prompt has the same
-content, so a changed image or text is computed anew and never answered from old keys.
+A session belongs to one checkpoint, one dtype and one storage of keys and values; ranks of another layout pick their
+rows from the files (`cache.reshard`). What is loaded is used only as far as a prompt has the same content, so a changed
+image or text is computed anew and never answered from old keys.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_v2pe.checkpoint.model_source import source_digest
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import commit_folder, write_atomic
 from megatron_v2pe.inference.cache.kv_cache import KVCache
 from megatron_v2pe.inference.cache.prefix import Content
+from megatron_v2pe.inference.cache.reshard import Layout, Rank, Wanted, resharded
 from megatron_v2pe.inference.chunks import Span
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompts.messages import Message
@@ -33,13 +36,12 @@ from megatron_v2pe.parallel.replica import agree_on_problem
 from megatron_v2pe.v2pe.layout import SampleLayout
 
 SESSION_FILE = "session.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _READ_BYTES = 2**20
-
-
-def checkpoint_digest(checkpoint: str | Path) -> str:
-    """SHA-256 of `checkpoint.json`, which holds the hashes of all files of the checkpoint."""
-    return hashlib.sha256((Path(checkpoint) / "checkpoint.json").read_bytes()).hexdigest()
+_WAY_OUT = {
+    "kv": "start with --kv as it was saved, or ask without it, which computes the document again",
+    "dtype": "start with --dtype as it was saved, or ask without it, which computes the document again",
+}
 
 
 def save_session(
@@ -69,8 +71,9 @@ def save_session(
     if engine.ranks.rank == 0:
         facts = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": source_digest(checkpoint),
             **_identity(engine),
+            "layout": dataclasses.asdict(_layout(engine)),
             "spans": [[span.start, span.stop, span.padded] for span in cache.spans],
             "content": _content_data(content),
             "messages": [dataclasses.asdict(message) for message in messages],
@@ -84,7 +87,7 @@ def load_session(engine: Engine, folder: str | Path, *, checkpoint: str | Path) 
     """Put a saved document among the engine's, and return its conversation; every rank calls it alike.
 
     Raises:
-        CheckpointError: not a session, a damaged one, or one of another checkpoint, layout or storage.
+        CheckpointError: not a session, a damaged one, or one of another checkpoint, dtype or storage.
     """
     source = Path(folder)
     problem, found = "", None
@@ -118,14 +121,20 @@ def _make_folder(target: Path, aside: Path) -> str:
 
 def _file_name(engine: Engine) -> str:
     ranks = engine.ranks
-    return f"kv_tp{ranks.tp_rank}_pp{ranks.pp_rank}_cp{ranks.cp_rank}.safetensors"
+    return _rank_file(Rank(tp=ranks.tp_rank, pp=ranks.pp_rank, cp=ranks.cp_rank))
+
+
+def _rank_file(rank: Rank) -> str:
+    return f"kv_tp{rank.tp}_pp{rank.pp}_cp{rank.cp}.safetensors"
 
 
 def _identity(engine: Engine) -> dict[str, Any]:
     """What must be the same where a session is loaded."""
-    plan = engine.plan
-    dtype = str(engine.runner.dtype).removeprefix("torch.")
-    return {"tp": plan.tp, "pp": plan.pp, "cp": plan.cp, "kv": engine.kv, "dtype": dtype}
+    return {"kv": engine.kv, "dtype": str(engine.runner.dtype).removeprefix("torch.")}
+
+
+def _layout(engine: Engine) -> Layout:
+    return Layout(tp=engine.plan.tp, pp=engine.plan.pp, cp=engine.plan.cp)
 
 
 def _content_data(content: Content) -> dict[str, Any]:
@@ -181,16 +190,16 @@ def _read(engine: Engine, source: Path, checkpoint: str | Path) -> tuple[Content
         facts = json.loads(path.read_text(encoding="utf-8"))
         wanted = {
             "format_version": FORMAT_VERSION,
-            "checkpoint": checkpoint_digest(checkpoint),
+            "checkpoint": source_digest(checkpoint),
             **_identity(engine),
         }
         for key, value in wanted.items():
             if facts.get(key) != value:
                 raise CheckpointError(
-                    f"{source}: was saved with {key} {facts.get(key)!r}, but here it is {value!r}; start as it was "
-                    "saved, or ask without it"
+                    f"{source}: was saved with {key} {facts.get(key)!r}, but here it is {value!r}; "
+                    f"{_WAY_OUT.get(key, 'ask without it, which computes the document again')}"
                 )
-        content = _content(facts["content"])
+        content, saved = _content(facts["content"]), Layout(**facts["layout"])
         messages = [
             Message(role=m["role"], text=m["text"], images=tuple(m["images"]), videos=tuple(m["videos"]))
             for m in facts["messages"]
@@ -201,16 +210,34 @@ def _read(engine: Engine, source: Path, checkpoint: str | Path) -> tuple[Content
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); the session is damaged") from None
     cache = KVCache(engine.runner.place(engine.kv))
-    cache.restore(spans, _rows(source / _file_name(engine), engine.runner.device), engine.runner.dtype)
+    cache.restore(*_rows(engine, source, saved, spans), engine.runner.dtype)
     return content, cache, messages
 
 
-def _rows(path: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
+def _rows(
+    engine: Engine, source: Path, saved: Layout, spans: Sequence[Span]
+) -> tuple[list[Span], dict[str, Tensor]]:
+    """Spans and rows of this rank, from the files of whatever ranks had them."""
+    ranks, device = engine.ranks, str(engine.runner.device)
+    wanted = Wanted(
+        layout=_layout(engine),
+        rank=Rank(tp=ranks.tp_rank, pp=ranks.pp_rank, cp=ranks.cp_rank),
+        layers=[layer.layer_number for layer in engine.runner.model.language.decoder.layers],
+        kv_heads=engine.arch.language.num_kv_heads,
+    )
+
+    def open_file(rank: Rank) -> Any:
+        path = source / _rank_file(rank)
         if path.with_suffix(".sha256").read_text(encoding="utf-8").strip() != _sha256(path):
             raise CheckpointError(
                 f"{path}: is damaged, its SHA-256 is not the one that was written; ask without it"
             )
-        return load_file(path, device=str(device))
+        return safe_open(path, framework="pt", device=device)
+
+    try:
+        return resharded(open_file, saved, spans, wanted)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        name = error.filename or source
+        raise CheckpointError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except (KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{source}: {error}; the session is damaged, ask without it") from None

@@ -17,7 +17,9 @@ from megatron_v2pe.config.validate import check_lengths
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.files import writable_folder, write_atomic
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
+from megatron_v2pe.data.index.bad_causes import by_cause, cause_lines
 from megatron_v2pe.data.loader import plan_mixture
+from megatron_v2pe.data.plan.epoch_plan import TooManyBadError
 from megatron_v2pe.data.report import (
     DatasetRow,
     PlanReport,
@@ -33,8 +35,6 @@ from megatron_v2pe.data.sources.meta import read_meta
 from megatron_v2pe.inspection.data_pictures import draw_pictures
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 
-_SHOWN_BAD = 50
-
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
@@ -42,7 +42,7 @@ class Overview:
 
     Attributes:
         text: the table.
-        bad_text: bad lines, the first fifty.
+        bad_text: bad lines, by cause.
         problem: why a run would refuse the data; None when it would not.
     """
 
@@ -95,6 +95,8 @@ def overview(
             batches=batch_schedule(config),
             balance=config.data.balance,
         )
+    except TooManyBadError as error:  # they are listed below
+        problem = DataError(error.summary)
     except DataError as error:
         problem = error
     rows = describe_datasets(indexes, plan)
@@ -132,10 +134,10 @@ def _write_report(
 
 def _bad_text(indexes: Sequence[DatasetIndex], report_dir: str | None) -> str:
     bad = [sample for index in indexes for sample in index.bad]
-    lines = [f"bad: {sample.message}\n" for sample in bad[:_SHOWN_BAD]]
-    if len(bad) > _SHOWN_BAD:
+    lines = [line if line.startswith("  ") else f"bad: {line}" for line in cause_lines(bad)]
+    if len(by_cause(bad)) < len(bad):
         where = (
             f"all in {report_dir}/bad.txt" if report_dir else "--report OUT writes all of them to OUT/bad.txt"
         )
-        lines.append(f"... and {len(bad) - _SHOWN_BAD} more; {where}\n")
-    return "".join(lines)
+        lines.append(f"{len(bad)} bad; {where}")
+    return "".join(f"{line}\n" for line in lines)

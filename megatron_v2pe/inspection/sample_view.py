@@ -26,8 +26,9 @@ from megatron_v2pe.data.media.medium import MediumTiles
 from megatron_v2pe.data.pack_reader import PackReader, TileShare, pack_request
 from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.tokenizer import Tokenizer
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import resolve
-from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.parallel.zigzag import range_indices
 from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.v2pe.positions import position_units
 
@@ -146,8 +147,9 @@ def view_pack(
         )
     batch, media, tokenizer = _read_pack(config, arch, hf_folder, place=(step - 1, micro_batch), cp=cp)
     owners = np.zeros(len(batch.tokens), dtype=np.int64)
-    for rank in range(cp):
-        owners[shard_indices(batch.layout.cu_seqlens, cp=cp, cp_rank=rank)] = rank
+    shards = sharding_of(config.parallel, arch).shards(batch.layout.cu_seqlens, cp=cp)
+    for rank, ranges in enumerate(shards.ranges):
+        owners[range_indices(ranges)] = rank
     positions = position_units(batch.layout) / arch.tokens_per_tile
     return PackView(
         title=f"step {step}, micro batch {micro_batch} of {num_packs}",

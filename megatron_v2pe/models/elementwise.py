@@ -2,7 +2,7 @@
 
     x + bias -> gelu                                        the tower's MLP and the projector
     (x + bias) * scale * mask + residual                    the tower's LayerScale and drop path
-    rotation of queries and keys                            `v2pe.rope.apply_rotary`
+    rotation of queries and keys                            `v2pe.rope.rotated`
 
 One by one, each of these reads and writes its whole tensor; compiled, a group of them does so once.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_v2pe.v2pe.rope import apply_rotary
+from megatron_v2pe.v2pe.rope import rotated
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ class ElementwiseOps:
         bias_gelu: see `bias_gelu`.
         scaled_residual: see `scaled_residual`.
         scaled_dropped_residual: see `scaled_dropped_residual`.
-        apply_rotary: see `v2pe.rope.apply_rotary`.
+        rotated: see `v2pe.rope.rotated`.
     """
 
     bias_gelu: Callable[..., Tensor] = bias_gelu
     scaled_residual: Callable[..., Tensor] = scaled_residual
     scaled_dropped_residual: Callable[..., Tensor] = scaled_dropped_residual
-    apply_rotary: Callable[..., Tensor] = apply_rotary
+    rotated: Callable[..., Tensor] = rotated
 
 
 def mlp_with_bias_gelu(

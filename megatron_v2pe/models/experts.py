@@ -119,6 +119,7 @@ class ExpertRouter(TopKRouter):
 
     Attributes:
         routed: of the micro batch that runs next; the layer sets it.
+        choice_bias: float32 [E], added to the probabilities when experts are chosen, and only then; None is without.
         counts: what happened since `counts` was last replaced, in training only.
     """
 
@@ -136,6 +137,9 @@ class ExpertRouter(TopKRouter):
         self.sum_over_pack = sum_over_pack
         self.routed: RoutedRows | None = None
         self.counts: RouterCounts | None = None
+        self.choice_bias: Tensor | None = (
+            None  # no buffer: it stays float32, and is stored with the run's state
+        )
 
     def forward(self, rows: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """[s, b, H] to weights [r, E], 0 where an expert is not chosen, and the choice, bool [r, E]."""
@@ -156,7 +160,11 @@ class ExpertRouter(TopKRouter):
         return F.linear(rows.to(working), self.weight.to(working))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        values, experts = logits.topk(self.topk, dim=-1)
+        if self.choice_bias is None:
+            values, experts = logits.topk(self.topk, dim=-1)
+        else:
+            experts = (logits.detach().softmax(-1) + self.choice_bias).topk(self.topk, dim=-1).indices
+            values = logits.gather(1, experts)
         is_normal = self.settings.normalizes_top_k
         chosen = values.softmax(-1) if is_normal else logits.softmax(-1).gather(1, experts)
         weights = torch.zeros_like(logits).scatter(1, experts, chosen)
@@ -173,7 +181,7 @@ class ExpertRouter(TopKRouter):
         tokens, num_tokens = local[:-2], local[-2].clamp(min=1.0)
         probabilities = (logits.softmax(-1) * is_token[:, None]).sum(0)
         # This rank's share of either loss: the shares of all ranks of the pack add up to it.
-        share = (tokens / num_tokens).to(logits.dtype) / num_tokens.to(logits.dtype)
+        share = self.token_share(tokens, num_tokens).to(logits.dtype) / num_tokens.to(logits.dtype)
         aux = self.num_experts * (share * probabilities).sum()
         z = (logits.logsumexp(-1).square() * is_token).sum() / num_tokens.to(logits.dtype)
         self._count(tokens, local[-1], aux, z)
@@ -181,6 +189,15 @@ class ExpertRouter(TopKRouter):
             return weights
         factor = self.routed.weight.to(logits.dtype) / settings.num_sparse_layers
         return _AddLoss.apply(weights, (settings.aux_loss * aux + settings.z_loss * z) * factor)
+
+    def token_share(self, tokens: Tensor, num_tokens: Tensor) -> Tensor:
+        """f of the load balancing loss, float64 [E]: share of the pack's tokens that chose each expert.
+
+        Args:
+            tokens: float64 [E], tokens of the pack that chose each expert in this layer.
+            num_tokens: float64 [], tokens of the pack, at least 1.
+        """
+        return tokens / num_tokens
 
     def _count(self, tokens: Tensor, dropped: Tensor, aux: Tensor, z: Tensor) -> None:
         assert self.routed is not None

@@ -122,10 +122,11 @@ class LanguageModel(GPTModel):
                 has_fractions=batch.has_fractions,
             ),
             document_lengths=batch.document_lengths or None,
+            document_holders=batch.document_holders,
             rotary_scale=self.rope.scaling.attention_factor,
             round_rotary=self.rope.precision == "reference",
             kv_cache=batch.kv_cache,
-            apply_rotary=self.elementwise.apply_rotary,
+            rotated=self.elementwise.rotated,
             routed=self.routed_rows(batch),
         )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -19,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_v2pe.models.experts import SequentialExperts
+from megatron_v2pe.models.linears import ColumnLinear, RowLinear
 from megatron_v2pe.models.norms import Norm
 
 
@@ -50,15 +50,15 @@ class BackendModules:
 
 
 def local_modules(*, language_attention: Any, vision_attention: Any) -> BackendModules:
-    """mcore's torch linears and our norms; CPU, and GPUs without Transformer Engine."""
+    """mcore's linears on torch's products and our norms; CPU, and GPUs without Transformer Engine."""
     return BackendModules(
         norm=Norm,
-        linear_qkv=ColumnParallelLinear,
-        linear_proj=RowParallelLinear,
-        linear_fc1=ColumnParallelLinear,
-        linear_fc2=RowParallelLinear,
-        expert_fc1=ColumnParallelLinear,
-        expert_fc2=RowParallelLinear,
+        linear_qkv=ColumnLinear,
+        linear_proj=RowLinear,
+        linear_fc1=ColumnLinear,
+        linear_fc2=RowLinear,
+        expert_fc1=ColumnLinear,
+        expert_fc2=RowLinear,
         language_attention=language_attention,
         vision_attention=vision_attention,
     )

@@ -77,8 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=working, device=hidden.device)
         wanted = [is_differentiated and needed for needed in ctx.needs_input_grad[:2]]
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # float32 sums over loss chunks: a bf16 running sum would lose the small rows.
-        grad_vocab_weight = torch.zeros_like(vocab_weight, dtype=working) if wanted[1] else None
+        grad_vocab_weight = None  # the first loss chunk's makes it
         for start in range(0, len(hidden), loss_chunk_tokens):
             rows = slice(start, start + loss_chunk_tokens)
             logits = (hidden[rows] @ vocab_weight.t()).to(working)  # [c, V]
@@ -91,8 +90,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ vocab_weight
-            if grad_vocab_weight is not None:
-                grad_vocab_weight += grad_logits.t() @ hidden[rows]
+            if wanted[1]:
+                part = grad_logits.t() @ hidden[rows]
+                # float32 sums over loss chunks: a bf16 running sum would lose the small rows.
+                grad_vocab_weight = (
+                    part.to(working) if grad_vocab_weight is None else grad_vocab_weight.add_(part)
+                )
+        if wanted[1] and grad_vocab_weight is None:  # no row has a label
+            grad_vocab_weight = torch.zeros_like(vocab_weight, dtype=working)
         ctx.save_for_backward(grad_hidden, grad_vocab_weight)
         ctx.dtype = vocab_weight.dtype
         ctx.mark_non_differentiable(losses)

@@ -185,11 +185,14 @@ class InternViT(MegatronModule):
         )
 
     def positions(self, grid: int) -> Tensor:
-        """Position table [1, grid^2 + 1, C], resized bicubically in float32 for another tile size."""
+        """Position table [1, grid^2 + 1, C], resized bicubically in float32 or wider for another tile size."""
         if grid == self.grid:
             return self.position_embedding
         class_row, patch_rows = self.position_embedding[:, :1], self.position_embedding[:, 1:]
-        image = patch_rows.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # [1, C, g, g]
+        working = torch.promote_types(patch_rows.dtype, torch.float32)
+        image = (
+            patch_rows.to(working).reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+        )  # [1, C, g, g]
         image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
         patch_rows = image.flatten(2).transpose(1, 2).to(patch_rows.dtype)  # [1, grid^2, C]
         return torch.cat([class_row, patch_rows], dim=1)

@@ -1,6 +1,6 @@
 r"""Cut a pack for one rank: one index for every per-token field, positions evaluated at the same index.
 
-    PackedBatch [t] --shard_ranges(cp)--> tokens, labels, loss weights [l]     (labels were shifted before)
+    PackedBatch [t] --Sharding.shards(cp)--> tokens, labels, loss weights [l]     (labels were shifted before)
                                       \-> position units [l]                  (closed form, nothing of length t)
                                       \-> slots and route of image features
     tiles of this rank, uint8 --device--> normalised pixels
@@ -20,8 +20,9 @@ from megatron_v2pe.batch.device_copy import to_device
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, normalized, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.parallel.feature_router import feature_route
+from megatron_v2pe.parallel.shards import ZIGZAG, Sharding
 from megatron_v2pe.parallel.topology import ParallelContext
-from megatron_v2pe.parallel.zigzag import range_indices, shard_ranges_of_ranks
+from megatron_v2pe.parallel.zigzag import range_indices
 from megatron_v2pe.v2pe.positions import position_units
 
 
@@ -33,11 +34,13 @@ class BatchSharder:
         context: sizes of the parallel axes and this rank's place on them.
         dtype: dtype of the pixels, the model's.
         norm: normalisation of uint8 tiles; None where tiles come as normalised floats.
+        sharding: which rank holds which tokens.
     """
 
     context: ParallelContext
     dtype: torch.dtype
     norm: PixelNorm | None = None
+    sharding: Sharding = ZIGZAG
 
     def shard(self, batch: PackedBatch, *, encodes_tiles: bool | None = None) -> LocalBatch:
         """This rank's share of a micro batch.
@@ -52,15 +55,15 @@ class BatchSharder:
         """
         plan, ranks = self.context.plan, self.context.ranks
         layout, device = batch.layout, ranks.device
-        shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
-        own = shards[ranks.cp_rank]
+        shards = self.sharding.shards(layout.cu_seqlens, cp=plan.cp)
+        own = shards.ranges[ranks.cp_rank]
         index = range_indices(own)
         pixels, route = None, None
         if ranks.is_first_stage if encodes_tiles is None else encodes_tiles:
             pixels = self._pixels(batch)
             route = feature_route(
                 layout,
-                shards,
+                shards.ranges,
                 plan=plan,
                 tile_rank=ranks.tile_rank,
                 tp_rank=ranks.tp_rank,
@@ -81,7 +84,6 @@ class BatchSharder:
             ],
             device,
         )
-        lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
         return LocalBatch(
             tokens=tokens.unsqueeze(0),
             labels=labels_there.unsqueeze(0),
@@ -89,8 +91,10 @@ class BatchSharder:
             position_units=units,
             rope_length=layout.rope_length,
             cu_seqlens=cu_seqlens,
-            max_seqlen=int(lengths.max()),
-            document_lengths=tuple(lengths.tolist()),
+            max_seqlen=max(shards.lengths),
+            document_lengths=shards.lengths,
+            document_holders=shards.holders,
+            local_lengths=shards.local_lengths(ranks.cp_rank),
             has_fractions=bool((positions % layout.tokens_per_tile).any()),
             supervised=supervised,
             pixels=pixels,
@@ -100,9 +104,10 @@ class BatchSharder:
         )
 
     def rows(self, batch: PackedBatch) -> int:
-        """Rows of a pack between the layers of every rank of the replica (r)."""
-        plan = self.context.plan
-        return batch.layout.num_tokens // plan.cp // (plan.tp if plan.sequence_parallel else 1)
+        """Rows of a pack between the layers of this rank, and of all that it exchanges hidden states with (r)."""
+        plan, cp_rank = self.context.plan, self.context.ranks.cp_rank
+        tokens = self.sharding.shards(batch.layout.cu_seqlens, cp=plan.cp).tokens(cp_rank)
+        return tokens // (plan.tp if plan.sequence_parallel else 1)
 
     def _pixels(self, batch: PackedBatch) -> Tensor:
         """Normalised tiles of this rank [n_local, *tile_shape] in the model's dtype."""

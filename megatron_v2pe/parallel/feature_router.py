@@ -35,7 +35,7 @@ def owned_rows(layout: PackLayout, shards: Sequence[Int64Array], *, plan: Parall
 
     Args:
         layout: documents of the pack.
-        shards: token ranges of each context parallel rank (`zigzag.shard_ranges_of_ranks`).
+        shards: token ranges of each context parallel rank (`shards.Shards.ranges`).
         plan: sizes of the parallel axes.
 
     Returns:
@@ -44,12 +44,16 @@ def owned_rows(layout: PackLayout, shards: Sequence[Int64Array], *, plan: Parall
         ascending.
     """
     num_slices = plan.tp if plan.shares_tiles_over_tp else 1
-    length = layout.num_tokens // plan.cp // num_slices
     owned = []
     for ranges in shards:
         slots, rows = visual_rows(layout, ranges)
+        length = _num_tokens(ranges) // num_slices
         owned += [_slice(slots, rows, tp_rank, length) for tp_rank in range(num_slices)]
     return owned
+
+
+def _num_tokens(ranges: Int64Array) -> int:
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
 def _slice(slots: Int64Array, rows: Int64Array, number: int, length: int) -> SlotsAndRows:
@@ -71,7 +75,7 @@ def feature_route(
 
     Args:
         layout: documents of the pack.
-        shards: token ranges of each context parallel rank (`zigzag.shard_ranges_of_ranks`).
+        shards: token ranges of each context parallel rank (`shards.Shards.ranges`).
         plan: sizes of the parallel axes.
         tile_rank: this rank in the tile group.
         tp_rank: this rank's slice of the sequence, where tp ranks share tiles and sequence parallelism is on.
@@ -88,7 +92,8 @@ def feature_route(
     arrays = [np.concatenate(sent)]
     if plan.sequence_parallel and not plan.shares_tiles_over_tp:
         numbers = np.arange(len(slots), dtype=np.int64)
-        slots, own = _slice(slots, numbers, tp_rank, layout.num_tokens // plan.cp // plan.tp)
+        length = _num_tokens(shards[tile_rank]) // plan.tp
+        slots, own = _slice(slots, numbers, tp_rank, length)
         arrays.append(own)
     send_rows, slots_there, *kept = to_device([arrays[0], slots, *arrays[1:]], device)
     return FeatureRoute(

@@ -12,7 +12,6 @@ from functools import partial
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
-from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.as_json import estimate_data, inference_data, search_data, variant_data
 from megatron_v2pe.planning.changes import advise, relax
@@ -63,11 +62,6 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
         ConfigError, CheckpointError, DataError: mistakes in the request, the configuration or the data.
     """
     name, arch = find_architecture(request.arch, request.config)
-    if arch.pyramid is not None:
-        raise ConfigError(
-            f"{name} has a pyramid around its vision tower (PIIP), whose activations the planner does not model; "
-            "measure a step instead (metrics.jsonl: peak_mem_gib), or plan the folder without its piip_config"
-        )
     hardware = chosen_hardware(request)
     if request.inference:
         return _inference(request, name, arch, hardware)

@@ -11,6 +11,7 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.arch.flops import step_flops
 from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.validate import check_sharding
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.memory.activations import (
     ModelChunkMemory,
@@ -139,10 +140,15 @@ class Estimate:
 
 
 def backend_of(config: RunConfig) -> str:
-    """The attention back end on a GPU cluster: `auto` means Transformer Engine there, native layers in float32."""
+    """The attention back end on a GPU cluster: `auto` means Transformer Engine there, native layers in float32.
+
+    Raises:
+        ConfigError: it cannot cut packs as `parallel.cp_sharding` asks.
+    """
     backend = config.parallel.attention_backend
     if backend == "auto":
-        return "transformer_engine" if config.runtime.dtype == "bfloat16" else "native"
+        backend = "transformer_engine" if config.runtime.dtype == "bfloat16" else "native"
+    check_sharding(config.parallel, backend)
     return backend
 
 

@@ -21,12 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_share
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_shape, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import ParallelPlan, Ranks, init_distributed, resolve
 from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.v2pe.layout import PackLayout, SampleLayout, pack_layout
@@ -51,6 +52,8 @@ class StepSizes:
     vision_layers: int = 4
     supervised: float = 0.25
     """Share of the tokens that have a label, at the end of the document."""
+    pyramid: dict[str, Any] | None = None
+    """`piip_config` of a model with a pyramid."""
 
     def architecture(self) -> InternVLArchitecture:
         """The model."""
@@ -58,7 +61,9 @@ class StepSizes:
 
     def hugging_face(self) -> dict[str, Any]:
         """Its config.json."""
+        pyramid = {"piip_config": self.pyramid} if self.pyramid else {}
         return {
+            **pyramid,
             "model_type": "internvl_chat",
             "force_image_size": TILE_PIXELS,
             "vision_config": {
@@ -106,7 +111,8 @@ class StepSizes:
         tokens = generator.integers(0, self.vocab, layout.num_tokens)
         labels = np.roll(tokens, -1)
         labels[: round((1 - self.supervised) * len(labels))] = IGNORE_INDEX
-        shape = (share[1] - share[0], 3, TILE_PIXELS, TILE_PIXELS)
+        tile_sizes = self.architecture().tile_sizes
+        shape = (share[1] - share[0], *tile_shape(tile_sizes))
         return PackedBatch(
             tokens=tokens,
             labels=labels,
@@ -115,6 +121,7 @@ class StepSizes:
             num_tiles=self.tiles,
             tile_range=share,
             tiles=generator.integers(0, 256, shape, dtype=np.uint8),
+            tile_sizes=tile_sizes,
             sample_ids=("benchmark",),
         )
 
@@ -158,6 +165,7 @@ class MeasuredStep:
             context=context,
             dtype=torch.bfloat16 if is_half else torch.float32,
             norm=PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            sharding=sharding_of(parallel, self.sizes.architecture()),
         )
         self.runner = MicroBatchRunner(shard=sharder.shard, device=self.ranks.device)
         attach(self.runner, self.wrapped)

@@ -53,13 +53,28 @@ def heading_lines(estimate: Estimate, name: str) -> list[str]:
     return [
         f"{name} on {plan.world_size} x {estimate.hardware.name}, {config.runtime.dtype}, {estimate.setting.backend}",
         f"  layout   tp {plan.tp}{' with sequence parallelism' if plan.sequence_parallel else ''}, pp {plan.pp}, "
-        f"vpp {plan.vpp}, cp {plan.cp} ({config.parallel.cp_comm_type}), dp {plan.dp}",
+        f"vpp {plan.vpp}, cp {plan.cp} ({_sharing(estimate)}), dp {plan.dp}",
         f"  memory   {saving}; {tower}",
         f"  pack     {pack.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}, "
         f"{pack.num_tiles:,} tiles, {pack.supervised_tokens:,} supervised ({pack.source})",
         f"  step     {batches.full_size} packs, {estimate.micro_batches} for each data parallel rank{rampup}",
         f"  rank     {estimate.setting.tokens:,} tokens, {estimate.setting.tiles:,} tiles",
     ]
+
+
+def _sharing(estimate: Estimate) -> str:
+    """How context parallel ranks share a pack, and what by_document sends and weighs beside zigzag."""
+    parallel, setting = estimate.setting.config.parallel, estimate.setting
+    if parallel.cp_sharding == "zigzag":
+        return parallel.cp_comm_type
+    if setting.shards.holders is None:
+        return f"{parallel.cp_comm_type}, {parallel.cp_sharding}: zigzag for this pack"
+    mean = setting.pack.num_tokens / setting.plan.cp
+    share = setting.received_rows / ((setting.plan.cp - 1) * mean)
+    return (
+        f"{parallel.cp_comm_type}, {parallel.cp_sharding}: {share:.0%} of zigzag's keys, fullest rank "
+        f"{setting.tokens / mean:.2f} of the mean in tokens, slowest {setting.slowest_rank[1]:.2f} in attention"
+    )
 
 
 def shown_stages(estimate: Estimate) -> list[RankMemory]:

@@ -84,7 +84,7 @@ def search(
     fitting: list[Variant] = []
     lacking: list[Variant] = []
     for axes in splits(arch, gpus, hardware):
-        variant = best_savings(config, axes, evaluate)
+        variant = best_savings(config, (*axes, *_sharding(config, axes)), evaluate)
         if variant is not None:
             (fitting if variant.estimate.fits else lacking).append(variant)
     if not fitting and not lacking:
@@ -95,6 +95,13 @@ def search(
     if not fitting:
         return sorted(lacking, key=lambda variant: -variant.estimate.room_bytes)
     return sorted(fitting, key=lambda variant: variant.estimate.time.seconds)
+
+
+def _sharding(config: RunConfig, axes: tuple[Override, ...]) -> tuple[Override, ...]:
+    """The run's `parallel.cp_sharding`, and zigzag where the axes know no other."""
+    sizes = {key: value for _, key, value in axes}
+    is_kept = sizes["cp"] > 1 and sizes["cp_comm_type"] == "p2p"
+    return () if is_kept else (("parallel", "cp_sharding", "zigzag"),)
 
 
 def best_savings(config: RunConfig, axes: tuple[Override, ...], evaluate: Evaluate) -> Variant | None:

@@ -45,9 +45,9 @@ def time_left(job: str) -> str:
 def planned(
     config: RunConfig, arch: InternVLArchitecture, device: torch.device, world_size: int
 ) -> Estimate | None:
-    """The plan of the run on this rank's GPU; None where nothing is stated for the device, or for a pyramid."""
+    """The plan of the run on this rank's GPU; None where nothing is stated for the device."""
     hardware = known_hardware(device)
-    if hardware is None or arch.pyramid is not None:  # activations of a pyramid are not modelled
+    if hardware is None:
         return None
     memory_gib = torch.cuda.mem_get_info(device)[1] / 2**30
     pack = assumed_pack(config, arch, Assumptions())
@@ -59,7 +59,7 @@ def planned(
 def check_memory(estimate_of_run: Estimate | None) -> Finding:
     """Whether the run fits its GPUs."""
     if estimate_of_run is None:
-        text = "not planned: no stated numbers for this device, or a vision tower with a pyramid"
+        text = "not planned: no stated numbers for this device"
         return Finding(name="memory", verdict="note", text=text)
     needed, has = estimate_of_run.fullest.total_bytes / 2**30, estimate_of_run.hardware.memory_gib
     text = f"plan: {needed:.1f} of {has:.1f} GiB on the fullest rank"

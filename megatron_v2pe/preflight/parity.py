@@ -19,8 +19,9 @@ from megatron_v2pe.assembly.mcore_config import DTYPES, language_config, rope_sp
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.shards import ZIGZAG, Shards, held_by
 from megatron_v2pe.parallel.topology import ParallelContext, ParallelPlan
-from megatron_v2pe.parallel.zigzag import shard_indices
+from megatron_v2pe.parallel.zigzag import range_indices
 from megatron_v2pe.preflight.findings import Finding
 from megatron_v2pe.v2pe.rope import RopeSpec, apply_rotary, rope_angles
 
@@ -44,10 +45,11 @@ def check_attention(config: RunConfig, arch: InternVLArchitecture, context: Para
     spec = rope_spec(config, arch)
     units = random_position_units(lengths, spec, longest=config.data.max_sample_tokens)
     length = int(units.max()) // spec.tokens_per_tile + 1
-    index = torch.from_numpy(shard_indices(boundaries, cp=plan.cp, cp_rank=ranks.cp_rank))
+    shards = _shards(boundaries, config, plan)
+    index = torch.from_numpy(range_indices(shards.ranges[ranks.cp_rank]))
     ours = _ours(
         [x[index].to(ranks.device) for x in whole],
-        _packed(boundaries, units[index], spec, rope_length=length, device=ranks.device),
+        _packed(boundaries, shards, units[index], spec, rope_length=length, device=ranks.device),
         config=config,
         arch=arch,
         context=context,
@@ -58,6 +60,15 @@ def check_attention(config: RunConfig, arch: InternVLArchitecture, context: Para
     pairs = [(mine.cpu().double(), full[index]) for mine, full in zip(ours, wanted, strict=True)]
     error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     return judge_error(error, dtype, plan, positions=length)
+
+
+def _shards(boundaries: np.ndarray, config: RunConfig, plan: ParallelPlan) -> Shards:
+    """The documents over all ranks; where the run's may lie on some, over one, all and half of them."""
+    if config.parallel.cp_sharding == "zigzag":
+        return ZIGZAG.shards(boundaries, cp=plan.cp)
+    every = tuple(range(plan.cp))
+    divisors = [count for count in range(1, plan.cp) if plan.cp % count == 0]
+    return held_by(boundaries, ((0,), every, every[: max(divisors)]), cp=plan.cp)
 
 
 def random_position_units(lengths: list[int], spec: RopeSpec, *, longest: int) -> Tensor:
@@ -94,7 +105,13 @@ def _inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dty
 
 
 def _packed(
-    boundaries: np.ndarray, units: Tensor, spec: RopeSpec, *, rope_length: int, device: torch.device
+    boundaries: np.ndarray,
+    shards: Shards,
+    units: Tensor,
+    spec: RopeSpec,
+    *,
+    rope_length: int,
+    device: torch.device,
 ) -> V2PEPackedSeqParams:
     """What the attention core is given: boundaries of the documents, this rank's positions."""
     cut = torch.from_numpy(boundaries).to(device=device, dtype=torch.int32)
@@ -108,6 +125,8 @@ def _packed(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rotary_angles=rope_angles(units.to(device), spec, rope_length=rope_length),
+        document_lengths=shards.lengths,
+        document_holders=shards.holders,
         rotary_scale=spec.scaling.attention_factor,
         round_rotary=spec.precision == "reference",
     )

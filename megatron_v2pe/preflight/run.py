@@ -57,7 +57,15 @@ def _layout(config: RunConfig) -> tuple[RunConfig, Finding]:
     if launcher().master is not None or parallel.replica_size == 1:
         return config, Finding(name="layout", verdict="go", text=text)
     alone = dataclasses.replace(
-        parallel, tp=1, pp=1, cp=1, vpp=1, sequence_parallel=False, vision="replicated", pipeline_layout=""
+        parallel,
+        tp=1,
+        pp=1,
+        cp=1,
+        cp_sharding="zigzag",
+        vpp=1,
+        sequence_parallel=False,
+        vision="replicated",
+        pipeline_layout="",
     )
     text += ": checked as one rank; start under torchrun, or with launch/submit.py, to check all"
     runtime = dataclasses.replace(config.runtime, profile_ranks="0")  # others of the run's are not here

@@ -60,31 +60,40 @@ class SourceTotals:
         return {name: count for name, count in zip(names, self.tokens, strict=True) if count}
 
 
-def source_of_tokens(pack: PackedBatch, num_local: int) -> Int64Array:
+def source_of_tokens(pack: PackedBatch, local_lengths: Sequence[int]) -> Int64Array:
     """Data set of each token that a rank holds, int64 [l].
 
-    Each of the ranks that share a pack holds the same number of tokens of every padded document, in order.
+    Args:
+        pack: the whole pack.
+        local_lengths: padded tokens of each document on this rank (`LocalBatch.local_lengths`).
 
     Example:
-        cu_seqlens [0, 8, 12], sources (3, 1), 6 of 12 tokens held: [3, 3, 3, 3, 1, 1].
+        sources (3, 1), local_lengths (4, 2): [3, 3, 3, 3, 1, 1].
     """
-    bounds = pack.layout.cu_seqlens
-    return np.repeat(np.array(pack.sources, dtype=np.int64), np.diff(bounds) * num_local // bounds[-1])
+    return np.repeat(np.array(pack.sources, dtype=np.int64), local_lengths)
 
 
-def local_loss_sums(pack: PackedBatch, losses: Tensor, weights: Tensor, *, num_sources: int) -> Tensor:
+def local_loss_sums(
+    pack: PackedBatch,
+    losses: Tensor,
+    weights: Tensor,
+    *,
+    local_lengths: Sequence[int],
+    num_sources: int,
+) -> Tensor:
     """Sum of weight * loss of this rank's tokens by data set.
 
     Args:
         pack: the whole pack.
         losses: float [1, l], 0 where there is no label.
         weights: float32 [1, l].
+        local_lengths: padded tokens of each document on this rank.
         num_sources: data sets S.
 
     Returns:
         float64 [S], on the losses' device.
     """
-    (index,) = to_device([source_of_tokens(pack, losses.shape[1])], losses.device)
+    (index,) = to_device([source_of_tokens(pack, local_lengths)], losses.device)
     sums = torch.zeros(num_sources, dtype=torch.float64, device=losses.device)
     return sums.index_add_(0, index, (losses * weights).squeeze(0).double())
 

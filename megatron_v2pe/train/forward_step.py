@@ -2,8 +2,8 @@
 
     PackedBatch --BatchSharder--> LocalBatch --InternVL--> weighted sum of the losses   (last stage)
 
-The schedule does not see the weights: it counts in int32. The float weights are summed here and given to mcore's
-gradient finalisation instead of the schedule's count (`finalize`), which divides by their global sum once.
+The schedule does not see the weights: it counts in int32. The float weights are summed here, and gradients divided by
+their global sum once, after mcore's gradient finalisation (`finalize`), instead of by the schedule's count.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -60,24 +61,44 @@ class MicroBatchRunner:
         batch = self.shard(pack, encodes_tiles=encodes_tiles)
         if batch.loss_weights is None:
             return model(batch), None
-        return model(batch), partial(self._loss, pack, batch.loss_weights)
+        return model(batch), partial(self._loss, pack, batch)
 
     def _loss(
-        self, pack: PackedBatch, loss_weights: Tensor, output: tuple[Tensor, Tensor]
+        self, pack: PackedBatch, batch: LocalBatch, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, losses = output
+        loss_weights = batch.loss_weights
+        assert loss_weights is not None
         self.weight_sum += loss_weights.sum(dtype=torch.float64)
         report = {"loss_sum": total.detach(), "losses": losses}
         if self.source_names:
             report["source_loss_sums"] = local_loss_sums(
-                pack, losses, loss_weights, num_sources=len(self.source_names)
+                pack,
+                losses,
+                loss_weights,
+                local_lengths=batch.local_lengths,
+                num_sources=len(self.source_names),
             )
         # The schedule's own count is ignored by `finalize`; it must be an int32 tensor.
         return total, torch.zeros((), dtype=torch.int, device=losses.device), report
 
     def finalize(self, model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Reduce gradients over all ranks, then divide them by the global weight sum."""
-        finalize_model_grads(model, self.weight_sum, **kwargs)
+        """Reduce gradients over all ranks, then divide them by the global weight sum, which only the last stage knows.
+
+        mcore would divide as well, but sums the weights over groups of one rank, too, and waits for a GPU to compare
+        them with zero.
+        """
+        finalize_model_grads(model, None, **kwargs)
+        groups = kwargs["pg_collection"]
+        if groups.pp.size() > 1:
+            last_stage = dist.get_process_group_ranks(groups.pp)[-1]
+            dist.broadcast(self.weight_sum, src=last_stage, group=groups.pp)
+        if groups.dp_cp.size() > 1:
+            dist.all_reduce(self.weight_sum, group=groups.dp_cp)
+        # A step without any label has gradients of zero, and its loss is not a number.
+        scale = 1.0 / torch.where(self.weight_sum > 0, self.weight_sum, torch.ones_like(self.weight_sum))
+        for model_chunk in model:
+            model_chunk.scale_gradients(scale)
 
 
 def attach(runner: MicroBatchRunner, wrapped: list[Any]) -> None:

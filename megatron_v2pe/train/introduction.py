@@ -55,7 +55,9 @@ def introduction(
     runtime = config.runtime
     trained = [*parts_trained_whole(config), *(["adapters"] if config.lora.is_on else [])]
     begin = f"continued from {resume_from.name}" if resume_from else "from the first"
-    layout = f"tp {plan.tp}, cp {plan.cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
+    sharding = config.parallel.cp_sharding
+    cp = f"cp {plan.cp}" if sharding == "zigzag" else f"cp {plan.cp} ({sharding})"
+    layout = f"tp {plan.tp}, {cp}, pp {plan.pp}, dp {plan.dp}; {runtime.dtype}"
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     share = f"{sizes.trained / 1e6:,.1f} M parameters, {sizes.trained / sizes.parameters:.1%} of the model"
     rows = [

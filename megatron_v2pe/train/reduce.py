@@ -31,9 +31,10 @@ def sum_by_name(
     """
     tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-    if flat.device.type == "cpu":
-        (flat,) = to_device([flat.numpy()], device)
-    dist.all_reduce(flat, group=group)
+    if dist.get_world_size(group) > 1:
+        if flat.device.type == "cpu":
+            (flat,) = to_device([flat.numpy()], device)
+        dist.all_reduce(flat, group=group)
     sums = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
     return {
         name: total.view(tensor.shape) for (name, tensor), total in zip(tensors.items(), sums, strict=True)

@@ -53,6 +53,7 @@ class Retrieval:
     ranks: Ranks
     pp: int = 1
     on_progress: Callable[[int], None] = lambda step: None
+    _lengths: list[tuple[int, ...]] = field(default_factory=list, init=False)
     _labels: list[Tensor] = field(default_factory=list, init=False)
 
     def after_step(self, step: int, model_chunks: Sequence[Any]) -> dict[str, Any]:
@@ -91,11 +92,14 @@ class Retrieval:
         own = iter(packs)
         while batches := list(islice(own, packs_at_once(self.pp))):
             refuse_damaged(batches, ranks=self.ranks, name="data.retrieval")
-            self._labels = []
+            self._labels, self._lengths = [], []
             outputs = run_schedule(model_chunks, self._forward, batches, forward_only=True)
             if self.ranks.is_last_stage:
-                for pack, hidden, labels in zip(batches, outputs, self._labels, strict=True):
-                    self._add(pack, self._is_wrong(model_chunks[-1], hidden, labels), right, asked)
+                for pack, hidden, labels, lengths in zip(
+                    batches, outputs, self._labels, self._lengths, strict=True
+                ):
+                    wrong = self._is_wrong(model_chunks[-1], hidden, labels)
+                    self._add(pack, lengths, wrong, right, asked)
             self.on_progress(step + 1)
         sums = sum_by_name({"right": right, "asked": asked}, device=self.ranks.device)
         return sums["right"].tolist(), sums["asked"].tolist()
@@ -106,6 +110,7 @@ class Retrieval:
         if get_attr_wrapped_model(model, "post_process"):
             assert local.labels is not None
             self._labels.append(local.labels)
+            self._lengths.append(local.local_lengths)
         return model(replace(local, labels=None, loss_weights=None)), None
 
     def _is_wrong(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -125,11 +130,18 @@ class Retrieval:
             wrong[supervised[part]] = (best != labels[supervised[part]]).double()
         return wrong
 
-    def _add(self, pack: PackedBatch, wrong: Tensor, right: Tensor, asked: Tensor) -> None:
+    def _add(
+        self,
+        pack: PackedBatch,
+        local_lengths: tuple[int, ...],
+        wrong: Tensor,
+        right: Tensor,
+        asked: Tensor,
+    ) -> None:
         """Count the samples of a pack; one of the ranks that share it does, with the wrong tokens of all."""
         count = len(pack.sources)
         numbered = replace(pack, sources=tuple(range(count)))
-        index = torch.from_numpy(source_of_tokens(numbered, len(wrong))).to(wrong.device)
+        index = torch.from_numpy(source_of_tokens(numbered, local_lengths)).to(wrong.device)
         totals = torch.zeros(count, dtype=torch.float64, device=wrong.device).index_add_(0, index, wrong)
         totals = sum_by_name({"wrong": totals}, device=wrong.device, group=self.ranks.groups.cp)["wrong"]
         is_repeated = not pack.loss_weights.any()  # a run without loss, where a rank has no pack left

@@ -57,6 +57,7 @@ class Saver:
         ranks: this rank's place.
         hf_folder: Hugging Face side files of the model.
         adapters: of a run that trains adapters.
+        system: system text of all samples, empty for the template's; None where they differ.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Saver:
         ranks: Ranks,
         hf_folder: Path,
         adapters: AdapterRecord | None = None,
+        system: str | None = None,
     ) -> None:
         self._config = config
         self._trainer = trainer
         self._ranks = ranks
         self._hf_folder = hf_folder
         self._adapters = adapters
-        self._trained = trained_values(config, read_architecture(hf_folder))
+        self._trained = trained_values(config, read_architecture(hf_folder), system=system)
         self._is_memory_known = False
         self._memory = (
             HostCopy(is_pinned=ranks.device.type == "cuda") if config.checkpoint.async_save else None
@@ -179,7 +181,11 @@ class Saver:
             self._config.runtime.run_dir,
             model_chunks=self._trainer.wrapped,
             optimizer=self._trainer.optimizer,
-            run_state=replace(state, schedule=self._trainer.scheduler.state_dict()),
+            run_state=replace(
+                state,
+                schedule=self._trainer.scheduler.state_dict(),
+                expert_bias=self._trainer.expert_bias.table(),
+            ),
             ranks=self._ranks,
             hf_folder=self._hf_folder,
             keep=self._config.checkpoint.keep,

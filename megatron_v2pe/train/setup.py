@@ -20,6 +20,7 @@ from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.load import load_checkpoint
 from megatron_v2pe.checkpoint.model_loading import load_initial_weights
 from megatron_v2pe.checkpoint.resume import resume_point_in_full, verify_in_full
@@ -40,6 +41,7 @@ from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.validation import ValidationPacks
 from megatron_v2pe.parallel.agreement import Facts, require_equal_in_world
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import (
     Joining,
     ParallelContext,
@@ -53,6 +55,7 @@ from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
 from megatron_v2pe.train.guards.bad_steps import BadSteps
 from megatron_v2pe.train.guards.config_snapshot import write_config_snapshot
 from megatron_v2pe.train.guards.damaged import DamagedSamples
+from megatron_v2pe.train.guards.determinism import deterministic_algorithms
 from megatron_v2pe.train.guards.interruption import Interruption
 from megatron_v2pe.train.guards.loss_guard import LossGuard
 from megatron_v2pe.train.guards.rank_facts import folder_facts, rank_facts
@@ -61,6 +64,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
+    require_open_gates,
     require_usable_folder,
     run_to_continue,
 )
@@ -179,6 +183,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         stack.enter_context(locked(run_dir, by_this_rank=launcher().rank == 0))
         stack.enter_context(explained_full_disk(run_dir))
         found = run_to_continue(config, run_dir)
+        stack.enter_context(deterministic_algorithms(is_wanted=config.runtime.deterministic))
         facts = rank_facts(config, arch) if plan.world_size > 1 else None
         startup.done("checks")
         context = stack.enter_context(_world(config, plan, facts=facts))
@@ -207,7 +212,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             ranks=ranks,
             trainer=trainer,
             loader=loader,
-            runner=_micro_batch_runner(loader, trainer, _sharder(config, context)),
+            runner=_micro_batch_runner(loader, trainer, _sharder(config, arch, context)),
             validation=_validation(config, arch, context, monitors),
             retrieval=_retrieval(config, arch, context, monitors),
             damaged=_damaged_samples(config, loader, run_dir, ranks=ranks),
@@ -218,7 +223,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             startup=startup,
             interruption=interruption,
             monitors=monitors,
-            saver=stack.enter_context(_saver(config, trainer, ranks=ranks)),
+            saver=stack.enter_context(_saver(config, trainer, loader, ranks=ranks)),
             state=state,
             resources=stack.pop_all(),
         )
@@ -233,13 +238,14 @@ def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outs
 
 
 def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Path]:
-    """Architecture, plan and run folder, after all checks that read no weights and no data."""
+    """Architecture, plan and run folder, after all checks that read no data, and no weights but gates."""
     world_size = launcher().world_size
     check_required(config)
     check_sinks(config.runtime)
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
+    require_open_gates(config, arch)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")
@@ -306,6 +312,8 @@ def _trainer(
         load_initial_weights(model_chunks, config, arch, ranks=context.ranks)
     startup.done("weights")
     trainer = wrap_for_training(model_chunks, config)
+    if config.model.checkpoint and resume_from is None:
+        trainer.expert_bias.load(expert_bias_of(config.model.checkpoint))
     startup.done("optimizer")
     return trainer
 
@@ -316,6 +324,7 @@ def _restored(folder: Path | None, trainer: Trainer, *, ranks: Ranks) -> RunStat
         return None
     state = load_checkpoint(folder, model_chunks=trainer.wrapped, optimizer=trainer.optimizer, ranks=ranks)
     trainer.scheduler.load_state_dict(state.schedule)
+    trainer.expert_bias.load(state.expert_bias)
     return state
 
 
@@ -374,12 +383,13 @@ def _record_start(
     append_json(run_dir / "starts.jsonl", line)
 
 
-def _sharder(config: RunConfig, context: ParallelContext) -> BatchSharder:
+def _sharder(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> BatchSharder:
     """How a pack becomes this rank's share."""
     return BatchSharder(
         context=context,
         dtype=DTYPES[config.runtime.dtype],
         norm=NORMALIZATION[config.data.normalize_type],
+        sharding=sharding_of(config.parallel, arch),
     )
 
 
@@ -425,7 +435,7 @@ def _validation(
     """Held-out packs, and a runner that keeps their groups apart."""
     packs = _held_out_packs(config.data.validation, "data.validation", config, arch, context)
     names = tuple(f"{group.source} {group.length_name}" for group in packs.groups) if packs else ()
-    shard, device = _sharder(config, context).shard, context.ranks.device
+    shard, device = _sharder(config, arch, context).shard, context.ranks.device
     return Validation(
         packs=packs,
         every=config.runtime.validate_every,
@@ -444,7 +454,7 @@ def _retrieval(
         packs=_held_out_packs(config.data.retrieval, "data.retrieval", config, arch, context),
         every=config.runtime.evaluate_every,
         last_step=config.optim.steps,
-        shard=_sharder(config, context).shard,
+        shard=_sharder(config, arch, context).shard,
         ranks=context.ranks,
         pp=context.plan.pp,
         on_progress=monitors.keep_alive,
@@ -503,11 +513,12 @@ def _monitors(
     return Monitors(profiler, watchdog, entered=rank_monitor)
 
 
-def _saver(config: RunConfig, trainer: Trainer, *, ranks: Ranks) -> Saver:
+def _saver(config: RunConfig, trainer: Trainer, loader: TrainLoader, *, ranks: Ranks) -> Saver:
     return Saver(
         config,
         trainer,
         ranks=ranks,
         hf_folder=hf_folder_of(config),
         adapters=describe_adapters(config),
+        system=loader.system_text,
     )

@@ -81,7 +81,8 @@ def train_step(
     """Run one update over this data parallel rank's micro batches; see `StepReport.is_applied`."""
     started = time.perf_counter()
     for chunk in trainer.wrapped:
-        chunk.train()
+        if not chunk.training:  # walks over every module
+            chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     runner.reset()
@@ -89,8 +90,8 @@ def train_step(
     if runner.rows is not None:
         stages = StageRows(rows=[runner.rows(batch) for batch in batches], groups=ranks.groups)
     outputs = run_schedule(trainer.wrapped, runner.forward_step, batches, stages=stages)
-    loss, totals = _mean_losses(outputs, batches, runner=runner, ranks=ranks)
-    part_norms = grad_norms(trainer.optimizer, trainer.model_chunks, device=ranks.device)
+    loss, totals = mean_losses(outputs, batches, runner=runner, ranks=ranks)
+    part_norms = grad_norms(trainer.optimizer, trainer.shards, device=ranks.device)
     grad_norm = math.hypot(*part_norms.values())
     is_applied = math.isfinite(loss) and math.isfinite(grad_norm) and loss <= loss_limit
     lr = trainer.scheduler.get_lr({})
@@ -99,6 +100,8 @@ def train_step(
         trainer.optimizer.step_with_ready_grads()
     trainer.scheduler.step(increment=1)
     routers = take_router_totals(trainer.model_chunks, ranks=ranks)
+    if is_applied and routers is not None:
+        trainer.expert_bias.update(routers)
     return StepReport(
         is_applied=is_applied,
         loss=loss,
@@ -111,7 +114,7 @@ def train_step(
         loss_limit=loss_limit,
         bad_packs=() if is_applied else _bad_packs(outputs),
         seconds=time.perf_counter() - started,
-        routers=routers.numbers(float(runner.weight_sum)) if routers else {},
+        routers=routers.numbers(float(runner.weight_sum)) | trainer.expert_bias.numbers() if routers else {},
     )
 
 
@@ -122,7 +125,7 @@ def _bad_packs(outputs: list[dict[str, Any]]) -> tuple[int, ...]:
     )
 
 
-def _mean_losses(
+def mean_losses(
     outputs: list[dict[str, Any]], batches: Sequence[PackedBatch], *, runner: MicroBatchRunner, ranks: Ranks
 ) -> tuple[float, SourceTotals]:
     """Weighted mean loss over data and context parallel ranks, and sums by data set, on every rank of the world.

@@ -136,6 +136,25 @@ def _kept_frequencies(device: torch.device, spec: RopeSpec, rope_length: int, dt
     return inverse_frequencies(spec, rope_length, dtype=dtype).to(device)
 
 
+def rotary_tables(
+    angles: Tensor, dtype: torch.dtype, *, scale: float = 1.0, round_tables: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [t, 1, d/2] of angles [t, d/2], for heads in `dtype`; see `apply_rotary`."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    if round_tables:
+        cos, sin = cos.to(dtype), sin.to(dtype)
+    return cos.to(working).unsqueeze(1), sin.to(working).unsqueeze(1)
+
+
+def rotated(x_thd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [t, h, d] by tables [t, 1, d/2] of `rotary_tables`; minus the sines rotate back."""
+    first, second = x_thd.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)
+
+
 def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tables: bool = False) -> Tensor:
     """Rotate heads by their token's angles: x*cos + rotate_half(x)*sin, NeoX halves.
 
@@ -149,12 +168,4 @@ def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tab
     Returns:
         [t, h, d] in the dtype of `x_thd`; computed in float32 (float64 for float64 input).
     """
-    working = torch.float64 if x_thd.dtype == torch.float64 else torch.float32
-    tables = (angles.cos(), angles.sin())
-    if scale != 1.0:
-        tables = (tables[0] * scale, tables[1] * scale)
-    if round_tables:
-        tables = (tables[0].to(x_thd.dtype), tables[1].to(x_thd.dtype))
-    cos, sin = (table.to(working).unsqueeze(1) for table in tables)  # [t, 1, d/2]
-    first, second = x_thd.to(working).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)
+    return rotated(x_thd, *rotary_tables(angles, x_thd.dtype, scale=scale, round_tables=round_tables))

@@ -131,6 +131,65 @@ def test_four_ranks_equal_full_attention():
             assert max(found) < TOLERANCE[cases[name][4]], name
 
 
+HELD = {  # documents' lengths and the ranks that hold them, of 2 and of 4
+    2: {
+        "whole": ((12, 8, 20), ((0,), (1,), (0,))),
+        "mixed": ((40, 4, 8, 8, 28), ((0, 1), (1,), (0,), (1,), (0, 1))),
+        "cut": ((4, 4, 8), ((0, 1),) * 3),
+        "nothing in common": ((600, 8), ((0,), (1,))),
+    },
+    4: {
+        "subsets": ((16, 24, 8, 8, 32, 4), ((0, 2), (1, 2, 3), (3,), (0,), (0, 1, 2, 3), (1,))),
+        "pairs": ((8, 8, 8, 8), ((0, 3), (1, 2), (2, 3), (0, 1))),
+    },
+}
+HELD_DTYPES = (torch.float64, torch.float32)
+
+
+def held_errors(rank, world_size):
+    """Largest errors of output, dq, dk, dv where documents lie on some of the ranks."""
+    import torch.distributed as dist
+
+    from megatron_v2pe.parallel.attention.context_parallel import document_attention
+    from megatron_v2pe.parallel.attention.direct import Places
+    from megatron_v2pe.parallel.shards import held_by
+    from megatron_v2pe.parallel.zigzag import range_indices
+
+    found = {}
+    for name, (lengths, holders) in HELD[world_size].items():
+        for dtype in HELD_DTYPES:
+            index = torch.from_numpy(
+                range_indices(held_by(boundaries(lengths), holders, cp=world_size).ranges[rank])
+            )
+            query, key, value, grad = (x[index] for x in inputs(lengths, 4, 2, dtype))
+            leaves = [x.requires_grad_() for x in (query, key, value)]
+            places = Places(lengths, holders)
+            out = document_attention(
+                *leaves, places=places, scale=query.shape[-1] ** -0.5, group=dist.group.WORLD
+            )
+            ours = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+            wanted = reference(lengths, 4, 2, dtype)
+            found[name, dtype] = [
+                float((a.double() - b[index]).abs().max()) for a, b in zip(ours, wanted, strict=True)
+            ]
+    return found
+
+
+def check_held(world_size):
+    for errors in run_ranks(held_errors, world_size, timeout=120):
+        for (name, dtype), found in errors.items():
+            assert max(found) < TOLERANCE[dtype], (name, dtype, found)
+
+
+def test_documents_on_some_of_two_ranks():
+    check_held(2)
+
+
+@pytest.mark.slow
+def test_documents_on_some_of_four_ranks():
+    check_held(4)
+
+
 SENT_LENGTHS, SENT_HEADS, SENT_DIM = (256, 512, 64), 4, 32
 SENT_TOLERANCE = 0.01  # headers of messages
 
@@ -183,6 +242,43 @@ def test_bytes_sent_are_the_formulas(world_size):
         for comm, count in sent.items():
             wanted = formula(comm, rank, world_size)
             assert abs(count / wanted - 1) < SENT_TOLERANCE, f"{comm} rank {rank}: {count} of {wanted}"
+
+
+SENT_BY_DOCUMENT = ((256, 512, 64, 128), ((0, 1), (1,), (0, 1), (0,)))
+
+
+def bytes_sent_by_document(rank, world_size):
+    """Bytes that this rank writes, and those of the rows that `direct` says it sends."""
+    import torch.distributed as dist
+
+    from megatron_v2pe.parallel.attention.context_parallel import document_attention
+    from megatron_v2pe.parallel.attention.direct import Places
+    from megatron_v2pe.parallel.shards import local_lengths, rows_received
+
+    lengths, holders = SENT_BY_DOCUMENT
+    places = Places(lengths, holders)
+    tokens = sum(local_lengths(lengths, holders, rank))
+    *local, grad = inputs((tokens,), SENT_HEADS, SENT_HEADS, torch.float32, SENT_DIM)
+
+    def work():
+        leaves = [x.detach().requires_grad_() for x in local]
+        document_attention(*leaves, places=places, scale=1.0, group=dist.group.WORLD).backward(grad)
+
+    work()  # gloo connects once
+    dist.barrier()
+    before = written_bytes()
+    work()
+    sent = written_bytes() - before
+    dist.barrier()
+    received = [rows_received(lengths, holders, each) for each in range(world_size)]
+    # Keys twice, to the one other rank; gradients of what was received.
+    rows = 2 * received[1 - rank] + received[rank]
+    return sent, rows * 2 * SENT_HEADS * SENT_DIM * 4
+
+
+def test_bytes_sent_are_those_of_shared_documents():
+    for sent, wanted in run_ranks(bytes_sent_by_document, 2, timeout=120):
+        assert abs(sent / wanted - 1) < SENT_TOLERANCE, (sent, wanted)
 
 
 def refusal(rank, world_size, heads, key_heads):

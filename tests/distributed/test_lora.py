@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_v2pe.config.schema import LoRAConfig, ParallelConfig
-from tests.support import parity, whole
+from megatron_v2pe.verification.prove import slices as whole
+from tests.support import parity
 from tests.support.parity import Layout, Options, Work
 from tests.support.parity_cases import Case
 from tests.support.spawn import run_ranks

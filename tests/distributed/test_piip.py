@@ -165,3 +165,15 @@ def test_a_pyramid_trains_alike_on_one_and_two_ranks_and_is_resumed_in_another_l
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     for part in ("branches.0.", "branches.1.", "interactions.0.", "interactions.1."):
         assert any(part in name for name in moved), part
+
+
+@pytest.mark.slow
+def test_gradients_reduced_while_backward_runs(checkpoints, tmp_path):
+    """Overlapped reduction waits for each parameter of a bucket: all of a pyramid's get gradients in each step."""
+    _, checkpoint = checkpoints
+    meta = tiny.make_data(tmp_path / "data")
+    common = ["optim.global_batch_size=2", "optim.steps=3"]
+    plain = train(tmp_path, checkpoint, meta, "plain", common, ranks=2)
+    overlap = [*common, "parallel.overlap_grad_reduce=true"]
+    overlapped = train(tmp_path, checkpoint, meta, "overlapped", overlap, ranks=2)
+    np.testing.assert_allclose(tiny.curve(overlapped), tiny.curve(plain), rtol=1e-6)

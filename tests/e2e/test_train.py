@@ -50,12 +50,15 @@ LAYOUTS = [
     ["parallel.pp=2"],
     ["parallel.pp=2", "parallel.vpp=2", "parallel.pipeline_layout=E|t|t|L"],
     [],  # dp 2
+    pytest.param(["parallel.cp=2", "parallel.cp_sharding=by_document"], marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "overrides", LAYOUTS, ids=["cp2", "cp2gather", "cp2a2a", "tp2", "tp2sp", "pp2", "vpp2", "dp2"]
+    "overrides",
+    LAYOUTS,
+    ids=["cp2", "cp2gather", "cp2a2a", "tp2", "tp2sp", "pp2", "vpp2", "dp2", "documents"],
 )
 def test_two_ranks_give_the_curve_of_one(setup, overrides, tmp_path):
     """Losses and gradient norms, float32: sums in another order, carried by five updates to 1e-5 relative."""

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from megatron_v2pe.checkpoint.convert.export_hf import export_hf
+from megatron_v2pe.checkpoint.files.folder import read_info
+from megatron_v2pe.checkpoint.retention import committed_steps, step_path
+from megatron_v2pe.core.errors import CheckpointError
 from tests.support import tiny
 from tests.support.hf_folders import FAMILIES_GOLDEN
 
@@ -11,10 +15,10 @@ KEY = "j_qwen3moe_vit300m"
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """YAML file and curve of a run on one rank, with both router losses."""
+    """YAML file and curve of a run on one rank, with both router losses and a bias."""
     root = tmp_path_factory.mktemp("experts")
     config = tiny.prepared(root, run="single", hf_folder=FAMILIES_GOLDEN / "ckpt" / KEY)
-    config.write_text(config.read_text() + "moe: {aux_loss: 0.5, z_loss: 0.01}\n")
+    config.write_text(config.read_text() + "moe: {aux_loss: 0.5, z_loss: 0.01, bias_rate: 0.01}\n")
     tiny.train(config, [])
     return root, config
 
@@ -27,6 +31,27 @@ def test_routers_are_in_the_metrics(setup):
         assert line["expert_load_max"] == pytest.approx(max(line["expert_load_by_layer"].values()), abs=1e-3)
         assert set(line["expert_load_by_layer"]) == {"0", "1"}
         assert line["drop_rate"] == 0
+
+
+def test_a_bias_of_the_choice_is_trained_stored_and_not_lost(setup, tmp_path):
+    root, config = setup
+    lines = tiny.metrics(root / "single")
+    assert [line["expert_bias_max"] for line in lines][:2] == pytest.approx([0.01, 0.02])
+    tiny.train(config, ["moe.bias_rate=0", f"runtime.run_dir={tmp_path / 'without'}", "optim.steps=3"])
+    without = tiny.curve(tmp_path / "without")
+    assert without[0] == tiny.curve(root / "single")[0]
+    assert without[2] != tiny.curve(root / "single")[2]
+    checkpoint = step_path(root / "single", committed_steps(root / "single")[-1])
+    table = read_info(checkpoint).run_state["expert_bias"]
+    assert {layer: len(values) for layer, values in table.items()} == {"0": 8, "1": 8}
+    with pytest.raises(CheckpointError, match="--drop-expert-bias"):
+        export_hf(checkpoint, tmp_path / "hf")
+    export_hf(checkpoint, tmp_path / "hf", drop_expert_bias=True)
+    # A new run starts with the bias, and keeps it at rate 0.
+    own = [f"model.checkpoint={checkpoint}", f"runtime.run_dir={tmp_path / 'next'}", "moe.bias_rate=0"]
+    tiny.train(config, [*own, "optim.steps=1", "optim.warmup_steps=0"])
+    (line,) = tiny.metrics(tmp_path / "next")
+    assert line["expert_bias_max"] == pytest.approx(max(abs(v) for row in table.values() for v in row))
 
 
 SPREAD = [

@@ -1,5 +1,6 @@
 """docs/tutorial.md, block by block, in an empty folder, as a reader would type it."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ CLONE = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(560)
 def test_every_block_runs_and_the_model_goes_home(tmp_path):
     page = (CLONE / "docs" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
@@ -25,10 +27,13 @@ def test_every_block_runs_and_the_model_goes_home(tmp_path):
         env=tools,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.rstrip().endswith("equal")  # `verify`, the last command
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     assert (tmp_path / "curves.png").is_file()
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert {name: each["questions"] for name, each in scores.items()} == {"1": 10, "4": 10}
+    assert all(each["errors"] == 0 for each in scores.values())

@@ -1,4 +1,4 @@
-"""check-golden on the committed cases of InternVL2.5 to 3.5: they pass, and a router's altered number fails alone."""
+"""check-golden on the committed cases of InternVL2.5 to 3.5: they pass, and an altered number fails alone."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ def rows_of(folder, group):
     return list(run_groups(folder, select_groups(folder, name=group, model_only=False), family=None))
 
 
-@pytest.mark.parametrize("group", ["text", "model", "generation"])
+@pytest.mark.parametrize("group", ["text", "tiling", "formats", "model", "generation"])
 def test_the_committed_cases_pass(group):
     rows = rows_of(FAMILIES_GOLDEN, group)
     assert [row for row in rows if row.status != "pass"] == []
@@ -60,16 +60,111 @@ def add_to_the_loss(folder):
     path.write_text(json.dumps(values))
 
 
+def add_to_a_gradient(folder):
+    path = folder / "forward" / f"{KEY}.safetensors"
+    tensors = load_file(path)
+    gradient = tensors[f"{CASE}/aux_grad/language_model.model.layers.0.mlp.gate.weight"]
+    gradient[3, 5] += 1e-3 * gradient.abs().max()
+    save_file(tensors, path)
+
+
+def advance_a_position(folder):
+    path = folder / "forward" / f"{KEY}.safetensors"
+    tensors = load_file(path)
+    tensors[f"{CASE}/position_ids"][20] += 1 / 256
+    save_file(tensors, path)
+
+
+def scaled(quantity, parameter=None):
+    """A change of a number of the case's json by a thousandth."""
+
+    def alter(folder):
+        path = folder / "forward" / f"{KEY}.json"
+        values = json.loads(path.read_text())
+        case = values["cases"][0]
+        if parameter is None:
+            case[quantity] *= 1.001
+        else:
+            case[quantity][parameter] *= 1.001
+        path.write_text(json.dumps(values))
+
+    return alter
+
+
+def lengthen_a_document(folder):
+    path = folder / "forward" / f"{KEY}.json"
+    values = json.loads(path.read_text())
+    values["cases"][0]["sample_lengths"][1] += 1
+    path.write_text(json.dumps(values))
+
+
+GATE = "language_model.model.layers.1.mlp.gate.weight"
+
+
 @pytest.mark.parametrize(
     ("alter", "quantity"),
     [
         (add_to_logits, "router_logits_1"),
         (move_a_token, "tokens_per_expert_1"),
         (add_to_the_loss, "aux_loss_per_layer"),
+        (scaled("aux_loss"), "aux_loss"),
+        (scaled("aux_grad_l2", GATE), "aux_grad_l2"),
+        (add_to_a_gradient, "aux_grad"),
+        (scaled("grad_l2", GATE), "grad_l2"),
+        (advance_a_position, "position_ids"),
+        (lengthen_a_document, "sizes"),
     ],
-    ids=["logits", "tokens", "loss"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_altered_number_of_a_router_fails(copy, alter, quantity):
+def test_one_altered_number_fails(copy, alter, quantity):
     alter(copy)
     failed = [row for row in rows_of(copy, "model") if row.status == "fail"]
     assert [(row.name, row.quantity) for row in failed] == [(f"model/{KEY}/{CASE}", quantity)]
+
+
+def altered_tensor(folder):
+    path = folder / "ckpt_hf" / KEY / "model.safetensors"
+    tensors = load_file(path)
+    tensors["language_model.model.norm.weight"][0] += 1
+    save_file(tensors, path, {"format": "pt"})
+
+
+def renamed_pattern(folder):
+    path = folder / "names.json"
+    path.write_text(path.read_text().replace("lambda_1", "lambda_3"))
+
+
+@pytest.mark.parametrize(
+    ("alter", "quantities"),
+    [
+        (altered_tensor, ["github to native", "native to github"]),
+        (renamed_pattern, ["names"]),
+    ],
+)
+def test_another_bit_or_name_of_the_other_format_fails(tmp_path, alter, quantities):
+    for part in ("ckpt", "ckpt_hf"):
+        shutil.copytree(FAMILIES_GOLDEN / part / KEY, tmp_path / part / KEY)
+    (tmp_path / "forward").mkdir()
+    shutil.copy(FAMILIES_GOLDEN / "forward" / f"{KEY}.json", tmp_path / "forward")
+    shutil.copy(FAMILIES_GOLDEN / "names.json", tmp_path)
+    alter(tmp_path)
+    failed = [row for row in rows_of(tmp_path, "formats") if row.status == "fail"]
+    assert [row.quantity for row in failed] == quantities
+
+
+def test_a_grid_a_separator_and_an_id_altered_fail(tmp_path):
+    for part in ("preprocess", "text", "ckpt", "ckpt_hf"):
+        shutil.copytree(FAMILIES_GOLDEN / part, tmp_path / part)
+    grids = json.loads((tmp_path / "preprocess" / "tiles.json").read_text())
+    grids["cases"][0]["hf"][0] += 1
+    (tmp_path / "preprocess" / "tiles.json").write_text(json.dumps(grids))
+    assert [row.quantity for row in rows_of(tmp_path, "tiling") if row.status == "fail"] == ["grid of hf"]
+    templates = json.loads((tmp_path / "text" / "templates.json").read_text())
+    templates["internvl2_5"]["stop_token"] = "<|end|>"
+    (tmp_path / "text" / "templates.json").write_text(json.dumps(templates))
+    processor = json.loads((tmp_path / "text" / "hf_processor.json").read_text())
+    (case,) = [case for case in processor["cases"] if case["ckpt"].startswith("n_")]
+    case["input_ids"][3] += 1
+    (tmp_path / "text" / "hf_processor.json").write_text(json.dumps(processor))
+    failed = [row.quantity for row in rows_of(tmp_path, "text") if row.status == "fail"]
+    assert failed == ["stop_token", "input_ids"]

@@ -57,6 +57,23 @@ TWO_RANKS_OPTIONS = {
     "cp2, other parts": of(cp=2, options=OTHER),
     "pp2, other parts": of(pp=2, options=OTHER),
 }
+# Documents on some of the ranks: native attention with p2p.
+BY_DOCUMENT = {
+    "cp2, by document": of(cp=2, cp_sharding="by_document"),
+    "cp2, auto, selective recompute": of(cp=2, cp_sharding="auto", recompute="selective"),
+    "cp2 ep2, by document": of(cp=2, ep=2, options=EXPERTS, cp_sharding="by_document"),
+}
+FOUR_RANKS_BY_DOCUMENT = {
+    "cp4, by document": of(cp=4, cp_sharding="by_document"),
+    "tp2 sp cp2, by document": of(tp=2, sp=True, cp=2, cp_sharding="by_document"),
+    "tp2 sp cp2, by document, split tower": of(
+        tp=2, sp=True, cp=2, cp_sharding="by_document", vision="tensor"
+    ),
+    "tp2 cp2, by document": of(tp=2, cp=2, cp_sharding="by_document"),
+    "pp2 cp2, by document": of(pp=2, cp=2, cp_sharding="by_document"),
+    "pp2 vpp2 cp2, by document": of(pp=2, vpp=2, cp=2, cp_sharding="by_document"),
+    "cp2 dp2, by document": of(cp=2, cp_sharding="by_document"),
+}
 TWO_RANKS_EXPERTS = {
     "ep2": of(ep=2, options=EXPERTS),
     "tp2 sp ep2": of(tp=2, sp=True, ep=2, options=EXPERTS),
@@ -140,6 +157,8 @@ GROUPS = {
     "2 ranks": (2, nine(TWO_RANKS)),
     "2 ranks, options": (2, three(TWO_RANKS_OPTIONS)),
     "2 ranks, experts": (2, one(TWO_RANKS_EXPERTS)),
+    "2 ranks, by document": (2, three(BY_DOCUMENT)),
+    "4 ranks, by document": (4, three(FOUR_RANKS_BY_DOCUMENT)),
     "3 ranks": (3, three(THREE_RANKS)),
     "4 ranks with tp": (4, three(FOUR_RANKS_TP)),
     "4 ranks without tp": (4, three(FOUR_RANKS)),

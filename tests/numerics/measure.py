@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.numerics.layouts import GROUPS
 from tests.numerics.tables import figure, write
-from tests.numerics.test_mutations import CASE, VARIANTS
+from tests.numerics.test_mutations import CASE, VARIANTS, reference_of_variants
 from tests.numerics.test_parity_matrix import EIGHT, TOLERANCES, all_cases, needed
 from tests.support import parity
 
@@ -58,13 +58,16 @@ def layout_rows(scratch, options):
 
 def variant_rows(scratch, options):
     """The smallest of the errors that must be large, for each wrong variant."""
-    reference = parity.reference_file(scratch, [(CASE, parity.Options())])
-    work = [parity.Work(name, layout, (CASE,), wrong) for name, (wrong, layout, _, _) in VARIANTS.items()]
+    reference = reference_of_variants(scratch)
+    work = [
+        parity.Work(name, layout, (CASE,), mutation.variant) for name, (mutation, layout) in VARIANTS.items()
+    ]
     found = parity.compare_ranks(2, work, reference, timeout=TIMEOUT)
-    for name, (_, layout, wrong, _) in VARIANTS.items():
+    for name, (mutation, layout) in VARIANTS.items():
+        wrong = mutation.wrong
         errors = {quantity: found[name, str(CASE)][quantity][0] for quantity in wrong}
         least = min(wrong, key=errors.get)
-        axis = next((axis for axis in ("tp", "cp") if getattr(layout.parallel, axis) > 1), "dp")
+        axis = next((axis for axis in ("tp", "cp", "pp", "ep") if getattr(layout.parallel, axis) > 1), "dp")
         sp = " sp" if layout.parallel.sequence_parallel else ""
         yield [name, f"{axis}2{sp}", ", ".join(wrong), f"{least} {figure(errors[least])}"]
 

@@ -13,6 +13,7 @@ Adam divides gradients by their own size, and with a small eps the rounding nois
 whole step; eps 1e-2 (`parity.Layout.config`) keeps its amplification below max abs(gradient) / eps.
 """
 
+import itertools
 import os
 import pickle
 
@@ -20,13 +21,14 @@ import pytest
 
 from megatron_v2pe.data.index.cache import locked
 from megatron_v2pe.parallel.feature_router import owned_rows
+from megatron_v2pe.parallel.shards import sharding_of
 from megatron_v2pe.parallel.topology import resolve
 from megatron_v2pe.parallel.zigzag import shard_ranges_of_ranks
 from tests.numerics.layouts import EIGHT_RANKS, GROUPS
 from tests.support import parity, parity_cases
 
 TOLERANCES = {"loss": 1e-6, "norm": 3e-6, "gradient": 1e-5, "weight 1": 3e-4, "weight 2": 3e-4}
-SLOW = ("2 ranks, options", "4 ranks without tp", "4 ranks, experts")
+SLOW = ("2 ranks, options", "4 ranks without tp", "4 ranks, experts", "4 ranks, by document")
 EIGHT = [
     parity.Work(name, layout, parity_cases.covering_cases(start=number))
     for number, (name, layout) in enumerate(EIGHT_RANKS.items())
@@ -123,7 +125,13 @@ SHARDED = {
     row.name: (resolve(row.layout.parallel, world_size), row.cases)
     for world_size, work in GROUPS.values()
     for row in work
-    if resolve(row.layout.parallel, world_size).tile_ranks > 1
+    if resolve(row.layout.parallel, world_size).tile_ranks > 1 and row.layout.parallel.cp_sharding == "zigzag"
+}
+BY_DOCUMENT = {
+    row.name: (row.layout, resolve(row.layout.parallel, world_size), row.cases)
+    for world_size, work in GROUPS.values()
+    for row in work
+    if row.layout.parallel.cp_sharding != "zigzag"
 }
 
 
@@ -143,6 +151,24 @@ def test_the_cases_are_what_their_names_say(name):
             fewest.append(batch.num_tiles // plan.tile_ranks)
         assert len(owners) == {"text": 0, "one shard": 1, "spread": plan.tile_ranks}[case.images]
         assert case.images == "spread" or min(fewest) == 0
+
+
+@pytest.mark.parametrize("name", BY_DOCUMENT)
+def test_documents_lie_on_one_rank_and_on_several(name):
+    """The packs of these rows have both, and shards of different lengths."""
+    layout, plan, cases = BY_DOCUMENT[name]
+    sharding = sharding_of(layout.parallel, layout.options.arch)
+    counts, lengths = set(), set()
+    for case, micro_batch in itertools.product(cases, range(4)):
+        batch = parity_cases.pack(
+            case, micro_batch, pad_to_multiple=plan.pad_to_multiple, tile_range_of=lambda _: (0, 0)
+        )
+        shards = sharding.shards(batch.layout.cu_seqlens, cp=plan.cp)
+        if shards.holders is not None:
+            counts |= set(map(len, shards.holders))
+            lengths.add(len({shards.tokens(rank) for rank in range(plan.cp)}) > 1)
+    assert {1, plan.cp} <= counts
+    assert True in lengths
 
 
 def test_three_cases_of_six_layouts_are_all_cases():

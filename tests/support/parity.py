@@ -12,8 +12,7 @@ The steps are those of `train`: `build_model`, `wrap_for_training`, `BatchSharde
 
 import contextlib
 import dataclasses
-import functools
-import itertools
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from megatron_v2pe.config.schema import (
     VisionConfig,
 )
 from megatron_v2pe.config.sections.moe import MoEConfig
-from tests.support import whole
+from megatron_v2pe.verification.prove import slices, steps
 from tests.support.parity_cases import ARCH, DOCUMENTS, POSITIONS, pack
 from tests.support.spawn import run_ranks
 
@@ -132,59 +131,12 @@ def packs_of_rank(case, context):
     ]
 
 
-@dataclasses.dataclass
-class Outcome:
-    """What two steps gave on this rank: `gradients` of the first, `weights` after each, as slices."""
-
-    losses: list
-    norms: list
-    gradients: list
-    weights: list
-
-
 def two_steps(layout, case, context):
     """Build, place weights, run two updates."""
-    from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.assembly.optimizer import wrap_for_training
-    from megatron_v2pe.batch.pixel_norm import PixelNorm
-    from megatron_v2pe.parallel.batch_sharder import BatchSharder
-    from megatron_v2pe.train.forward_step import MicroBatchRunner, attach
-    from megatron_v2pe.train.step import train_step
-
-    config, arch = layout.config(case), layout.options.arch
-    ranks = context.ranks
-    model_chunks = build_model(config, arch, context)
-    whole.place(model_chunks, ranks, vocab_size=arch.language.vocab_size)
-    trainer = wrap_for_training(model_chunks, config)
-    norm = PixelNorm((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    sharder = BatchSharder(context=context, dtype=torch.float32, norm=norm)
-    runner = MicroBatchRunner(shard=sharder.shard, device=ranks.device, rows=sharder.rows)
-    attach(runner, trainer.wrapped)
-    outcome = Outcome([], [], [], [])
-    prepare, norms_of_mcore = trainer.optimizer.prepare_grads, []
-
-    def keep_gradients_then_prepare():
-        if not outcome.gradients:
-            whole.gather_gradients(trainer.wrapped)
-            with whole.gradients_in_place(model_chunks):
-                outcome.gradients = [
-                    (*where, data.clone()) for *where, data in whole.slices_of(model_chunks, ranks)
-                ]
-        found_inf = prepare()
-        norms_of_mcore.append(float(trainer.optimizer.get_grad_norm()))
-        return found_inf
-
-    trainer.optimizer.prepare_grads = keep_gradients_then_prepare
     packs = packs_of_rank(case, context)
-    for _ in range(2):
-        report = train_step(trainer, runner, packs, ranks=ranks)
-        norm = norms_of_mcore.pop()  # shards and copies are counted by us as mcore does
-        assert math.isclose(report.grad_norm, norm, rel_tol=1e-6), (report.grad_norm, norm)
-        outcome.losses.append(report.loss)
-        outcome.norms.append(report.grad_norm)
-        outcome.weights.append(
-            [(*where, data.clone()) for *where, data in whole.slices_of(model_chunks, ranks)]
-        )
+    outcome = steps.run_steps(layout.config(case), layout.options.arch, context, packs)
+    for ours, mcores in zip(outcome.norms, outcome.norms_of_mcore, strict=True):
+        assert math.isclose(ours, mcores, rel_tol=1e-6)  # shards and copies are counted by us as mcore does
     return outcome
 
 
@@ -196,8 +148,19 @@ def join(layout, world_size):
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        leave_groups()
     plan = resolve(layout.parallel, world_size)
     return init_distributed(plan, seed=1, timeout_minutes=1)
+
+
+def leave_groups():
+    """Destroy every group but the world's: mcore only forgets its own, each of which keeps threads of gloo."""
+    torch.distributed.barrier()  # nobody waits in one of them any more
+    world = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()  # models of the last layout hold groups too
 
 
 def run_reference(rank, world_size, wanted, path):
@@ -210,19 +173,7 @@ def run_reference(rank, world_size, wanted, path):
     for case, options in wanted:
         layout = Layout(ParallelConfig(), options)
         outcome = two_steps(layout, case, join(layout, 1))
-        wholes = functools.partial(whole.whole_of, vocab_size=ARCH.language.vocab_size)
-        gradients, weights = wholes(outcome.gradients), [wholes(found) for found in outcome.weights]
-        first = {key: whole.draw(key, tensor.shape) for key, tensor in gradients.items()}
-        results[str(case), options] = dict(
-            losses=outcome.losses,
-            norms=outcome.norms,
-            gradients=gradients,
-            weights=weights,
-            gradient_scales=whole.largest(gradients),
-            update_scales=[
-                whole.largest({key: after[key] - first[key] for key in first}) for after in weights
-            ],
-        )
+        results[str(case), options] = steps.wholes(outcome, vocab_size=ARCH.language.vocab_size)
     torch.save(results, path)
     return {name: result["gradient_scales"] for name, result in results.items()}
 
@@ -256,36 +207,7 @@ def errors(outcome, wanted):
 
     "held" says which parts of which whole tensors were compared.
     """
-    gradients = whole.errors(outcome.gradients, wanted["gradients"], scales=wanted["gradient_scales"])
-    weights = [
-        whole.errors(found, wholes, scales=scales)
-        for found, wholes, scales in zip(
-            outcome.weights, wanted["weights"], wanted["update_scales"], strict=True
-        )
-    ]
-    return {
-        "loss": _relative(outcome.losses, wanted["losses"]),
-        "norm": _relative(outcome.norms, wanted["norms"]),
-        "gradient": _worst(gradients),
-        "weight 1": _worst(weights[0]),
-        "weight 2": _worst(weights[1]),
-        "held": sorted(
-            (key, [(s.start, s.stop) for s in slices], shape) for key, slices, shape, _ in outcome.gradients
-        ),
-    }
-
-
-def _relative(values, wanted):
-    # The norm is 0 where a step without images trains vision alone.
-    deviations = [abs(a - b) / (abs(b) or 1.0) for a, b in zip(values, wanted, strict=True)]
-    return max(
-        (value if math.isfinite(value) else math.inf, f"step {i + 1}") for i, value in enumerate(deviations)
-    )
-
-
-def _worst(by_key):
-    key = max(by_key, key=by_key.get)
-    return by_key[key], key
+    return {**steps.compare(outcome, wanted), "held": slices.held_by(outcome.gradients)}
 
 
 def reference_file(folder, wanted, *, timeout=200):
@@ -306,20 +228,8 @@ def compare_ranks(world_size, work, reference, *, timeout):
     for row in work:
         for case in row.cases:
             held = [found[row.name, str(case)]["held"] for found in by_rank]
-            check_all_held(held, set(scales[str(case), row.layout.options]))
+            assert slices.not_compared(held, scales[str(case), row.layout.options]) == []
     return {
         name: {quantity: max(found[name][quantity] for found in by_rank) for quantity in QUANTITIES}
         for name in by_rank[0]
     }
-
-
-def check_all_held(held, keys):
-    """The distinct slices of a key have as many elements as the whole tensor, so nothing went uncompared."""
-    parts = {}
-    for key, slices, shape in itertools.chain(*held):
-        parts.setdefault((key, shape), set()).add(tuple(slices))
-    assert {key for key, _ in parts} == keys
-    for (key, shape), places in parts.items():
-        assert sum(math.prod(stop - start for start, stop in place) for place in places) == math.prod(
-            shape
-        ), key

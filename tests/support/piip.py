@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from megatron_v2pe.checkpoint.convert.add_pyramid import add_pyramid
+from megatron_v2pe.checkpoint.convert.add_pyramid import PYRAMID_FILE, add_pyramid
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from tests.support.tiny import GOLDEN_HF
 
@@ -52,7 +54,19 @@ def pyramid_folder(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def pyramid_checkpoint(folder: Path) -> Path:
-    """The same, imported."""
-    import_hf(pyramid_folder(folder.with_name(f"{folder.name}_hf")), folder)
+def pyramid_checkpoint(folder: Path, *, gates: bool = False, **changes: object) -> Path:
+    """The same, imported; with `gates` as after training."""
+    source = pyramid_folder(folder.with_name(f"{folder.name}_hf"), **changes)
+    import_hf(open_gates(source) if gates else source, folder)
+    return folder
+
+
+def open_gates(folder: Path, *, seed: int = 3) -> Path:
+    """Random gates, offsets and attention weights in a folder whose gates are zero, as after training."""
+    path = folder / PYRAMID_FILE
+    tensors, generator = load_file(path), torch.Generator().manual_seed(seed)
+    for name, tensor in tensors.items():
+        if name.endswith("_gamma") or "sampling_offsets" in name or "attention_weights" in name:
+            tensors[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
     return folder

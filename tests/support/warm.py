@@ -50,6 +50,7 @@ def run_verb(
     timeout: float = 240.0,
     entry: str = ENTRY,
     variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
     kill_when: Callable[[], bool] | None = None,
 ) -> Done:
     """Run `megatron-v2pe ARGUMENTS` to its end, on ranks that are set up as torchrun does.
@@ -60,29 +61,47 @@ def run_verb(
         timeout: seconds, after which all are killed.
         entry: `module:function`, called with the arguments, returns an exit code.
         variables: changes of the environment.
+        folder: working folder of the ranks; this process's where None.
         kill_when: looked at all the time; once it is true all ranks are killed -9.
     """
-    context, port = warm_context(), _free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(
-                target=_rank_main,
-                args=(
-                    entry,
-                    [str(argument) for argument in arguments],
-                    child_environment(**{**_launched(rank, ranks, port), **(variables or {})}),
-                    folder,
-                    rank,
-                ),
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+    with tempfile.TemporaryDirectory() as outputs:
+        processes = started_verb(
+            *arguments, ranks=ranks, entry=entry, variables=variables, outputs=outputs, folder=folder
+        )
         _wait(processes, timeout, kill_when or (lambda: False))
-        texts = {name: _joined(Path(folder), name, ranks) for name in ("stdout", "stderr")}
+        texts = {name: _joined(Path(outputs), name, ranks) for name in ("stdout", "stderr")}
     codes = [process.exitcode for process in processes]
     return Done(returncode=next((code for code in codes if code), 0), **texts)
+
+
+def started_verb(
+    *arguments: object,
+    outputs: str,
+    ranks: int = 1,
+    entry: str = ENTRY,
+    variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> list[Any]:
+    """Processes of `run_verb`, running; their outputs go to the folder `outputs`."""
+    context, port = warm_context(), _free_port()
+    texts = [str(argument) for argument in arguments]
+    processes = [
+        context.Process(
+            target=_rank_main,
+            args=(
+                entry,
+                texts,
+                child_environment(**{**_launched(rank, ranks, port), **(variables or {})}),
+                outputs,
+                str(folder or Path.cwd()),
+                rank,
+            ),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _launched(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -105,11 +124,14 @@ def _wait(processes: list[Any], timeout: float, kill_when: Callable[[], bool]) -
         process.join()
 
 
-def _rank_main(entry: str, arguments: list[str], environment: dict[str, str], folder: str, rank: int) -> None:
+def _rank_main(
+    entry: str, arguments: list[str], environment: dict[str, str], outputs: str, folder: str, rank: int
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(Path(folder, f"{name}_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(Path(outputs, f"{name}_{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     if "OMP_NUM_THREADS" in environment:
         import torch

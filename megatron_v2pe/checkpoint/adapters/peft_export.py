@@ -18,22 +18,22 @@ from typing import Any
 from torch import Tensor
 
 from megatron_v2pe.checkpoint.adapters.merge import hf_factors
+from megatron_v2pe.checkpoint.adapters.peft_names import PeftModules
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord, read_record
 from megatron_v2pe.checkpoint.files.folder import hf_path, read_info, state_path
 from megatron_v2pe.checkpoint.files.staging import staged
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile, write_weight_file
-from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
+from megatron_v2pe.checkpoint.hf.name_map import Entry
 from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.lora import PARTS, Part
+from megatron_v2pe.config.lora import PARTS
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HF_MODULES: dict[Part, str] = {"language": "language_model", "vision": "vision_model", "projector": "mlp1"}
 
 
 def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = False) -> int:
@@ -57,42 +57,47 @@ def export_peft(checkpoint: str | Path, target: str | Path, *, force: bool = Fal
             f"{checkpoint}: holds a whole model and no adapters; export it without --adapter"
         )
     arch = read_architecture(hf_path(checkpoint))
-    refuse_native(arch, checkpoint)
-    names = name_map(arch)
-    linears = list(adapted_linears(record.lora, arch, names))
+    refuse_pyramid(arch, checkpoint)
+    modules = PeftModules.of(arch)
+    linears = list(adapted_linears(record.lora, arch))
     stored = StateReader(state_path(checkpoint))
-    infos, readers = _tensors(linears, names, record, stored)
+    infos, readers = _tensors(linears, modules, record, stored)
     file = WeightFile(WEIGHTS_FILE, infos, {"format": "pt"})
     with staged(target, force=force, needed_bytes=file.num_bytes) as folder:
         write_weight_file(folder, file=file, read=lambda name: readers[name]())
-        text = json.dumps(peft_config(record, linears, hf_path(checkpoint)), indent=2)
+        is_tied = arch.language.tie_word_embeddings
+        config = peft_config(record, linears, modules, hf_path(checkpoint), is_tied=is_tied)
+        text = json.dumps(config, indent=2)
         write_atomic(folder / CONFIG_FILE, text + "\n")
     return len(infos)
 
 
-def refuse_native(arch: InternVLArchitecture, checkpoint: str | Path) -> None:
-    """Adapters are exchanged under the names of a GitHub folder's modules."""
-    if arch.folder_format != "github":
+def refuse_pyramid(arch: InternVLArchitecture, checkpoint: str | Path) -> None:
+    """Adapters are exchanged under the names of a released model's modules."""
+    if arch.pyramid is not None:
         raise CheckpointError(
-            f"{checkpoint}: came from a native (-hf) folder, whose modules have other names than PEFT folders here; "
-            "merge the adapters (export-hf without --adapter), or convert the base with convert-hf --format github"
+            f"{checkpoint}: has a pyramid around its vision tower (PIIP), which no model that PEFT can load has; merge "
+            "the adapters (export-hf without --adapter)"
         )
 
 
 def _tensors(
-    linears: list[AdaptedLinear], names: NameMap, record: AdapterRecord, stored: StateReader
+    linears: list[AdaptedLinear], modules: PeftModules, record: AdapterRecord, stored: StateReader
 ) -> tuple[dict[str, TensorInfo], dict[str, Callable[[], Tensor]]]:
     """Contents of the weights file, in order: name -> dtype and shape, name -> function that reads it."""
     infos: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     for linear in linears:
         rank = record.lora.rank_of(linear.part)
-        rows, columns = linear.hf_shape
-        for index, (factor, shape) in enumerate((("lora_A", (rank, columns)), ("lora_B", (rows, rank)))):
-            name = f"{PREFIX}{linear.hf_name}.{factor}.weight"
-            infos[name] = TensorInfo(stored.tensors[linear.prefix + factor].dtype, shape)
-            readers[name] = partial(_factor, linear, stored, index)
-    for entry in names.by_ours.values():
+        for number, (module, whole) in enumerate(
+            zip(modules.names(linear), modules.shapes(linear), strict=True)
+        ):
+            rows, columns = whole
+            for index, (factor, shape) in enumerate((("lora_A", (rank, columns)), ("lora_B", (rows, rank)))):
+                name = f"{PREFIX}{module}.{factor}.weight"
+                infos[name] = TensorInfo(stored.tensors[linear.prefix + factor].dtype, shape)
+                readers[name] = partial(_factor, linear, modules, stored, index, number)
+    for entry in modules.table.by_ours.values():
         if entry.ours.partition(".")[0] in record.trained_parts:
             for index, hf_name in enumerate(entry.hf):
                 name = PREFIX + hf_name
@@ -101,15 +106,26 @@ def _tensors(
     return infos, readers
 
 
-def _factor(linear: AdaptedLinear, stored: StateReader, index: int) -> Tensor:
-    return hf_factors(linear, stored.read)[index].contiguous()
+def _factor(
+    linear: AdaptedLinear, modules: PeftModules, stored: StateReader, index: int, number: int
+) -> Tensor:
+    """A (index 0) or B (1) of one module of a linear."""
+    a, b = hf_factors(linear, stored.read)
+    return (modules.split(linear, b)[number] if index else a).contiguous()
 
 
 def _whole_tensor(entry: Entry, stored: StateReader, index: int) -> Tensor:
     return entry.to_hf(stored.read(entry.ours))[index]
 
 
-def peft_config(record: AdapterRecord, linears: list[AdaptedLinear], hf_folder: Path) -> dict[str, Any]:
+def peft_config(
+    record: AdapterRecord,
+    linears: list[AdaptedLinear],
+    modules: PeftModules,
+    hf_folder: Path,
+    *,
+    is_tied: bool,
+) -> dict[str, Any]:
     """Contents of `adapter_config.json`.
 
     Parts may differ in rank: the first one's is PEFT's `r`, the others' linears are listed in `rank_pattern`.
@@ -117,7 +133,8 @@ def peft_config(record: AdapterRecord, linears: list[AdaptedLinear], hf_folder: 
     lora = record.lora
     parts = [part for part in PARTS if lora.rank_of(part)]
     main = parts[0]
-    targets = {linear.target: linear.part for linear in linears}
+    targets = {target: linear.part for linear in linears for target in modules.targets(linear)}
+    whole = [name for part in record.trained_parts for name in modules.saved_whole(part, is_tied=is_tied)]
     other = {name: part for name, part in targets.items() if lora.rank_of(part) != lora.rank_of(main)}
     hf_config = json.loads((hf_folder / "config.json").read_text(encoding="utf-8"))
     return {
@@ -131,7 +148,7 @@ def peft_config(record: AdapterRecord, linears: list[AdaptedLinear], hf_folder: 
         "target_modules": list(targets),
         "rank_pattern": {name: lora.rank_of(part) for name, part in other.items()},
         "alpha_pattern": {name: _number(lora.alpha_of(part)) for name, part in other.items()},
-        "modules_to_save": [HF_MODULES[part] for part in record.trained_parts] or None,
+        "modules_to_save": whole or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

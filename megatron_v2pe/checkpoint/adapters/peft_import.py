@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_v2pe.assembly.adapters import fused_parts
-from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, refuse_native
+from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, refuse_pyramid
+from megatron_v2pe.checkpoint.adapters.peft_names import PeftModules
 from megatron_v2pe.checkpoint.adapters.weights import AdaptedLinear, adapted_linears
 from megatron_v2pe.checkpoint.files.adapter_record import (
     AdapterRecord,
@@ -30,7 +32,6 @@ from megatron_v2pe.checkpoint.files.adapter_record import (
 from megatron_v2pe.checkpoint.files.folder import CheckpointInfo, hf_path, read_info, state_path, write_info
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.staging import staged
-from megatron_v2pe.checkpoint.hf.name_map import name_map
 from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.checkpoint.state.save import save_state
@@ -61,10 +62,11 @@ def import_peft(
     info = read_info(base)
     require_whole(base)
     arch = read_architecture(hf_path(base))
-    refuse_native(arch, base)
+    refuse_pyramid(arch, base)
+    modules = PeftModules.of(arch)
     config, weights = _read_config(Path(folder) / CONFIG_FILE), HFWeights(folder)
     raise_problems(f"{folder}: cannot be imported", list(weights.problems))
-    linears = list(_present(arch, weights))
+    linears = list(_present(arch, weights, modules))
     lora = _lora_of(folder, config, weights, linears, arch)
     record = AdapterRecord(base=str(Path(base).resolve()), base_sha256=checkpoint_identity(base), lora=lora)
     shards = dict(_shards(weights, linears, arch))
@@ -115,16 +117,17 @@ def _alpha_patterns(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
-def _present(arch: InternVLArchitecture, weights: HFWeights) -> Iterator[AdaptedLinear]:
+def _present(arch: InternVLArchitecture, weights: HFWeights, modules: PeftModules) -> Iterator[AdaptedLinear]:
     """Linears of the model that the folder has an A for."""
     everything = LoRAConfig(language_rank=1, vision_rank=1, projector_rank=1)
-    for linear in adapted_linears(everything, arch, name_map(arch)):
-        if _name(linear, "lora_A") in weights.tensors:
+    for linear in adapted_linears(everything, arch):
+        if any(name in weights.tensors for name in _names(linear, "lora_A", modules)):
             yield linear
 
 
-def _name(linear: AdaptedLinear, factor: str) -> str:
-    return f"{PREFIX}{linear.hf_name}.{factor}.weight"
+def _names(linear: AdaptedLinear, factor: str, modules: PeftModules) -> list[str]:
+    """Tensors of a linear, one for each of its modules."""
+    return [f"{PREFIX}{module}.{factor}.weight" for module in modules.names(linear)]
 
 
 def _lora_of(
@@ -139,19 +142,22 @@ def _lora_of(
     Raises:
         CheckpointError: there is none.
     """
+    modules = PeftModules.of(arch)
+    problems = [*_name_problems(weights, linears, modules), *_shape_problems(weights, linears, modules)]
+    if not linears:
+        problems.append("no adapter of any linear of the base's model")
+    raise_problems(f"{folder}: cannot be imported", problems)
     ranks: dict[Part, set[int]] = {}
     alphas: dict[Part, set[float]] = {}
     for linear in linears:
-        ranks.setdefault(linear.part, set()).add(weights.tensors[_name(linear, "lora_A")].shape[0])
-        alphas.setdefault(linear.part, set()).add(_alpha(config, linear.hf_name))
-    problems = [*_name_problems(weights, linears), *_shape_problems(weights, linears)]
-    problems += [
+        for name, module in zip(_names(linear, "lora_A", modules), modules.names(linear), strict=True):
+            ranks.setdefault(linear.part, set()).add(weights.tensors[name].shape[0])
+            alphas.setdefault(linear.part, set()).add(_alpha(config, module))
+    problems = [
         f"the {part} has ranks {ranks[part]} and alphas {alphas[part]}; must be one of each"
         for part in ranks
         if len(ranks[part]) > 1 or len(alphas[part]) > 1
     ]
-    if not linears:
-        problems.append("no adapter of any linear of the base's model")
     raise_problems(f"{folder}: cannot be imported", problems)
     rank = {f"{part}_rank": min(found) for part, found in ranks.items()}
     lora = LoRAConfig(
@@ -163,19 +169,29 @@ def _lora_of(
     return lora
 
 
-def _name_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
-    known = {_name(linear, factor) for linear in linears for factor in ("lora_A", "lora_B")}
+def _name_problems(weights: HFWeights, linears: list[AdaptedLinear], modules: PeftModules) -> Iterator[str]:
+    known = {
+        name
+        for linear in linears
+        for factor in ("lora_A", "lora_B")
+        for name in _names(linear, factor, modules)
+    }
     yield from (f"{name}: no linear of the base's model" for name in sorted(set(weights.tensors) - known))
     yield from (f"{name}: missing" for name in sorted(known - set(weights.tensors)))
 
 
-def _shape_problems(weights: HFWeights, linears: list[AdaptedLinear]) -> Iterator[str]:
+def _shape_problems(weights: HFWeights, linears: list[AdaptedLinear], modules: PeftModules) -> Iterator[str]:
     for linear in linears:
-        rows, columns = linear.hf_shape
-        a, b = (weights.tensors.get(_name(linear, factor)) for factor in ("lora_A", "lora_B"))
-        assert a is not None, "it is what a linear was found by"
-        if a.shape[1:] != (columns,) or (b and b.shape != (rows, a.shape[0])):
-            yield f"{linear.hf_name}: shapes do not fit a weight of {(rows, columns)}"
+        names = zip(
+            modules.names(linear),
+            modules.shapes(linear),
+            *(_names(linear, factor, modules) for factor in ("lora_A", "lora_B")),
+            strict=True,
+        )
+        for module, (rows, columns), name_a, name_b in names:
+            a, b = weights.tensors.get(name_a), weights.tensors.get(name_b)
+            if a and (a.shape[1:] != (columns,) or (b and b.shape != (rows, a.shape[0]))):
+                yield f"{module}: shapes do not fit a weight of {(rows, columns)}"
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:
@@ -207,14 +223,30 @@ def _targets(
 def _shards(
     weights: HFWeights, linears: list[AdaptedLinear], arch: InternVLArchitecture
 ) -> Iterator[tuple[str, ShardedTensor]]:
+    modules = PeftModules.of(arch)
     for linear in linears:
         role = linear.entry.ours.split(".")[-2]
         names = linear_names(linear.part, arch)[role]
         parts, _ = fused_parts(linear.part, role, names, arch)
-        a, b = (weights.read(_name(linear, factor)) for factor in ("lora_A", "lora_B"))
+        a, b = _factors(weights, linear, modules)
         if len(linear.entry.hf) == 1:  # rows of a fused linear, in our order
             b = linear.entry.transform.to_ours([b])
         whole: dict[str, Tensor] = {"lora_A": a, "lora_B": b.unflatten(0, (parts[linear.index].blocks, -1))}
         for factor, tensor in whole.items():
             key = f"{linear.prefix}{factor}"
             yield key, ShardedTensor.from_rank_offsets(key, tensor.contiguous())
+
+
+def _factors(weights: HFWeights, linear: AdaptedLinear, modules: PeftModules) -> tuple[Tensor, Tensor]:
+    """A and B of one linear.
+
+    Raises:
+        CheckpointError: its modules have different A, which no adapter of one linear has.
+    """
+    first, *others = (weights.read(name) for name in _names(linear, "lora_A", modules))
+    if not all(torch.equal(first, other) for other in others):
+        raise CheckpointError(
+            f"{weights.folder}: {', '.join(modules.names(linear))} have different A, but are one linear here with "
+            "one A; merge these adapters with PEFT and import the merged model"
+        )
+    return first, modules.join(linear, [weights.read(name) for name in _names(linear, "lora_B", modules)])

@@ -21,6 +21,7 @@ from megatron_v2pe.checkpoint.files.folder import state_path
 from megatron_v2pe.checkpoint.hf.name_map import Entry, NameMap, name_map
 from megatron_v2pe.checkpoint.state.load import load_state
 from megatron_v2pe.checkpoint.state.model_state import (
+    load_expert_bias,
     load_into_model_chunks,
     load_model_weights,
     model_sharded_state_dict,
@@ -29,6 +30,7 @@ from megatron_v2pe.checkpoint.state.private_api import shards_in
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
+from megatron_v2pe.config.sections.parts import part_of
 from megatron_v2pe.models.lora import adapter_prefix
 from megatron_v2pe.parallel.topology import Ranks
 
@@ -68,8 +70,8 @@ def adapted_linears(
     chosen = {part: adapted_names(lora, part, arch) for part in PARTS}
     for entry in entries:
         linear, _, kind = entry.ours.rpartition(".")
-        part, role = linear.partition(".")[0], linear.rpartition(".")[2]
-        if kind != "weight" or role not in roles[part]:  # type: ignore[index]
+        part, role = part_of(linear), linear.rpartition(".")[2]
+        if kind != "weight" or part not in roles or role not in roles[part]:  # type: ignore[index]
             continue
         for index, target in enumerate(roles[part][role]):  # type: ignore[index]
             if target in chosen[part]:  # type: ignore[index]
@@ -96,6 +98,7 @@ def load_weights(checkpoint: str | Path, model_chunks: Sequence[torch.nn.Module]
     load_model_weights(find_base(checkpoint), model_chunks, ranks=ranks)
     states = model_sharded_state_dict(model_chunks, ranks, wanted=record.holds)
     load_into_model_chunks(model_chunks, load_state(state_path(checkpoint), states), wanted=record.holds)
+    load_expert_bias(checkpoint, model_chunks)
 
 
 def draw_adapters(

@@ -29,6 +29,7 @@ from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.models.piip.interaction import Interaction, InteractionSettings
 
@@ -106,7 +107,7 @@ def read_recipe(path: str | Path) -> tuple[list[str], dict[str, Any]]:
         source = row.get("weights")
         if not isinstance(source, str) or not source:
             raise ConfigError(
-                f"{path}: branches[{index}].weights is {source!r}, but must be a folder, a file, or {RANDOM}"
+                f"{path}: branches[{index}].weights is {shortened(source)}, but must be a folder, a file, or {RANDOM}"
             )
         sources.append(source)
     plain = [{key: value for key, value in row.items() if key != "weights"} for row in rows]

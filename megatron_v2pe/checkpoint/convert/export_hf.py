@@ -8,6 +8,7 @@ Several ranks (`launched_ranks`) share the tensors and write the same bytes as o
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megatron_v2pe.checkpoint.convert.remote_code import (
 from megatron_v2pe.checkpoint.convert.shared_work import staged_by_ranks, warn_of_not_finite
 from megatron_v2pe.checkpoint.convert.side_files import files_of_other_format
 from megatron_v2pe.checkpoint.files.block_stream import BlockStream
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of, hf_path, read_info
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, read_layout
 from megatron_v2pe.checkpoint.hf.config_json import update_dtype
@@ -35,8 +36,10 @@ from megatron_v2pe.checkpoint.state.ranks import (
 )
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.arch.native import FolderFormat
+from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.files import write_atomic
 
+logger = logging.getLogger(__name__)
 SHARD_BYTES = 5_000_000_000
 """Largest weight file where the files of a folder are planned anew; transformers' own habit."""
 
@@ -51,6 +54,7 @@ def export_hf(
     to: FolderFormat | None = None,
     stride: int | None = None,
     remote_code: bool = False,
+    drop_expert_bias: bool = False,
     progress: Progress = silent,
     expect: Progress = silent,
 ) -> None:
@@ -66,6 +70,7 @@ def export_hf(
         to: format of the folder; None is that of the imported one.
         stride: stride to recommend for a checkpoint that was trained with random ones; None records nothing.
         remote_code: put code beside the weights, with which transformers loads them without this package.
+        drop_expert_bias: write a checkpoint whose experts were balanced by a bias (`moe.bias_rate`) without it.
         progress: called with the bytes of each block.
         expect: called once, before, with all bytes of this rank.
 
@@ -75,6 +80,7 @@ def export_hf(
             cannot be written.
     """
     read_info(checkpoint_folder)
+    check_expert_bias(checkpoint_folder, is_dropped=drop_expert_bias)
     hf = hf_path(checkpoint_folder)
     check_stride(hf / "config.json", stride)
     is_other = to not in (None, read_architecture(hf).folder_format)
@@ -97,6 +103,29 @@ def export_hf(
             add_remote_code(folder)
 
     write_folder(target, exported, files, copied, force=force, dtype=dtype, expect=expect, finish=finish)
+
+
+def check_expert_bias(checkpoint_folder: str | Path, *, is_dropped: bool) -> None:
+    """Refuse to lose a bias of the choice of experts, which no Hugging Face format of these models can hold.
+
+    Raises:
+        CheckpointError: the checkpoint has one, and it is not to be dropped.
+    """
+    table = expert_bias_of(checkpoint_folder)
+    if not any(value for values in table.values() for value in values):
+        return
+    largest = max(abs(value) for values in table.values() for value in values)
+    found = (
+        f"{checkpoint_folder}: its routers choose experts with a bias (moe.bias_rate; {len(table)} layers, up to "
+        f"{largest:.3g})"
+    )
+    if is_dropped:
+        logger.warning("%s, which is left out: the exported model chooses other experts", found)
+        return
+    raise CheckpointError(
+        f"{found}, for which the released formats have no place; the exported model would choose other experts. Add "
+        "--drop-expert-bias to export it without, and evaluate that model"
+    )
 
 
 def _tensors_of(files: Sequence[WeightFile]) -> dict[str, TensorInfo]:

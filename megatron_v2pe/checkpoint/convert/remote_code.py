@@ -26,12 +26,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_internvl_v2pe.InternVLV2PEModel",
     "AutoModelForCausalLM": "modeling_internvl_v2pe.InternVLV2PEModel",
 }
-ARCHITECTURES = (
+ARCHITECTURES = (  # those of `FAMILIES` in the modeling file
     "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
     "LlamaForCausalLM",
+    "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
-    "Phi3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 
 
@@ -97,7 +99,8 @@ def add_remote_code(folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
     path = folder / "config.json"
     arch = parse_architecture(_values(path), str(path))
-    template = asdict(get_template(arch.template))
+    used = get_template(arch.template)
+    template = asdict(used.with_system(arch.system_message) if arch.system_message else used)
     keys = ("system", "user_role", "assistant_role", "separator", "strip_values")
     chat_format = {key: template[key] for key in keys}
     wanted = {

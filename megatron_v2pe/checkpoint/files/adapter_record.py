@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.checkpoint.files.folder import INFO_FILE, read_info
-from megatron_v2pe.config.lora import Part, is_adapter_parameter, parts_trained_whole
+from megatron_v2pe.config.lora import is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.config.sections.parts import is_in
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.core.plain_files import read_json_object
@@ -40,11 +41,11 @@ class AdapterRecord:
     base: str
     base_sha256: str
     lora: LoRAConfig
-    trained_parts: tuple[Part, ...] = ()
+    trained_parts: tuple[str, ...] = ()
 
     def holds(self, name: str) -> bool:
         """Whether a parameter, or a state key, is stored with the adapters and not taken from the base."""
-        return is_adapter_parameter(name) or name.partition(".")[0] in self.trained_parts
+        return is_adapter_parameter(name) or is_in(name, self.trained_parts)
 
 
 def describe_adapters(config: RunConfig) -> AdapterRecord | None:
@@ -106,7 +107,8 @@ def require_same_adapters(now: AdapterRecord | None, checkpoint: str | Path) -> 
         before, after = (", ".join(parts) or "none" for parts in (saved.trained_parts, now.trained_parts))
         raise ConfigError(
             f"parts trained whole are {after}, but {checkpoint} has {before}; restore model.freeze_language, "
-            "model.freeze_projector and vision.freeze, or give the run a new runtime.run_dir"
+            "model.freeze_projector, vision.freeze and vision.freeze_large_branch, or give the run a new "
+            "runtime.run_dir"
         )
 
 

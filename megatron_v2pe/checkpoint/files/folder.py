@@ -132,6 +132,15 @@ def read_info(
     return info
 
 
+def expert_bias_of(checkpoint_folder: str | Path) -> dict[str, list[float]]:
+    """The bias of the choice of experts that a checkpoint stores, by sparse layer; empty for one without.
+
+    Raises:
+        CheckpointError: not a complete checkpoint.
+    """
+    return dict(read_info(checkpoint_folder).run_state.get("expert_bias", {}))
+
+
 def _parsed_info(folder: Path) -> CheckpointInfo:
     path = folder / INFO_FILE
     if not folder.is_dir():
@@ -139,7 +148,8 @@ def _parsed_info(folder: Path) -> CheckpointInfo:
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no {INFO_FILE}, so it is not a checkpoint; either its writer was interrupted (write it "
-            "again), or this is a Hugging Face folder (import-hf turns it into a checkpoint)"
+            "again), or this is a Hugging Face folder (import-hf turns it into a checkpoint; model.hf_path of a "
+            "run, generate and evaluate read it as it is)"
         )
     try:
         values = read_json_object(path)

@@ -42,7 +42,12 @@ def update_trained(config_path: Path, wanted: Mapping[str, Any]) -> None:
     """
     text = config_path.read_text(encoding="utf-8")
     values = json.loads(text)
-    changed = {key: value for key, value in wanted.items() if values.get(key, DEFAULTS.get(key)) != value}
+    meant = {
+        **DEFAULTS,
+        "system_message": "",
+        **{key: each for key, each in values.items() if each is not None},
+    }
+    changed = {key: value for key, value in wanted.items() if meant.get(key) != value}
     if changed:
         end = "\n" if text.endswith("\n") else ""
         write_atomic(config_path, json.dumps({**values, **changed}, indent=2, ensure_ascii=False) + end)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -29,5 +30,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         [k for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else [path.name]
     )
     if foreign:
-        raise CheckpointError(f"{path}: {foreign[0]!r} is no tensor; only a dict of tensors can be imported")
+        raise CheckpointError(
+            f"{path}: {shortened(foreign[0])} is no tensor; only a dict of tensors can be imported"
+        )
     return state

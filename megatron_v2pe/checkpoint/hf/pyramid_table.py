@@ -67,6 +67,8 @@ def _way(name: str, width: int, other: int, pyramid: PyramidArchitecture) -> dic
         shapes |= _linear(f"{name}_proj", width, other)
     read = width if pyramid.projection else other
     own = f"{name}_injector."
+    # In the order of `named_parameters`, which decides where mcore's gradient buffer has gaps.
+    shapes |= {f"{own}ca_gamma": f"{width}", f"{own}cffn_gamma": f"{width}"}
     if pyramid.attention == "deformable":
         inner, places = int(width * pyramid.value_ratio), pyramid.heads * pyramid.points
         shapes |= _linear(f"{own}attn.sampling_offsets", 2 * places, width)
@@ -85,8 +87,7 @@ def _way(name: str, width: int, other: int, pyramid: PyramidArchitecture) -> dic
         f"{own}ffn.dwconv.dwconv.weight": f"{hidden} 1 3 3",
         f"{own}ffn.dwconv.dwconv.bias": f"{hidden}",
     }
-    shapes |= _linear(f"{own}ffn.fc2", width, hidden)
-    return shapes | {f"{own}ca_gamma": f"{width}", f"{own}cffn_gamma": f"{width}"}
+    return shapes | _linear(f"{own}ffn.fc2", width, hidden)
 
 
 def _linear(name: str, rows: int, columns: int) -> dict[str, str]:

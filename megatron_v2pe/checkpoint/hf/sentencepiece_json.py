@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.text.tokenizer_files import read_tokenizer_files
 from megatron_v2pe.data.text.vocabularies import WORD_MARK, read_sentencepiece
 
@@ -58,7 +59,9 @@ def tokenizer_json(folder: Path) -> bytes:
         )
     wrong = [token for token, index in added.items() if backend.token_to_id(token) != index]
     if wrong:
-        raise CheckpointError(f"{folder}: added token {wrong[0]!r} would get another id in tokenizer.json")
+        raise CheckpointError(
+            f"{folder}: added token {shortened(wrong[0])} would get another id in tokenizer.json"
+        )
     return (json.dumps(json.loads(backend.to_str()), ensure_ascii=False, indent=2) + "\n").encode()
 
 

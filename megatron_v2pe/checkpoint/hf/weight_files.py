@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.plain_files import not_regular, read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -55,11 +56,11 @@ class WeightListing:
         opened = set(file_of.values())
         for name, file in self.index.items():
             if file in opened and file_of.get(name) != file:
-                yield f"{self.index_path}: names {name!r} in {file}, but it is not there"
+                yield f"{self.index_path}: names {shortened(name)} in {file}, but it is not there"
         if self.index:
             for name in sorted(set(file_of) - set(self.index)):
                 path = self.index_path.with_name(file_of[name])
-                yield f"{path}: holds {name!r}, which {self.index_path.name} omits"
+                yield f"{path}: holds {shortened(name)}, which {self.index_path.name} omits"
 
 
 def list_weight_files(folder: Path, *, allow_pickle: bool) -> WeightListing:

@@ -45,6 +45,17 @@ UNDERSTOOD = {  # of a generation_config; anything else is refused rather than i
 }
 
 
+FAMILIES = {  # of the decoder, by llm_config.architectures: biases on queries, keys and values; norms on them; MLP
+    "InternLM2ForCausalLM": (False, False, "plain"),
+    "InternLM3ForCausalLM": (False, False, "plain"),
+    "LlamaForCausalLM": (False, False, "plain"),
+    "Phi3ForCausalLM": (False, False, "fused"),
+    "Qwen2ForCausalLM": (True, False, "plain"),
+    "Qwen3ForCausalLM": (False, True, "plain"),
+    "Qwen3MoeForCausalLM": (False, True, "experts"),
+}
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square in float32."""
 
@@ -227,19 +238,65 @@ class InternLM2Layer(nn.Module):
         return mlp.w2(F.silu(mlp.w1(x)) * mlp.w3(x))
 
 
+class GatedMLP(nn.Module):
+    """down(silu(gate) * up), the first two in one projection where it is fused."""
+
+    def __init__(self, hidden: int, ffn: int, *, is_fused: bool = False) -> None:
+        super().__init__()
+        self.is_fused = is_fused
+        if is_fused:
+            self.gate_up_proj = nn.Linear(hidden, 2 * ffn, bias=False)
+        else:
+            self.gate_proj = nn.Linear(hidden, ffn, bias=False)
+            self.up_proj = nn.Linear(hidden, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to the same."""
+        gate, up = (
+            self.gate_up_proj(x).chunk(2, -1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
+        )
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """Each token goes to the `num_experts_per_tok` experts of highest probability, weighted by it."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, count = config["hidden_size"], config["num_experts"]
+        self.top_k, self.is_normed = config["num_experts_per_tok"], config.get("norm_topk_prob", False)
+        self.gate = nn.Linear(hidden, count, bias=False)
+        self.experts = nn.ModuleList(GatedMLP(hidden, config["moe_intermediate_size"]) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, t, H] to the same; probabilities in float32."""
+        tokens = x.flatten(0, 1)
+        scores = self.gate(tokens)
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        weights, chosen = scores.softmax(-1).topk(self.top_k, -1)
+        if self.is_normed:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights, out = weights.to(x.dtype), torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places].unsqueeze(-1))
+        return out.view_as(x)
+
+
 class LlamaLayer(nn.Module):
-    """Llama, Qwen2 (biases on queries, keys and values), Qwen3 (norms on them), Phi-3 (fused projections)."""
+    """Llama and the families that name their weights as it does, see `FAMILIES`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config.get("rms_norm_eps", 1e-6)
         heads, ffn = config["num_attention_heads"], config["intermediate_size"]
-        name = config["architectures"][0]
+        has_bias, self.is_normed, kind = FAMILIES[config["architectures"][0]]
         self.heads, self.key_heads = heads, config.get("num_key_value_heads", heads)
-        self.dim = config.get("head_dim") or hidden // heads
-        self.is_fused, self.ffn = name == "Phi3ForCausalLM", ffn
-        has_bias = name == "Qwen2ForCausalLM"
-        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        self.dim, self.is_fused = config.get("head_dim") or hidden // heads, kind == "fused"
+        self.self_attn = nn.Module()
+        self.mlp = Experts(config) if kind == "experts" else GatedMLP(hidden, ffn, is_fused=self.is_fused)
         widths = {
             "q_proj": heads * self.dim,
             "k_proj": self.key_heads * self.dim,
@@ -247,17 +304,12 @@ class LlamaLayer(nn.Module):
         }
         if self.is_fused:
             self.self_attn.qkv_proj = nn.Linear(hidden, sum(widths.values()), bias=False)
-            self.mlp.gate_up_proj = nn.Linear(hidden, 2 * ffn, bias=False)
         else:
             for key, width in widths.items():
                 setattr(self.self_attn, key, nn.Linear(hidden, width, bias=has_bias))
-            self.mlp.gate_proj = nn.Linear(hidden, ffn, bias=False)
-            self.mlp.up_proj = nn.Linear(hidden, ffn, bias=False)
-        self.is_normed = name == "Qwen3ForCausalLM"
         if self.is_normed:
             self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(self.dim, eps), RMSNorm(self.dim, eps)
         self.self_attn.o_proj = nn.Linear(heads * self.dim, hidden, bias=False)
-        self.mlp.down_proj = nn.Linear(ffn, hidden, bias=False)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,9 +329,7 @@ class LlamaLayer(nn.Module):
 
     def mlp_output(self, x: Tensor) -> Tensor:
         """[b, t, H] to the same."""
-        x, mlp = self.post_attention_layernorm(x), self.mlp
-        gate, up = mlp.gate_up_proj(x).chunk(2, -1) if self.is_fused else (mlp.gate_proj(x), mlp.up_proj(x))
-        return mlp.down_proj(F.silu(gate) * up)
+        return self.mlp(self.post_attention_layernorm(x))
 
 
 class LanguageModel(nn.Module):
@@ -288,15 +338,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         name = config.get("architectures", ["?"])[0]
-        known = (
-            "InternLM2ForCausalLM",
-            "LlamaForCausalLM",
-            "Qwen2ForCausalLM",
-            "Qwen3ForCausalLM",
-            "Phi3ForCausalLM",
-        )
-        if name not in known:
-            raise ValueError(f"llm_config.architectures is {name}; known are {', '.join(known)}")
+        if name not in FAMILIES:
+            raise ValueError(f"llm_config.architectures is {name}; known are {', '.join(FAMILIES)}")
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         self.is_internlm2 = name == "InternLM2ForCausalLM"
         layer = InternLM2Layer if self.is_internlm2 else LlamaLayer

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_v2pe.checkpoint.files.adapter_record import require_whole
-from megatron_v2pe.checkpoint.files.folder import state_path
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of, state_path
 from megatron_v2pe.checkpoint.state.load import load_state
 from megatron_v2pe.config.lora import is_adapter_parameter
 from megatron_v2pe.core.errors import CheckpointError
@@ -94,7 +94,9 @@ def _unwrapped(model_chunk: Any) -> Any:
 def load_model_weights(
     checkpoint_folder: str | Path, model_chunks: Sequence[torch.nn.Module], *, ranks: Ranks
 ) -> None:
-    """Load weights alone, into a model of any parallel layout. Collective. Adapters of the model stay as they are.
+    """Load weights, and the bias of the routers' choice, into a model of any parallel layout. Collective.
+
+    Adapters of the model stay as they are.
 
     Call it before the optimizer is built, whose float32 copies are made from the weights at that time.
 
@@ -105,3 +107,19 @@ def load_model_weights(
     states = model_sharded_state_dict(model_chunks, ranks, wanted=without_adapters)
     loaded = load_state(state_path(checkpoint_folder), states)
     load_into_model_chunks(model_chunks, loaded, wanted=without_adapters)
+    load_expert_bias(checkpoint_folder, model_chunks)
+
+
+def load_expert_bias(checkpoint_folder: str | Path, model_chunks: Sequence[Any]) -> None:
+    """Give the routers the bias that a checkpoint stores; where it stores none they keep theirs.
+
+    Raises:
+        CheckpointError: not a complete checkpoint.
+    """
+    table = expert_bias_of(checkpoint_folder)
+    if table:
+        from megatron_v2pe.assembly.expert_bias import (
+            put_expert_bias,  # megatron-core: exports need none of it
+        )
+
+        put_expert_bias(table, model_chunks)

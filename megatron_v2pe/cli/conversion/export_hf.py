@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put code beside the weights, so that transformers (trust_remote_code=True) answers with V2PE positions",
     )
+    parser.add_argument(
+        "--drop-expert-bias",
+        action="store_true",
+        help="leave out the bias by which moe.bias_rate balanced the experts; no format has a place for it",
+    )
     add_cast(parser)
     add_verify_checkpoint(parser)
 
@@ -75,6 +80,7 @@ def _export_model(args: argparse.Namespace) -> int:
             to=args.format or None,
             stride=args.stride,
             remote_code=args.remote_code,
+            drop_expert_bias=args.drop_expert_bias,
             progress=progress,
             expect=progress.expect,
         )
@@ -85,6 +91,7 @@ def _export_model(args: argparse.Namespace) -> int:
 
 def _export_adapters(args: argparse.Namespace) -> int:
     from megatron_v2pe.checkpoint.adapters.peft_export import export_peft
+    from megatron_v2pe.checkpoint.convert.export_hf import check_expert_bias
 
     require_one_process("export-hf --adapter")
     if args.remote_code or args.stride is not None:
@@ -98,6 +105,7 @@ def _export_adapters(args: argparse.Namespace) -> int:
     if args.max_shard_size:
         raise ConfigError("--max-shard-size is for whole models; a PEFT folder (--adapter) has one file")
     check_files(args)
+    check_expert_bias(args.checkpoint, is_dropped=args.drop_expert_bias)
     count = export_peft(args.checkpoint, args.hf_folder, force=args.force)
     sys.stdout.write(f"{args.hf_folder}: {count} tensors for PEFT\n")
     return 0

@@ -22,7 +22,7 @@ mm-niah, mm-niah-1m, long-vqa, milebench, chartqa, docvqa, ai2d, infovqa, scienc
 mvbench, video-mme, mmlongbench. `score` scores the same folder again, `paper-table` puts it beside the paper's numbers.
 
 --data FILE asks about long documents instead, and reports exact-match accuracy by length and depth. FILE is a jsonl
-file (images are looked up beside it) or a meta json, whose limits of tiles and frames come first. A record is a
+file (its images are in --root, or beside it) or a meta json, whose limits of tiles and frames come first. A record is a
 conversation that ends with the expected answer, with id, length (tokens) and depth (0..1). Plain questions, records of
 training data without length and depth, get exact, relaxed and contains scores and ANLS instead.
 
@@ -35,7 +35,7 @@ Example: megatron-v2pe evaluate step_00000400 --benchmark mm-niah --data-dir MM-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("checkpoint", help="folder written by import-hf, or a step folder of a run")
+    parser.add_argument("checkpoint", help="folder of import-hf or of a run, or a Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--benchmark", default="", metavar="NAME", help="a published benchmark")
     what.add_argument("--data", default="", help="questions: a .jsonl file or a meta .json")
@@ -71,8 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     published.add_argument("--retry-errors", action="store_true", help="ask again what ended with an error")
     own = parser.add_argument_group("with --data")
+    own.add_argument(
+        "--root", default="", metavar="FOLDER", help="images of a .jsonl file; default: where the file is"
+    )
     own.add_argument("--metrics", default="", help="metrics.jsonl of the run, for a loss curve")
     own.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer")
+    own.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system text of questions that bring none; default: the one that the checkpoint was trained with",
+    )
     own.add_argument(
         "--max-dynamic-patch",
         type=int,
@@ -128,7 +136,7 @@ def _run_benchmark(args: argparse.Namespace) -> int:
 
 
 def _run_retrieval(args: argparse.Namespace) -> int:
-    from megatron_v2pe.checkpoint.files.folder import hf_path
+    from megatron_v2pe.checkpoint.model_source import source_side_files
     from megatron_v2pe.config.trained_settings import answer_data
     from megatron_v2pe.evaluation.jobs.engine_adapter import own_strides
     from megatron_v2pe.evaluation.retrieval.answerer import EngineAnswerer
@@ -149,19 +157,23 @@ def _run_retrieval(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     here = check_files(args)
-    data = answer_data(hf_path(args.checkpoint), max_dynamic_patch=args.max_dynamic_patch)
+    data = answer_data(source_side_files(args.checkpoint), max_dynamic_patch=args.max_dynamic_patch)
     answerer = EngineAnswerer(
         args.checkpoint,
         data=data,
+        system=args.system,
         parallel=parallel_config(args),
         dtype=args.dtype,
         max_new_tokens=args.max_new_tokens,
     )
     settings = own_strides(answerer.arch, args.strides)
-    items, problems = check_items(read_items(args.data), answerer, max_new_tokens=args.max_new_tokens)
+    items, problems = check_items(
+        read_items(args.data, root=args.root), answerer, max_new_tokens=args.max_new_tokens
+    )
     is_plain = not items[0].length
     METRICS["anls"]("a", "a")  # a missing package is reported before the work
     options = f"{args.dtype}, {args.max_new_tokens} new tokens, {data.max_dynamic_patch} tiles"
+    options += "" if args.system is None else f", system text {args.system!r}"
     subject = describe_subject(args.checkpoint, args.data, options=options)
     folder = claim_folder(args.out, subject, is_writer=here.rank == 0)
     found = run_strides(items, settings=settings, answerer=answerer, folder=folder, problems=problems)

@@ -30,7 +30,7 @@ Example: megatron-v2pe lmms step_00000400 --tasks v2pe_chartqa --stride 64 --out
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("checkpoint", help="folder written by import-hf, or a step folder of a run")
+    parser.add_argument("checkpoint", help="folder of import-hf or of a run, or a Hugging Face folder")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="tasks of lmms-eval")
     parser.add_argument("--stride", default="", metavar="S", help="default: the checkpoint's own")
     parser.add_argument(
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(
         ModelAnswerer(args.checkpoint, dtype=args.dtype, parallel=parallel_config(args))
     ) as answerer:
-        settings = own_strides(answerer.arch, args.stride)
+        settings = own_strides(answerer.arch, args.stride, option="--stride")
         if len(settings) > 1:
             raise ConfigError(f"--stride is {args.stride!r}, but lmms-eval judges one stride at a time")
         out = writable_folder(args.out, field="--out")

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the model."""
-    parser.add_argument("checkpoint", help="checkpoint folder (of import-hf or of a run)")
+    parser.add_argument("checkpoint", help="folder of import-hf or of a run, or a Hugging Face folder")
     parser.add_argument(
         "--stride",
         type=int,
         metavar="N",
         help="V2PE stride, 1..tokens per tile; default: the checkpoint's own",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system text of conversations that bring none; default: the one that the checkpoint was trained with",
     )
     parser.add_argument(
         "--max-tokens", type=int, default=1_100_000, metavar="N", help="longest prompt (default 1,100,000)"
@@ -58,6 +63,7 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
     """The options of `add_model_arguments`."""
     from megatron_v2pe.core.errors import ConfigError
     from megatron_v2pe.inference.chat import ChatOptions
+    from megatron_v2pe.planning.answering import plan_prefill
 
     for name in ("max_tokens", "max_dynamic_patch", "max_num_frame", "chunk_tokens"):
         value = getattr(args, name)
@@ -66,6 +72,7 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
             raise ConfigError(f"{option} is {value}, but must be at least 1")
     return ChatOptions(
         stride=args.stride,
+        system=args.system,
         dtype=args.dtype,
         max_tokens=args.max_tokens,
         max_tiles=args.max_dynamic_patch,
@@ -74,6 +81,7 @@ def chat_options(args: argparse.Namespace, *, keep_tokens: int) -> ChatOptions:
         chunk_tokens=args.chunk_tokens,
         kv=args.kv,
         keep_tokens=keep_tokens,
+        plan_prefill=plan_prefill,
     )
 
 

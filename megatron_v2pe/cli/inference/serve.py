@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="requests that are answered at a time (default 8)",
+        help="answers that are made at a time, and most of one request, `n` (default 8)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -120,6 +120,7 @@ def _limits(args: argparse.Namespace) -> Limits:
         media_root=args.media_root,
         max_new_tokens=args.max_new_tokens,
         default_new_tokens=min(256, args.max_new_tokens),
+        max_choices=args.max_running,
         max_images=args.max_images,
         max_body_bytes=args.max_body_mb * 2**20,
     )

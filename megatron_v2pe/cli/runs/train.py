@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     verify = [f"checkpoint.verify={args.verify_checkpoint}"] if args.verify_checkpoint else []
     # Before torch is imported: a typo is reported in a blink.
     config = run_config(args.config, [*args.overrides, *verify])
-    prepare_gpu_environment(config.runtime.run_dir)
+    prepare_gpu_environment(config.runtime.run_dir, deterministic=config.runtime.deterministic)
 
     from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 

@@ -14,6 +14,7 @@ from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.plain_files import read_json_object
 
 
@@ -108,6 +109,7 @@ class InternVLArchitecture:
         image_size: tile size S in pixels (`force_image_size`, or the vision tower's own).
         position_mode: `rope_pos_id_version` of the config in our names, `default` when absent.
         position_stride: `rope_pos_id_stride`, 0 when absent.
+        system_message: system text of answers; empty is the template's.
         trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
@@ -125,6 +127,7 @@ class InternVLArchitecture:
     position_stride: int
     dtype: Literal["float32", "bfloat16", "float16"]
     folder_format: FolderFormat = "github"
+    system_message: str = ""
     trained_tokens: int = 0
     pyramid: PyramidArchitecture | None = None
 
@@ -138,6 +141,11 @@ class InternVLArchitecture:
         """Pixels of a tile's side in every branch of the vision tower, the large one first."""
         smaller = self.pyramid.branches if self.pyramid else ()
         return (self.image_size, *(branch.image_size for branch in smaller))
+
+    @property
+    def values_per_tile(self) -> int:
+        """Pixel values of a tile in all branches together."""
+        return sum(3 * size**2 for size in self.tile_sizes)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -229,15 +237,15 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
         return replace(_parse_github(_with_positions(values, path), path), folder_format="hf-native")
     if kind != GITHUB_TYPE:
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}, only {GITHUB_TYPE!r} (GitHub folders of InternVL 2 to 3.5) and "
+            f"{path}: model_type is {shortened(kind)}, only {GITHUB_TYPE!r} (GitHub folders of InternVL 2 to 3.5) and "
             f"{NATIVE_TYPE!r} (their native -hf folders) are supported"
         )
     return _parse_github(values, path)
 
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """A native config in GitHub's words, with what this package writes into either: template, length, positions."""
-    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "max_trained_tokens")
+    """A native config in GitHub's words, with what this package writes into either: template, positions, ..."""
+    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
     kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
     return {**github_config(values, path), **kept}
 
@@ -262,6 +270,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
         # Of no InternVL the projector reads an inner layer of the tower.
         select_layer=top.choice("select_layer", -1, (-1,)),
         template=str(top.get("template", "")),
+        system_message=str(top.get("system_message", "")),
         position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
         trained_tokens=int(top.get("max_trained_tokens", 0)),
@@ -302,7 +311,7 @@ def _parse_language(language: Section) -> LanguageArchitecture:
     (name, *_) = language.get("architectures", ["?"])
     if name not in FAMILIES:
         reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
-        raise CheckpointError(f"{language.path}: architecture {name!r} is not supported; {reason}")
+        raise CheckpointError(f"{language.path}: architecture {shortened(name)} is not supported; {reason}")
     family = FAMILIES[name]
     hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     head_dim = _head_dim(language, family)

@@ -35,6 +35,17 @@ def decoder_linear_parameters(arch: InternVLArchitecture) -> int:
     return arch.language.active_weights
 
 
+def linear_tokens(arch: InternVLArchitecture) -> int:
+    """Length of a document whose causal attention costs as much as its linears; 30,720 for InternLM2-2B."""
+    language = arch.language
+    return max(
+        1,
+        round(
+            decoder_linear_parameters(arch) / (language.num_layers * language.num_heads * language.head_dim)
+        ),
+    )
+
+
 def attention_flops(
     arch: InternVLArchitecture, lengths: Iterable[int], *, full_attention: bool = False
 ) -> float:
@@ -46,9 +57,7 @@ def attention_flops(
 
 def tower_attention_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward pass of the bidirectional attention of the tower, its smaller branches included."""
-    return sum(
-        4.0 * num_tiles * vision.num_layers * rows**2 * vision.hidden_size for vision, rows in _branches(arch)
-    )
+    return sum(branch_attention_flops(vision, rows, num_tiles) for vision, rows in tower_branches(arch))
 
 
 def tower_linear_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
@@ -56,14 +65,22 @@ def tower_linear_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
 
     With a pyramid: of every branch, and all of its interactions (linears, sampling, depthwise convolutions).
     """
-    total = 0.0
-    for vision, rows in _branches(arch):
-        layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
-        total += 2.0 * num_tiles * vision.num_layers * layer * rows
+    total = sum(branch_linear_flops(vision, rows, num_tiles) for vision, rows in tower_branches(arch))
     return total + interaction_flops(arch, num_tiles)
 
 
-def _branches(arch: InternVLArchitecture) -> Iterator[tuple[VisionArchitecture, int]]:
+def branch_linear_flops(vision: VisionArchitecture, rows: int, num_tiles: int) -> float:
+    """Forward pass of the linears of a branch's layers; `rows` are those of a tile, class token included."""
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_size
+    return 2.0 * num_tiles * vision.num_layers * layer * rows
+
+
+def branch_attention_flops(vision: VisionArchitecture, rows: int, num_tiles: int) -> float:
+    """Forward pass of the attention of a branch's layers."""
+    return 4.0 * num_tiles * vision.num_layers * rows**2 * vision.hidden_size
+
+
+def tower_branches(arch: InternVLArchitecture) -> Iterator[tuple[VisionArchitecture, int]]:
     """Every branch of the tower, with the rows that it computes for a tile, class token included."""
     yield arch.vision, arch.patches_per_tile
     for branch in arch.pyramid.branches if arch.pyramid else ():
@@ -75,7 +92,7 @@ def interaction_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     pyramid = arch.pyramid
     if pyramid is None:
         return 0.0
-    branches = [(vision.hidden_size, rows - 1) for vision, rows in _branches(arch)]
+    branches = [(vision.hidden_size, rows - 1) for vision, rows in tower_branches(arch)]
     total = 0.0
     for large, small in pairwise(branches):
         total += pyramid.num_interactions * _way_flops(pyramid, *large, *small)
@@ -107,6 +124,22 @@ def projector_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
 def tower_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     """Forward pass of the vision tower."""
     return tower_linear_flops(arch, num_tiles) + tower_attention_flops(arch, num_tiles)
+
+
+def branch_flops(arch: InternVLArchitecture, num_tiles: int) -> dict[str, float]:
+    """Forward and backward of each part of a tower with a pyramid; empty without one.
+
+    `large` is the checkpoint's own tower, `branch_1` and on are the smaller networks, `interactions` what is between.
+    """
+    if arch.pyramid is None:
+        return {}
+    parts = {
+        f"branch_{index}" if index else "large": branch_linear_flops(vision, rows, num_tiles)
+        + branch_attention_flops(vision, rows, num_tiles)
+        for index, (vision, rows) in enumerate(tower_branches(arch))
+    }
+    parts["interactions"] = interaction_flops(arch, num_tiles)
+    return {name: TRAINING * flops for name, flops in parts.items()}
 
 
 def vision_flops(arch: InternVLArchitecture, num_tiles: int) -> float:

@@ -8,7 +8,6 @@ NaN trains nothing: each is refused where it is read. Bounds are far outside of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,10 @@ def _whole(low: int, high: int) -> Reader:
 
 def _real(low: float, high: float, *, is_low_allowed: bool = True) -> Reader:
     def read(value: Any) -> float:
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_number = type(value) in (
+            int,
+            float,
+        )  # a whole one may be too large for a float; NaN is in no range
         if not is_number or not low <= value <= high or (value == low and not is_low_allowed):
             bracket = "[" if is_low_allowed else "("
             raise ValueError(f"a finite number in {bracket}{low:g}, {high:g}]")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_v2pe.config.arch.families import FAMILIES, NATIVE_FAMILIES, REFUSED
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 
 FolderFormat = Literal["github", "hf-native"]
 """`InternVLChatModel` with code of its own, or `InternVLForConditionalGeneration` of transformers."""
@@ -115,7 +116,7 @@ def _github_language(text: Section) -> dict[str, Any]:
     if kind not in NATIVE_FAMILIES:
         (name, *_) = text.get("architectures", ["?"])
         reason = REFUSED.get(name, f"known are {', '.join(NATIVE_FAMILIES)}")
-        raise CheckpointError(f"{text.path}: model_type {kind!r} is not supported; {reason}")
+        raise CheckpointError(f"{text.path}: model_type {shortened(kind)} is not supported; {reason}")
     family = FAMILIES[text.choice(SOURCE_CLASS, NATIVE_FAMILIES[kind].architecture, tuple(FAMILIES))]
     values = {**text.values, "architectures": [family.architecture]}
     if values.pop(SOURCE_CLASS, None):

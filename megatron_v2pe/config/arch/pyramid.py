@@ -43,10 +43,10 @@ class PyramidArchitecture:
     projection: bool = True
     drop_path: float = 0.0
 
-    @property
-    def extra_values(self) -> int:
-        """Pixel values of a tile that the smaller branches see."""
-        return sum(3 * branch.image_size**2 for branch in self.branches)
+
+def interval_stops(num_layers: int, num_intervals: int) -> tuple[int, ...]:
+    """Layers after which each interval ends: as even as possible, longer ones first; the last one is num_layers."""
+    return tuple(-(-(index + 1) * num_layers // num_intervals) for index in range(num_intervals))
 
 
 def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int) -> PyramidArchitecture:
@@ -77,7 +77,7 @@ def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int
         "readout",
     }
     values.refuse_unknown(known)
-    values.choice("readout", "large", ("large",))
+    _check_readout(values)
     pyramid = PyramidArchitecture(
         branches=tuple(
             _parse_branch(Section(row, f"{values.path}: branches[{index}]")) for index, row in enumerate(rows)
@@ -94,6 +94,24 @@ def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int
     )
     check_pyramid(pyramid, large, image_size=image_size, path=values.path)
     return pyramid
+
+
+_OTHER_READOUTS = {
+    "llava": "it gives one token for each cell of the finest grid, through a projector of its own, so that neither "
+    "InternVL's projector nor the 256 tokens a tile that it was trained with are kept",
+    "sum": "its form is a proposal without a released model or recorded numbers to compare it with",
+}
+
+
+def _check_readout(values: Section) -> None:
+    """`large` is the readout of a tower here; others of the PIIP release are refused with the reason."""
+    readout = values.get("readout", "large")
+    if readout in _OTHER_READOUTS:
+        raise CheckpointError(
+            f"{values.path}: readout is {readout!r}, but a tower here is read through its large branch only: "
+            f"{_OTHER_READOUTS[readout]}; use large"
+        )
+    values.choice("readout", "large", ("large",))
 
 
 def _parse_branch(row: Section) -> VisionArchitecture:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 
 ScalingKind = Literal["none", "linear", "dynamic", "longrope", "llama3"]
 
@@ -81,7 +82,7 @@ def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
     scaling = language.section("rope_scaling")
     name = str(scaling.get("rope_type", scaling.get("type", None)))
     if name not in _KINDS:
-        raise CheckpointError(f"{scaling.path}.type {name!r} is unknown; known: {', '.join(_KINDS)}")
+        raise CheckpointError(f"{scaling.path}.type {shortened(name)} is unknown; known: {', '.join(_KINDS)}")
     kind = _KINDS[name]
     trained = int(language.get("max_position_embeddings", 2048))
     if kind in ("none", "linear", "dynamic"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_v2pe.config.arch.json_values import read_value
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 
 
 class Section:
@@ -48,7 +49,7 @@ class Section:
         value = self.get(key, default)
         if value not in allowed:
             known = ", ".join(map(repr, allowed))
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, known values are {known}")
+            raise CheckpointError(f"{self.path}: {key} is {shortened(value)}, known values are {known}")
         return value
 
     def section(self, key: str) -> Section:
@@ -61,7 +62,7 @@ class Section:
         value = self.need(key) if default is None else self.get(key, default)
         if type(value) is not int or value < 1:
             raise CheckpointError(
-                f"{self.path}: {key} is {value!r}, but must be a whole number of at least 1"
+                f"{self.path}: {key} is {shortened(value)}, but must be a whole number of at least 1"
             )
         return value
 
@@ -73,4 +74,4 @@ class Section:
                 hint = (
                     f"; did you mean {close[0]}?" if close else f"; known keys are {', '.join(sorted(known))}"
                 )
-                raise CheckpointError(f"{self.path}: unknown key {key!r}{hint}")
+                raise CheckpointError(f"{self.path}: unknown key {shortened(key)}{hint}")

@@ -1,4 +1,4 @@
-"""The section `moe`: what is added to the loss for a mixture of experts, and how full an expert may be."""
+"""The section `moe`: how the load of a mixture of experts is balanced, and how full an expert may be."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ class MoEConfig:
     """Strength of the router's z-loss, a mean over layers and tokens; 0 is without it."""
     capacity_factor: float = 0.0
     """An expert takes at most this many times its even share of a rank's tokens and drops others; 0 takes all."""
+    bias_rate: float = 0.0
+    """How far the bias of an expert's choice moves in a step towards even use (balancing without a loss; probabilities
+    of 128 experts are around 1/128, so 1e-3 is much); 0 is without. The released formats have no place for it, see
+    `export-hf --drop-expert-bias`."""
 
     def __post_init__(self) -> None:
-        for name in ("aux_loss", "z_loss", "capacity_factor"):
+        for name in ("aux_loss", "z_loss", "capacity_factor", "bias_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"moe.{name} is {value}, but must be >= 0")

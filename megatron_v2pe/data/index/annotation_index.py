@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.cache import IndexCache, locked
 from megatron_v2pe.data.index.rows import BadSample, IndexRows
 from megatron_v2pe.data.media.cut import Size
-from megatron_v2pe.data.samples.notes import Notice, count_notes
+from megatron_v2pe.data.samples.notes import Notice, count_notes, system_texts
 from megatron_v2pe.data.samples.settings import SampleSettings, dataset_tiling
 from megatron_v2pe.data.samples.split import Units
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.v2pe.layout import Int64Array
 
 _FORMAT = 3
+_NOTES = 2  # version of what is noted beside lengths: no order of samples depends on it, but a cache has to have it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +55,7 @@ class DatasetIndex:
         units: int [n, 2], which part of the line each sample is, see `split`.
         num_cut: samples whose text was cut.
         bad: lines that cannot be used.
+        systems: system texts that records have of their own, and how many have each.
         notices: what was read otherwise than it is written, or not at all, and what images lose.
     """
 
@@ -73,6 +75,7 @@ class DatasetIndex:
     num_cut: int
     bad: tuple[BadSample, ...]
     notices: tuple[Notice, ...] = ()
+    systems: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -129,7 +132,8 @@ def index_dataset(
         DataError: the annotation file or the cache folder cannot be used.
     """
     facts = describe_settings(entry, settings)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    kept = {**facts, "notes": _NOTES}
+    key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", entry.name)[:80]
     folder = Path(cache_dir) / f"{name}-{key}"
     try:
@@ -193,6 +197,7 @@ def _to_index(
         first_image=np.concatenate([[0], np.cumsum(arrays["num_images"], dtype=np.int64)]),
         first_medium=np.concatenate([[0], np.cumsum(arrays["num_media"], dtype=np.int64)]),
         notices=count_notes(arrays["notes"], arrays["line_numbers"], rows.note_sets),
+        systems=system_texts(arrays["notes"], rows.note_sets),
         num_cut=int((arrays["num_uncut_tokens"] > arrays["num_tokens"]).sum()),
         bad=rows.bad,
         **{name: arrays[name] for name in names},

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_v2pe.core.files import commit_folder, write_atomic
+from megatron_v2pe.data.samples.formats import SYSTEM_NOTE
 from megatron_v2pe.data.samples.measure import MeasuredSample
 
 _FACTS = "facts.json"
@@ -153,9 +154,11 @@ def _listed_counts(sizes: Sequence[Sequence[Any]]) -> list[int]:
 def _note_set(note_sets: dict[tuple[str, ...], int], notes: tuple[str, ...]) -> int:
     """Number of a set of notes; a file with a key of its own in each record does not make thousands of them."""
     if notes not in note_sets and len(note_sets) >= _MOST_NOTE_SETS:
-        notes = (*(note for note in notes if not note.startswith("unread:")), "unread:(others)")
+        kept = (note for note in notes if not note.startswith(("unread:", SYSTEM_NOTE)))
+        system = (f"{SYSTEM_NOTE}(others)",) if any(note.startswith(SYSTEM_NOTE) for note in notes) else ()
+        notes = (*kept, "unread:(others)", *system)
         if notes not in note_sets and len(note_sets) >= 2 * _MOST_NOTE_SETS:
-            notes = ("unread:(others)",)
+            notes = ("unread:(others)", *system)
     return note_sets.setdefault(notes, len(note_sets))
 
 

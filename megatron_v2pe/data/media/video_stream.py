@@ -121,7 +121,7 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
                 file,
                 options={"protocol_whitelist": "none"},
                 buffer_size=_BUFFER_BYTES,
-                metadata_errors="ignore",
+                **_metadata_options(av),
             ) as container,
         ):
             if not container.streams.video:
@@ -135,6 +135,11 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         raise DataError(
             f"{path}: cannot be read as a video ({error}); repair or remove the sample"
         ) from error
+
+
+def _metadata_options(av: Any) -> dict[str, str]:
+    """Titles that are no UTF-8 are no error; PyAV 19 keeps such bytes by itself and has no option for it."""
+    return {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _pyav(path: str) -> Any:

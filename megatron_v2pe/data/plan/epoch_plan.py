@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from megatron_v2pe.config.batch_schedule import BatchSchedule
 from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
+from megatron_v2pe.data.index.bad_causes import cause_lines
 from megatron_v2pe.data.index.rows import BadSample
 from megatron_v2pe.data.plan.balance import assign_packs, order_for_steps, whole_steps
 from megatron_v2pe.data.plan.packing import best_fit_packs, pack_fill, release_packs
@@ -33,11 +35,23 @@ from megatron_v2pe.data.samples.notes import notice_text
 from megatron_v2pe.v2pe.layout import Int64Array
 
 logger = logging.getLogger(__name__)
-_SHOWN_BAD = 20
 _SHOWN_NOTICES = 20
 _EPOCHS_PER_STAGE = 2**32  # keeps epoch numbers of different stages apart
 _VERSION = 2  # of the order that this file makes
 _PACKERS = {"best_fit": best_fit_packs, "release_greedy": release_packs}
+
+
+class TooManyBadError(DataError):
+    """More samples are bad than `data.max_bad_samples` allows.
+
+    Args:
+        summary: how many, and how many may be.
+        bad: they.
+    """
+
+    def __init__(self, summary: str, bad: Sequence[BadSample]) -> None:
+        super().__init__(f"{summary}:\n{shown_bad(bad)}")
+        self.summary = summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,21 +298,25 @@ class MixturePlan:
                 f"{len(long)} of {num_records} samples are too long, and data.long_samples is refuse; raise the limits "
                 f"or set it to split, cut or bad:\n{shown_bad(long)}"
             )
-        allowed = int(self._data.max_bad_samples * num_records)
+        allowed = int(self._data.max_bad_samples * num_records + 1e-9)
         if self.num_bad > allowed:
-            raise DataError(
+            enough = math.ceil(1000 * self.num_bad / num_records) / 1000
+            raise TooManyBadError(
                 f"{self.num_bad} of {num_records} samples are bad, but data.max_bad_samples = "
-                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit:\n{shown_bad(self.bad)}"
+                f"{self._data.max_bad_samples} allows {allowed}; repair them or raise the limit "
+                f"(data.max_bad_samples={enough:g} skips them)",
+                self.bad,
             )
 
     def log_bad(self) -> None:
-        """Name the samples that are skipped, and count those that are cut and what is lost by rule."""
+        """Name the samples that are skipped, once and by cause, and count those that are cut."""
         if self.num_bad:
             logger.warning(
-                "%d bad samples are skipped (of %d)", self.num_bad, self.num_bad + self.num_samples
+                "%d bad samples are skipped (of %d):\n%s",
+                self.num_bad,
+                self.num_bad + self.num_samples,
+                shown_bad(self.bad),
             )
-        for bad in self.bad[:_SHOWN_BAD]:
-            logger.warning("skipped %s: %s", bad.sample_id, bad.message)
         num_cut = sum(index.num_cut for index in self._indexes)
         if num_cut:
             logger.warning(
@@ -366,6 +384,5 @@ class MixturePlan:
 
 
 def shown_bad(samples: Sequence[BadSample]) -> str:
-    """The first messages of a list, one per line, and how many more there are."""
-    more = f"\n  ... and {len(samples) - _SHOWN_BAD} more" if len(samples) > _SHOWN_BAD else ""
-    return "\n".join(f"  {bad.message}" for bad in samples[:_SHOWN_BAD]) + more
+    """Bad samples by cause, indented."""
+    return "\n".join(f"  {line}" for line in cause_lines(samples))

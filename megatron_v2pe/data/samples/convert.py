@@ -13,18 +13,26 @@ import binascii
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.core.files import write_atomic
-from megatron_v2pe.data.samples.formats import note_text
+from megatron_v2pe.data.samples.columns import (
+    check_others,
+    find_columns,
+    from_row,
+    has_question_and_answer,
+    is_flat,
+)
+from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
 from megatron_v2pe.data.samples.records import parse_record
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, kind_of
 from megatron_v2pe.data.sources.meta import DatasetEntry
+from megatron_v2pe.data.sources.tables import TableRow
 
 _SUFFIXES = {"a JPEG image": ".jpg", "a PNG image": ".png", "a GIF image": ".gif", "a WebP image": ".webp"}
 _MEDIA_KEYS = ("image", "images", "video", "videos")
@@ -40,16 +48,21 @@ class Conversion:
         bad: messages of the others, with file and number.
         media: files written for images inside records.
         notes: how often each note of `formats` occurs, and where first.
+        columns: meaning -> column of rows that have no conversation of their own.
     """
 
     written: int = 0
     bad: list[str] = field(default_factory=list)
     media: int = 0
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """A summary, bad records last."""
         lines = [f"{self.written:,} records, {len(self.bad):,} bad, {self.media:,} media files written"]
+        if self.columns:
+            pairs = ", ".join(f"{column!r} is the {meaning}" for meaning, column in self.columns.items())
+            lines.append(f"columns: {pairs}")
         lines += [note_text(note, count, place) for note, (count, place) in sorted(self.notes.items())]
         lines += [f"bad: {message}" for message in self.bad[:_SHOWN]]
         if len(self.bad) > _SHOWN:
@@ -64,11 +77,15 @@ class Converter:
     Args:
         entry: format and roots of the data set.
         media: folder for images inside records; None refuses such records.
+        columns: meaning -> column of rows with a question and an answer, see `columns.MEANINGS`.
     """
 
-    def __init__(self, entry: DatasetEntry, media: Path | None) -> None:
+    def __init__(
+        self, entry: DatasetEntry, media: Path | None, columns: Mapping[str, str] | None = None
+    ) -> None:
         self._entry = entry
         self._media = media
+        self._columns = dict(columns or {})
         self.result = Conversion()
 
     def lines(self, paths: Sequence[str]) -> list[str]:
@@ -80,6 +97,10 @@ class Converter:
         found = []
         for path in paths:
             for where, value in records_of(path):
+                if isinstance(
+                    value, TableRow
+                ):  # all rows have these columns: one error, not one for each row
+                    self._check_columns(value, where)
                 line = self._line(value, where)
                 if line is not None:
                     found.append(line)
@@ -91,22 +112,42 @@ class Converter:
         try:
             if not isinstance(value, dict):
                 raise DataError(f"{where}: must be a json object, found {type(value).__name__}")
-            value = {key: each for key, each in value.items() if each is not None}
+            value, others = self._record(value, where)
             for key in _MEDIA_KEYS:
                 if key in value:
                     value[key] = self._with_files(value[key], where)
             text = json.dumps(value, ensure_ascii=False)
             text.encode()
-            record = parse_record(value, entry=self._entry, sample_id=where, where=where)
+            record = parse_record({**others, **value}, entry=self._entry, sample_id=where, where=where)
         except (DataError, TypeError, UnicodeEncodeError) as error:
             message = str(error)
             self.result.bad.append(message if message.startswith(where) else f"{where}: {message}")
             return None
-        for note in record.notes:
+        for note in (
+            f"{SYSTEM_NOTE}their own" if each.startswith(SYSTEM_NOTE) else each for each in record.notes
+        ):
             count, first = self.result.notes.get(note, (0, where))
             self.result.notes[note] = (count + 1, first)
         self.result.written += 1
         return text
+
+    def _check_columns(self, row: TableRow, where: str) -> None:
+        if is_flat(row):
+            find_columns(list(row), self._columns, where)
+
+    def _record(self, value: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The record of a json object or row, and columns of a row that are no part of it."""
+        names = [key for key, each in value.items() if each is not None]
+        if not is_flat(value):
+            if self._columns:
+                raise DataError(f"{where}: has a conversation of its own; leave out --columns")
+        elif self._columns or isinstance(value, TableRow) or has_question_and_answer(names):
+            columns = find_columns(names, self._columns, where)
+            self.result.columns.update(columns)
+            others = {key: value[key] for key in names if key not in columns.values()}
+            check_others(others, columns, where)
+            return from_row(value, columns, where), others
+        return {key: value[key] for key in names}, {}
 
     def _with_files(self, value: Any, where: str) -> Any:
         """A value of a media key, with names of files where it holds files."""

@@ -12,6 +12,7 @@ training here cannot use are refused, with the right key.
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,14 @@ def to_native(values: Mapping[str, Any], *, format_name: str, where: str) -> Nat
     named, keys = _named(values, where)
     system, messages, embedded = _READERS[shape](values, used, where)
     notes += [f"alias:{key}={native}" for native, key in keys.items() if key != native]
-    notes += _others(values, {*used, *keys.values()}, has_video=bool(named.get("video")), where=where)
+    read = {*used, *keys.values()}
+    if (
+        messages
+        and isinstance(values.get("answer"), str)
+        and values["answer"].strip() == messages[-1].text.strip()
+    ):
+        read.add("answer")  # said twice, as records of `synthesize` do
+    notes += _others(values, read, has_video=bool(named.get("video")), where=where)
     if any(message.was_renamed for message in messages):
         notes.append("roles")
     return NativeRecord(
@@ -304,6 +312,18 @@ def _keys_text(values: Mapping[str, Any]) -> str:
     return f"keys {', '.join(names)}{more}" if names else "no key at all"
 
 
+SYSTEM_NOTE = "system:"
+DIGEST_MARK = "(sha256 "
+_MOST_SYSTEM = 8000
+
+
+def system_note(text: str) -> str:
+    """Note on a record's own system text; of a very long one only its digest."""
+    if len(text) > _MOST_SYSTEM:
+        text = f"{DIGEST_MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]})"
+    return SYSTEM_NOTE + text
+
+
 def note_text(note: str, count: int, place: str) -> str:
     """One line on a note of `NativeRecord.notes`.
 
@@ -320,6 +340,8 @@ def note_text(note: str, count: int, place: str) -> str:
         return f"key {key!r} is read as {native!r} ({count:,} records, first {place})"
     if kind == "format":
         return f"records of the form {rest} are recognised ({count:,}, first {place})"
+    if note.startswith(SYSTEM_NOTE):
+        return f"system texts of records are used: {rest} ({count:,} records, first {place})"
     if kind == "video_image":
         return f"<image> is read as <video>, as in LLaVA-Video ({count:,} records, first {place})"
     return f"roles user and assistant are read as human and gpt ({count:,} records, first {place})"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.data.media.medium import ImageHeader
 from megatron_v2pe.data.media.traits import TRAITS, trait_text
-from megatron_v2pe.data.samples.formats import note_text
+from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
 
 _IMAGE = "image:"
 _TIMES = " x "
@@ -61,17 +61,39 @@ def count_notes(
         np.bincount(notes, minlength=len(note_sets)) if len(notes) else np.zeros(len(note_sets), dtype=int)
     )
     found: dict[str, tuple[int, int]] = {}
+    systems = len({text for each in note_sets for text in each if text.startswith(SYSTEM_NOTE)})
     for number, each in enumerate(note_sets):
         if not each or not counts[number]:
             continue
         first = int(line_numbers[notes == number].min())
-        for text in each:
+        for text in (_counted_system(text, systems) for text in each):
             note, _, times = text.partition(_TIMES) if text.startswith(_IMAGE) else (text, "", "")
             count, line = found.get(note, (0, first))
             found[note] = (count + int(counts[number]) * int(times or 1), min(line, first))
     return tuple(
         Notice(note=note, count=count, line_number=line) for note, (count, line) in sorted(found.items())
     )
+
+
+def _counted_system(note: str, number: int) -> str:
+    """One note for all system texts of a data set, which says how many there are."""
+    return f"{SYSTEM_NOTE}{number} of their own" if note.startswith(SYSTEM_NOTE) else note
+
+
+def system_texts(notes: NDArray, note_sets: Sequence[Sequence[str]]) -> dict[str, int]:
+    """System texts that records have of their own, and how many have each.
+
+    Args:
+        notes: int [n], number of the set of notes of each sample.
+        note_sets: the sets.
+    """
+    counts = np.bincount(notes, minlength=len(note_sets)) if len(notes) else np.zeros(len(note_sets), int)
+    found: dict[str, int] = {}
+    for count, each in zip(counts.tolist(), note_sets, strict=True):
+        for text in (note.removeprefix(SYSTEM_NOTE) for note in each if note.startswith(SYSTEM_NOTE)):
+            if count:
+                found[text] = found.get(text, 0) + count
+    return found
 
 
 def notice_text(notice: Notice, *, annotation: str, exif: str, alpha: str) -> str:

@@ -22,7 +22,7 @@ from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.media.image import ImageFile
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, LITERAL_MARK, Medium
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
-from megatron_v2pe.data.samples.formats import HINT, NativeRecord, to_native
+from megatron_v2pe.data.samples.formats import HINT, NativeRecord, system_note, to_native
 from megatron_v2pe.data.samples.messages import Message
 from megatron_v2pe.data.sources.file_kinds import CONVERT, HEAD_BYTES, annotation_kind
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -151,7 +151,10 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
     turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
     turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
-    system = _checked_text(native.system, "system text", where) or entry.system
+    own_system = _checked_text(native.system, "system text", where)
+    if own_system.strip():
+        notes.append(system_note(own_system))
+    system = own_system or entry.system
     if any(placeholder in system for placeholder in _PLACEHOLDERS):
         raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
     return Record(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig, RunConfig
+from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.media.frames import VideoRule
-from megatron_v2pe.data.media.medium import MediaRules
+from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, MediaRules
 from megatron_v2pe.data.media.normalization import NormalizeType
 from megatron_v2pe.data.media.tiling import TilingRule
 from megatron_v2pe.data.samples.cost import NO_COST, PackCost, pack_cost
@@ -16,6 +19,8 @@ from megatron_v2pe.data.samples.encode import TextSettings
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.text.agreement import chosen_template, require_rows
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +64,13 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
     data = config.data
     tokenizer = load_tokenizer(hf_folder)
     require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
+    template = chosen_template(data.template, arch.template, tokenizer=tokenizer, folder=hf_folder)
+    if arch.system_message:
+        template = template.with_system(arch.system_message)
     return SampleSettings(
         text=TextSettings(
             tokenizer=tokenizer,
-            template=chosen_template(data.template, arch.template, tokenizer=tokenizer, folder=hf_folder),
+            template=template,
             tokens_per_tile=arch.tokens_per_tile,
             max_tokens=data.max_sample_tokens,
             control_tokens=data.control_tokens,
@@ -95,6 +103,28 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
         smaller_sizes=arch.tile_sizes[1:],
         cost=pack_cost(arch, trains_vision=not config.vision.freeze or config.lora.vision_rank > 0),
     )
+
+
+def with_system(settings: SampleSettings, system: str | None) -> SampleSettings:
+    """The settings with a system text that the user named; it is reported where the checkpoint's is another one.
+
+    Raises:
+        ConfigError: it holds a placeholder of an image.
+    """
+    if system is None:
+        return settings
+    if any(placeholder in system for placeholder in (IMAGE_PLACEHOLDER, "<video>")):
+        raise ConfigError(
+            f"--system is {system!r}, but a system text has no images; move them to the question"
+        )
+    template = settings.text.template.with_system(system)
+    own = settings.text.template.system_text
+    if template.system_text != own:
+        logger.warning(
+            "--system names another system text than the one this checkpoint was trained with (%s); omit it to use that",
+            shortened(own),
+        )
+    return replace(settings, text=replace(settings.text, template=template))
 
 
 def dataset_tiling(settings: SampleSettings, entry: DatasetEntry) -> TilingRule:

@@ -1,6 +1,6 @@
-"""Records of annotation files that are not one json object a line: arrays, gzip, parquet, json over several lines.
+"""Records of annotation files that are not one json object a line: arrays, gzip, parquet, tables, json over lines.
 
-    a.json (array or one object), a.json.gz, a.jsonl, a.parquet --records_of--> (place, object), one at a time
+    a.json (array or one object), a.json.gz, a.jsonl, a.parquet, a.csv --records_of--> (place, object), one at a time
 
 Used by `convert-data`, which writes one record a line; training reads that form only, because its records are found by
 byte offset.
@@ -19,6 +19,7 @@ from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind
 from megatron_v2pe.data.sources.storage import open_binary
+from megatron_v2pe.data.sources.tables import DELIMITERS, rows_of_table
 
 _BLOCK_CHARS = 2**20
 _MOST_RECORD_CHARS = 64 * 2**20
@@ -38,11 +39,13 @@ def records_of(path: str) -> Iterator[tuple[str, Any]]:
             kind = annotation_kind(content.peek(HEAD_BYTES)[:HEAD_BYTES])
             if kind == "a parquet file":
                 yield from _parquet_rows(content, path)
+            elif kind in DELIMITERS:
+                yield from rows_of_table(content, path, kind)
             elif kind in ("", "one json array", "json over several lines"):
                 yield from _json_values(content, path)
             else:
                 raise DataError(
-                    f"{path}: is {kind}; records are read from json, jsonl, gzip and parquet files"
+                    f"{path}: is {kind}; records are read from json, jsonl, gzip, parquet, CSV and TSV files"
                 )
     except (OSError, EOFError) as error:
         text = getattr(error, "strerror", None) or str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 HEAD_BYTES = 4096
-CONVERT = "`megatron-v2pe convert-data` writes one record a line from json, gzip and parquet files"
+CONVERT = "`megatron-v2pe convert-data` writes one record a line from json, gzip, parquet, CSV and TSV files"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file (run  git lfs pull)"),
     (b"\x1f\x8b", "a gzip file"),
@@ -114,5 +114,7 @@ def annotation_kind(head: bytes) -> str:
 
 
 def _tabular(first: bytes) -> str:
-    signs: tuple[tuple[bytes, str], ...] = ((b"\t", "a table with tabs"), (b",", "a CSV table"))
-    return next((kind for sign, kind in signs if first.count(sign) >= 1 and b'"from"' not in first), "")
+    """The separator that the first line has most of."""
+    signs = {b"\t": "a table with tabs", b",": "a CSV table", b";": "a table with semicolons"}
+    sign = max(signs, key=first.count)
+    return signs[sign] if first.count(sign) and b'"from"' not in first else ""

@@ -1,9 +1,12 @@
-"""Byte-level byte pair encoding, by the `tokenizers` library: Qwen2's two text files, or a tokenizer.json.
+"""Byte pair encoding by the `tokenizers` library: Qwen2's two text files, or a tokenizer.json.
 
     text --NFC--> words (one regular expression) --UTF-8 bytes as letters--> merges --> ids
 
 Each byte has a letter of its own, so any text can be encoded and no text has an unknown token. The library keeps a few
 hundred bytes for every token of a text until it is done with it, so long texts are encoded block by block.
+
+A tokenizer.json may also hold the pairs of a sentencepiece vocabulary (native folders of InternLM2 and InternLM3),
+where a blank is a mark and a character without an entry becomes its bytes: `MetaspaceVocabulary`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ _QWEN2_WORDS = (
 _LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _LINE_END = re.compile(r"[\w!-~]\n(?=[\w!-~])")
 _BLOCK_CHARS = 2**16
+_METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
 
 
 class ByteLevelVocabulary:
@@ -109,6 +113,22 @@ class ByteLevelVocabulary:
         return unicodedata.normalize("NFC", text) if self._composes else text
 
 
+class MetaspaceVocabulary(ByteLevelVocabulary):
+    """Byte pairs of a sentencepiece model, as a tokenizer.json describes them; blanks are marks, no prefix is added.
+
+    Args:
+        backend: the library's tokenizer, without added tokens.
+        digest: identity of all that decides ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, digest: bytes) -> None:
+        super().__init__(backend, composes=False, digest=digest)
+        self._decoder = backend.decoder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_metaspace, (self._backend, self._digest)
+
+
 def _ends_words_at_lines(backend: tokenizers.Tokenizer) -> bool:
     """Whether a line break between two visible characters ends a word, as far as is known of the rules."""
     if backend.truncation is not None or not isinstance(backend.normalizer, normalizers.NFC | None):
@@ -131,6 +151,10 @@ def _described(part: Any) -> Any:
 
 def _restore(backend: tokenizers.Tokenizer, composes: bool, digest: bytes) -> ByteLevelVocabulary:
     return ByteLevelVocabulary(backend, composes=composes, digest=digest)
+
+
+def _restore_metaspace(backend: tokenizers.Tokenizer, digest: bytes) -> MetaspaceVocabulary:
+    return MetaspaceVocabulary(backend, digest=digest)
 
 
 def _of_description(
@@ -178,17 +202,17 @@ def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]
     """Vocabulary of a `tokenizer.json`, its added tokens, and those of them that are special.
 
     Raises:
-        CheckpointError: missing, damaged, or not byte level.
+        CheckpointError: missing, damaged, or of a kind that is not read from this file.
     """
     values = read_json(path, required=True)
-    if '"ByteLevel"' not in json.dumps(values.get("pre_tokenizer")):
+    is_byte_level = '"ByteLevel"' in json.dumps(values.get("pre_tokenizer"))
+    if not is_byte_level and not _is_metaspace(values):
         raise CheckpointError(
-            f"{path}: pre_tokenizer is not ByteLevel; tokenizers of other kinds are read from tokenizer.model "
-            "(classes InternLM2Tokenizer and LlamaTokenizer)"
+            f"{path}: pre_tokenizer is neither ByteLevel nor Metaspace without a prefix and with bytes as fallback; "
+            "tokenizers of other kinds are read from tokenizer.model (classes InternLM2Tokenizer and LlamaTokenizer)"
         )
     try:
-        description = json.dumps(values)
-        vocabulary = _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
+        vocabulary = _of_byte_level(values) if is_byte_level else _of_metaspace(values)
     except BaseException as error:  # the library raises plain exceptions, and panics
         raise_if_foreign(error)
         raise CheckpointError(
@@ -197,6 +221,33 @@ def read_tokenizer_json(path: Path) -> tuple[ByteLevelVocabulary, dict[str, int]
     entries = _added_entries(path, values.get("added_tokens") or [])
     added = {entry["content"]: entry["id"] for entry in entries}
     return vocabulary, added, frozenset(entry["content"] for entry in entries if entry.get("special"))
+
+
+def _is_metaspace(values: Mapping[str, Any]) -> bool:
+    """Whether a description is one of sentencepiece byte pairs: what ids depend on must be exactly this."""
+    model = values.get("model")
+    decoder = values.get("decoder")
+    if values.get("normalizer") is not None or not isinstance(model, dict) or not isinstance(decoder, dict):
+        return False
+    parts = [part.get("type") for part in decoder.get("decoders") or () if isinstance(part, dict)]
+    return (
+        values.get("pre_tokenizer") == _METASPACE
+        and (model.get("type"), model.get("byte_fallback")) == ("BPE", True)
+        and not (model.get("dropout") or model.get("ignore_merges"))
+        and parts == ["Replace", "ByteFallback", "Fuse"]
+    )
+
+
+def _of_byte_level(values: Mapping[str, Any]) -> ByteLevelVocabulary:
+    description = json.dumps(values)
+    return _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
+
+
+def _of_metaspace(values: Mapping[str, Any]) -> MetaspaceVocabulary:
+    """Without added tokens: `Tokenizer` cuts texts at them, and where a text merely spells one, it is text."""
+    description = json.dumps({**values, "added_tokens": []})
+    digest = hashlib.sha256(description.encode()).digest()
+    return MetaspaceVocabulary(tokenizers.Tokenizer.from_str(description), digest=digest)
 
 
 def raise_if_foreign(error: BaseException) -> None:

@@ -79,6 +79,15 @@ class ChatTemplate:
     release_rule: ReleaseRule
 
     @property
+    def system_text(self) -> str:
+        """The system text of conversations that have none of their own."""
+        return self.system.removeprefix(self.system_role)
+
+    def with_system(self, text: str) -> ChatTemplate:
+        """The template with another system text."""
+        return replace(self, system=self.system_role + (text.strip() if self.strip_values else text))
+
+    @property
     def stop_token(self) -> str:
         """The token at which an answer ends."""
         return self.separator.strip()
@@ -177,6 +186,11 @@ def render(
             answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""
     written = tuple((start, start + len(turn.value)) for start, turn in zip(starts, turns, strict=True))
+    if text.startswith(template.system) and template.system != TEMPLATES[template.name].system:
+        written = (
+            (len(template.system_role), len(template.system)),
+            *written,
+        )  # nor is it the template's own
     return RenderedConversation(
         text=text, value_starts=tuple(starts), answers=tuple(answers), written=written
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
@@ -31,30 +31,30 @@ from megatron_v2pe.data.samples.settings import sample_settings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.jobs.runner import BrokenReplicaError
+from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
 from megatron_v2pe.evaluation.retrieval.questions import Share, StrideSetting, parse_strides
-from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
 from megatron_v2pe.inference.prompts.stride import choose_stride
 from megatron_v2pe.parallel.replica import from_leader
-from megatron_v2pe.parallel.topology import shutdown
 
 _log = logging.getLogger(__name__)
 _NO_LIMIT = 2**40  # a benchmark never cuts a question
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def own_strides(arch: InternVLArchitecture, text: str) -> list[StrideSetting]:
+def own_strides(arch: InternVLArchitecture, text: str, *, option: str = "--strides") -> list[StrideSetting]:
     """Strides that are asked for, or the checkpoint's own.
 
     Args:
         arch: of the checkpoint.
         text: comma list of `default` and position units; empty is the checkpoint's own.
+        option: what the user would name them with, for messages.
 
     Raises:
         ConfigError: an entry is out of range, or none is given and the checkpoint has none of its own.
     """
     if not text:
-        own = choose_stride(arch, None)
+        own = choose_stride(arch, None, option=option)
         _log.info("%s", own.reason)
         text = "default" if own.mode == "default" else str(own.stride)
     return parse_strides(text, tokens_per_tile=arch.tokens_per_tile)
@@ -82,13 +82,11 @@ class ModelAnswerer:
         dtype: Literal["float32", "bfloat16"],
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
-        self._checkpoint, self._dtype = checkpoint, dtype
+        require_source(checkpoint)
+        side_files = source_side_files(checkpoint)
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(hf_path(checkpoint))
-        settings = sample_settings(
-            RunConfig(data=answer_data(hf_path(checkpoint))), self.arch, hf_path(checkpoint)
-        )
+        self.arch = read_architecture(side_files)
+        settings = sample_settings(RunConfig(data=answer_data(side_files)), self.arch, side_files)
         video = dataclasses.replace(settings.media.video, sampling="middle")
         self._settings = dataclasses.replace(
             settings,
@@ -100,31 +98,17 @@ class ModelAnswerer:
             self._tokenizer.token_id(settings.text.template.stop_token),
             self._tokenizer.eos_id,
         }
-        self._engine: Engine | None = None
-        self._mode = ""
+        self._model = LoadedEngine(
+            checkpoint=checkpoint,
+            arch=self.arch,
+            norm=NORMALIZATION[settings.normalize_type],
+            dtype=dtype,
+            parallel=self._parallel,
+        )
 
     def prepare(self, setting: StrideSetting) -> Share:
-        """Load the model for a position mode; strides of one mode share it. Collective under torchrun.
-
-        Raises:
-            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
-        """
-        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
-        mode: Literal["default", "v2pe_fixed"]
-        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
-        if self._engine is None or self._mode != mode:
-            self.close()  # one model in memory at a time
-            self._engine = Engine.load(
-                self._checkpoint,
-                mode=mode,
-                norm=NORMALIZATION[self._settings.normalize_type],
-                dtype=self._dtype,
-                parallel=self._parallel,
-            )
-            self._mode = mode
-        plan, ranks = self._engine.context.plan, self._engine.context.ranks
-        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
-        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
+        """See `LoadedEngine.prepare`."""
+        return self._model.prepare(setting)
 
     def answer(self, request: Request, setting: StrideSetting) -> Response:
         """One answer; what keeps it from being given is its error.
@@ -132,8 +116,6 @@ class ModelAnswerer:
         Raises:
             BrokenReplicaError: out of memory where other ranks wait.
         """
-        if self._engine is None:
-            raise RuntimeError("prepare() was not called")
         start = time.perf_counter()
         try:
             prompt = self.prompt(request, setting)
@@ -150,8 +132,9 @@ class ModelAnswerer:
         return dataclasses.replace(response, seconds=time.perf_counter() - start)
 
     def _free(self, request: Request, prompt: Prompt) -> Response:
-        assert self._engine is not None
-        ids = self._engine.generate(prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids)
+        ids = self._model.engine.generate(
+            prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids
+        )
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         for stop in request.stop:
             text = text.partition(stop)[0]
@@ -171,8 +154,7 @@ class ModelAnswerer:
 
     def _score(self, prompt: Prompt, wanted: Sequence[int]) -> tuple[list[int], list[float]]:
         """(most probable token, log-probability of the wanted one) at each place of an answer."""
-        assert self._engine is not None
-        found = self._engine.score(prompt, wanted)
+        found = self._model.engine.score(prompt, wanted)
         return [each.argmax for each in found], [each.logprob for each in found]
 
     def _answer_tokens(self, request: Request) -> list[int]:
@@ -224,11 +206,10 @@ class ModelAnswerer:
 
     def shared(self, request: Request | None) -> Request | None:
         """What the replica's first rank was given, on all its ranks. Collective."""
-        assert self._engine is not None
         content = (
             b"" if request is None else json.dumps(dataclasses.asdict(request), default=_no_bytes).encode()
         )
-        content = from_leader(content, ranks=self._engine.ranks)
+        content = from_leader(content, ranks=self._model.engine.ranks)
         if not content:
             return None
         values = json.loads(content)
@@ -238,10 +219,8 @@ class ModelAnswerer:
         return Request(**{**values, "parts": parts, "stop": tuple(values["stop"])})
 
     def close(self) -> None:
-        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
-        if self._engine is not None:
-            self._engine = None
-            shutdown()
+        """See `LoadedEngine.close`."""
+        self._model.close()
 
 
 def _no_bytes(value: Any) -> str:

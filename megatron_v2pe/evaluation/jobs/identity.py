@@ -23,7 +23,7 @@ class RunIdentity:
     Attributes:
         benchmark: its name.
         checkpoint: folder, for readers; `checkpoint_digest` decides.
-        checkpoint_digest: SHA-256 of its `checkpoint.json`, which holds those of all its files.
+        checkpoint_digest: what identifies its bytes, see `checkpoint.model_source`.
         strides: asked for, in order.
         way: `generate` or `forced`.
         sets: which sets; empty is all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_v2pe.checkpoint.model_source import source_digest
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.evaluation.benchmarks.base import Benchmark
 from megatron_v2pe.evaluation.jobs.identity import RunIdentity, claim_folder, file_digest, read_manifest
@@ -125,7 +126,7 @@ def _identity(
     return RunIdentity(
         benchmark=benchmark.name,
         checkpoint=str(options.checkpoint),
-        checkpoint_digest=file_digest(options.checkpoint / "checkpoint.json"),
+        checkpoint_digest=source_digest(options.checkpoint),
         strides=tuple(setting.name for setting in strides),
         way="forced" if options.is_forced else "generate",
         sets=options.sets,

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.core.errors import DataError
@@ -17,13 +17,11 @@ from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
-from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.samples.settings import sample_settings, with_system
+from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
 from megatron_v2pe.evaluation.retrieval.questions import Answer, RetrievalItem, Share, StrideSetting
-from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
-from megatron_v2pe.parallel.topology import shutdown
 
-PositionMode = Literal["default", "v2pe_fixed"]
 _NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
@@ -35,6 +33,7 @@ class EngineAnswerer:
         data: tiling and normalisation; lengths and packing are not used.
         dtype: compute dtype.
         max_new_tokens: longest answer.
+        system: system text of questions that bring none; None takes the checkpoint's own.
         parallel: sizes of the parallel axes of one replica.
 
     Attributes:
@@ -51,15 +50,16 @@ class EngineAnswerer:
         data: DataConfig,
         dtype: Literal["float32", "bfloat16"],
         max_new_tokens: int,
+        system: str | None = None,
         parallel: ParallelConfig | None = None,
     ) -> None:
-        read_info(checkpoint)
-        self._checkpoint = checkpoint
-        self._dtype = dtype
+        require_source(checkpoint)
+        side_files = source_side_files(checkpoint)
         self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(hf_path(checkpoint))
-        settings = sample_settings(RunConfig(data=data), self.arch, hf_path(checkpoint))
+        self.arch = read_architecture(side_files)
+        settings = sample_settings(RunConfig(data=data), self.arch, side_files)
+        settings = with_system(settings, system)
         text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
         # A question about a video has one prompt: as many frames as there may be, the middle of each interval.
         video = settings.media.video
@@ -68,32 +68,17 @@ class EngineAnswerer:
         self._settings = dataclasses.replace(settings, text=text, media=media)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
-        self._engine: Engine | None = None
-        self._mode: PositionMode = "default"
+        self._model = LoadedEngine(
+            checkpoint=checkpoint,
+            arch=self.arch,
+            norm=NORMALIZATION[settings.normalize_type],
+            dtype=dtype,
+            parallel=self._parallel,
+        )
 
     def prepare(self, setting: StrideSetting) -> Share:
-        """Load the model for a position mode; strides of one mode share it, as each prompt brings its own.
-
-        Collective under torchrun.
-
-        Raises:
-            ConfigError: the parallel sizes do not divide the processes, or the model's heads or layers.
-        """
-        # A V2PE checkpoint rotates by plain frequencies in either mode, so one model serves all strides.
-        mode = setting.mode if self.arch.position_mode == "default" else "v2pe_fixed"
-        if self._engine is None or self._mode != mode:
-            self.close()  # one model in memory at a time
-            self._engine = Engine.load(
-                self._checkpoint,
-                mode=mode,
-                norm=NORMALIZATION[self._settings.normalize_type],
-                dtype=self._dtype,
-                parallel=self._parallel,
-            )
-            self._mode = mode
-        plan, ranks = self._engine.context.plan, self._engine.context.ranks
-        is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0 and ranks.pp_rank == 0
-        return Share(index=ranks.dp_rank, count=plan.dp, is_writer=is_first)
+        """See `LoadedEngine.prepare`."""
+        return self._model.prepare(setting)
 
     def answer(self, item: RetrievalItem, setting: StrideSetting) -> Answer:
         """Greedy answer; an image that cannot be decoded is its error where no other process waits for this one.
@@ -101,11 +86,10 @@ class EngineAnswerer:
         Raises:
             DataError: an image cannot be decoded, and other processes hold parts of the model.
         """
-        if self._engine is None:
-            raise RuntimeError("prepare() was not called")
+        engine = self._model.engine
         try:
             prompt = self.prompt(item, setting)
-            ids = self._engine.generate(prompt, max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids)
+            ids = engine.generate(prompt, max_new_tokens=self._max_new_tokens, stop_ids=self._stop_ids)
         except DataError as error:
             if self._parallel.replica_size > 1:
                 raise
@@ -116,9 +100,11 @@ class EngineAnswerer:
     def expected(self, text: str) -> tuple[str, int]:
         """An expected answer as it comes out of the decoding that answers pass through, and its number of tokens.
 
-        Markers such as `<ref>` and `<box>` are special tokens of some tokenizers, which decoding leaves out.
+        It is encoded as training encodes an answer: a control token that it spells is text, and so it is in what a
+        model says after such training. Markers such as `<ref>` and `<box>` are special tokens of some tokenizers, which
+        decoding leaves out.
         """
-        ids = self._tokenizer.encode(text)
+        ids, _ = self._tokenizer.encode_marked(text, (), add_bos=False, written=[(0, len(text))])
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
 
     def check_media(self, item: RetrievalItem) -> None:
@@ -140,7 +126,5 @@ class EngineAnswerer:
         return prompt_with(turns, media, settings=self._settings, stride=setting.stride)
 
     def close(self) -> None:
-        """Wait for the other processes, drop the model and leave the groups, so that another may be loaded."""
-        if self._engine is not None:
-            self._engine = None
-            shutdown()
+        """See `LoadedEngine.close`."""
+        self._model.close()

@@ -52,7 +52,7 @@ def check_items(
 
     Raises:
         ConfigError: an expected answer is longer than an answer may be.
-        DataError: nothing is left of an expected answer once it was decoded.
+        DataError: nothing is left of an expected answer once it was decoded, or no question can be asked.
     """
     found, longest, too_long, problems = [], 0, [], {}
     for item in items:
@@ -75,6 +75,11 @@ def check_items(
         raise ConfigError(
             f"--max-new-tokens is {max_new_tokens}, but {len(too_long)} of {len(items)} expected answers are longer, "
             f"the first with {tokens} tokens at {first.record.where}; give --max-new-tokens {longest} or more"
+        )
+    if len(problems) == len(items):
+        raise DataError(
+            f"none of the {len(items)} questions can be asked; the first: {next(iter(problems.values()))}; --root "
+            "names the folder of the images of a jsonl file"
         )
     for text in list(problems.values())[:_MOST_SHOWN]:
         logger.warning("not asked: %s", text)

@@ -154,15 +154,20 @@ def parse_strides(text: str, *, tokens_per_tile: int) -> list[StrideSetting]:
     return settings
 
 
-def read_items(path: str | Path) -> list[RetrievalItem]:
-    """Items of a jsonl file (images beside it), or of all files of a meta json.
+def read_items(path: str | Path, *, root: str = "") -> list[RetrievalItem]:
+    """Items of a jsonl file, or of all files of a meta json.
+
+    Args:
+        path: the file.
+        root: folder of the images of a jsonl file; empty is the folder of the file. A meta json has its own.
 
     Raises:
+        ConfigError: a root for a meta json, or one that is no folder.
         DataError: a file or line cannot be used, two records share an id, or there is no record.
     """
     items: list[RetrievalItem] = []
     places: dict[str, str] = {}
-    for entry in _entries(Path(path)):
+    for entry in _entries(Path(path), root):
         for number, values in read_jsonl(entry.annotation):
             item = _parse_item(values, entry, f"{entry.annotation}:{number}", number)
             if item.item_id in places:
@@ -183,13 +188,19 @@ def read_items(path: str | Path) -> list[RetrievalItem]:
     return items
 
 
-def _entries(path: Path) -> tuple[DatasetEntry, ...]:
+def _entries(path: Path, root: str) -> tuple[DatasetEntry, ...]:
+    if root and not Path(root).is_dir():
+        raise ConfigError(f"--root is {root!r}, which is no folder; name the folder of the images")
     if path.suffix == ".json":
+        if root:
+            raise ConfigError(
+                f"--root is given, but {path} is a meta json, which has a root for each data set"
+            )
         return read_meta(path)
     beside = DatasetEntry(
         name=path.stem,
         annotation=str(path),
-        root=str(path.parent),
+        root=root or str(path.parent),
     )
     return (beside,)
 

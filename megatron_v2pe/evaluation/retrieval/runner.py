@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_v2pe.checkpoint.model_source import written_at
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.core.files import write_atomic
@@ -61,7 +62,7 @@ def describe_subject(checkpoint: str | Path, data: str | Path, *, options: str) 
     """Identity of an evaluation, from files that exist."""
     return Subject(
         checkpoint=str(checkpoint),
-        checkpoint_written=(Path(checkpoint) / "checkpoint.json").stat().st_mtime_ns,
+        checkpoint_written=written_at(checkpoint),
         data=str(data),
         data_digest=hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         options=options,

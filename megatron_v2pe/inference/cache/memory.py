@@ -8,11 +8,44 @@ Pure numbers; nothing here asks a device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.parallel.plan import ParallelPlan
 
 SCALE_BYTES = 2  # of an 8-bit row and head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the memory of a prefill chunk on one rank depends on, beside the chunk.
+
+    Attributes:
+        config: with which the model was built.
+        arch: its architecture.
+        plan: sizes of the axes.
+        num_layers: decoder layers of this pipeline stage.
+        is_first: it embeds tokens and encodes tiles.
+        is_last: it has the head.
+        on_cpu: torch's CPU costs.
+    """
+
+    config: RunConfig
+    arch: InternVLArchitecture
+    plan: ParallelPlan
+    num_layers: int
+    is_first: bool
+    is_last: bool
+    on_cpu: bool
+
+
+PrefillBytes = Callable[[int, int], tuple[str, float]]
+"""(tokens, tiles) of a prefill chunk -> what takes the most memory at a time on this rank, and its bytes."""
+
+PlanPrefill = Callable[[Stage], PrefillBytes]
+"""The planner's side of the check; it lies above `inference`, so it is handed in."""
 
 
 @dataclass(frozen=True, kw_only=True)

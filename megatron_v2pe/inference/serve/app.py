@@ -63,9 +63,9 @@ class Server:
         return await self._whole(request, waiting, reply)
 
     async def _whole(self, request: Request, waiting: _Waiting, reply: Reply) -> Response:
-        pieces: list[Piece] = []
+        pieces, chat_request = list[Piece](), waiting.job.request
         try:
-            while not pieces or pieces[-1].finish_reason is None:
+            while sum(piece.finish_reason is not None for piece in pieces) < chat_request.num_choices:
                 event = await waiting.next_event()
                 if await request.is_disconnected():
                     self._metrics.note_request(499)
@@ -99,17 +99,19 @@ class Server:
 
     async def _events(self, waiting: _Waiting, reply: Reply, piece: Piece) -> AsyncIterator[str]:
         status = 499  # unless the last event is reached
+        opened, pending = {piece.index}, waiting.job.request.num_choices - (piece.finish_reason is not None)
         try:
             yield _event(reply.chunk(piece, opens=True))
-            while piece.finish_reason is None:
+            while pending:
                 event = await waiting.next_event()
                 if isinstance(event, RequestError):
                     yield _event(event.body)
                     status = event.status
                     return
                 if event is not None:
-                    piece = event
-                    yield _event(reply.chunk(piece))
+                    yield _event(reply.chunk(event, opens=event.index not in opened))
+                    opened.add(event.index)
+                    pending -= event.finish_reason is not None
             if waiting.job.request.with_usage:
                 yield _event(reply.chunk(None, usage=waiting.job.usage))
             yield "data: [DONE]\n\n"

@@ -96,10 +96,11 @@ class Inbox:
         """Requests that nobody has begun to answer."""
         return len(self._waiting)
 
-    def take(self) -> Job | None:
-        """The request that came first; None where there is none."""
+    def take(self, max_choices: int) -> Job | None:
+        """The request that came first; None where there is none, or it wants more answers than that."""
         with self._changed:
-            return self._waiting.popleft() if self._waiting else None
+            fits = self._waiting and self._waiting[0].request.num_choices <= max_choices
+            return self._waiting.popleft() if fits else None
 
     def wait(self, seconds: float) -> None:
         """Until something comes or the server is to end, for some seconds at most."""

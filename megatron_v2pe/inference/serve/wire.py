@@ -9,7 +9,7 @@ import base64
 import binascii
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -40,11 +40,14 @@ _SAMPLING_FIELDS = {
     "seed": int,
     "min_tokens": int,
 }
-_ONLY = {"n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,)}
+_ONLY = {"frequency_penalty": (0,), "presence_penalty": (0,)}
 _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "stride",
-    "logprobs", "top_logprobs", "user", *_SAMPLING_FIELDS, *_ONLY,
+    "logprobs", "top_logprobs", "user", "n", *_SAMPLING_FIELDS, *_ONLY,
 }  # fmt: skip
+
+
+_PLAIN_FIELDS = ("system", "num_choices", "stride", "num_top", "stream", "with_usage")
 
 
 class RequestError(Exception):
@@ -76,6 +79,7 @@ class Limits:
         media_root: folder of files that requests may name; "" allows none.
         max_new_tokens: longest answer.
         default_new_tokens: where a request names none.
+        max_choices: answers to one request (`n`).
         max_images: images and videos of a request.
         max_body_bytes: of a request.
         temperature: where a request names none.
@@ -85,6 +89,7 @@ class Limits:
     media_root: str = ""
     max_new_tokens: int = 8192
     default_new_tokens: int = 256
+    max_choices: int = 4
     max_images: int = 4096
     max_body_bytes: int = 512 * 2**20
     temperature: float = 0.0
@@ -114,6 +119,7 @@ class ChatRequest:
         attachments: images and videos.
         system: replaces the template's system text; None keeps it.
         sampling: how to answer.
+        num_choices: answers that are wanted.
         stride: position units of a visual token; None is the server's.
         num_top: most probable tokens to report with each token; None reports no log-probabilities.
         stream: the answer is sent as it is made.
@@ -124,10 +130,17 @@ class ChatRequest:
     attachments: tuple[Attachment, ...]
     system: str | None
     sampling: Sampling
+    num_choices: int
     stride: int | None
     num_top: int | None
     stream: bool
     with_usage: bool
+
+    @property
+    def samplings(self) -> list[Sampling]:
+        """How each answer is made: answer i is the one that a request with seed + i alone would get."""
+        seed = self.sampling.seed
+        return [replace(self.sampling, seed=seed + number) for number in range(self.num_choices)]
 
     def to_json(self) -> dict[str, Any]:
         """For the other ranks."""
@@ -142,7 +155,7 @@ class ChatRequest:
             for m in data["messages"]
         )
         attachments = tuple(Attachment(**attachment) for attachment in data["attachments"])
-        rest = {key: data[key] for key in ("system", "stride", "num_top", "stream", "with_usage")}
+        rest = {key: data[key] for key in _PLAIN_FIELDS}
         return cls(messages=messages, attachments=attachments, sampling=Sampling(**sampling), **rest)
 
 
@@ -173,6 +186,7 @@ def parse_request(values: Any, limits: Limits) -> ChatRequest:
         attachments=tuple(parser.attachments),
         system=parser.system,
         sampling=_sampling(values, limits),
+        num_choices=_num_choices(values, limits),
         stride=_whole(values, "stride"),
         num_top=_num_top(values),
         stream=_flag(values, "stream"),
@@ -196,6 +210,13 @@ def _whole(values: dict[str, Any], name: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise _bad(f"{name} must be a whole number, found {value!r}")
     return value
+
+
+def _num_choices(values: dict[str, Any], limits: Limits) -> int:
+    count = _whole(values, "n")
+    if count is not None and not 1 <= count <= limits.max_choices:
+        raise _bad(f"n is {count}, but must lie in 1..{limits.max_choices} (--max-running of this server)")
+    return 1 if count is None else count
 
 
 def _num_top(values: dict[str, Any]) -> int | None:
@@ -353,8 +374,8 @@ class Usage:
         prompt: of the prompt, visual ones included.
         visual: visual ones.
         cached: of the prompt, known from an earlier request.
-        generated: of the answer.
-        last_position: whole position of the last token that was fed.
+        generated: of all answers.
+        last_position: whole position of the last token that was fed, in the longest answer.
         stride: position units of a visual token.
     """
 
@@ -385,11 +406,13 @@ class Piece:
     """A part of an answer.
 
     Attributes:
+        index: which answer of the request.
         text: what is new.
         tokens: log-probabilities of what is new, in OpenAI's form; empty unless asked for.
-        finish_reason: `stop` or `length` with the last piece.
+        finish_reason: `stop` or `length` with the last piece of that answer.
     """
 
+    index: int = 0
     text: str
     tokens: tuple[dict[str, Any], ...] = ()
     finish_reason: str | None = None
@@ -413,7 +436,12 @@ class Reply:
         choices: list[dict[str, Any]] = []
         if piece is not None:
             delta = {"content": piece.text} | ({"role": "assistant"} if opens else {})
-            choice = {"index": 0, "delta": delta, "finish_reason": piece.finish_reason, "logprobs": None}
+            choice = {
+                "index": piece.index,
+                "delta": delta,
+                "finish_reason": piece.finish_reason,
+                "logprobs": None,
+            }
             if piece.tokens:
                 choice["logprobs"] = {"content": list(piece.tokens)}
             choices.append(choice)
@@ -421,16 +449,20 @@ class Reply:
         return body if usage is None else {**body, "usage": usage.to_json()}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
-        """The answer at once."""
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice = {
-            "index": 0,
-            "message": {
-                "role": "assistant",
-                "content": "".join(piece.text for piece in pieces),
-                "refusal": None,
-            },
-            "finish_reason": pieces[-1].finish_reason,
-            "logprobs": {"content": tokens} if tokens else None,
-        }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage.to_json()}
+        """All answers at once."""
+        by_choice: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            by_choice.setdefault(piece.index, []).append(piece)
+        choices = [_choice(index, by_choice[index]) for index in sorted(by_choice)]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage.to_json()}
+
+
+def _choice(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    tokens = [token for piece in pieces for token in piece.tokens]
+    message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+    return {
+        "index": index,
+        "message": message,
+        "finish_reason": pieces[-1].finish_reason,
+        "logprobs": {"content": tokens} if tokens else None,
+    }

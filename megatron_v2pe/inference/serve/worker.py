@@ -14,7 +14,7 @@ import base64
 import json
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,24 +34,40 @@ _IDLE_SECONDS = 1.0  # between rounds without work; the other ranks wait in a co
 
 
 @dataclass(eq=False)
+class _Choice:
+    """One answer to a request.
+
+    Attributes:
+        index: among the answers to the request.
+        answer: its tokens.
+        stream: its text so far.
+        reported: tokens whose log-probabilities were given out.
+        is_complete: no more tokens are wanted.
+    """
+
+    index: int
+    answer: Answer
+    stream: TextStream
+    reported: int = 0
+    is_complete: bool = False
+
+
+@dataclass(eq=False)
 class _Running:
     """A request that is being answered, on every rank.
 
     Attributes:
         number: of the job.
         request: what is asked.
-        stream: its text so far.
         prefill: steps of its prefill, until it is complete.
-        answer: once its prefill is complete.
-        reported: tokens whose log-probabilities were given out.
+        choices: its answers, once its prefill is complete.
+        files: made of what came with the request.
     """
 
     number: int
     request: ChatRequest
-    stream: TextStream
-    prefill: Generator[tuple[int, int], None, Answer] | None = None
-    answer: Answer | None = None
-    reported: int = 0
+    prefill: Generator[tuple[int, int], None, list[Answer]] | None = None
+    choices: list[_Choice] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
 
@@ -62,7 +78,7 @@ class Worker:
         chat: the model; every rank has loaded its part.
         inbox: requests; on rank 0, None elsewhere.
         metrics: on rank 0, None elsewhere.
-        max_running: requests that are answered at a time.
+        max_running: answers that are made at a time; a request may want several.
     """
 
     def __init__(self, chat: Chat, *, inbox: Inbox | None, metrics: Metrics | None, max_running: int) -> None:
@@ -104,8 +120,9 @@ class Worker:
         drop = [number for number, job in self._jobs.items() if job.is_cancelled]
         admit = None
         is_prefilling = any(running.prefill is not None for running in self._running.values())
-        if not is_prefilling and len(self._running) - len(drop) < self.max_running:
-            job = inbox.take()
+        kept = [running for number, running in self._running.items() if number not in drop]
+        if not is_prefilling:
+            job = inbox.take(self.max_running - sum(running.request.num_choices for running in kept))
             if job is not None:
                 self._jobs[job.number] = job
                 admit = {"number": job.number, "request": job.request.to_json()}
@@ -116,7 +133,7 @@ class Worker:
 
     def _admit(self, number: int, request: ChatRequest) -> None:
         """Build the prompt on all ranks and start its prefill, or report why that cannot be."""
-        running = _Running(number, request, TextStream(self.chat.tokenizer, request.sampling.stop))
+        running = _Running(number, request)
         self._running[number] = running
         problem, prompt, stride = "", None, self.chat.stride.stride
         try:
@@ -134,7 +151,7 @@ class Worker:
             job.usage.prompt, job.usage.visual = prompt.layout.num_tokens, prompt.layout.num_visual_tokens
             job.usage.stride = stride
         running.prefill = self.chat.engine.begin_stepwise(
-            prompt, sampling=request.sampling, stop_ids=self.chat.stop_ids, num_top=request.num_top or 0
+            prompt, samplings=request.samplings, stop_ids=self.chat.stop_ids, num_top=request.num_top or 0
         )
 
     def _stride(self, asked: int) -> int:
@@ -174,57 +191,69 @@ class Worker:
             try:
                 next(running.prefill)
             except StopIteration as end:
-                running.prefill, running.answer = None, end.value
+                running.prefill = None
+                running.choices = [
+                    _Choice(index, answer, TextStream(self.chat.tokenizer, running.request.sampling.stop))
+                    for index, answer in enumerate(end.value)
+                ]
                 self._note_first_token(running)
-                self._give_out(running)
+                self._give_out(running, running.choices)
             except V2PEError as error:  # the engine raises it on all ranks alike
                 self._fail(running.number, str(error))
             return
 
     def _advance_all(self) -> None:
-        pending = [running for running in self._running.values() if running.answer is not None]
-        if not pending:
+        pending = {
+            number: [choice for choice in running.choices if not choice.is_complete]
+            for number, running in self._running.items()
+        }
+        answers = [choice.answer for choices in pending.values() for choice in choices]
+        if not answers:
             return
         started = time.monotonic()
-        self.chat.engine.advance([running.answer for running in pending if running.answer is not None])
+        self.chat.engine.advance(answers)
         if self.metrics is not None:
-            self.metrics.note_tokens(len(pending), time.monotonic() - started)
-        for running in pending:
-            self._give_out(running)
+            self.metrics.note_tokens(len(answers), time.monotonic() - started)
+        for number, choices in pending.items():
+            if choices:
+                self._give_out(self._running[number], choices)
 
     def _note_first_token(self, running: _Running) -> None:
         job = self._jobs.get(running.number)
-        if job is not None and running.answer is not None:
-            job.usage.cached = running.answer.reused_tokens
+        if job is not None:
+            job.usage.cached = running.choices[0].answer.reused_tokens
             if self.metrics is not None:
                 self.metrics.note_first_token(time.monotonic() - job.arrived, job.usage)
 
-    def _give_out(self, running: _Running) -> None:
-        """What the newest token adds to the text; a request that is complete ends."""
-        answer = running.answer
-        assert answer is not None
-        text = running.stream.feed(answer.answer)
-        is_done = answer.is_done or running.stream.is_stopped
-        reason = None
-        if is_done:
-            text += running.stream.finish(answer.answer)
-            stopped = running.stream.is_stopped or answer.steps[-1].token in answer.stop_ids
-            reason = "stop" if stopped else "length"
+    def _give_out(self, running: _Running, choices: Sequence[_Choice]) -> None:
+        """What the newest token of some answers adds to their texts; a request whose answers are complete ends."""
         job = self._jobs.get(running.number)
         if job is not None:
-            job.usage.generated = len(answer.steps)
-            job.usage.last_position = answer.steps[-1].position
-            tokens = self._logprobs(running, answer)
-            if text or tokens or reason:
-                job.deliver(Piece(text=text, tokens=tokens, finish_reason=reason))
-        if is_done:
+            job.usage.generated = sum(len(choice.answer.steps) for choice in running.choices)
+            job.usage.last_position = max(choice.answer.steps[-1].position for choice in running.choices)
+        for choice in choices:
+            piece = self._piece(running, choice)
+            if job is not None and (piece.text or piece.tokens or piece.finish_reason):
+                job.deliver(piece)
+        if all(choice.is_complete for choice in running.choices):
             self._end(running.number)
 
-    def _logprobs(self, running: _Running, answer: Answer) -> tuple[dict[str, Any], ...]:
-        if running.request.num_top is None:
+    def _piece(self, running: _Running, choice: _Choice) -> Piece:
+        answer, stream = choice.answer, choice.stream
+        text, reason = stream.feed(answer.answer), None
+        choice.is_complete = answer.is_done or stream.is_stopped
+        if choice.is_complete:
+            text += stream.finish(answer.answer)
+            stopped = stream.is_stopped or answer.steps[-1].token in answer.stop_ids
+            reason = "stop" if stopped else "length"
+        tokens = self._logprobs(running, choice)
+        return Piece(index=choice.index, text=text, tokens=tokens, finish_reason=reason)
+
+    def _logprobs(self, running: _Running, choice: _Choice) -> tuple[dict[str, Any], ...]:
+        if running.request.num_top is None or running.number not in self._jobs:
             return ()
-        new = answer.steps[running.reported : len(answer.answer)]
-        running.reported += len(new)
+        new = choice.answer.steps[choice.reported : len(choice.answer.answer)]
+        choice.reported += len(new)
         return tuple(self._token_data(step) for step in new)
 
     def _token_data(self, step: Step) -> dict[str, Any]:
@@ -246,7 +275,9 @@ class Worker:
         self._jobs.pop(number, None)
         if running is None:
             return
-        if running.answer is not None:
-            self.chat.engine.finish(running.answer)
+        if (
+            running.choices
+        ):  # the prompt is in all of them; a conversation continues the first one at least cost
+            self.chat.engine.finish(running.choices[0].answer)
         for path in running.files:
             path.unlink(missing_ok=True)

@@ -20,15 +20,11 @@ import torch
 from megatron.core.tensor_parallel import checkpoint
 from torch import Tensor
 
+from megatron_v2pe.config.arch.pyramid import interval_stops
 from megatron_v2pe.models.memory import is_trained, recomputed
 from megatron_v2pe.models.piip.geometry import Grid
 from megatron_v2pe.models.piip.interaction import Interaction, InteractionSettings
 from megatron_v2pe.models.vision import InternViT
-
-
-def interval_stops(num_layers: int, num_intervals: int) -> tuple[int, ...]:
-    """Layers after which each interval ends: as even as possible, longer ones first; the last one is num_layers."""
-    return tuple(-(-(index + 1) * num_layers // num_intervals) for index in range(num_intervals))
 
 
 class Branches(torch.nn.ModuleList):
@@ -102,7 +98,9 @@ class PyramidTower(InternViT):
 
         Without `returns_all` those of the smaller branches end before the last interaction.
         """
-        *_, last = self.states(tiles)
+        last: list[Tensor] = []
+        for last in self.states(tiles):  # noqa: B007  # earlier states are dropped as soon as they are replaced
+            pass
         return last
 
     def states(self, tiles: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class BlockBatch:
     """Equal blocks of one or several documents that a kernel computes in one call.
 
     Attributes:
-        queries: local rows of the queries; a slice for one document, an index for several.
+        queries: local rows of the queries; a slice where they are consecutive, else an index.
         keys: rows of the source's keys, likewise.
         blocks: number of documents.
         causal: the diagonal block, of queries and keys of the same tokens.
@@ -45,6 +45,40 @@ class BlockBatch:
     def num_keys(self) -> int:
         """Rows of `keys`."""
         return self.keys.stop - self.keys.start if isinstance(self.keys, slice) else len(self.keys)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Half-open rows of the queries and of the source's keys that see each other."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
+
+
+def batched(blocks: Sequence[Block], *, causal: bool, device: torch.device) -> tuple[BlockBatch, ...]:
+    """Blocks of short documents of the same shape put together, in the order of each shape's first.
+
+    Args:
+        blocks: of different documents.
+        causal: they are diagonal blocks.
+        device: where indices are needed.
+    """
+    by_shape: dict[tuple[int, int], list[Block]] = {}
+    for block in blocks:
+        by_shape.setdefault(block.shape, []).append(block)
+    batches = []
+    for shape, alike in by_shape.items():
+        together = [alike] if max(shape) <= SHORT_TOKENS else [[block] for block in alike]
+        for group in together:
+            queries = _rows([block.queries for block in group], device)
+            keys = _rows([block.keys for block in group], device)
+            batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal))
+    return tuple(batches)
 
 
 @lru_cache(maxsize=256)  # the same for all layers of a micro batch, forward and backward
@@ -66,20 +100,13 @@ def block_batches(
         One document of 4 local tokens: with its own keys [0:4] x [0:4] causal; with a lower rank's
         [0:4] x [0:2]; with a higher rank's [2:4] x [0:4].
     """
-    by_length: dict[int, list[int]] = {}
+    blocks = []
     for length, stop in zip(lengths, accumulate(lengths), strict=True):
+        start, half = stop - length, length // 2
         if length:
-            by_length.setdefault(length, []).append(stop - length)
-    batches = []
-    for length, starts in by_length.items():
-        half = length // 2
-        queries = (half, length) if source > rank else (0, length)
-        keys = (0, half) if source < rank else (0, length)
-        together = [starts] if length <= SHORT_TOKENS else [[start] for start in starts]
-        for group in together:
-            rows = _rows(group, *queries, device), _rows(group, *keys, device)
-            batches.append(BlockBatch(*rows, blocks=len(group), causal=source == rank))
-    return tuple(batches)
+            queries = (start + half, stop) if source > rank else (start, stop)
+            blocks.append(Block(queries, (start, start + half) if source < rank else (start, stop)))
+    return batched(blocks, causal=source == rank, device=device)
 
 
 def num_key_rows(batches: Sequence[BlockBatch]) -> int:
@@ -87,9 +114,13 @@ def num_key_rows(batches: Sequence[BlockBatch]) -> int:
     return sum(batch.num_keys for batch in batches)
 
 
-def _rows(starts: list[int], low: int, high: int, device: torch.device) -> Rows:
-    """Tokens low..high-1 of the documents that start at `starts`."""
-    if len(starts) == 1:
-        return slice(starts[0] + low, starts[0] + high)
-    rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(low, high)).flatten()
+def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
+    """Rows of ranges that are equally long, one after the other."""
+    (first, stop), *rest = ranges
+    if not rest:
+        return slice(first, stop)
+    if all(after[0] == before[1] for before, after in pairwise(ranges)):
+        return slice(first, ranges[-1][1])  # one directly after the other
+    starts = torch.tensor([start for start, _ in ranges])
+    rows = (starts.unsqueeze(1) + torch.arange(stop - first)).flatten()
     return to_device([rows.numpy()], device)[0]

@@ -47,6 +47,9 @@ class KVTransport(Protocol):
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values) of every rank once, my own first."""
 
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """What this rank computes with the keys that `iter_kv` brings of rank `source`."""
+
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """For one backward pass; `like` gives shape, dtype and device of keys."""
 
@@ -60,6 +63,10 @@ class LocalKV:
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My own keys."""
         yield 0, key, value
+
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """Each document with itself."""
+        return block_batches(lengths, rank=0, source=source, device=device)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
         """Nothing is sent."""
@@ -110,9 +117,16 @@ class _Blockwise(torch.autograd.Function):
         scale: float,
         transport: KVTransport,
     ) -> Tensor:
+        ctx.lengths, ctx.scale, ctx.transport = lengths, scale, transport
+        whole = _all_rows(lengths, transport, device=query.device)
+        if whole is not None:
+            out, lse = block_forward(query, key, value, blocks=whole.blocks, causal=True, scale=scale)
+            out = out.to(query.dtype)
+            ctx.save_for_backward(query, key, value, out, lse)
+            return out
         merged = _Merged(query, exact=transport.size > 1)
         for source, keys, values in transport.iter_kv(key, value):
-            for batch in block_batches(lengths, rank=transport.rank, source=source, device=query.device):
+            for batch in transport.blocks(lengths, source, query.device):
                 block_out, block_lse = block_forward(
                     query[batch.queries],
                     keys[batch.keys],
@@ -124,22 +138,26 @@ class _Blockwise(torch.autograd.Function):
                 merged.add(batch, block_out, block_lse)
         out = merged.out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, merged.lse)
-        ctx.lengths = lengths
-        ctx.scale = scale
-        ctx.transport = transport
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grad, transport = grads[0].contiguous(), ctx.transport
+        whole = _all_rows(ctx.lengths, transport, device=query.device)
+        if whole is not None:
+            gradients = block_backward(
+                grad, query, key, value, out, lse, blocks=whole.blocks, causal=True, scale=ctx.scale
+            )
+            inputs = (query, key, value)
+            return *(each.to(x.dtype) for each, x in zip(gradients, inputs, strict=True)), None, None, None
         working = torch.promote_types(query.dtype, torch.float32)
         dq = torch.empty_like(query, dtype=working)
         d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
         grad_return = transport.grad_return(ctx.lengths, key)
         for source, keys, values in transport.iter_kv(key, value):
             blocks = []
-            for batch in block_batches(ctx.lengths, rank=transport.rank, source=source, device=query.device):
+            for batch in transport.blocks(ctx.lengths, source, query.device):
                 rows = batch.queries
                 dq_block, *dkv = block_backward(
                     grad[rows],
@@ -162,6 +180,17 @@ class _Blockwise(torch.autograd.Function):
                 grad_return.send(source, blocks, d_own)
         grad_return.finish(d_own)
         return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), None, None, None
+
+
+def _all_rows(lengths: Lengths, transport: KVTransport, *, device: torch.device) -> BlockBatch | None:
+    """The block batch of a rank on its own whose documents are one call, all rows in their order; None elsewhere.
+
+    Nothing has to be merged or put in its place then.
+    """
+    if transport.size > 1:
+        return None
+    batches = block_batches(lengths, rank=0, source=0, device=device)
+    return batches[0] if len(batches) == 1 and isinstance(batches[0].queries, slice) else None
 
 
 class _Merged:

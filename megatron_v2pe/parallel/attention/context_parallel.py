@@ -4,6 +4,8 @@
     all_gather   gather.py    any heads; one collective; all keys of the pack in memory at once
     a2a          heads.py     heads and KV heads divide by cp; whole documents for the kernels
 
+`document_attention` (direct.py) is for packs of which documents lie on some of the ranks (`parallel.cp_sharding`).
+
 Each is given this rank's zigzag shard and returns the same rows of the same attention.
 """
 
@@ -17,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, attend
+from megatron_v2pe.parallel.attention.direct import Direct, Places
 from megatron_v2pe.parallel.attention.gather import Gather
 from megatron_v2pe.parallel.attention.heads import attend_by_heads
 from megatron_v2pe.parallel.attention.ring import Ring
@@ -83,6 +86,26 @@ def head_attention(
     if group is None or group.size() == 1:
         return attend(query, key, value, lengths=tuple(lengths), scale=scale, transport=LocalKV())
     return attend_by_heads(query, key, value, lengths=tuple(lengths), scale=scale, group=group)
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, places: Places, scale: float, group: ProcessGroup
+) -> Tensor:
+    """Causal attention within documents of which each lies on some ranks, differentiable.
+
+    Args:
+        query: [l, h, d], what this rank holds of each document, documents one after the other.
+        key: [l, k, d], rotated like `query`.
+        value: [l, k, d].
+        places: which rank holds which documents.
+        scale: factor of the scores.
+        group: context parallel ranks, at least two.
+
+    Returns:
+        [l, h, d] in the dtype of `query`.
+    """
+    lengths = places.local(group.rank())
+    return attend(query, key, value, lengths=lengths, scale=scale, transport=Direct(group, places))
 
 
 CONTEXT_PARALLEL_ATTENTION: dict[str, ContextParallelAttention] = {

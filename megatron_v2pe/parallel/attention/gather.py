@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.block_batches import block_batches, num_key_rows
+from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches, num_key_rows
 from megatron_v2pe.parallel.attention.blockwise import Lengths
 
 
@@ -48,6 +48,10 @@ class Gather:
         for step in range(1, self.size):
             source = (self.rank - step) % self.size
             yield source, everyone[2 * source], everyone[2 * source + 1]
+
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """See `KVTransport`."""
+        return block_batches(lengths, rank=self.rank, source=source, device=device)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> _GatherGradReturn:
         """See `KVTransport`."""

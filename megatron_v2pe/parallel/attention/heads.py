@@ -14,7 +14,8 @@ Shape legend: l local tokens, t = l * cp tokens of the pack, h query heads, k ke
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,14 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.blockwise import Lengths, LocalKV, attend
 from megatron_v2pe.parallel.zigzag import shard_indices
 
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries [t, h/cp, d], keys [t, k/cp, d], values) of whole documents to [t, h/cp, d]."""
+
 
 def attend_by_heads(
     query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, group: dist.ProcessGroup
 ) -> Tensor:
-    """Causal attention within documents, differentiable.
+    """Causal attention within documents on torch's kernels, differentiable.
 
     Args:
         query: [l, h, d], this rank's zigzag shard.
@@ -47,6 +51,15 @@ def attend_by_heads(
     Raises:
         ConfigError: heads or KV heads do not divide by the ranks.
     """
+    whole_lengths = tuple(length * group.size() for length in lengths)
+    core = partial(attend, lengths=whole_lengths, scale=scale, transport=LocalKV())
+    return by_heads(query, key, value, lengths=lengths, group=group, core=core)
+
+
+def by_heads(
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, group: dist.ProcessGroup, core: Core
+) -> Tensor:
+    """Exchange tokens for heads, run `core` on whole documents, exchange back; otherwise as `attend_by_heads`."""
     size = group.size()
     for what, x in (("attention heads", query), ("KV heads", key)):
         if x.shape[1] % size:
@@ -58,9 +71,7 @@ def attend_by_heads(
     # Heads of one destination side by side: [l, h, d] -> [l, cp, h / cp, d].
     split = torch.cat([x.unflatten(1, (size, -1)) for x in (query, key, value)], dim=2)
     whole = _ToHeads.apply(split, lengths, group)
-    whole_lengths = tuple(length * size for length in lengths)
-    out = attend(*whole.split(heads, dim=1), lengths=whole_lengths, scale=scale, transport=LocalKV())
-    return _ToTokens.apply(out, lengths, group).flatten(1, 2)
+    return _ToTokens.apply(core(*whole.split(heads, dim=1)), lengths, group).flatten(1, 2)
 
 
 class _ToHeads(torch.autograd.Function):

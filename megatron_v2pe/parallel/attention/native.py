@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.cached import cached_attention
-from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention
+from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention, document_attention
+from megatron_v2pe.parallel.attention.direct import places_of
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.rotary import rotate
 
@@ -116,6 +117,13 @@ class NativeContextAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         group = self.cp_group if params.cp_group is None else params.cp_group
+        holders = getattr(params, "document_holders", None)
+        if holders is not None:
+            if group is None:
+                raise ValueError("documents on some of the ranks need the group of these ranks")
+            places = places_of(params.document_lengths, holders)  # type: ignore[attr-defined]
+            out = document_attention(query, key, value, places=places, scale=self.scale, group=group)
+            return out.flatten(1)
         lengths = local_lengths(params, 1 if group is None else group.size())
         out = self.attend(query, key, value, lengths=lengths, scale=self.scale, group=group)
         return out.flatten(1)  # [l, h, d] -> [l, h * d]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.block_batches import block_batches, num_key_rows
+from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches, num_key_rows
 from megatron_v2pe.parallel.attention.blockwise import Lengths
 
 KEYS_TAG, GRADIENTS_TAG = 1, 2  # gloo matches messages of a pair by tag; NCCL by order, the same on all ranks
@@ -49,6 +49,10 @@ class Ring:
             yield (self.rank - step) % self.size, current[0], current[1]
             if exchange is not None:
                 current = exchange.wait()
+
+    def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
+        """See `KVTransport`."""
+        return block_batches(lengths, rank=self.rank, source=source, device=device)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> _RingGradReturn:
         """See `KVTransport`."""

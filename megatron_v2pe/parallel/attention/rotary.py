@@ -12,22 +12,22 @@ from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 
 
 class _Rotation(torch.autograd.Function):
-    """The transpose of a scaled rotation is that of the negative angle, so only the angles are saved.
+    """The transpose of a scaled rotation is that of the negative angle, so only the tables are saved.
 
-    All layers share one table of angles; autograd's own formula would keep sines and cosines in each.
+    All layers share one table of cosines and one of sines.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: V2PEPackedSeqParams) -> Tensor:
-        ctx.save_for_backward(params.rotary_angles)
-        ctx.options = dict(scale=params.rotary_scale, round_tables=params.round_rotary)
-        ctx.apply_rotary = params.apply_rotary
-        return ctx.apply_rotary(x, params.rotary_angles, **ctx.options)
+        cos, sin = params.rotary_tables(x.dtype)
+        ctx.save_for_backward(cos, sin)
+        ctx.rotated = params.rotated
+        return ctx.rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (angles,) = ctx.saved_tensors
-        return ctx.apply_rotary(grads[0], -angles, **ctx.options), None
+        cos, sin = ctx.saved_tensors
+        return ctx.rotated(grads[0], cos, -sin), None
 
 
 def rotate(query: Tensor, key: Tensor, params: PackedSeqParams | None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from megatron_v2pe.parallel.attention.kernels import _efficient_forward, _op
 
 FEW_ROWS = 32  # of one key head; above, the flash kernel of the CPU is the faster one
 KEYS_AT_ONCE = 65536  # bounds the scores of few rows: 8 MiB for 32 rows in float32
-MIN_ROWS = 4  # products of a CPU with 2 or 3 rows read values, and bfloat16 keys, at half the speed
+MIN_ROWS = 4  # a float32 product with fewer rows reads values at half the speed
 
 
 @dataclass
@@ -89,23 +89,29 @@ def attend_rows(rows: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> 
 
 
 def _few_rows(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
-    count = rows.shape[1]
-    if rows.dtype in (torch.float32, torch.float64):
-        scores = torch.bmm(keys, (rows * scale).transpose(1, 2)).transpose(1, 2)  # [k, T, r] -> [k, r, T]
-        scores = _padded(scores.contiguous())
-    else:
-        scores = torch.bmm(_padded(rows * scale), keys.transpose(1, 2)).float()
+    product = _few_rows_wide if rows.dtype in (torch.float32, torch.float64) else _few_rows_half
+    return product(rows * scale, keys, values)
+
+
+def _few_rows_half(rows: Tensor, keys: Tensor, values: Tensor) -> Partial:
+    """Scores and weights are float32, keys and values stay as they are stored."""
+    scores = torch.bmm(rows, keys.transpose(1, 2)).float()
     weights = scores.softmax(-1)
     # The largest weight is exp(largest score - lse); one pass less than torch's logsumexp and exp.
     lse = scores.amax(-1) - weights.amax(-1).log()
-    out = torch.bmm(weights.to(values.dtype), values)
-    return Partial(out[:, :count].to(lse.dtype), lse[:, :count])
+    return Partial(torch.bmm(weights.to(values.dtype), values).float(), lse)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """[k, r, n] with rows of zeros up to `MIN_ROWS`."""
-    missing = MIN_ROWS - x.shape[1]
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+def _few_rows_wide(rows: Tensor, keys: Tensor, values: Tensor) -> Partial:
+    """Keys first: the other order reads them at half the speed. Weights get rows of zeros up to `MIN_ROWS`."""
+    count = rows.shape[1]
+    scores = torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)  # [k, T, r] -> [k, r, T]
+    padded = scores.new_zeros(len(scores), max(count, MIN_ROWS), scores.shape[2])
+    weights = padded[:, :count].copy_(scores)
+    largest = weights.amax(-1, keepdim=True)
+    total = weights.sub_(largest).exp_().sum(-1, keepdim=True)
+    out = torch.bmm(padded, values)[:, :count] / total
+    return Partial(out, (largest + total.log()).squeeze(-1))
 
 
 def _on_cuda(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:

@@ -12,22 +12,22 @@ for local token i, whatever documents there are. The kernel's results would have
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
+from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.env import set_where_unset
 from megatron_v2pe.parallel.attention.cached import cached_attention
-from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
+from megatron_v2pe.parallel.attention.documents import local_lengths, padding_counts_as_tokens
+from megatron_v2pe.parallel.attention.heads import by_heads
 from megatron_v2pe.parallel.attention.rotary import rotate
-
-logger = logging.getLogger(__name__)
 
 _UNFUSED = "NVTE_UNFUSED_ATTN"
 
@@ -39,16 +39,28 @@ class RotaryTEAttention(TEDotProductAttention):
     a document, quadratic in its length, and would be chosen in silence where no fused kernel suits. In float32 there
     are no others.
 
-    With `a2a` its exchange waits for the GPU once for each document and direction in every layer, to put the shards of
-    a document side by side; native attention exchanges all documents by one index.
+    With `a2a` tokens are exchanged for heads here (`heads`), and Transformer Engine attends to whole documents with
+    this rank's heads, as if there were no context parallelism. Its own exchange puts the shards of a document side by
+    side one document after the other, and the host waits for the GPU at each, in every layer and direction.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        cp_comm_type: str | None = "p2p",
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.head_group = None
+        if cp_comm_type == "a2a" and config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs the groups of the part it is used in")
+            self.head_group = pg_collection.cp
+            config = _share_of_heads(config)
+        super().__init__(config, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs)
         if self.config.params_dtype in (torch.bfloat16, torch.float16):
             set_where_unset(_UNFUSED, "0")
-        if kwargs.get("cp_comm_type") == "a2a" and self.config.context_parallel_size > 1:
-            _warn_of_a2a()
 
     def forward(
         self,
@@ -68,9 +80,23 @@ class RotaryTEAttention(TEDotProductAttention):
         step = getattr(packed_seq_params, "kv_cache", None)
         if step is None:
             params = padding_counts_as_tokens(packed_seq_params)
-            return TEDotProductAttention.forward(
-                self, query, key, value, attention_mask, attn_mask_type, attention_bias, params, **kwargs
-            )
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                """[t, n, d] to [t, n * d]."""
+                return TEDotProductAttention.forward(
+                    self, query, key, value, attention_mask, attn_mask_type, attention_bias, params, **kwargs
+                )
+
+            if self.head_group is None:
+                return attend(query, key, value)
+            return by_heads(
+                query,
+                key,
+                value,
+                lengths=local_lengths(packed_seq_params, self.head_group.size()),
+                group=self.head_group,
+                core=lambda *qkv: attend(*(x.contiguous() for x in qkv)).reshape(qkv[0].shape),
+            ).flatten(1)
         return cached_attention(
             query,
             key,
@@ -81,9 +107,12 @@ class RotaryTEAttention(TEDotProductAttention):
         )
 
 
-@lru_cache(maxsize=1)  # once, not for every layer
-def _warn_of_a2a() -> None:
-    logger.warning(
-        "parallel.cp_comm_type is a2a with Transformer Engine, which waits for the GPU once for each document of a "
-        "pack in every layer; with many documents parallel.attention_backend=native, or p2p, is faster"
-    )
+def _share_of_heads(config: TransformerConfig) -> TransformerConfig:
+    """The configuration of attention with the heads of one of the context parallel ranks, and all tokens."""
+    cp = config.context_parallel_size
+    share = copy(config)
+    share.context_parallel_size = 1
+    share.num_attention_heads //= cp
+    if share.num_query_groups is not None:
+        share.num_query_groups //= cp
+    return share

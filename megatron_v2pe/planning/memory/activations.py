@@ -68,8 +68,8 @@ class Phase:
 def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     """Decoder layers of a model chunk."""
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
-    longest = max(setting.pack.document_lengths)
-    gathers = len(setting.pack.document_lengths) > 1 and longest // plan.cp <= SHORT_TOKENS
+    longest = setting.longest_local
+    gathers = len(setting.pack.document_lengths) > 1 and longest <= SHORT_TOKENS
     experts = language.experts
     sizes = DecoderShape(
         tokens=setting.tokens,
@@ -92,7 +92,7 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
     )
     shape = AttentionShape(
         tokens=sizes.tokens,
-        longest_share=1.0 if gathers else longest / setting.pack.num_tokens,
+        longest_share=1.0 if gathers else longest / setting.tokens,
         gathers=gathers and setting.backend == "native",
         query_width=sizes.query_width,
         key_width=sizes.key_width,
@@ -135,7 +135,7 @@ def model_chunk_memory(setting: Setting, model_chunk: ModelChunk) -> ModelChunkM
     hidden = setting.rows * language.hidden_size * e
     vocab_rows = padded_vocab_size(language.vocab_size, plan.tp) // plan.tp
     tokens = setting.tokens * (TOKEN_BYTES + language.head_dim // 2 * FLOAT_BYTES)
-    pixels = 3 * arch.image_size**2 * setting.tiles if model_chunk.is_first else 0
+    pixels = arch.values_per_tile * setting.tiles if model_chunk.is_first else 0
     visual_share = min(1.0, setting.pack.num_tiles * arch.tokens_per_tile / setting.pack.num_tokens)
     is_half = e < FLOAT_BYTES
     return ModelChunkMemory(
@@ -158,7 +158,8 @@ def _tower(setting: Setting) -> VisionPeaks:
     shape = VisionShape(
         tiles=setting.tiles,
         tower_tp=setting.plan.tower_tp,
-        is_trained=setting.has_gradients("vision"),
+        trains_tower=setting.has_gradients("vision"),
+        trains_pyramid=setting.trains_pyramid,
         trains_projector=setting.has_gradients("projector"),
         projector=setting.costs("projector"),
     )

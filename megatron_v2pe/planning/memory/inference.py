@@ -60,6 +60,29 @@ def past_attention_bytes(setting: Setting) -> float:
     return setting.pack.num_tokens * width * (2 * setting.element_bytes + 4 * FLOAT_BYTES)
 
 
+def prefill_moments(setting: Setting, model_chunk: ModelChunk) -> dict[str, float]:
+    """Bytes beside weights and cache while parts of a stage work on a prefill chunk; `setting.pack` is the chunk."""
+    plan = setting.plan
+    hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
+    layer = decoder_stack(setting, 1).inference_bytes + past_attention_bytes(setting)
+    moments = {"decoder layer": layer + hidden}
+    if model_chunk.is_last:
+        moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
+    if model_chunk.is_first:
+        tiles = max(1, -(-setting.pack.num_tiles // (plan.tp * plan.cp)))
+        shape = VisionShape(
+            tiles=min(tiles, MICRO_BATCH_TILES),
+            tower_tp=plan.tower_tp,
+            trains_tower=False,
+            trains_projector=False,
+            projector=setting.costs("projector"),
+        )
+        tower = vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
+        pixels = setting.arch.values_per_tile * tiles * setting.element_bytes
+        moments["vision tower"] = pixels + hidden + tower.forward_bytes
+    return moments
+
+
 def inference_memory(
     setting: Setting, model_chunks: tuple[ModelChunk, ...], hardware: Hardware
 ) -> InferenceMemory:
@@ -78,23 +101,7 @@ def inference_memory(
         for part in model_chunks
         for _, size in model_chunk_parameters(setting.arch, plan, part, setting.config.lora)
     )
-    hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
-    layer = decoder_stack(setting, 1).inference_bytes + past_attention_bytes(setting)
-    moments = {"decoder layer": layer + hidden}
-    if model_chunk.is_last:
-        moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
-    if model_chunk.is_first:
-        tiles = max(1, -(-setting.pack.num_tiles // (plan.tp * plan.cp)))
-        shape = VisionShape(
-            tiles=min(tiles, MICRO_BATCH_TILES),
-            tower_tp=plan.tower_tp,
-            is_trained=False,
-            trains_projector=False,
-            projector=setting.costs("projector"),
-        )
-        tower = vision_peaks(setting.arch, setting.config.vision, shape, setting.costs("vision"))
-        pixels = 3 * setting.arch.image_size**2 * tiles * setting.element_bytes
-        moments["vision tower"] = pixels + hidden + tower.forward_bytes
+    moments = prefill_moments(setting, model_chunk)
     largest = max(moments, key=lambda name: moments[name])
     return InferenceMemory(
         weights_bytes=weights * setting.element_bytes,

@@ -86,7 +86,7 @@ def vision_parameters(
     """The tower, with its pyramid where it has one. Position tables are made for `image_size` of each branch."""
     yield from _internvit_parameters("vision", arch.vision, tower_tp, adapters)
     for index, branch in enumerate(arch.pyramid.branches if arch.pyramid else ()):
-        yield from _internvit_parameters(f"vision.branches.{index}", branch, tower_tp, adapters)
+        yield from _internvit_parameters(f"vision.branches.{index}", branch, tower_tp, NO_ADAPTERS)
     if arch.pyramid is None:
         return
     from megatron_v2pe.checkpoint.hf.pyramid_table import (

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.flops import linear_tokens
 from megatron_v2pe.config.lora import Part, parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.config.sections.parts import PYRAMID
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.shards import Shards, rows_received, sharding_of
 from megatron_v2pe.planning.memory.adapters import planned_adapters
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts
 from megatron_v2pe.planning.request.workload import Pack
@@ -41,10 +48,50 @@ class Setting:
         """Of the compute dtype."""
         return 2 if self.config.runtime.dtype == "bfloat16" else 4
 
+    @cached_property
+    def shards(self) -> Shards:
+        """The pack, cut as the run cuts it."""
+        bounds = np.concatenate([[0], np.cumsum(self.pack.document_lengths, dtype=np.int64)])
+        return sharding_of(self.config.parallel, self.arch).shards(bounds, cp=self.plan.cp)
+
     @property
     def tokens(self) -> int:
-        """Tokens of a rank after the context parallel cut (l)."""
-        return self.pack.num_tokens // self.plan.cp
+        """Tokens of the fullest rank after the context parallel cut (l)."""
+        return self._most(self.shards.tokens)
+
+    @property
+    def longest_local(self) -> int:
+        """Tokens of the longest document, or part of one, that a rank holds."""
+        return self._most(lambda rank: max(self.shards.local_lengths(rank)))
+
+    @property
+    def received_rows(self) -> int:
+        """Tokens whose keys and values the busiest rank gets from others in a forward pass of p2p or all_gather."""
+        shards = self.shards
+        holders = shards.holders
+        if holders is None:
+            return (self.plan.cp - 1) * self.tokens
+        return self._most(lambda rank: rows_received(shards.lengths, holders, rank))
+
+    @cached_property
+    def slowest_rank(self) -> tuple[int, float]:
+        """Tokens of the context parallel rank that works longest on a pack, and its attention over the mean.
+
+        By attention and linears; where every document is cut over all ranks, they are alike.
+        """
+        shards = self.shards
+        if shards.holders is None:
+            return self.tokens, 1.0
+        pairs = [0] * self.plan.cp
+        for length, ranks in zip(shards.lengths, shards.holders, strict=True):
+            for rank in ranks:
+                pairs[rank] += length * length // len(ranks)
+        balance = linear_tokens(self.arch)
+        slowest = max(range(self.plan.cp), key=lambda rank: pairs[rank] + balance * shards.tokens(rank))
+        return shards.tokens(slowest), pairs[slowest] * self.plan.cp / sum(pairs)
+
+    def _most(self, of_rank: Callable[[int], int]) -> int:
+        return max(of_rank(rank) for rank in range(self.plan.cp))
 
     @property
     def rows(self) -> int:
@@ -76,6 +123,12 @@ class Setting:
     def has_gradients(self, part: Part) -> bool:
         """Whether a part, or its adapters, get gradients."""
         return self.trains(part) or self.config.lora.rank_of(part) > 0
+
+    @property
+    def trains_pyramid(self) -> bool:
+        """Whether smaller branches and interactions around the tower are there and trained."""
+        trained = parts_trained_whole(self.config)
+        return self.arch.pyramid is not None and ("vision" in trained or PYRAMID in trained)
 
     def costs(self, part: Part) -> LayerCosts:
         """What the back end's modules allocate for a part."""

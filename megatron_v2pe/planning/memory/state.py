@@ -19,6 +19,7 @@ from functools import lru_cache
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.config.sections.parts import PYRAMID, part_of
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.memory.adapters import ParameterSize
 from megatron_v2pe.planning.memory.parameters import is_expert, model_chunk_parameters
@@ -110,7 +111,7 @@ class StateBytes:
 
 def is_trained_name(parameter: str, frozen: frozenset[str]) -> bool:
     """Whether a parameter is trained, by its name and the parts that are not."""
-    return parameter.partition(".")[0] not in frozen or is_adapter_parameter(parameter)
+    return part_of(parameter) not in frozen or is_adapter_parameter(parameter)
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +131,7 @@ def state_bytes(
         element_bytes: 2 for bfloat16, 4 for float32.
         sharing_ranks: dp * cp.
         sharing_rank: which of them.
-        frozen: parts (first components of names) whose own weights are not trained; adapters always are.
+        frozen: parts (`part_of`) whose own weights are not trained; adapters always are.
         own_bucket: names that get a bucket of their own.
     """
     frozen_sizes = [size for name, size in parameters if not is_trained_name(name, frozen)]
@@ -151,8 +152,9 @@ TIED = frozenset({"language.embedding.word_embeddings.weight", "language.output_
 
 
 def frozen_parts(config: RunConfig) -> frozenset[str]:
-    """Parts whose own weights are not trained, by the first component of their parameters' names."""
-    return frozenset(PARTS) - frozenset(parts_trained_whole(config))
+    """Parts whose own weights are not trained, as `part_of` names them."""
+    trained = frozenset(parts_trained_whole(config))
+    return frozenset((*PARTS, PYRAMID)) - trained - ({PYRAMID} if "vision" in trained else set())
 
 
 def own_bucket(arch: InternVLArchitecture, plan: ParallelPlan) -> frozenset[str]:

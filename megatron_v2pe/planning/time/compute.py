@@ -11,14 +11,21 @@ The convention for model FLOPs and MFU is in `config/arch/flops.py` and knows no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_v2pe.config.arch.flops import (
     attention_flops,
+    branch_attention_flops,
+    branch_linear_flops,
+    interaction_flops,
     projector_flops,
     tower_attention_flops,
+    tower_branches,
     tower_linear_flops,
 )
+from megatron_v2pe.config.arch.pyramid import interval_stops
 from megatron_v2pe.config.schema import ModelConfig, VisionConfig
 from megatron_v2pe.planning.memory.setting import EXPERT_IMBALANCE, Setting
 from megatron_v2pe.planning.request.stages import ModelChunk
@@ -68,12 +75,14 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
         mlp_weights *= EXPERT_IMBALANCE
     weights = projections * attention_weights + mlp * mlp_weights
     attention = share * attention_flops(arch, setting.pack.document_lengths) / (plan.tp * plan.cp)
+    tokens, imbalance = setting.slowest_rank
+    attention *= imbalance
     attention_forwards = 2.0 if model.recompute == "full" else 1.0
     supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0
     tower_linear, tower_attention_bytes = tower_flops(setting) if model_chunk.is_first else (0.0, 0.0)
     return ModelChunkFlops(
-        linear=2.0 * share * weights * setting.tokens / plan.tp,
+        linear=2.0 * share * weights * tokens / plan.tp,
         attention_forward=attention_forwards * attention,
         attention_backward=ATTENTION_BACKWARD * attention,
         head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,
@@ -83,20 +92,54 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
 
 
 def tower_flops(setting: Setting) -> tuple[float, float]:
-    """Linears (projector included) and attention of the busiest rank's tiles."""
+    """Linears (projector and a pyramid's interactions included) and attention of the busiest rank's tiles."""
     arch, vision, tiles = setting.arch, setting.config.vision, setting.tiles
     split = setting.plan.tower_tp
     sliced = vision.micro_batch_tiles > 0 and tiles > vision.micro_batch_tiles
     linear, attention = 1.0, 1.0
+    sliced_passes = partial(tower_passes, vision, is_sliced=sliced)
     if setting.has_gradients("vision"):
-        linear, attention = tower_passes(vision, is_sliced=sliced, is_trained=setting.trains("vision"))
+        linear, attention = sliced_passes(is_trained=setting.trains("vision"))
     projector = 1.0
-    if setting.has_gradients("vision") or setting.has_gradients("projector"):
+    has_gradients = setting.has_gradients("vision") or setting.trains_pyramid
+    if has_gradients or setting.has_gradients("projector"):
         projector += 1.0 + setting.trains("projector") + sliced
-    return (
-        linear * tower_linear_flops(arch, tiles) / split + projector * projector_flops(arch, tiles) / split,
-        attention * tower_attention_flops(arch, tiles) / split,
-    )
+    layers = projector * projector_flops(arch, tiles)
+    if arch.pyramid is None:
+        layers += linear * tower_linear_flops(arch, tiles)
+        return layers / split, attention * tower_attention_flops(arch, tiles) / split
+    return _pyramid_flops(setting, layers, sliced_passes, split=split)
+
+
+def _pyramid_flops(
+    setting: Setting, projector: float, passes: Callable[..., tuple[float, float]], *, split: int
+) -> tuple[float, float]:
+    """`tower_flops` of a tower with a pyramid; a frozen large branch passes gradients on after its first interval."""
+    arch, vision, tiles = setting.arch, setting.config.vision, setting.tiles
+    assert arch.pyramid is not None
+    sliced = vision.micro_batch_tiles > 0 and tiles > vision.micro_batch_tiles
+    linear, attention = projector, 0.0
+    for index, (branch, rows) in enumerate(tower_branches(arch)):
+        forward = 1.0 + sliced if setting.trains_pyramid else 1.0
+        own_linear, own_attention = forward, forward
+        if index and setting.trains_pyramid:
+            own_linear, own_attention = passes(is_trained=True)
+        elif not index and setting.has_gradients("vision"):
+            own_linear, own_attention = passes(is_trained=setting.trains("vision"))
+        elif not index and setting.trains_pyramid:
+            before = interval_stops(branch.num_layers, arch.pyramid.num_interactions)[0] / branch.num_layers
+            later_linear, later_attention = passes(is_trained=False)
+            own_linear = before * forward + (1 - before) * later_linear
+            own_attention = before * forward + (1 - before) * later_attention
+        linear += own_linear * branch_linear_flops(branch, rows, tiles)
+        attention += own_attention * branch_attention_flops(branch, rows, tiles)
+    trained = setting.trains_pyramid
+    exchange = 3.0 + (vision.recompute != "none") + sliced if trained else 1.0
+    if not trained and setting.has_gradients("vision"):
+        exchange = 2.0 + (vision.recompute != "none") + sliced
+    return linear / split + exchange * interaction_flops(
+        arch, tiles
+    ), attention / split  # interactions: whole
 
 
 def tower_passes(vision: VisionConfig, *, is_sliced: bool, is_trained: bool) -> tuple[float, float]:

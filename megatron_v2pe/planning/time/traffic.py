@@ -103,7 +103,8 @@ def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
 
     p2p and all_gather: forward (cp - 1) B; backward the keys again and their gradients, 2 (cp - 1) B (the native ring
     sends half a gradient to lower ranks; the busiest rank is counted). a2a: queries, keys, values there and outputs
-    back, (cp - 1) / cp * l (2 q + 2 k) e, in forward and in backward.
+    back, (cp - 1) / cp * l (2 q + 2 k) e, in forward and in backward. Where documents lie on some of the ranks
+    (`parallel.cp_sharding`), the keys of shared documents alone.
     """
     plan, language = setting.plan, setting.arch.language
     if plan.cp == 1:
@@ -114,8 +115,8 @@ def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
     if setting.config.parallel.cp_comm_type == "a2a":
         both = (plan.cp - 1) / plan.cp * setting.tokens * (2 * query + 2 * key) * e
         return both, both
-    own = 2 * setting.tokens * key * e
-    return (plan.cp - 1) * own, 2 * (plan.cp - 1) * own
+    arriving = 2 * setting.received_rows * key * e
+    return arriving, 2 * arriving
 
 
 def router_bytes(setting: Setting) -> float:

@@ -10,12 +10,16 @@ from megatron_v2pe.checkpoint.files.adapter_record import (
     require_same_adapters,
     require_whole,
 )
-from megatron_v2pe.checkpoint.files.folder import hf_path, read_info
+from megatron_v2pe.checkpoint.files.folder import hf_path, read_info, state_path
 from megatron_v2pe.checkpoint.model_facts import model_facts, require_same_model
 from megatron_v2pe.checkpoint.resume import resume_point
 from megatron_v2pe.checkpoint.run_state import RunState
+from megatron_v2pe.checkpoint.state.reader import StateReader
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
+
+LARGE_GATES = tuple(f"interaction_units_12.branch2to1_injector.{gate}_gamma" for gate in ("ca", "cffn"))
 
 
 def hf_folder_of(config: RunConfig) -> Path:
@@ -35,6 +39,32 @@ def model_folder(config: RunConfig) -> Path:
         read_info(config.model.checkpoint)
         require_whole(config.model.checkpoint)
     return hf_folder_of(config)
+
+
+def require_open_gates(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """Refuse to compute a pyramid that no one reads and that cannot learn: gates zero, and frozen.
+
+    Only the large branch's gates decide: through them alone a pyramid reaches the language model.
+
+    Raises:
+        ConfigError: the run freezes the tower, and every gate into the large branch is zero in its checkpoint.
+    """
+    if arch.pyramid is None or not config.vision.freeze:
+        return
+    if config.model.hf_path:
+        weights, _, _ = open_hf(config.model.hf_path)
+        names, read = weights.tensors, weights.read
+    else:
+        state = StateReader(state_path(config.model.checkpoint))
+        names, read = state.tensors, state.read  # type: ignore[assignment]
+    gates = [name for name in names if name.endswith(LARGE_GATES)]
+    if gates and not any(bool(read(name).any()) for name in gates):
+        raise ConfigError(
+            "vision.freeze is true, but all gates of the pyramid are zero in "
+            f"{config.model.hf_path or config.model.checkpoint}: it would be computed, change nothing and never learn; "
+            "set vision.freeze to false (vision.freeze_large_branch with vision.tower piip keeps the checkpoint's own "
+            "tower as it is), or give the checkpoint without the pyramid"
+        )
 
 
 def require_usable_folder(run_dir: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
-from megatron_v2pe.config.arch.flops import PackCounts, step_flops
+from megatron_v2pe.config.arch.flops import PackCounts, branch_flops, step_flops
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.reduce import gather_by_name, sum_by_name
 
@@ -87,10 +87,24 @@ def count_batches(
         ranks=ranks,
     )
     return BatchStats(
-        numbers={**{name: int(sums[name]) for name in counts}, **_derived(sums, by_rank, dp=group.size())},
+        numbers={
+            **{name: int(sums[name]) for name in counts},
+            **_derived(sums, by_rank, dp=group.size()),
+            **_branch_shares(arch, sums),
+        },
         flops=sums["flops"],
         flops_full_attention=sums["flops_full_attention"],
         by_rank=by_rank,
+    )
+
+
+def _branch_shares(arch: InternVLArchitecture, sums: Mapping[str, float]) -> dict[str, Any]:
+    """Share of each branch of a pyramid in the model FLOPs of the step; nothing without a pyramid."""
+    shares = branch_flops(arch, int(sums["tiles"]))
+    return (
+        {"flops_share_by_branch": {name: flops / sums["flops"] for name, flops in shares.items()}}
+        if shares
+        else {}
     )
 
 

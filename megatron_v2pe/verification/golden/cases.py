@@ -105,6 +105,11 @@ class Case:
         """A stored number of this case."""
         return self.file.tensor(f"{self.name}/{name}")
 
+    def names(self, prefix: str) -> list[str]:
+        """What of the case's stored numbers starts with `prefix`, without it."""
+        whole = f"{self.name}/{prefix}"
+        return [name.removeprefix(whole) for name in self.file.names(whole)]
+
     def tolerance(self, name: str, *, floor: float) -> float:
         """Eight times what float32 and float64 runs of the release differ by in this case, at least `floor`."""
         return max(floor, 8.0 * float(self.values["tolerance"][name]))

@@ -46,9 +46,16 @@ GROUPS = (
     Group(name="positions", module="positions", files=("positions/positions.json",)),
     Group(name="rope", module="positions", function="run_rope", files=("positions/rope_tables.json",)),
     Group(name="sharding", module="sharding", files=("sharding/*.json",)),
-    Group(name="tiling", module="tiling", files=("tiling/*.json",)),
-    Group(name="text", module="text", files=("text/conversations.json", "text/tokenizer.json")),
+    Group(name="tiling", module="tiling", files=("tiling/*.json", "preprocess/*.json")),
+    Group(
+        name="text",
+        module="text",
+        files=tuple(
+            f"text/{name}.json" for name in ("conversations", "tokenizer", "templates", "hf_processor")
+        ),
+    ),
     Group(name="packing", module="packing", files=("packing/*.json", "text/dataset_items.json")),
+    Group(name="formats", module="formats", files=("ckpt_hf/*/config.json",)),
     Group(name="loss", module="loss", files=("packing/loss.json",)),
     Group(name="model", module="model", files=("forward/*.json",), is_model=True),
     Group(

@@ -19,9 +19,11 @@ from torch import Tensor
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
+from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.collect import gather_slices, gather_tiles, gather_tokens
@@ -38,6 +40,11 @@ def vision_stage(number: int) -> str:
     return f"vision.layer.{number}"
 
 
+def interaction_stage(interval: int, branch: int) -> str:
+    """Name of a branch's patches after an interaction of a pyramid, counted from 0; branch 0 is the large one."""
+    return f"vision.interaction.{interval + 1}" + (f".branch.{branch}" if branch else "")
+
+
 def decoder_stage(number: int) -> str:
     """Name of the output of a decoder layer, counted from 1."""
     return f"decoder.layer.{number}"
@@ -50,7 +57,17 @@ def stage_names(arch: InternVLArchitecture, *, every: int) -> list[str]:
         step = every or -(-num_layers // 8)
         return [name(number) for number in range(step, num_layers + 1, step)]
 
-    tower = [*kept(arch.vision.num_layers, vision_stage), TOWER]
+    exchanged = []
+    if arch.pyramid is not None:
+        branches, last = range(len(arch.pyramid.branches) + 1), arch.pyramid.num_interactions - 1
+        # After the last interaction the smaller branches are what they were before it.
+        exchanged = [
+            interaction_stage(interval, branch)
+            for interval in range(last + 1)
+            for branch in branches
+            if not branch or interval < last
+        ]
+    tower = [*kept(arch.vision.num_layers, vision_stage), *exchanged, TOWER]
     decoder = kept(arch.language.num_layers, decoder_stage)
     return [EMBEDDING, *tower, PROJECTOR, DECODER_INPUT, *decoder, DECODER_NORM, LOGITS]
 
@@ -85,6 +102,11 @@ class CapturedRun:
         self.inputs = inputs
         self.wanted = wanted
         self.sharder = BatchSharder(context=context, dtype=DTYPES[config.runtime.dtype])
+        if expert_bias_of(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint}: its routers choose experts with a bias (moe.bias_rate), which the second "
+                "implementation does not have; compare the model it started from, or export with --drop-expert-bias"
+            )
         self.model_chunks: list[InternVL] = load_model(checkpoint, config, arch, context)
         self._local: dict[str, Tensor] = {}
 
@@ -128,6 +150,7 @@ class CapturedRun:
                     with_kwargs=True,
                 ),
                 *[self._hook(layer, vision_stage(layer.layer_number), is_vision=True) for layer in layers],
+                *self._interaction_hooks(model_chunk.vision),
                 self._hook(model_chunk.vision, TOWER),
                 self._hook(model_chunk.projector, PROJECTOR),
                 model_chunk.language.register_forward_pre_hook(
@@ -139,6 +162,19 @@ class CapturedRun:
         if model_chunk.post_process:
             hooks.append(self._hook(decoder.final_layernorm, DECODER_NORM))
         return hooks
+
+    def _interaction_hooks(self, vision: torch.nn.Module) -> list[Any]:
+        """Patches of every branch after each interaction of a pyramid."""
+
+        def keeper(interval: int) -> Callable[..., None]:
+            def keep(_module: Any, _inputs: Any, output: Any) -> None:
+                for branch, patches in enumerate(output):
+                    self._keep(interaction_stage(interval, branch), patches)
+
+            return keep
+
+        interactions = getattr(vision, "interactions", ())
+        return [module.register_forward_hook(keeper(index)) for index, module in enumerate(interactions)]
 
     def _hook(self, module: torch.nn.Module, name: str, *, is_vision: bool = False) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -159,8 +195,7 @@ class CapturedRun:
         local = self._local.pop(name, None)
         arch = self.arch
         if name.startswith("vision") or name == PROJECTOR:
-            features = (arch.tokens_per_tile, arch.language.hidden_size)
-            width = features if name == PROJECTOR else (arch.patches_per_tile, arch.vision.hidden_size)
+            width = _width(arch, name)
             tiles = gather_tiles(
                 local,
                 num_tiles=pack.num_tiles,
@@ -178,3 +213,17 @@ class CapturedRun:
         ]
         whole = torch.cat(unpadded)
         return whole[torch.from_numpy(~self.inputs.is_visual)] if name == LOGITS else whole
+
+
+def _width(arch: InternVLArchitecture, name: str) -> tuple[int, int]:
+    """Rows and channels of a tile at a stage of tower or projector."""
+    if name == PROJECTOR:
+        return arch.tokens_per_tile, arch.language.hidden_size
+    if name.startswith("vision.interaction."):
+        _, has_branch, number = name.partition(".branch.")
+        if not has_branch:
+            return arch.patches_per_tile - 1, arch.vision.hidden_size
+        assert arch.pyramid is not None
+        branch = arch.pyramid.branches[int(number) - 1]
+        return branch.num_positions - 1, branch.hidden_size
+    return arch.patches_per_tile, arch.vision.hidden_size

@@ -51,6 +51,7 @@ from megatron_v2pe.verification.numerics.captured import (
 )
 from megatron_v2pe.verification.numerics.inputs import Inputs, make_inputs
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel, positions_of
+from megatron_v2pe.verification.numerics.reference_pyramid import pyramid_stages
 from megatron_v2pe.verification.numerics.transformers_model import TransformersReference
 
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-1}
@@ -123,11 +124,6 @@ def compare_numerics(
     reference_arch = read_architecture(config_folder)
     read_info(checkpoint)
     arch = read_architecture(hf_path(checkpoint))
-    if arch.pyramid is not None:
-        raise ConfigError(
-            f"{checkpoint} has a pyramid around its vision tower (PIIP), which the plain PyTorch reference does not "
-            "compute; check-golden compares towers with a pyramid with recorded numbers"
-        )
     _check_layout(parallel, arch, world_size)
     _check_same_sizes(reference_arch, arch)
     if every < 0:
@@ -170,9 +166,8 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
     """Run the reference and yield each stage's name and tensor, in the shapes of `CapturedRun.outputs`."""
     arch = reference.arch
     with torch.no_grad():
-        for number, hidden in enumerate(reference.vision_states(inputs.pixels)):
-            yield (vision_stage(number) if number else EMBEDDING), hidden
-        yield TOWER, hidden
+        for name, hidden in _tower_stages(reference, inputs):  # the last one is the tower's output
+            yield name, hidden
         features = reference.features(hidden)
         yield PROJECTOR, features
         slots = torch.from_numpy(inputs.is_visual.nonzero()[0])
@@ -183,6 +178,19 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
             is_norm = number > arch.language.num_layers
             yield (DECODER_NORM if is_norm else decoder_stage(number)), hidden
         yield LOGITS, reference.logits(hidden[torch.from_numpy(~inputs.is_visual)])
+
+
+def _tower_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    """Stages of the vision tower, with its pyramid where it has one."""
+    if reference.arch.pyramid is not None:
+        sizes = reference.arch.tile_sizes
+        rows = inputs.pixels.split([3 * size**2 for size in sizes], dim=1)
+        tiles = [part.unflatten(1, (3, size, size)) for part, size in zip(rows, sizes, strict=True)]
+        yield from pyramid_stages(reference, tiles)
+        return
+    for number, hidden in enumerate(reference.vision_states(inputs.pixels)):
+        yield (vision_stage(number) if number else EMBEDDING), hidden
+    yield TOWER, hidden
 
 
 def reference_positions(inputs: Inputs) -> Tensor:
@@ -258,6 +266,7 @@ def _check_same_sizes(reference: InternVLArchitecture, ours: InternVLArchitectur
         "vocabulary": lambda arch: arch.language.vocab_size,
         "vision layers": lambda arch: arch.vision.num_layers,
         "vision channels": lambda arch: arch.vision.hidden_size,
+        "branches of a pyramid": lambda arch: len(arch.tile_sizes) - 1,
         "decoder layers": lambda arch: arch.language.num_layers,
         "decoder channels": lambda arch: arch.language.hidden_size,
     }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.batch.packed_batch import PackedBatch
+from megatron_v2pe.batch.packed_batch import PackedBatch, tile_shape
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import PositionConfig
 from megatron_v2pe.core.errors import ConfigError
@@ -36,7 +36,8 @@ class Inputs:
         is_visual: bool [t].
         lengths: tokens of each document.
         num_tiles: tiles of each image, in order.
-        pixels: float32 [n, 3, S, S], normalised already.
+        pixels: float32 [n, *tile_shape(tile_sizes)], normalised already.
+        tile_sizes: pixels of a tile's side in every branch of the tower.
         stride: units of 1/tokens_per_tile that a visual token advances.
         tokens_per_tile: visual tokens of one tile.
         is_v2pe: the stride was asked for, so positions may be fractions.
@@ -47,6 +48,7 @@ class Inputs:
     lengths: tuple[int, ...]
     num_tiles: tuple[int, ...]
     pixels: Tensor
+    tile_sizes: tuple[int, ...]
     stride: int
     tokens_per_tile: int
     is_v2pe: bool
@@ -85,7 +87,8 @@ class Inputs:
             pad_to_multiple=pad_to_multiple,
             pad_token_id=0,
             loss_reduction="token",
-            image_size=self.pixels.shape[-1],
+            image_size=self.tile_sizes[0],
+            smaller_sizes=self.tile_sizes[1:],
             tile_range_of=lambda _num_tiles: (0, 0),
         )
 
@@ -114,13 +117,14 @@ def make_inputs(arch: InternVLArchitecture, *, stride: int) -> Inputs:
     is_visual = np.concatenate(visual)
     text_ids = generator.integers(1, arch.language.vocab_size, size=len(is_visual))
     num_tiles = tuple(tiles for _, tiles, _ in _DOCUMENTS if tiles)
-    shape = (sum(num_tiles), 3, arch.image_size, arch.image_size)
+    shape = (sum(num_tiles), *tile_shape(arch.tile_sizes))
     return Inputs(
         tokens=np.where(is_visual, 0, text_ids).astype(np.int64),
         is_visual=is_visual,
         lengths=tuple(len(flags) for flags in visual),
         num_tiles=num_tiles,
         pixels=torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)),
+        tile_sizes=arch.tile_sizes,
         stride=stride or per_tile,
         tokens_per_tile=per_tile,
         is_v2pe=stride > 0,

@@ -96,34 +96,45 @@ class ReferenceModel:
         self._read_raw = read
         self._names = _INTERNLM2 if arch.language.architecture == "InternLM2ForCausalLM" else _LLAMA
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """A tensor by its Hugging Face name, in the dtype of the computation."""
         return self._read_raw(name).to(self.dtype)
 
     def _linear(self, x: Tensor, name: str, *, bias: bool) -> Tensor:
-        return F.linear(x, self._read(f"{name}.weight"), self._read(f"{name}.bias") if bias else None)
+        return F.linear(x, self.read(f"{name}.weight"), self.read(f"{name}.bias") if bias else None)
 
     def vision_states(self, pixels: Tensor) -> Iterator[Tensor]:
         """Normalised pixels [n, 3, S, S] to hidden states [n, 1 + P, C]: embeddings, then each layer's output."""
-        vision = self.arch.vision
-        prefix = "vision_model.embeddings."
-        weight = self._read(prefix + "patch_embedding.weight")
-        bias = self._read(prefix + "patch_embedding.bias")
-        patches = F.conv2d(pixels.to(self.dtype), weight, bias, stride=vision.patch_size)
-        patches = patches.flatten(2).transpose(1, 2)  # [n, C, side, side] -> [n, P, C]
-        token = self._read(prefix + "class_embedding").expand(len(pixels), 1, -1)
-        x = torch.cat([token, patches], dim=1) + self._vision_positions(pixels.shape[-1] // vision.patch_size)
+        x = self.vision_embedding(pixels)
         yield x
-        for i in range(vision.num_layers):
-            layer = f"vision_model.encoder.layers.{i}."
-            x = x + self._vision_attention(layer, self._vision_norm(layer + "norm1", x)) * self._read(
-                layer + "ls1"
-            )
-            inner = F.gelu(self._linear(self._vision_norm(layer + "norm2", x), layer + "mlp.fc1", bias=True))
-            x = x + self._linear(inner, layer + "mlp.fc2", bias=True) * self._read(layer + "ls2")
+        for i in range(self.arch.vision.num_layers):
+            x = self.vision_layer(i, x)
             yield x
 
+    def vision_embedding(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [n, 3, S, S] to [n, 1 + P, C]: class token and patches, with positions."""
+        vision = self.arch.vision
+        prefix = "vision_model.embeddings."
+        weight = self.read(prefix + "patch_embedding.weight")
+        bias = self.read(prefix + "patch_embedding.bias")
+        patches = F.conv2d(pixels.to(self.dtype), weight, bias, stride=vision.patch_size)
+        patches = patches.flatten(2).transpose(1, 2)  # [n, C, side, side] -> [n, P, C]
+        token = self.read(prefix + "class_embedding").expand(len(pixels), 1, -1)
+        return torch.cat([token, patches], dim=1) + self._vision_positions(
+            pixels.shape[-1] // vision.patch_size
+        )
+
+    def vision_layer(self, number: int, x: Tensor) -> Tensor:
+        """One layer of the tower, counted from 0: [n, 1 + P, C] to the same shape."""
+        layer = f"vision_model.encoder.layers.{number}."
+        x = x + self._vision_attention(layer, self._vision_norm(layer + "norm1", x)) * self.read(
+            layer + "ls1"
+        )
+        inner = F.gelu(self._linear(self._vision_norm(layer + "norm2", x), layer + "mlp.fc1", bias=True))
+        return x + self._linear(inner, layer + "mlp.fc2", bias=True) * self.read(layer + "ls2")
+
     def _vision_positions(self, side: int) -> Tensor:
-        table = self._read("vision_model.embeddings.position_embedding")
+        table = self.read("vision_model.embeddings.position_embedding")
         own = math.isqrt(table.shape[1] - 1)
         if own == side:
             return table
@@ -134,10 +145,8 @@ class ReferenceModel:
     def _vision_norm(self, name: str, x: Tensor) -> Tensor:
         eps = self.arch.vision.norm_eps
         if self.arch.vision.norm_type == "layer_norm":
-            return F.layer_norm(
-                x, x.shape[-1:], self._read(f"{name}.weight"), self._read(f"{name}.bias"), eps
-            )
-        return _rms_norm(x, self._read(f"{name}.weight"), eps)
+            return F.layer_norm(x, x.shape[-1:], self.read(f"{name}.weight"), self.read(f"{name}.bias"), eps)
+        return _rms_norm(x, self.read(f"{name}.weight"), eps)
 
     def _vision_attention(self, layer: str, x: Tensor) -> Tensor:
         vision = self.arch.vision
@@ -146,7 +155,7 @@ class ReferenceModel:
             q = self._vision_norm(layer + "attn.q_norm", q)
             k = self._vision_norm(layer + "attn.k_norm", k)
         q, k, v = (part.unflatten(-1, (vision.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-        mixed = _attention(q, k, v, is_causal=False).transpose(1, 2).flatten(2)
+        mixed = written_out_attention(q, k, v, is_causal=False).transpose(1, 2).flatten(2)
         return self._linear(mixed, layer + "attn.proj", bias=True)
 
     def features(self, hidden: Tensor) -> Tensor:
@@ -158,7 +167,7 @@ class ReferenceModel:
         if self.arch.pixel_shuffle_version == "v1":
             x = x.transpose(1, 2)
         x = x.flatten(0, 2)
-        x = F.layer_norm(x, x.shape[-1:], self._read("mlp1.0.weight"), self._read("mlp1.0.bias"), 1e-5)
+        x = F.layer_norm(x, x.shape[-1:], self.read("mlp1.0.weight"), self.read("mlp1.0.bias"), 1e-5)
         return self._linear(F.gelu(self._linear(x, "mlp1.1", bias=True)), "mlp1.3", bias=True)
 
     def embed(self, tokens: Tensor, features: Tensor, slots: Tensor) -> Tensor:
@@ -179,14 +188,14 @@ class ReferenceModel:
         angles = self._angles(positions)
         for i in range(language.num_layers):
             layer = f"language_model.model.layers.{i}."
-            normed = _rms_norm(x, self._read(f"{layer}{names['norm1']}.weight"), language.norm_eps)
+            normed = _rms_norm(x, self.read(f"{layer}{names['norm1']}.weight"), language.norm_eps)
             x = x + self._language_attention(layer, normed, angles, documents)
-            normed = _rms_norm(x, self._read(f"{layer}{names['norm2']}.weight"), language.norm_eps)
+            normed = _rms_norm(x, self.read(f"{layer}{names['norm2']}.weight"), language.norm_eps)
             experts = language.experts
             is_sparse = experts is not None and experts.is_sparse[i]
             x = x + (self._experts(layer, normed) if is_sparse else self._gated_mlp(layer, normed))
             yield x
-        yield _rms_norm(x, self._read("language_model.model.norm.weight"), language.norm_eps)
+        yield _rms_norm(x, self.read("language_model.model.norm.weight"), language.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [r, H] to logits [r, V]."""
@@ -211,7 +220,7 @@ class ReferenceModel:
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [t, heads, d] -> [heads, t, d]
         k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
         mixed = [
-            _attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], is_causal=True)
+            written_out_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], is_causal=True)
             for start, stop in pairwise(documents)
         ]
         joined = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
@@ -234,8 +243,8 @@ class ReferenceModel:
             )
         q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
         if language.qk_norm:
-            q = _rms_norm(q, self._read(layer + "self_attn.q_norm.weight"), language.norm_eps)
-            k = _rms_norm(k, self._read(layer + "self_attn.k_norm.weight"), language.norm_eps)
+            q = _rms_norm(q, self.read(layer + "self_attn.q_norm.weight"), language.norm_eps)
+            k = _rms_norm(k, self.read(layer + "self_attn.k_norm.weight"), language.norm_eps)
         return q, k, v
 
     def _experts(self, layer: str, x: Tensor) -> Tensor:
@@ -271,7 +280,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
     """Softmax attention over the last but one dimension, written out."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if is_causal:

@@ -65,11 +65,11 @@ class TransformersReference(ReferenceModel):
         """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
         experts, _, stacked = name.rpartition(".experts.")
         if stacked not in _STACKED:
-            return self._read(name)
+            return self.read(name)
         assert self.arch.language.experts is not None
         return torch.stack(
             [
-                torch.cat([self._read(f"{experts}.experts.{e}.{part}.weight") for part in _STACKED[stacked]])
+                torch.cat([self.read(f"{experts}.experts.{e}.{part}.weight") for part in _STACKED[stacked]])
                 for e in range(self.arch.language.experts.num_experts)
             ]
         )

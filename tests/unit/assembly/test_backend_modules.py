@@ -51,6 +51,8 @@ def test_what_auto_found_must_share_sequences_as_asked(host):
     host(gpu=True, engine=True)
     with pytest.raises(ConfigError, match=r"all_gather.*packed.*attention_backend to native"):
         choose(cp_comm_type="all_gather")
+    with pytest.raises(ConfigError, match=r"parallel.cp_sharding is 'auto', but Transformer Engine's"):
+        choose(cp=2, cp_sharding="auto")
     native = choose(cp_comm_type="all_gather", attention_backend="native")
     assert native.language_attention is NativeContextAttention
 

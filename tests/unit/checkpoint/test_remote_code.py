@@ -1,5 +1,6 @@
 """An export with code beside the weights, loaded by transformers alone: the same answers as ours."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -8,17 +9,26 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_v2pe.checkpoint import remote_code
+from megatron_v2pe.checkpoint.convert import remote_code as convert
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.cli.main import main
+from megatron_v2pe.config.arch.families import FAMILIES as FAMILIES_BY_ARCHITECTURE
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
 from tests.support.hf_folders import edit_config, folder_bytes, golden_copy
 from tests.support.prompts import load_engine, random_prompt
 
 FAMILIES = ("a_internlm2_vit300m", "c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
-LATER = ("h_qwen3_vit300m", "i_qwen3_vit6b", "n_internlm2_vit300m")
+LATER = (
+    "h_qwen3_vit300m",
+    "i_qwen3_vit6b",
+    "j_qwen3moe_vit300m",
+    "internlm3",
+    "n_internlm2_vit300m",
+)
 GOLDEN_FAMILIES = Path(__file__).parents[2] / "golden_families" / "ckpt"
 TOLERANCE = 1e-4  # float32, as for the golden logits
 
@@ -26,7 +36,17 @@ TOLERANCE = 1e-4  # float32, as for the golden logits
 def exported(tmp_path, key, **positions):
     """Checkpoint and exported folder of a golden family with other position keys."""
     source = tmp_path / "source"
-    if key in FAMILIES:
+    if key == "internlm3":  # a llama by another name, with a head size of its own
+        golden_copy(source, key="d_llama_vit6b")
+        config = json.loads((source / "config.json").read_text())
+        llm = config["llm_config"] | {
+            "architectures": ["InternLM3ForCausalLM"],
+            "bias": False,
+            "qkv_bias": False,
+        }
+        llm["head_dim"] = llm["hidden_size"] // llm["num_attention_heads"]
+        edit_config(source, llm_config=llm)
+    elif key in FAMILIES:
         golden_copy(source, key=key)
     else:
         shutil.copytree(GOLDEN_FAMILIES / key, source, copy_function=shutil.copyfile)
@@ -225,9 +245,22 @@ def test_the_verb(tmp_path, capsys):
     assert (hf_path(tmp_path / "again") / "modeling_internvl_v2pe.py").is_file()
 
 
-def test_a_family_that_the_code_does_not_know_is_refused(tmp_path, capsys):
+def test_a_family_that_the_code_does_not_know_is_refused(tmp_path, capsys, monkeypatch):
     import_hf(GOLDEN_FAMILIES / "j_qwen3moe_vit300m", tmp_path / "checkpoint")
+    known = tuple(name for name in convert.ARCHITECTURES if "Moe" not in name)
+    monkeypatch.setattr(convert, "ARCHITECTURES", known)
     verb = ["export-hf", str(tmp_path / "checkpoint"), str(tmp_path / "exported"), "--remote-code"]
     assert main(verb) == 2
     assert "--remote-code knows" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
+
+
+def test_the_verb_knows_the_families_of_the_code_and_of_this_package():
+    tree = ast.parse((Path(remote_code.__file__).parent / "modeling_internvl_v2pe.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILIES"
+    )
+    assert tuple(ast.literal_eval(table)) == convert.ARCHITECTURES
+    assert set(convert.ARCHITECTURES) <= set(FAMILIES_BY_ARCHITECTURE)

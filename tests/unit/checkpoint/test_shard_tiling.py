@@ -121,12 +121,12 @@ def test_copies_that_no_rank_writes(ranks):
     assert any("has copies, but no rank writes it" in problem for problem in faulty(ranks, copy))
 
 
-def tool(*arguments):
+def tool(*arguments, timeout=280):
     return subprocess.run(
         [sys.executable, ROOT / "tools" / "check_layout.py", *arguments],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         check=False,
     )
 
@@ -144,6 +144,23 @@ def test_the_tool_refuses_a_layout_that_does_not_fit():
     done = tool("--size", "1B", "--tp", "4")
     assert done.returncode == 2
     assert "parallel.tp is 4, but must divide the 14 attention heads" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "layout", "found"),
+    [
+        ("3.5-38B", dict(tp=8, pp=4), ("32 ranks built",)),
+        ("3.5-241B-A28B", dict(tp=8, pp=8, ep=8), ("64 ranks built",)),
+    ],
+)
+def test_the_largest_of_later_series(size, layout, found):
+    arguments = [argument for name, value in layout.items() for argument in (f"--{name}", str(value))]
+    done = tool("--size", size, "--sp", *arguments, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    num_parameters = name_map(parse_architecture(PUBLISHED[size])).num_parameters
+    assert f"{num_parameters:,} numbers" in done.stdout
+    assert all(text in done.stdout for text in (*found, "every element is written once"))
 
 
 def test_76b_at_tp8_pp4():

@@ -13,6 +13,7 @@ from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of
+from megatron_v2pe.data.sources.meta import read_meta
 from tests.support.mixture import empty_mixture, entry, record
 
 RECORDS = [
@@ -133,3 +134,94 @@ def test_records_are_of_no_other_kind():
         assert annotation_kind(json.dumps(values).encode()) == ""
     assert kind_of(b"{}") == ""
     assert annotation_kind(b'\xef\xbb\xbf{"a": 1}\n') == ""
+
+
+def human_gpt(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+TABLES = {
+    "comma.csv": 'image,question,answer\na.png,What?,a cat\n,Why?,"so, ""it""\nis"\n',
+    "excel.csv": '\ufeffFile_Name;Question;Label\r\na.png;What?;a cat\r\n;Why?;"so, ""it""\nis"\r\n',
+    "tabs.tsv": 'img\tprompt\tcaption\na.png\tWhat?\ta cat\n\n\tWhy?\t"so, ""it""\nis"\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(tmp_path, capsys, name):
+    (tmp_path / name).write_text(TABLES[name], newline="")
+    code, text = run(capsys, tmp_path / name, "--out", tmp_path / "out.jsonl")
+    assert code == 0, text
+    assert "2 records, 0 bad" in text
+    assert "columns: " in text
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"image": "a.png", "conversations": human_gpt("What?", "a cat")},
+        {"conversations": human_gpt("Why?", 'so, "it"\nis')},
+    ]
+
+
+def test_columns_of_other_names_lists_and_what_is_not_read(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text('pics,frage,answer,label,source\n"[""a.png"", ""b.png""]",q?,x,y,web\n')
+    code, text = run(capsys, tmp_path / "a.csv", "--check", "--columns", "image=pics,question=frage")
+    assert code == 2
+    assert "'answer' and 'label' may both be the answer; choose one with --columns answer=answer" in text
+    columns = "image=pics,question=frage,answer=label"
+    code, text = run(capsys, tmp_path / "a.csv", "--out", tmp_path / "out.jsonl", "--columns", columns)
+    assert code == 0, text
+    assert "key 'source' is not read" in text
+    assert "key 'answer' is not read" in text
+    wanted = {"image": ["a.png", "b.png"], "conversations": human_gpt("<image>\n<image>\nq?", "y")}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("a,b\n1,2\n3,4\n", (), "a.csv:2: no column is recognised as the question; columns are 'a', 'b'"),
+        ("question,answer\nx\n", (), "a.csv:2: has 1 cells, but the header 2"),
+        ("question,answer,answer\nx,y,z\n", (), "a.csv:1: the first line names 'answer' twice"),
+        ("question,,answer\nx,y,z\n", (), "a.csv:1: the first line has a column without a name"),
+        ('question,answer\nx,"y" z\n', (), "a.csv:2: not a sound table"),
+        ("question,answer\nx,\n", (), "a.csv:2: answer (column 'answer') is empty"),
+        (
+            "question,answer,image_paht\nx,y,a.png\n",
+            (),
+            "a.csv:2: column 'image_paht' would not be read ('a.png')",
+        ),
+        ("question,answer,bild\nx,y,a.PNG\n", (), "name it with --columns image=bild"),
+        ("question,answer,sytem\nx,y,z\n", (), "name it with --columns system=sytem"),
+        ("question,answer\nx,y\n", ("--columns", "question=quest"), "is 'question' meant?"),
+        ("question,answer\nx,y\n", ("--columns", "frage=q"), "--columns: 'frage=q' is not MEANING=COLUMN"),
+        ("question,answer\n", (), "no record in it"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named_once(tmp_path, capsys, content, arguments, message):
+    (tmp_path / "a.csv").write_text(content)
+    code, text = run(capsys, tmp_path / "a.csv", "--check", *arguments)
+    assert code == 2
+    assert text.count(message) == 1, text
+
+
+def test_flat_rows_of_other_containers_are_read_alike(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('[{"question": "q", "answer": 7, "image": "a.png", "video": null}]')
+    assert run(capsys, tmp_path / "a.json", "--out", tmp_path / "out.jsonl")[0] == 0
+    wanted = {"image": "a.png", "conversations": human_gpt("q", "7")}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == wanted
+    code, text = run(capsys, tmp_path / "out.jsonl", "--check", "--columns", "question=q")
+    assert code == 2
+    assert "has a conversation of its own; leave out --columns" in text
+
+
+def test_the_meta_json_names_the_file_and_its_pictures(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("image,question,answer\na.png,q,a\n")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+    out, meta = tmp_path / "train.jsonl", tmp_path / "data.json"
+    more = ("--out", out, "--meta", meta, "--root", tmp_path / "photos")
+    assert run(capsys, tmp_path / "a.csv", *more)[0] == 0
+    (read,) = read_meta(meta)
+    assert (read.name, read.annotation) == ("train", str(out))
+    assert (tmp_path / "photos").samefile(read.root)
+    assert "is there already" in run(capsys, tmp_path / "a.csv", *more)[1]
+    assert "no folder" in run(capsys, tmp_path / "a.csv", "--out", out, "--meta", "m", "--root", "none")[1]

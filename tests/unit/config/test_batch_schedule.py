@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator
 
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches, ramped_batches
 from megatron_v2pe.config.load import load_run_config
@@ -57,6 +57,10 @@ def test_a_part_that_a_larger_step_jumps_over_has_no_steps():
     assert [batches.size(step) for step in range(4)] == [10, 30, 40, 40]
 
 
+RAMP = getattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator", None)
+
+
+@pytest.mark.skipif(RAMP is None, reason="megatron-core 0.19 has no linear ramp any more; 0.16 judges ours")
 @settings(max_examples=100, deadline=None)
 @given(
     start=st.integers(1, 20),
@@ -66,7 +70,7 @@ def test_a_part_that_a_larger_step_jumps_over_has_no_steps():
 )
 def test_sizes_are_those_of_megatron(start, increment, parts, each):
     size, packs = start + parts * increment, parts * each
-    calculator = RampupBatchsizeNumMicroBatchesCalculator(size, 1, 1, False, 1, start, increment, packs)
+    calculator = RAMP(size, 1, 1, False, 1, start, increment, packs)
     batches, used = ramped_batches(start=start, increment=increment, packs=packs, size=size), 0
     for step in range(len(batches.levels) * 3 + packs // start):
         calculator.update(used, consistency_check=False)

@@ -51,6 +51,13 @@ FREE = {
         (None, "vision_config", []),
         (None, "rope_pos_id_stride", 10**9),
         (None, "model_type", ["internvl_chat"]),
+        # found by tools/fuzz.py: larger than any float, longer than a screen
+        (None, "downsample_ratio", 10**400),
+        ("llm_config", "rope_theta", -(10**400)),
+        (None, "model_type", "x" * 100_000),
+        (None, "ps_version", "x" * 100_000),
+        ("llm_config", "architectures", ["x" * 100_000]),
+        ("llm_config", "rope_scaling", {"type": "x" * 100_000, "factor": 2.0}),
     ],
 )
 def test_odd_values_are_named(tmp_path, section, key, value):
@@ -61,9 +68,8 @@ def test_odd_values_are_named(tmp_path, section, key, value):
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"config\.json: ") as error:
         read_architecture(folder)
-    assert key.removeprefix("force_").replace("num_key_value_heads", "heads").split("_")[0] in str(
-        error.value
-    )
+    short = {"num_key_value_heads": "heads", "architectures": "architecture"}.get(key, key)
+    assert short.removeprefix("force_").split("_")[0] in str(error.value)
     assert len(str(error.value)) < 1000
 
 

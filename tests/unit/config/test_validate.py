@@ -201,6 +201,26 @@ def test_comm_types_no_back_end_has(cp_comm_type, backend, reason):
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(cp_comm_type="a2a"), "cp_comm_type is 'a2a', in which all ranks exchange equal shards"),
+        (dict(cp_comm_type="all_gather", attention_backend="native"), "is 'all_gather', in which"),
+        (dict(attention_backend="transformer_engine"), "Transformer Engine's attention wants every document"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["by_document", "auto"])
+def test_documents_on_ranks_need_native_attention_with_p2p(mode, changes, reason):
+    with pytest.raises(ConfigError, match=f"parallel.cp_sharding is '{mode}'.*{reason}"):
+        run(2, parallel=ParallelConfig(cp=2, cp_sharding=mode, **changes))
+    run(2, parallel=ParallelConfig(cp=2, cp_sharding=mode))
+
+
+def test_nothing_is_sharded_on_one_rank():
+    with pytest.raises(ConfigError, match=r"parallel.cp_sharding is 'auto', but parallel.cp is 1"):
+        ParallelConfig(cp_sharding="auto")
+
+
+@pytest.mark.parametrize(
     ("cp_comm_type", "backend"),
     [
         *((name, "native") for name in ("p2p", "all_gather", "a2a")),

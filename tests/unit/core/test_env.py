@@ -1,12 +1,14 @@
 """core.env: what the launcher says, and what is refused."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 
 from megatron_v2pe.core.env import (
     GPU_ENVIRONMENT,
     Launcher,
+    buffer_size_name,
     child_environment,
     launcher,
     numeric_environment,
@@ -81,13 +83,28 @@ def test_only_what_changes_numbers_is_compared():
     assert numeric_environment(values) == {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring"}
 
 
+@pytest.mark.parametrize(
+    ("torch", "name"),
+    [
+        ("2.6.0", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        ("2.8.1+cu128", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        ("2.9.0a0+git1", "TORCH_FR_BUFFER_SIZE"),
+        ("2.13.0+cpu", "TORCH_FR_BUFFER_SIZE"),
+    ],
+)
+def test_the_size_of_dumps_goes_by_the_name_that_torch_knows(torch, name):
+    assert buffer_size_name(torch) == name
+
+
 def test_a_gpu_run_sets_what_nobody_has_set(monkeypatch):
-    for name in (*GPU_ENVIRONMENT, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+    size = buffer_size_name(version("torch"))
+    for name in (*GPU_ENVIRONMENT, size, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     changes = prepare_gpu_environment("/runs/a")
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert os.environ[size] == "2000"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/a/stacks/nccl_rank_"
     for name in changes:
         monkeypatch.delenv(name)

@@ -138,8 +138,8 @@ def test_bad_samples_are_named_and_skipped(mixture, caplog):
     caplog.set_level("WARNING", logger="megatron_v2pe")
     loader = mixture.loader(mixture.config(steps=30, max_bad_samples=0.1))
     assert (loader.num_bad, loader.num_samples) == (2, 30)
-    assert "skipped a:31" in caplog.text
-    assert "skipped a:32" in caplog.text
+    assert "a.jsonl:31: " in caplog.text
+    assert "a.jsonl:32: " in caplog.text
     assert "no.png" in caplog.text
     seen = {name for step in loader for batch in step for name in batch.sample_ids}
     assert seen == {f"a:{line}" for line in range(1, 31)}

@@ -11,8 +11,8 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.schema import DataConfig, RunConfig
 from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.core.jsonl import read_jsonl
+from megatron_v2pe.evaluation.retrieval import loaded_engine
 from megatron_v2pe.evaluation.retrieval.answerer import EngineAnswerer
-from megatron_v2pe.evaluation.retrieval import answerer as answerer_module
 from megatron_v2pe.evaluation.retrieval.questions import parse_strides, read_items
 from tests.support.mixture import measure
 from tests.support.videos import frame_number, write_frames
@@ -144,7 +144,7 @@ def test_the_command_evaluates_reports_and_continues(checkpoint, data, tmp_path,
     def no_model(*_args, **_kwargs):
         raise AssertionError("everything is answered, no model is needed")
 
-    monkeypatch.setattr(answerer_module.Engine, "load", no_model)
+    monkeypatch.setattr(loaded_engine.Engine, "load", no_model)
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
 

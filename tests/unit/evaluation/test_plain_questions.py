@@ -123,6 +123,23 @@ def test_a_missing_picture_is_named_before_and_is_a_row_that_is_tried_again(tmp_
     assert answered(items, tmp_path / "p.jsonl", model)["e:2"].correct  # the last row counts
 
 
+def test_pictures_of_a_jsonl_file_are_in_the_root_that_is_named(tmp_path):
+    (tmp_path / "photos").mkdir()
+    path = write(tmp_path / "e.jsonl", ["a"])
+    assert read_items(path)[0].entry.root == str(tmp_path)
+    assert read_items(path, root=str(tmp_path / "photos"))[0].entry.root == str(tmp_path / "photos")
+    with pytest.raises(ConfigError, match="--root is 'none', which is no folder"):
+        read_items(path, root="none")
+    with pytest.raises(ConfigError, match="a meta json, which has a root for each data set"):
+        read_items(tmp_path / "meta.json", root=str(tmp_path))
+
+
+def test_no_model_is_loaded_where_no_question_can_be_asked(tmp_path):
+    path = write(tmp_path / "e.jsonl", ["a", "b"])
+    with pytest.raises(DataError, match=r"none of the 2 questions can be asked; the first: .*--root"):
+        check_items(read_items(path), Reader("0.png", "1.png"), max_new_tokens=4)
+
+
 def test_cut_answers_are_marked_unless_they_are_right(tmp_path):
     items = read_items(write(tmp_path / "e.jsonl", ["red", "green", "blue"]))
     found = answered(items, tmp_path / "p.jsonl", Model("red", "a gre", "no", cut=(0, 1)))

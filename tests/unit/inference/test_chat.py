@@ -1,19 +1,30 @@
 """Text in, text out: stop texts, conversations, videos, the terminal, and the verbs."""
 
 import json
+import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
+from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.cli.main import main
+from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.inference import memory_check
+from megatron_v2pe.inference.cache.memory import Stage
 from megatron_v2pe.inference.chat import Chat, ChatOptions, with_reply
 from megatron_v2pe.inference.prompts.messages import Message
+from megatron_v2pe.inference.runner import ModelRunner
 from megatron_v2pe.inference.sampling import Sampling
 from megatron_v2pe.inference.terminal import Terminal
 from megatron_v2pe.inference.text_stream import TextStream
+from megatron_v2pe.parallel.plan import resolve
+from megatron_v2pe.planning.answering import plan_prefill
 from tests.support.hf_folders import edit_config, golden_copy
 from tests.support.videos import write_frames
 
@@ -155,21 +166,75 @@ def test_the_terminal(chat, image, tmp_path):
     assert [message.role for message in terminal.messages] == ["human", "gpt"] * 3
 
 
+def test_the_terminal_with_a_video_at_another_stride(checkpoint, tmp_path):
+    """Positions follow the stride; `own` is the checkpoint's again."""
+    write_frames(tmp_path / "film", 4)
+    film = str(tmp_path / "film")
+    chat = Chat(checkpoint, ChatOptions(dtype="float32", stride=4, chunk_tokens=64))
+    lines = iter(
+        [f"/video {film}", "What is it?", "/new", "/stride 8", f"/video {film}", "What is it?", "/stride x"]
+    )
+    written, said = [], []
+    read = partial(next, lines, None)
+    Terminal(chat, Sampling(max_new_tokens=2), read=read, write=written.append, say=said.append).run()
+    last = [int(re.search(r"positions 0\.\.(\d+)", line).group(1)) for line in (said[1], said[3])]
+    assert all("(64 visual" in line for line in (said[1], said[3]))  # four frames of one tile of 16 tokens
+    assert last[1] - last[0] == 64 * (8 - 4) // 16
+    assert said[2].startswith("stride 8 of 16")
+    assert "give a number" in said[4]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--stride", "17"], "--stride is 17"),
         (["--image", "none.png"], "none.png"),
+        (["--image", "cut.png"], "cut.png"),
         (["--chunk-tokens", "0"], "--chunk-tokens is 0"),
         (["--session", "nowhere"], "nowhere"),
         (["--max-tokens", "3"], "more than the limit of 3"),
         (["--score", ""], "empty"),
     ],
 )
-def test_generate_refuses_with_one_message(checkpoint, capsys, extra, message):
+def test_generate_refuses_with_one_message(checkpoint, image, tmp_path, capsys, monkeypatch, extra, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.png").write_bytes(Path(image).read_bytes()[:300])  # its header is whole
     assert main(["generate", str(checkpoint), "What?", "--dtype", "float32", *extra]) == 2
-    assert message in capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert message in said
+    assert out == ""
+
+
+def test_an_empty_question_is_refused(checkpoint, capsys):
+    assert main(["generate", str(checkpoint), " ", "--dtype", "float32"]) == 2
+    assert "the question is empty" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_memory_is_one_message_with_the_planners_figure(
+    checkpoint, image, capsys, monkeypatch
+):
+    """Before anything is computed, at the command line."""
+    ask = ["generate", str(checkpoint), "What is it?", "--image", image, "--dtype", "float32"]
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 100_000)
+    monkeypatch.setattr(ModelRunner, "run", lambda *_args: pytest.fail("a chunk was computed"))
+    assert main(ask) == 2
+    said = capsys.readouterr().err
+    arch = read_architecture(hf_path(checkpoint))
+    stage = Stage(
+        config=RunConfig(runtime=RuntimeConfig(dtype="float32"), vision=VisionConfig(micro_batch_tiles=16)),
+        arch=arch,
+        plan=resolve(ParallelConfig(), 1),
+        num_layers=arch.language.num_layers,
+        is_first=True,
+        is_last=True,
+        on_cpu=True,
+    )
+    tokens = int(re.search(r"add (\d+) tokens", said).group(1)) - 256
+    part, chunk = plan_prefill(stage)(tokens, 3)
+    assert f"({part}) {chunk / 2**30:.2f} GiB" in said
+    room = int((100_000 - chunk) / (2 * 2 * 2 * 16 * 4)) if chunk < 100_000 else 0
+    assert f"; {room} tokens would fit" in said
 
 
 def test_generate_saves_continues_scores_and_searches(checkpoint, image, tmp_path, capsys):

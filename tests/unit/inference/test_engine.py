@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_v2pe.core.env import Launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.inference import engine as engine_module
 from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.beams import search
 from megatron_v2pe.inference.sampling import Sampling
@@ -114,6 +116,30 @@ def test_a_batch_gives_the_answers_of_each_prompt_alone(engine):
     assert together == [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in alone]
 
 
+def test_several_answers_of_one_prompt_are_those_of_each_alone(engine):
+    prompt = prompt_of(engine, [40, ("image", 2), 9])
+    samplings = [
+        Sampling(max_new_tokens=length, temperature=1.5, seed=seed)
+        for length, seed in ((6, 1), (3, 2), (5, 3))
+    ]
+    alone = [engine.generate(prompt, sampling=sampling) for sampling in samplings]
+    assert len({tuple(tokens[:3]) for tokens in alone}) == 3
+    opened = prompt.tiles.opened
+    steps = engine.begin_stepwise(prompt, samplings=samplings)
+    answers = None
+    while answers is None:
+        try:
+            next(steps)
+        except StopIteration as end:
+            answers = end.value
+    assert prompt.tiles.opened == opened + 2  # once for all three
+    while pending := [answer for answer in answers if not answer.is_done]:
+        engine.advance(pending)
+    assert [answer.answer for answer in answers] == alone
+    blocks = {id(block) for answer in answers for block, _ in answer.cache.blocks}
+    assert len(blocks) == 3  # the prompt's with room for the first answer, and one for each other answer
+
+
 def slow_beams(engine, prompt, *, width, length, stop):
     """The rules of Hugging Face's search, every candidate by a prefill from nothing."""
     beams, ended = [((), 0.0)], []
@@ -171,6 +197,22 @@ def test_eight_bit_keys_and_values_change_little_and_say_how_much(engine, kind, 
     assert coarse.cache.num_bytes < exact.cache.num_bytes / 6  # 16 channels of 8 bytes against 16 + 2
 
 
+def test_a_whole_vocabulary_row_is_gathered_for_draws_and_logits_only(engine, monkeypatch):
+    prompt = prompt_of(engine)
+
+    def gathered(*_args, **_kwargs):
+        raise AssertionError("a vocabulary row was sent")
+
+    monkeypatch.setattr(engine_module, "whole_vocabulary", gathered)
+    answer = engine.begin(prompt, sampling=Sampling(max_new_tokens=3, repetition_penalty=1.2), num_top=5)
+    while not answer.is_done:
+        engine.advance([answer])
+    engine.score(prompt, answer.tokens)
+    for how in ({"logits": True}, {"sampling": Sampling(temperature=1.0)}):
+        with pytest.raises(AssertionError, match="row was sent"):
+            engine.begin(prompt, **how)
+
+
 class Broken:
     """Tiles whose second cannot be read."""
 
@@ -198,6 +240,30 @@ def test_a_prompt_longer_than_memory_is_refused_before_prefill(engine, monkeypat
     with pytest.raises(ConfigError, match=r"101 tokens.* 60 tokens would fit.*--cp"):
         engine.begin(prompt, sampling=Sampling(max_new_tokens=1))
     assert prompt.tiles.opened == 0
+
+
+def test_what_a_prefill_chunk_takes_is_counted_too(engine, monkeypatch):
+    """300 tokens would fit beside the weights, but not beside a chunk that takes the room of 200; 99 fit."""
+    prompt = prompt_of(engine, [60, ("image", 3), 20])  # 128 tokens, in chunks of 32: most with two tiles
+    row = 2 * 2 * 2 * 16 * 8
+    asked = []
+
+    def prefill_bytes(tokens, tiles):
+        asked.append((tokens, tiles))
+        return "vision tower", 201 * row
+
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 300 * row)
+    monkeypatch.setattr(engine, "prefill_bytes", prefill_bytes)
+    with pytest.raises(
+        ConfigError, match=r"weights \(.*\(vision tower\).* 99 tokens would fit.*--chunk-tokens"
+    ):
+        engine.begin(prompt, sampling=Sampling(max_new_tokens=1))
+    assert asked == [(32, 2)]
+    monkeypatch.setattr(engine, "prefill_bytes", lambda _tokens, _tiles: ("vision tower", 171 * row))
+    assert len(engine.generate(prompt, max_new_tokens=1)) == 1  # 129 tokens, to the row
+    monkeypatch.setattr(memory_check, "launcher", lambda: Launcher(world_size=2, local_size=2))
+    with pytest.raises(ConfigError, match="0 tokens would fit"):  # two ranks share the host's memory
+        engine.begin(prompt, sampling=Sampling(max_new_tokens=1))
 
 
 def test_an_empty_prompt_is_refused(engine):

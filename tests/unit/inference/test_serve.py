@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference import memory_check
 from megatron_v2pe.inference.chat import Chat, ChatOptions
 from megatron_v2pe.inference.prompts.messages import Message
 from megatron_v2pe.inference.sampling import Sampling
@@ -211,6 +212,55 @@ def test_stride_sampling_stop_and_system(client, chat, media):
     assert system.usage.prompt_tokens != 0
 
 
+def test_several_answers_share_one_prefill(client, chat, media):
+    """Answer i is that of seed + i alone; the prompt's tokens and tiles are counted once."""
+
+    def ask(**how):
+        return client.chat.completions.create(
+            model="tiny",
+            messages=question("What is it?", "a.png"),
+            max_tokens=8,
+            temperature=2.0,
+            logprobs=True,
+            **how,
+        )
+
+    alone = [ask(seed=seed).choices[0] for seed in (7, 8, 9)]
+    texts = [choice.message.content for choice in alone]
+    assert len(set(texts)) > 1
+    chat.engine.documents.clear()
+    together = ask(seed=7, n=3)
+    assert [choice.index for choice in together.choices] == [0, 1, 2]
+    assert [choice.message.content for choice in together.choices] == texts
+    for found, wanted in zip(together.choices, alone, strict=True):
+        assert found.finish_reason == wanted.finish_reason
+        logprobs = [token.logprob for token in wanted.logprobs.content]
+        assert [token.logprob for token in found.logprobs.content] == pytest.approx(logprobs, abs=1e-4)
+    assert together.usage.prompt_tokens_details.cached_tokens == 0
+    assert together.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in alone)
+    streamed, roles = {}, {}
+    for event in ask(seed=7, n=3, stream=True):
+        (choice,) = event.choices
+        streamed[choice.index] = streamed.get(choice.index, "") + choice.delta.content
+        roles.setdefault(choice.index, []).append(choice.delta.role)
+    assert [streamed[index] for index in range(3)] == texts
+    assert all(found[0] == "assistant" and set(found[1:]) <= {None} for found in roles.values())
+
+
+def test_an_answer_that_ends_early_waits_for_the_others(client, chat):
+    def ask(**how):
+        messages = [{"role": "user", "content": "Talk"}]
+        return client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=12, temperature=2.0, seed=3, n=2, **how
+        ).choices
+
+    long, other = (choice.message.content for choice in ask())
+    stop = next(character for character in long if character not in other)
+    first, second = ask(stop=[stop])
+    assert (first.finish_reason, first.message.content) == ("stop", long[: long.index(stop)])
+    assert (second.finish_reason, second.message.content) == ("length", other)
+
+
 def test_requests_at_the_same_time_get_their_own_answers(client, chat):
     texts = [f"Question {number}? " * (number * 3 + 1) for number in range(6)]
     wanted = [direct(chat, text.strip(), max_new_tokens=6)[0] for text in texts]
@@ -252,6 +302,19 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
     assert alive.choices[0].finish_reason == "length"
 
 
+def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat, monkeypatch):
+    def ask(text):
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+
+    chat.engine.documents.clear()
+    monkeypatch.setattr(memory_check, "free_bytes", lambda _device: 200 * 512)  # a row takes 512 bytes
+    with pytest.raises(openai.BadRequestError, match=r"add \d+ tokens.* 200 tokens would fit") as refused:
+        ask("Hello " * 200)
+    assert refused.value.code == "cannot_answer"
+    assert ask("Hello").choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -266,7 +329,9 @@ def test_images_that_cannot_be_read_are_refused_and_others_live_on(client, url, 
         ({"stride": "4"}, "whole number"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"top_p": 0, "temperature": 1}, "--top-p"),
-        ({"n": 2}, "n is 2"),
+        ({"n": 5}, "n is 5, but must lie in 1..4"),
+        ({"n": 0}, "n is 0"),
+        ({"n": "2"}, "n must be a whole number"),
         ({"tools": []}, "unknown fields tools"),
         ({"stream": 1}, "stream must be true or false"),
         ({"top_logprobs": 99, "logprobs": True}, "0..20"),
@@ -330,10 +395,14 @@ def test_a_client_that_goes_ends_its_answer(address, stream):
     connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
     with contextlib.closing(connection), contextlib.suppress(TimeoutError):
         connection.getresponse().readline()
-    time.sleep(0.8)
-    stopped = generated(address)
-    time.sleep(0.3)
-    assert generated(address) == stopped < before + 4000
+    stopped = last = generated(address)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # the server notices at its next token
+        time.sleep(0.5)
+        last, stopped = stopped, generated(address)
+        if last == stopped:
+            break
+    assert last == stopped < before + 4000
 
 
 def test_a_full_queue_refuses_and_draining_answers_what_is_there(chat):
@@ -388,6 +457,7 @@ def test_requests_travel_to_other_ranks_unchanged():
         "top_k": 3,
         "stride": 2,
         "logprobs": True,
+        "n": 3,
     }
     request = parse_request(body, Limits(model="m"))
     assert ChatRequest.from_json(json.loads(json.dumps(request.to_json()))) == request

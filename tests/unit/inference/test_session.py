@@ -23,7 +23,7 @@ def saved(engine, checkpoint, tmp_path):
     return tmp_path / "session", prompt.with_tokens([*answer.tokens, 7])
 
 
-@pytest.mark.parametrize("kind", ["model", "int8"])
+@pytest.mark.parametrize("kind", ["model", "int8", "fp8"])
 def test_a_loaded_session_answers_like_the_one_that_was_saved(engine, checkpoint, tmp_path, kind):
     engine.documents.max_tokens, engine.kv = 10_000, kind
     prompt = random_prompt(engine.arch, [10, ("image", 3), 20])

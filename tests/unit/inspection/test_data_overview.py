@@ -103,7 +103,10 @@ def test_bad_lines_are_named_and_the_limit_is_kept(run_file, mixture, tmp_path, 
     captured = capsys.readouterr()
     assert f"bad: {tmp_path / 'c.jsonl'}:1: conversations must be" in captured.err
     assert "1 of 25 samples are bad, but data.max_bad_samples = 0.001 allows 0" in captured.err
+    assert "(data.max_bad_samples=0.04 skips them)" in captured.err
     assert "24 samples, 1 bad" in captured.out
+    assert "no epoch is planned, the error says why" in captured.out
+    assert "an epoch draws" not in captured.out
     assert (tmp_path / "out" / "bad.txt").read_text().startswith("broken\tc:1\t")
 
 

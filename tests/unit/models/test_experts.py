@@ -3,6 +3,9 @@
 The reference is the formula of the class, differentiated by autograd in float64.
 """
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,6 +65,54 @@ def test_weights_are_those_of_the_chosen_experts(normalizes):
     assert torch.equal(choice.nonzero()[:, 1].reshape(-1, TOP_K), best.indices.sort().values)
     torch.testing.assert_close(weights.gather(1, best.indices), wanted)
     assert int((weights != 0).sum()) == 9 * TOP_K
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_a_bias_changes_the_choice_and_no_weight(normalizes):
+    """Expert 0 has the smallest logit and is chosen by its bias; its weight is what its logit gives."""
+    router, rows = make_router(RouterSettings(normalizes_top_k=normalizes)), draw_rows(9)
+    router.choice_bias = torch.zeros(NUM_EXPERTS)
+    assert torch.equal(router(rows)[0], make_router(router.settings)(rows)[0])
+    router.choice_bias[0] = 2.0  # more than any probability
+    weights, choice = router(rows)
+    probabilities = (rows.reshape(-1, HIDDEN) @ router.weight.t()).softmax(-1)
+    assert bool(choice[:, 0].all())
+    kept = probabilities * choice
+    wanted = kept / kept.sum(-1, keepdim=True) if normalizes else kept
+    torch.testing.assert_close(weights, wanted)
+
+
+class _Layer:
+    def __init__(self, number, router):
+        self.layer_number, self.is_moe_layer = number, router is not None
+        self.mlp = SimpleNamespace(router=router)
+
+
+def test_biases_move_towards_even_use_and_come_back_from_json():
+    from megatron_v2pe.assembly.expert_bias import ExpertBias
+    from megatron_v2pe.assembly.router_counts import RouterTotals
+
+    def chunk_of(router):
+        layers = [_Layer(1, None), _Layer(2, router)]
+        return SimpleNamespace(language=SimpleNamespace(decoder=SimpleNamespace(layers=layers)))
+
+    router, zeros = make_router(RouterSettings(normalizes_top_k=True)), torch.zeros(2)
+    tokens = torch.tensor([[9.0, 1, 5, 5, 6, 4], [30, 0, 0, 0, 0, 0]])
+    # Layer 3 lies on another pipeline stage: its bias is in the table, on every rank.
+    totals = RouterTotals(layers=(1, 3), tokens=tokens, dropped=zeros, aux_loss=zeros, z_loss=zeros)
+    bias = ExpertBias([chunk_of(router)], rate=0.25)
+    assert bias.numbers() == {}
+    bias.update(totals)
+    assert router.choice_bias.tolist() == [-0.25, 0.25, 0, 0, -0.25, 0.25]
+    bias.update(totals)
+    assert bias.table() == {"1": [-0.5, 0.5, 0, 0, -0.5, 0.5], "3": [-0.5, 0.5, 0.5, 0.5, 0.5, 0.5]}
+    assert bias.numbers() == {"expert_bias_max": 0.5}
+    other = make_router(router.settings)
+    again = ExpertBias([chunk_of(other)], rate=0.0)
+    again.load(json.loads(json.dumps(bias.table())))
+    assert torch.equal(other.choice_bias, router.choice_bias)
+    again.update(totals)  # rate 0 keeps what a checkpoint brought
+    assert again.table() == bias.table()
 
 
 def test_losses_enter_the_gradient_by_the_packs_weight_and_without_padding():

@@ -11,8 +11,9 @@ from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.feature_router import feature_route, owned_rows
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.shards import Sharding
 from megatron_v2pe.parallel.topology import ParallelContext
-from megatron_v2pe.parallel.zigzag import shard_indices, shard_ranges_of_ranks
+from megatron_v2pe.parallel.zigzag import range_indices
 from tests.support.packs import IMAGE_TOKEN, TOKENS_PER_TILE, batch_of, feature_rows, layout_of, units_of
 
 DOCUMENTS = {
@@ -30,6 +31,12 @@ PLANS = [
     ParallelPlan(tp=2, cp=2, sequence_parallel=True),
     ParallelPlan(tp=4, cp=3, sequence_parallel=True),
 ]
+# A document's linears cost little, or nearly all: other documents lie on some of the ranks.
+SHARDINGS = {
+    "zigzag": Sharding(),
+    "by document": Sharding(mode="by_document", linear_tokens=1),
+    "by document, even": Sharding(mode="by_document", linear_tokens=10**6),
+}
 NORM = PixelNorm((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
 CPU = torch.device("cpu")
 
@@ -51,10 +58,16 @@ def context_of(plan, tile_rank=0, *, first_stage=True):
     return ParallelContext(plan, ranks)
 
 
-def cut(layout, plan, tile_rank=0, *, first_stage=True, tile_range="mine", dtype=torch.float32, norm=NORM):
+def cut(layout, plan, tile_rank=0, *, first_stage=True, tile_range="mine", dtype=torch.float32, **options):
     share = tile_share(layout.num_tiles, plan.tile_ranks, tile_rank) if tile_range == "mine" else tile_range
     context = context_of(plan, tile_rank, first_stage=first_stage)
-    return BatchSharder(context=context, dtype=dtype, norm=norm).shard(batch_of(layout, tile_range=share))
+    options = {"norm": NORM, **options}
+    return BatchSharder(context=context, dtype=dtype, **options).shard(batch_of(layout, tile_range=share))
+
+
+@pytest.fixture(params=SHARDINGS)
+def sharding(request):
+    return SHARDINGS[request.param]
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -63,13 +76,16 @@ def documents(request):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
-def test_one_index_cuts_every_field(documents, plan):
+def test_one_index_cuts_every_field(documents, plan, sharding):
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     whole, units = batch_of(layout), units_of(layout)
     slices = plan.tile_ranks // plan.cp
     for cp_rank in range(plan.cp):
-        index = shard_indices(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
-        local = cut(layout, plan, cp_rank * slices)
+        shards = sharding.shards(layout.cu_seqlens, cp=plan.cp)
+        index = range_indices(shards.ranges[cp_rank])
+        local = cut(layout, plan, cp_rank * slices, sharding=sharding)
+        assert local.document_holders == shards.holders
+        assert sum(local.local_lengths) == len(index)
         assert local.tokens.tolist() == [whole.tokens[index].tolist()]
         assert local.labels.tolist() == [whole.labels[index].tolist()]
         assert local.loss_weights.tolist() == [whole.loss_weights[index].tolist()]
@@ -81,10 +97,10 @@ def test_one_index_cuts_every_field(documents, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
-def test_every_feature_arrives_at_its_token(documents, plan):
+def test_every_feature_arrives_at_its_token(documents, plan, sharding):
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     num_ranks, slices = plan.tile_ranks, plan.tile_ranks // plan.cp
-    shards = shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp)
+    shards = sharding.shards(layout.cu_seqlens, cp=plan.cp).ranges
     routes = [
         feature_route(layout, shards, plan=plan, tile_rank=rank, device=CPU) for rank in range(num_ranks)
     ]
@@ -99,7 +115,7 @@ def test_every_feature_arrives_at_its_token(documents, plan):
         received = torch.cat([sent[sender][receiver] for sender in range(num_ranks)])
         assert route.receive_splits == tuple(len(sent[sender][receiver]) for sender in range(num_ranks))
         cp_rank, tp_slice = divmod(receiver, slices)
-        index = shard_indices(layout.cu_seqlens, cp=plan.cp, cp_rank=cp_rank)
+        index = range_indices(shards[cp_rank])
         length = len(index) // slices
         local = wanted[index[tp_slice * length : (tp_slice + 1) * length]]
         assert route.slots.tolist() == np.flatnonzero(local >= 0).tolist()
@@ -109,13 +125,13 @@ def test_every_feature_arrives_at_its_token(documents, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
-def test_slots_are_the_image_tokens_of_the_shard(documents, plan):
+def test_slots_are_the_image_tokens_of_the_shard(documents, plan, sharding):
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
     slices = plan.tile_ranks // plan.cp
-    owned = owned_rows(layout, shard_ranges_of_ranks(layout.cu_seqlens, cp=plan.cp), plan=plan)
+    owned = owned_rows(layout, sharding.shards(layout.cu_seqlens, cp=plan.cp).ranges, plan=plan)
     assert len(owned) == plan.tile_ranks
     for tile_rank, (slots, _) in enumerate(owned):
-        tokens = cut(layout, plan, tile_rank).tokens.squeeze(0)
+        tokens = cut(layout, plan, tile_rank, sharding=sharding).tokens.squeeze(0)
         mine = tokens.chunk(slices)[tile_rank % slices]
         assert slots.tolist() == (mine == IMAGE_TOKEN).nonzero().squeeze(1).tolist()
 
@@ -179,3 +195,15 @@ def test_ranges_are_computed_once_for_each_rank(monkeypatch):
     plan = ParallelPlan(tp=2, cp=2, sequence_parallel=True)
     cut(layout_of(DOCUMENTS["images spread"], pad_to_multiple=plan.pad_to_multiple), plan, 3)
     assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_stages_know_the_rows_of_their_own_shard(documents, plan, sharding):
+    layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple)
+    slices = plan.tile_ranks // plan.cp
+    for cp_rank in range(plan.cp):
+        sharder = BatchSharder(
+            context=context_of(plan, cp_rank * slices), dtype=torch.float32, norm=NORM, sharding=sharding
+        )
+        local = cut(layout, plan, cp_rank * slices, sharding=sharding)
+        assert sharder.rows(batch_of(layout)) == local.tokens.shape[1] // slices

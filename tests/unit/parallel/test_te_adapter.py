@@ -139,11 +139,23 @@ def test_unfused_attention_is_ruled_out_in_half_precision(adapter, monkeypatch, 
     assert os.environ.get("NVTE_UNFUSED_ATTN") == wanted
 
 
-def test_its_exchange_of_heads_is_reported_once(adapter, caplog):
+def test_with_a2a_it_is_built_for_a_share_of_the_heads(adapter):
+    """The exchange is ours, without a wait for each document; Transformer Engine sees no context parallelism."""
     config = TransformerConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=2, context_parallel_size=2, attention_dropout=0.0
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        context_parallel_size=2,
+        attention_dropout=0.0,
     )
-    groups = types.SimpleNamespace(cp=None)
-    for layer in (1, 2):
-        type(adapter)(config, layer, AttnMaskType.causal, "self", cp_comm_type="a2a", pg_collection=groups)
-    assert caplog.text.count("waits for the GPU once for each document") == 1
+    groups = types.SimpleNamespace(cp="the group")
+    built = {
+        comm: type(adapter)(
+            config, 1, AttnMaskType.causal, "self", cp_comm_type=comm, pg_collection=groups
+        ).config
+        for comm in ("a2a", "p2p")
+    }
+    assert [built["a2a"].context_parallel_size, built["p2p"].context_parallel_size] == [1, 2]
+    assert (built["a2a"].num_attention_heads, built["a2a"].num_query_groups) == (2, 1)
+    assert config.num_attention_heads == 4

@@ -19,6 +19,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.planning.changes import advise, changed, relax
 from megatron_v2pe.planning.command import evaluate
 from megatron_v2pe.planning.estimate import estimate
+from megatron_v2pe.planning.report import heading_lines
 from megatron_v2pe.planning.request.hardware import GIB, H100, group_gb_s, hop_gb_s, with_rates
 from megatron_v2pe.planning.request.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 from megatron_v2pe.planning.search import search
@@ -71,6 +72,38 @@ def test_ring_traffic_agrees_with_the_formula():
     # 24 layers, own keys and values 2 * 32768 * 1024 * 2 bytes, 7 hops, 4 passes (forward twice, keys and gradients).
     found = plan(run(262_144, batch=1, parallel=ParallelConfig(cp=8), **FULL), gpus=8)
     assert found.traffic["context parallel"] == 24 * 4 * 7 * 2 * 32_768 * 1024 * 2  # 84 GiB
+
+
+def by_document(lengths, mode="by_document", **changes):
+    parallel = ParallelConfig(cp=8, cp_sharding=mode, attention_backend="native", **changes)
+    pack = Pack(document_lengths=lengths, num_tiles=100, supervised_tokens=1000, source="test")
+    config = run(sum(lengths), batch=1, parallel=parallel, **FULL)
+    return estimate(config, ARCH["2B"], pack, gpus=8, hardware=H100)
+
+
+def test_documents_on_ranks_send_less_and_fill_the_fullest_rank():
+    lengths = (65_536, *(16_384,) * 12, 8_192)
+    zigzag, found = by_document(lengths, "zigzag"), by_document(lengths)
+    setting = found.setting
+    assert found.traffic["context parallel"] < 0.5 * zigzag.traffic["context parallel"]
+    assert setting.tokens == max(setting.shards.tokens(rank) for rank in range(8)) > zigzag.setting.tokens
+    assert found.fullest.total_bytes > zigzag.fullest.total_bytes
+    # Balanced by operations: where attention runs at a lower rate than linears, ranks with long documents are slower.
+    assert found.time.seconds < 1.2 * zigzag.time.seconds
+    assert "by_document: " in "\n".join(heading_lines(found, "run"))
+
+
+def test_auto_plans_zigzag_where_little_is_saved():
+    lengths = (262_144,)
+    zigzag, found = by_document(lengths, "zigzag"), by_document(lengths, "auto")
+    assert found.traffic == zigzag.traffic
+    assert "auto: zigzag for this pack" in "\n".join(heading_lines(found, "run"))
+
+
+def test_documents_on_ranks_are_not_planned_for_transformer_engine():
+    parallel = ParallelConfig(cp=8, cp_sharding="auto")
+    with pytest.raises(ConfigError, match=r"set parallel.attention_backend to native"):
+        plan(run(262_144, batch=1, parallel=parallel, **FULL), gpus=8)
 
 
 def test_layer_inputs_are_what_full_recompute_keeps():

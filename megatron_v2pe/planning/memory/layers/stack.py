@@ -89,14 +89,14 @@ def stack(
         host_bytes=inputs if offload else 0.0,
         forward_bytes=on_device + inner.inference_bytes,
         inference_bytes=inference,
-        backward_bytes=on_device + _again(inner) + input_bytes,
+        backward_bytes=on_device + recomputed_bytes(inner) + input_bytes,
         moved_forward_bytes=forward,
         moved_backward_bytes=forward + backward,
         kept={"layer input": input_bytes},
     )
 
 
-def _again(inner: Peaks) -> float:
+def recomputed_bytes(inner: Peaks) -> float:
     """Forward and backward of a recomputed part, with the gradient of its output waiting."""
     return max(inner.forward_bytes + inner.output_bytes, inner.backward_bytes)
 
@@ -128,6 +128,6 @@ def recomputed_mlp_op(
         output_bytes=output_bytes,
         keeps=(source,),
         forward_bytes=max(last_slice - output_bytes, output_bytes),
-        backward_bytes=max(_again(inner) - inner.output_bytes, input_bytes),
+        backward_bytes=max(recomputed_bytes(inner) - inner.output_bytes, input_bytes),
         moved=(forward + joined, forward + backward + 2 * input_bytes),
     )

@@ -10,12 +10,14 @@ Shape legend: n tiles of this rank, P patches + 1, K visual tokens of a tile, C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts, linear_op, norm_ops
+from megatron_v2pe.planning.memory.layers.pyramid import PyramidShape, pyramid_stack
+from megatron_v2pe.planning.memory.layers.stack import Stack
 from megatron_v2pe.planning.memory.layers.tape import INPUT, Op, Peaks, peaks
 from megatron_v2pe.planning.memory.layers.tower import tower_stack
 
@@ -48,16 +50,23 @@ class VisionShape:
     Attributes:
         tiles: n, at least 1: a rank without tiles encodes a blank one.
         tower_tp: ranks that the tower is split over.
-        is_trained: the tower, or its adapters, get gradients.
+        trains_tower: the tower (of a pyramid its large branch), or its adapters, get gradients.
         trains_projector: the projector, or its adapters, get gradients.
         projector: what the projector's modules allocate.
+        trains_pyramid: smaller branches and interactions of a pyramid get gradients.
     """
 
     tiles: int
     tower_tp: int
-    is_trained: bool
+    trains_tower: bool
     trains_projector: bool
     projector: LayerCosts
+    trains_pyramid: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything before the projector gets gradients."""
+        return self.trains_tower or self.trains_pyramid
 
 
 def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, costs: LayerCosts) -> list[Op]:
@@ -122,15 +131,16 @@ def _at_once(
 ) -> VisionPeaks:
     """`tiles` tiles in one pass.
 
-    Embedding the patches makes three tensors of a layer's input. A frozen tower keeps nothing; a frozen projector over
+    A frozen tower keeps nothing; a frozen projector over
     a trained tower keeps what gradients pass through.
     """
-    layers = tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, costs=costs)
+    layers = _layers(arch, vision, shape, tiles, costs)
     hidden = tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
     last = peaks(
         projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
     )
     kept = layers.kept_bytes if shape.is_trained else 0.0
+    # Embedding the patches makes three tensors of a layer's input.
     first = layers.forward_bytes if shape.is_trained else layers.inference_bytes
     return VisionPeaks(
         kept_bytes=kept + _projector_kept(last, shape),
@@ -145,9 +155,27 @@ def _at_once(
     )
 
 
+def _layers(
+    arch: InternVLArchitecture, vision: VisionConfig, shape: VisionShape, tiles: int, costs: LayerCosts
+) -> Stack:
+    """The tower for some tiles: InternViT's layers, or a pyramid with its embeddings."""
+    if arch.pyramid is None:
+        return tower_stack(arch, vision, tiles=tiles, tower_tp=shape.tower_tp, costs=costs)
+    new = replace(costs, is_trained=shape.trains_pyramid, adapters=(), drops_inputs=False)
+    sizes = PyramidShape(
+        tiles=tiles,
+        tower_tp=shape.tower_tp,
+        large=costs,
+        new=new,
+        trains_large=shape.trains_tower,
+        trains_new=shape.trains_pyramid,
+    )
+    return pyramid_stack(arch, vision, sizes)
+
+
 def _moved(arch: InternVLArchitecture, vision: VisionConfig, shape: VisionShape, costs: LayerCosts) -> float:
     """Bytes of element-wise operations for all tiles of the rank; the projector's are left out."""
-    layers = tower_stack(arch, vision, tiles=shape.tiles, tower_tp=shape.tower_tp, costs=costs)
+    layers = _layers(arch, vision, shape, shape.tiles, costs)
     return layers.moved_forward_bytes + (layers.moved_backward_bytes if shape.is_trained else 0.0)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.data.samples.encode import TextSettings, encode_conversation
+from megatron_v2pe.data.text.templates import Turn, get_template
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.inference.prompts.prompt import Prompt
@@ -51,7 +53,9 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
             mode="default" if case["version"] == "default" else "v2pe_fixed",
             parallel=fitting_layout(parallel, read_architecture(folder / "ckpt" / case["ckpt"])),
         )
-        yield from _case_rows(name, case, _prompt(case, folder, tensors), tensors, engine)
+        prompt = _prompt(case, folder, tensors)
+        yield _question_row(name, case, folder, prompt)
+        yield from _case_rows(name, case, prompt, tensors, engine)
 
 
 def _case_rows(
@@ -68,6 +72,25 @@ def _case_rows(
     best = logits.gather(1, tensors[f"{case['name']}/step_top5_ids"].long())
     error = float((best - tensors[f"{case['name']}/step_top5_values"]).abs().max())
     yield compared(name, "step_top5_values", error=error, tolerance=LOGITS_ATOL)
+
+
+def _question_row(name: str, case: dict[str, Any], folder: Path, prompt: Prompt) -> Row:
+    """The question in the checkpoint's own template, as `generate` encodes it, against the recorded prompt."""
+    hf_folder = folder / "ckpt" / case["ckpt"]
+    arch = read_architecture(hf_folder)
+    settings = TextSettings(
+        tokenizer=load_tokenizer(hf_folder),
+        template=get_template(arch.template),
+        tokens_per_tile=arch.tokens_per_tile,
+        max_tokens=len(prompt.tokens),
+    )
+    turns = [Turn(role="human", value=case["question"])]
+    encoded = encode_conversation(
+        turns, num_tiles=case["num_tiles"], settings=settings, add_generation_prompt=True
+    )
+    is_equal = encoded.tokens.tolist() == prompt.tokens.tolist()
+    detail = f"{encoded.num_uncut_tokens} tokens, expected {len(prompt.tokens)}, or other ids"
+    return equal(name, "prompt", is_equal=is_equal, detail=detail)
 
 
 def _prompt(case: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> Prompt:

@@ -26,25 +26,30 @@ from megatron_v2pe.verification.golden.rows import Row, compared
 GRADIENT_FLOOR = 1e-4  # relative to the parameter's largest gradient
 
 
-def gradient_rows(
-    name: str, case: Case, model_chunks: list[InternVL], *, arch: InternVLArchitecture, ranks: Ranks
-) -> Iterator[Row]:
-    """Compare the gradients in the buffers of the model chunks. Collective; overwrites the weights.
+def gradient_rows(name: str, case: Case, gradients: dict[str, Tensor], *, prefix: str = "") -> Iterator[Row]:
+    """Compare gradients with those of a case.
+
+    Args:
+        name: of the rows.
+        case: what was run.
+        gradients: from `whole_gradients`.
+        prefix: of the recorded quantities; `aux_` for the gradients of the load balancing loss.
 
     Yields:
         `grad_l2`: worst relative deviation of a parameter's gradient norm. `grad`: worst deviation inside
         the stored slices, relative to the parameter's largest gradient. The worst parameter is named.
     """
-    gradients = _whole_gradients(model_chunks, arch, ranks)
-    tolerance = case.tolerance("grad_max_rel_to_param_absmax", floor=GRADIENT_FLOOR)
-    norms = {key: _norm_error(gradients[key], wanted) for key, wanted in case.values["grad_l2"].items()}
-    yield _worst(name, "grad_l2", norms, tolerance)
+    wanted = case.values[f"{prefix}grad_l2"]
+    tolerance = case.tolerance(f"{prefix}grad_max_rel_to_param_absmax", floor=GRADIENT_FLOOR)
+    norms = {key: _norm_error(gradients[key], norm) for key, norm in wanted.items()}
+    yield _worst(name, f"{prefix}grad_l2", norms, tolerance)
+    rows_of = case.values.get(f"{prefix}grad_rows") or dict.fromkeys(case.names(f"{prefix}grad/"), "all")
     slices = {
-        key: _slice_error(gradients[key], case, key, rows, case.values["grad_l2"][key])
-        for key, rows in case.values["grad_rows"].items()
+        key: _slice_error(gradients[key], key, rows, case.wanted(f"{prefix}grad/{key}"), wanted[key])
+        for key, rows in rows_of.items()
     }
     if slices:
-        yield _worst(name, "grad", slices, tolerance)
+        yield _worst(name, f"{prefix}grad", slices, tolerance)
 
 
 def _worst(name: str, quantity: str, errors: dict[str, float], tolerance: float) -> Row:
@@ -58,8 +63,9 @@ def _norm_error(gradient: Tensor, wanted: float) -> float:
     return error / wanted if wanted > 0 else error
 
 
-def _slice_error(gradient: Tensor, case: Case, key: str, rows: list[int] | str, wanted_l2: float) -> float:
-    wanted = case.wanted(f"grad/{key}")
+def _slice_error(
+    gradient: Tensor, key: str, rows: list[int] | str, wanted: Tensor, wanted_l2: float
+) -> float:
     if not isinstance(rows, str):  # "all" is the whole tensor
         is_positions = key.endswith("position_embedding")
         gradient = gradient[0][rows] if is_positions else gradient[rows]
@@ -70,10 +76,11 @@ def _slice_error(gradient: Tensor, case: Case, key: str, rows: list[int] | str, 
     return error / scale if scale > 0 else error
 
 
-def _whole_gradients(
-    model_chunks: list[InternVL], arch: InternVLArchitecture, ranks: Ranks
+def whole_gradients(
+    model_chunks: list[InternVL], *, arch: InternVLArchitecture, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Gradients of all parameters by Hugging Face name, on every rank."""
+    """Gradients of all parameters in the buffers, by Hugging Face name, on every rank. Collective."""
+    weights = [parameter.data for model_chunk in model_chunks for parameter in model_chunk.parameters()]
     for model_chunk in model_chunks:
         for parameter in model_chunk.parameters():
             parameter.data = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
@@ -86,4 +93,7 @@ def _whole_gradients(
         for entry in name_map(arch).by_ours.values():
             gradients.update(zip(entry.hf, entry.to_hf(reader.read(entry.ours)), strict=True))
         on_first_rank(lambda: None)
+    parameters = (parameter for model_chunk in model_chunks for parameter in model_chunk.parameters())
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
     return gradients

@@ -10,16 +10,16 @@ Tolerances are twice to twenty times what a float64 run of the same code differs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_v2pe.assembly.optimizer import wrap_data_parallel
-from megatron_v2pe.assembly.router_counts import take_router_totals
+from megatron_v2pe.assembly.router_counts import RouterTotals, take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
-from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, tile_share
 from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.config.sections.moe import MoEConfig
@@ -37,13 +37,21 @@ from megatron_v2pe.verification.golden.checkpoints import (
     imported_checkpoints,
     is_left_out,
 )
-from megatron_v2pe.verification.golden.groups.experts import RecordedLogits, count_rows, logit_rows
-from megatron_v2pe.verification.golden.groups.gradients import gradient_rows
+from megatron_v2pe.verification.golden.groups.experts import (
+    JointShares,
+    RecordedLogits,
+    count_rows,
+    joint_loss_row,
+    logit_rows,
+)
+from megatron_v2pe.verification.golden.groups.facts import case_row, file_rows
+from megatron_v2pe.verification.golden.groups.gradients import gradient_rows, whole_gradients
 from megatron_v2pe.verification.golden.groups.tower import vision_rows
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
 
 LOGITS_FLOOR = 1e-4  # float32 logits of order 10
 LOSS_FLOOR = 1e-5  # float32 losses of order 5
+POSITION_ATOL = 1e-4  # float32 positions below 256; a wrong one is off by at least 1/256
 REDUCTIONS = ("token", "sample", "square")
 
 
@@ -71,6 +79,7 @@ def run_file(
         for case in file.cases():
             yield unsupported(f"model/{file.key}/{case.name}", "all", reason=reason)
         return
+    yield from file_rows(file)
     parallel = fitting_layout(parallel, file.architecture())
     context = init_distributed(resolve(parallel, launcher().world_size), seed=0)
     for case in file.cases():
@@ -111,6 +120,8 @@ class CaseRun:
     def rows(self) -> Iterator[Row]:
         """Logits, losses and gradients of the case."""
         pack = self.case.pack(pad_to_multiple=self.plan.pad_to_multiple, loss_reduction="token")
+        yield case_row(self.name, self.case, pack)
+        yield self._compare_positions(pack)
         if self.plan.world_size == 1 and self.case.file.has(f"{self.case.name}/llm_hidden_0"):
             yield from self._compare_hidden_states(pack)
         if self.plan.world_size == 1 and self.arch.language.experts is not None:
@@ -118,9 +129,11 @@ class CaseRun:
         yield self._compare_logits(pack)
         losses = self._train_pass(pack)
         yield from self._compare_losses(pack, losses)
-        yield from self._compare_counts(pack)
-        yield from gradient_rows(self.name, self.case, self.model_chunks, arch=self.arch, ranks=self.ranks)
+        totals = take_router_totals(self.model_chunks, ranks=self.ranks)
+        yield from gradient_rows(self.name, self.case, self._whole_gradients())
         yield from self._compare_reductions(losses)
+        if totals is not None:
+            yield from self._compare_counts(pack, totals)
 
     def _shard(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
         local = self.sharder.shard(pack, encodes_tiles=encodes_tiles)
@@ -169,19 +182,50 @@ class CaseRun:
             error = float((to_unpadded(state.squeeze(1).cpu(), pack) - wanted).abs().max())
             yield compared(self.name, f"llm_hidden_{index}", error=error, tolerance=tolerance)
 
-    def _compare_counts(self, pack: PackedBatch) -> Iterator[Row]:
-        """Of the training pass: tokens per expert and load balancing losses."""
-        totals = take_router_totals(self.model_chunks, ranks=self.ranks)
-        if totals is None:
+    def _whole_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the last backward pass."""
+        return whole_gradients(self.model_chunks, arch=self.arch, ranks=self.ranks)
+
+    def _compare_positions(self, pack: PackedBatch) -> Row:
+        """Positions that the last stage's tokens get, as numbers of whole tokens."""
+        is_last = self.ranks.is_last_stage
+        units = self._shard(pack, encodes_tiles=False).position_units.double() if is_last else None
+        positions = self._gather(units, pack, ()) / self.arch.tokens_per_tile
+        error = float((positions - self.case.wanted("position_ids")).abs().max())
+        worst = max_error_over_ranks(error, ranks=self.ranks)
+        return compared(self.name, "position_ids", error=worst, tolerance=POSITION_ATOL)
+
+    def _compare_counts(self, pack: PackedBatch, totals: RouterTotals) -> Iterator[Row]:
+        """Of the training pass: tokens per expert and load balancing losses; then the loss that joins all layers."""
+        weight, copies = float(pack.loss_weights.sum()), self.plan.dp
+        yield from count_rows(self.name, self.case, totals, weight=weight, copies=copies)
+        if "aux_loss" not in self.case.values:
             return
-        weight = float(pack.loss_weights.sum())
-        yield from count_rows(self.name, self.case, totals, weight=weight, copies=self.plan.dp)
+        with JointShares(self.model_chunks, totals):
+            self._train_pass(pack, shard=self._shard_unsupervised)
+            joint = take_router_totals(self.model_chunks, ranks=self.ranks)
+        assert joint is not None
+        yield joint_loss_row(self.name, self.case, joint, weight=weight, copies=copies)
+        if "aux_grad_l2" in self.case.values:
+            yield from gradient_rows(self.name, self.case, self._whole_gradients(), prefix="aux_")
+
+    def _shard_unsupervised(self, pack: PackedBatch, *, encodes_tiles: bool) -> LocalBatch:
+        """Without a label; the loss weights stay, by which the routers' losses are weighted."""
+        local = self._shard(pack, encodes_tiles=encodes_tiles)
+        assert local.labels is not None
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.ranks.device)
+        labels = torch.full_like(local.labels, IGNORE_INDEX)
+        return dataclasses.replace(local, labels=labels, supervised=nothing)
 
     def _compare_router_logits(self, pack: PackedBatch) -> Iterator[Row]:
         with RecordedLogits(self.model_chunks[0]) as recorded:
             self._hidden(pack)
         tolerance = self.case.tolerance("router_logits_maxabs_f32_vs_f64", floor=LOGITS_FLOOR)
-        yield from logit_rows(self.name, self.case, recorded.by_layer, tolerance=tolerance)
+        assert self.arch.language.experts is not None
+        num_chosen = self.arch.language.experts.top_k
+        yield from logit_rows(
+            self.name, self.case, recorded.by_layer, num_chosen=num_chosen, tolerance=tolerance
+        )
 
     def _compare_logits(self, pack: PackedBatch) -> Row:
         hidden = self._hidden(pack)
@@ -193,9 +237,12 @@ class CaseRun:
         worst = max_error_over_ranks(float(error), ranks=self.ranks)
         return compared(self.name, "logits", error=worst, tolerance=tolerance)
 
-    def _train_pass(self, pack: PackedBatch) -> Tensor:
-        """Forward and backward as `train` does; gradients are left in the buffers. Returns losses [t]."""
-        runner = MicroBatchRunner(shard=self._shard, device=self.ranks.device)
+    def _train_pass(self, pack: PackedBatch, *, shard: Callable[..., LocalBatch] | None = None) -> Tensor:
+        """Forward and backward as `train` does; gradients are left in the buffers. Returns losses [t].
+
+        `shard` cuts the pack; None is `_shard`.
+        """
+        runner = MicroBatchRunner(shard=shard or self._shard, device=self.ranks.device)
         attach(runner, self.wrapped)
         for wrapped_chunk in self.wrapped:
             wrapped_chunk.zero_grad_buffer()

@@ -21,6 +21,7 @@ from megatron_v2pe.data.text.masking import LabelRule, Span
 from megatron_v2pe.data.text.templates import ChatTemplate, Turn, get_template
 from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array
+from megatron_v2pe.verification.golden.groups.prompts import processor_rows, template_rows
 from megatron_v2pe.verification.golden.rows import Row, equal, unsupported
 
 
@@ -71,7 +72,12 @@ def label_spans(labels: Int64Array) -> list[list[int]]:
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
-    """Every case of text/tokenizer.json and text/conversations.json."""
+    """Every case of the files of text/ but dataset_items.json."""
+    templates, processor = folder / "text" / "templates.json", folder / "text" / "hf_processor.json"
+    if templates.is_file() and family is None:  # of no family
+        yield from template_rows(templates)
+    if processor.is_file():
+        yield from processor_rows(processor, folder / "ckpt_hf", family=family)
     tokenizers = GoldenTokenizers(folder)
     tokenizer, conversations = folder / "text" / "tokenizer.json", folder / "text" / "conversations.json"
     if tokenizer.is_file():

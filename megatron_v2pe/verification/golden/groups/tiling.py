@@ -27,9 +27,12 @@ _SAME_PILLOW, _OTHER_PILLOW = 1e-6, 0.02  # another Pillow may round one grey le
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
-    """Every case of tiling/; tiling is the same for every family."""
+    """Every case of tiling/ and preprocess/; tiling is the same for every family."""
     del family
     grids, pixels = folder / "tiling" / "grids.json", folder / "tiling" / "pixels.json"
+    both = folder / "preprocess" / "tiles.json"
+    if both.is_file():
+        yield from _format_rows(json.loads(both.read_text(encoding="utf-8")))
     if grids.is_file():
         yield from _grid_rows(json.loads(grids.read_text(encoding="utf-8")))
     if pixels.is_file():
@@ -51,6 +54,28 @@ def _grid_rows(table: dict[str, Any]) -> Iterator[Row]:
         wanted = (facts["grid_cols"], facts["grid_rows"], facts["num_tiles_including_thumbnail"])
         name = f"tiling/{facts['width']}x{facts['height']}_setting{facts['setting_index']}"
         yield equal(name, "grid", is_equal=ours == wanted, detail=f"{ours}, expected {wanted}")
+
+
+def _format_rows(table: dict[str, Any]) -> Iterator[Row]:
+    """Grids of the GitHub code and of transformers' image processor, recorded side by side; ours must be both."""
+    for case in table["cases"]:
+        rule = TilingRule(image_size=case["size"], min_tiles=case["min"], max_tiles=case["max"])
+        grid = choose_grid(case["width"], case["height"], rule=rule)
+        ours = [grid.columns, grid.rows]
+        name = f"tiling/{case['width']}x{case['height']}_{case['min']}to{case['max']}"
+        for quantity in ("github", "hf"):
+            detail = f"{ours}, expected {case[quantity]}"
+            yield equal(name, f"grid of {quantity}", is_equal=ours == case[quantity], detail=detail)
+    for case in table["pixels"]:
+        grid = choose_grid(case["width"], case["height"], rule=TilingRule(image_size=case["size"]))
+        wanted = [case["github_tiles"], *case["hf_num_patches"]]
+        is_equal = set(wanted) == {grid.num_tiles}
+        yield equal(
+            f"tiling/{case['width']}x{case['height']}_of_{case['size']}",
+            "num_tiles",
+            is_equal=is_equal,
+            detail=f"{grid.num_tiles}, expected {wanted}",
+        )
 
 
 def _pixel_rows(path: Path) -> Iterator[Row]:

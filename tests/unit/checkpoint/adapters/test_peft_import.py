@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_v2pe.checkpoint.adapters.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE, export_peft
 from megatron_v2pe.checkpoint.adapters.peft_import import import_peft
+from megatron_v2pe.checkpoint.adapters.peft_names import PeftModules
 from megatron_v2pe.checkpoint.adapters.weights import adapted_linears
 from megatron_v2pe.checkpoint.convert.exported_tensors import ExportedTensors
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
@@ -18,9 +19,12 @@ from megatron_v2pe.cli.main import main
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.core.errors import CheckpointError
-from tests.support.hf_folders import GOLDEN
+from tests.support.hf_folders import FAMILIES_GOLDEN, GOLDEN
 
 FAMILIES = sorted(path.name for path in GOLDEN.parent.iterdir() if (path / "model.safetensors").is_file())
+NATIVE = (
+    FAMILIES_GOLDEN / "ckpt_hf" / "i_qwen3_vit6b"
+)  # nested names, so that exported ones are modules' names
 LORA = {"language_rank": 3, "vision_rank": 2, "projector_rank": 2}
 
 
@@ -78,6 +82,62 @@ def test_in_and_out_again(family, tmp_path):
         weight = original.read(f"{linear.hf_name}.weight")
         wanted = (weight.double() + 2 * b.double() @ a.double()).to(weight.dtype)
         torch.testing.assert_close(exported.read(f"{linear.hf_name}.weight"), wanted, rtol=1e-5, atol=1e-5)
+
+
+def native_names(folder):
+    """A PEFT folder of GitHub names under transformers' names, fused queries, keys and values apart."""
+    arch, tensors = read_architecture(NATIVE), load_file(folder / WEIGHTS_FILE)
+    modules, renamed = PeftModules.of(arch), {}
+    for linear in adapted_linears(LoRAConfig(**LORA), arch):
+        a, b = (tensors[f"{PREFIX}{linear.hf_name}.lora_{kind}.weight"] for kind in "AB")
+        names, parts = modules.names(linear), modules.split(linear, b)
+        for name, part in zip(names, parts, strict=True):
+            renamed[f"{PREFIX}{name}.lora_A.weight"] = a.clone()
+            renamed[f"{PREFIX}{name}.lora_B.weight"] = part.contiguous()
+    save_file(renamed, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    small = [r".*vision_tower\..*", r".*multi_modal_projector\..*"]
+    config["rank_pattern"], config["alpha_pattern"] = dict.fromkeys(small, 2), dict.fromkeys(small, 4)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    return renamed
+
+
+def test_under_the_names_of_a_native_model(tmp_path):
+    """Every module is one of transformers' InternVL; its weight and 2 B A make what is exported merged."""
+    import_hf(NATIVE, tmp_path / "base")
+    source = peft_folder(tmp_path / "peft", read_architecture(NATIVE))
+    given = native_names(source)
+    assert f"{PREFIX}model.vision_tower.encoder.layer.1.attention.k_proj.lora_B.weight" in given
+    assert f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in given
+    import_peft(source, tmp_path / "adapters", base=tmp_path / "base")
+    assert read_record(tmp_path / "adapters").lora == LoRAConfig(**LORA)
+    export_peft(tmp_path / "adapters", tmp_path / "again")
+    back = load_file(tmp_path / "again" / WEIGHTS_FILE)
+    assert set(given) == set(back)
+    assert [name for name in given if not torch.equal(given[name], back[name])] == []
+    config = json.loads((tmp_path / "again" / CONFIG_FILE).read_text())
+    assert {"self_attn.q_proj", "attention.q_proj", "multi_modal_projector.linear_2"} <= set(
+        config["target_modules"]
+    )
+    exported, original = ExportedTensors(tmp_path / "adapters"), ExportedTensors(tmp_path / "base")
+    for name in given:
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            weight = original.read(f"{module}.weight")
+            b, a = given[name.replace("lora_A", "lora_B")], given[name]
+            wanted = (weight.double() + 2 * b.double() @ a.double()).to(weight.dtype)
+            # One rounding to bfloat16 apart, whose sums were made in float32 and in float64.
+            torch.testing.assert_close(exported.read(f"{module}.weight"), wanted, rtol=2**-7, atol=1e-5)
+
+
+def test_three_modules_with_different_a_are_refused(tmp_path):
+    import_hf(NATIVE, tmp_path / "base")
+    source = peft_folder(tmp_path / "peft", read_architecture(NATIVE))
+    tensors = native_names(source)
+    tensors[f"{PREFIX}model.vision_tower.encoder.layer.0.attention.k_proj.lora_A.weight"] += 1
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="have different A, but are one linear here"):
+        import_peft(source, tmp_path / "adapters", base=tmp_path / "base")
 
 
 def test_some_targets_and_one_alpha(base, tmp_path):

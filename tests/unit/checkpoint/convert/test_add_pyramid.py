@@ -69,7 +69,13 @@ MISTAKES = [
     ({"interaction": 2}, r"unknown key 'interaction'; did you mean interactions"),
     ({"branch0": {"hidden": 3}}, r"branches\[0\]: unknown key 'hidden'"),
     ({"branch0": {"num_hidden_layers": 0}}, r"num_hidden_layers is 0, but must be a whole number"),
-    ({"readout": "llava"}, r"readout is 'llava', known values are 'large'"),
+    ({"readout": "llava"}, r"readout is 'llava', but .* through a projector of its own, .*; use large"),
+    ({"readout": "sum"}, r"readout is 'sum', but .* without a released model"),
+    ({"readout": "mean"}, r"readout is 'mean', known values are 'large'"),
+    (
+        {"branch1": {"hidden_size": 64, "num_attention_heads": 4}},
+        r"hidden_size is 64, more than the 32 of the branch",
+    ),
     ({"branch0": {"weights": ""}}, r"branches\[0\].weights is ''"),
     ({"branch1": {"weights": "/nowhere/at/all"}}, r"/nowhere/at/all: cannot be used as a branch"),
 ]
@@ -139,6 +145,20 @@ def test_a_source_of_other_sizes_names_its_tensors(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers.1.norm1.bias: missing") as error:
         branch_tensors(BRANCH, tmp_path / "model.safetensors", generator=torch.Generator())
     assert "encoder.layers.0.mlp.fc1.bias: has shape (13,), the recipe makes it (12,)" in str(error.value)
+
+
+def test_a_folder_without_its_pyramids_tensors_is_not_imported(tmp_path):
+    folder = pyramid_folder(tmp_path / "hf")
+    tensors = load_file(folder / PYRAMID_FILE)
+    gone = "vision_model.piip.branches.1.encoder.layers.2.ls2"
+    del tensors[gone]
+    save_file(tensors, folder / PYRAMID_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=gone.replace(".", r"\.")):
+        import_hf(folder, tmp_path / "checkpoint")
+    (folder / PYRAMID_FILE).unlink()
+    with pytest.raises(CheckpointError, match=PYRAMID_FILE):
+        import_hf(folder, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_flops_of_a_published_pyramid(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pickle
+import re
 import shutil
 
 import pytest
@@ -177,12 +179,86 @@ def test_mixed_formats_in_one_folder(tmp_path):
         import_hf(folder, tmp_path / "ckpt")
 
 
+def test_names_of_both_formats_in_one_file(tmp_path):
+    folder = shutil.copytree(NATIVE / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
+    both = load_file(GITHUB / MOE / "model.safetensors") | load_file(folder / "model.safetensors")
+    save_file(both, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
+        import_hf(folder, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.0.pre_feedforward_layernorm.weight",
+        "language_model.model.layers.1.self_attn.q_proj.bias",
+        "language_model.model.layers.0.self_attn.sinks",
+        "language_model.model.layers.1.mlp.gate.e_score_correction_bias",
+    ],
+    ids=["norm", "bias", "sinks", "router bias"],
+)
+@pytest.mark.parametrize("folder", [GITHUB, NATIVE], ids=["github", "native"])
+def test_a_tensor_that_the_family_does_not_have_is_refused_by_name(tmp_path, folder, name):
+    """The names of the files are compared before a weight is read."""
+    copy = shutil.copytree(folder / MOE, tmp_path / "near", copy_function=shutil.copyfile)
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, name: torch.ones(8)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(f"{name}: this architecture has no such tensor")):
+        import_hf(copy, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
 def test_a_format_that_the_folder_has_already(tmp_path):
     with pytest.raises(CheckpointError, match="has the format github already"):
         convert_hf(GITHUB / MOE, tmp_path / "out", to="github")
 
 
-def test_special_tokens_of_a_tokenizer_json(tmp_path):
+@pytest.fixture
+def tokenizer_json_alone(tmp_path):
+    """A native InternLM2 folder as published: its tokenizer.json is all there is of the vocabulary."""
     convert_hf(GITHUB / INTERNLM2, tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="pre_tokenizer is not ByteLevel"):
-        read_tokenizer_json(tmp_path / "hf" / "tokenizer.json")
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    path = tmp_path / "hf" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("github_tokenizer_class")
+    path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    return tmp_path / "hf"
+
+
+def test_a_native_folder_of_internlm_with_tokenizer_json_alone(tmp_path, tokenizer_json_alone):
+    ours, slow = load_tokenizer(tokenizer_json_alone), load_tokenizer(GITHUB / INTERNLM2)
+    texts = ("a dog", "  two  dogs\n", "<img></img><|im_end|>\n", "\u4e09\u6761\u8239 \U0001f600", "", " ")
+    for text in texts:
+        assert ours.encode(text) == slow.encode(text)
+        assert pickle.loads(pickle.dumps(ours)).encode(text) == slow.encode(text)
+        assert ours.decode(ours.encode(text), skip_special_tokens=True) == slow.decode(
+            slow.encode(text), skip_special_tokens=True
+        )
+    spelled = "x<|im_end|>y"  # of a record: text, not the end of an answer
+    ids, _ = ours.encode_marked(spelled, (), written=[(0, len(spelled))])
+    assert ours.token_id("<|im_end|>") not in ids
+    assert ids == slow.encode_marked(spelled, (), written=[(0, len(spelled))])[0]
+    import_hf(tokenizer_json_alone, tmp_path / "ckpt")
+    assert verify(tokenizer_json_alone, tmp_path / "ckpt").is_equal
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFKC"}},
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "_",
+                "prepend_scheme": "first",
+                "split": True,
+            }
+        },
+        {"decoder": {"type": "Fuse"}},
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(tokenizer_json_alone, changes):
+    path = tokenizer_json_alone / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match="pre_tokenizer is neither ByteLevel nor Metaspace"):
+        read_tokenizer_json(path)

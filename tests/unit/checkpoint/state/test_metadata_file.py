@@ -68,7 +68,7 @@ def test_what_is_no_metadata_is_named(tmp_path, content):
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=r"\.metadata: damaged"):
         read_metadata(tmp_path)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_flipped_bits_are_named_or_harmless(imported, tmp_path):

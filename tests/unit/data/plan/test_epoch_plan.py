@@ -150,11 +150,12 @@ def test_share_of_bad_samples():
     with pytest.raises(DataError, match=r"3 of 203 samples are bad, but .* = 0.01 allows 2") as caught:
         plan(index(LENGTHS, bad=3), max_bad_samples=0.01)
     for line in (201, 202, 203):
-        assert f"a.jsonl:{line}: broken" in str(caught.value)
+        assert f"a.jsonl:{line}" in str(caught.value)
+    assert str(caught.value).count("broken") == 1
 
 
 def test_long_lists_of_bad_samples_are_cut():
-    with pytest.raises(DataError, match=r"and 10 more"):
+    with pytest.raises(DataError, match=r"and 29 more of this kind: a.jsonl:202, .*, \.\.\."):
         plan(index(LENGTHS, bad=30))
 
 

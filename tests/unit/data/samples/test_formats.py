@@ -60,6 +60,8 @@ def test_what_was_understood_otherwise_is_noted():
     assert parse({"image": "a.png", "conversations": ASKED}).notes == ()
     notes = parse({"images": ["a.png"], "messages": ROLES, "uid": 3, "empty": []}).notes
     assert notes == ("format:role/content", "alias:images=image", "unread:uid", "roles")
+    assert parse({"image": "a.png", "conversations": ASKED, "answer": "a cat"}).notes == ()  # said twice
+    assert parse({"image": "a.png", "conversations": ASKED, "answer": "a dog"}).notes == ("unread:answer",)
     assert note_text("unread:uid", 12, "a.jsonl:7") == "key 'uid' is not read (12 records, first a.jsonl:7)"
 
 

@@ -1,5 +1,6 @@
 """Counts of a global batch against the same numbers taken token by token."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.flops import vision_flops
+from megatron_v2pe.config.arch.pyramid import PyramidArchitecture
 from megatron_v2pe.train.metrics.batch_stats import count_batches
 from megatron_v2pe.v2pe.positions import position_units
 from tests.support import tiny
@@ -49,3 +52,24 @@ def test_counts_are_those_of_the_tokens(filled, alone):
     assert stats.flops < stats.flops_full_attention
     assert stats.by_rank["data_s"] == (0.25,)
     assert stats.by_rank["comm_wait_s"] == (0.5,)
+
+
+def test_the_share_of_each_branch_of_a_pyramid(filled, alone):
+    """They are shares of the step: with projector and decoder they make 1, and follow the branches' sizes."""
+    plain = read_architecture(tiny.GOLDEN_HF)
+    branch = replace(plain.vision, hidden_size=32, num_heads=2, ffn_size=128, image_size=168)
+    pyramid = PyramidArchitecture(branches=(branch,), num_interactions=2, heads=4)
+    batches = next(iter(filled.loader(filled.config(batch=2))))
+    row = {"data_s": 0.25, "comm_wait_s": 0.5}
+    without = count_batches(batches, plain, ranks=alone, row=row)
+    assert "flops_share_by_branch" not in without.numbers
+    stats = count_batches(batches, replace(plain, pyramid=pyramid), ranks=alone, row=row)
+    shares = stats.numbers["flops_share_by_branch"]
+    assert set(shares) == {"large", "branch_1", "interactions"}
+    added = stats.flops - without.flops
+    assert shares["branch_1"] + shares["interactions"] == pytest.approx(added / stats.flops)
+    tiles = stats.numbers["tiles"]
+    tower = vision_flops(plain, tiles) - vision_flops(
+        replace(plain, vision=replace(plain.vision, num_layers=0)), tiles
+    )
+    assert shares["large"] == pytest.approx(tower / stats.flops)

@@ -26,18 +26,18 @@ print("started")
 def started(phases, *, limit=0.4, seconds):
     program = PROGRAM.format(phases=phases, limit=limit, seconds=seconds)
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
     )
 
 
 def test_a_start_that_hangs_is_ended_and_says_where():
     begin = time.monotonic()
-    done = started(["imports"], seconds=20)
+    done = started(["imports"], seconds=120)
     assert done.returncode == 1
     assert "start-up makes no progress" in done.stderr
     assert "since 'imports' was done (limit 0.4 s" in done.stderr
     assert "most recent call first" in done.stderr
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 90, "ended by the watch, not by its sleep"
 
 
 @pytest.mark.parametrize(

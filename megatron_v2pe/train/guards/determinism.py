@@ -1,0 +1,29 @@
+"""The same bits in every run of one layout (`runtime.deterministic`), for as long as a run lives.
+
+What CUDA's libraries read from the environment is set before torch is imported (`core.env`); mcore is configured in
+assembly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def deterministic_algorithms(*, is_wanted: bool) -> Iterator[None]:
+    """Within the block torch refuses operations whose result may differ between runs, or chooses others."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if is_wanted:
+        torch.use_deterministic_algorithms(True)
+        # Nothing reads memory before it is written (tests poison it); filling it would cost a pass over every tensor.
+        settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]

@@ -1,0 +1,1 @@
+"""A run's own layout against one rank: layout, narrow model, the data's shapes, and mistakes that must be seen."""
