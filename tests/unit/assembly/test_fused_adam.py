@@ -82,7 +82,11 @@ def test_a_step_on_a_cpu_imports_no_compiler():
         print(sorted({"torch._dynamo", "torch._inductor.compile_fx", "sympy.core"} & set(sys.modules)))
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.stdout.strip().endswith("['sympy.core']"), done.stdout + done.stderr[-2000:]
 
