@@ -4,6 +4,7 @@ Strategy: SIGKILL to torchrun once training is under way; SIGSTOP to a rank as s
 before it has imported anything. Strictness: no process is left, the checkpoint is whole, and what waited says for whom.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -48,6 +49,19 @@ def rank_of(process):
         return None
 
 
+def lives(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_all(processes):
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def child(launcher, rank):
     """The process of a rank, once torchrun has started it."""
     found = (
@@ -57,7 +71,7 @@ def child(launcher, rank):
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_end(config, tmp_path):
-    launcher = started(config, tmp_path, "optim.steps=100000")
+    launcher, ranks = started(config, tmp_path, "optim.steps=100000"), []
     try:
         metrics = tmp_path / "metrics.jsonl"
         until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, "second step")
@@ -70,8 +84,7 @@ def test_ranks_whose_torchrun_was_killed_save_and_end(config, tmp_path):
         (folder,) = (tmp_path / "checkpoints").glob("step_????????")
         assert read_info(folder, verify="full").step >= 2
     finally:
-        for process in [launcher, *psutil.Process().children(recursive=True)]:
-            process.kill()
+        end_all([*psutil.Process().children(recursive=True), *ranks])
 
 
 def test_a_rank_that_is_stopped_while_it_starts_is_missed_by_the_other(config, tmp_path):
@@ -84,5 +97,4 @@ def test_a_rank_that_is_stopped_while_it_starts_is_missed_by_the_other(config, t
         assert re.search(r"did not meet the others|start-up makes no progress", said), said[-6000:]
         assert not (tmp_path / "checkpoints").exists()
     finally:
-        for process in [launcher, *psutil.Process().children(recursive=True)]:
-            process.kill()
+        end_all(psutil.Process().children(recursive=True))
