@@ -142,10 +142,13 @@ def test_chunks_equal_one_pass_in_float64(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(
+    1200
+)  # 168 prompts for each family, over seven layouts; minutes on two cores that others use too
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", FAMILIES + LATER)
 def test_all_families_chunks_strides_and_layouts(tmp_path, family):
-    compare(tmp_path, [family], {2: TWO, 4: FOUR}, strides=(0.0, 0.25, 1.0), timeout=560)
+    compare(tmp_path, [family], {2: TWO, 4: FOUR}, strides=(0.0, 0.25, 1.0), timeout=1100)
 
 
 @pytest.mark.slow

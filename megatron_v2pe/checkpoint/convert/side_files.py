@@ -20,6 +20,7 @@ from megatron_v2pe.checkpoint.hf.sentencepiece_json import tokenizer_json
 from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.arch.native import FolderFormat, github_config, native_config
+from megatron_v2pe.config.trained_settings import DEFAULTS
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, load_tokenizer
 from megatron_v2pe.data.text.tokenizer_files import read_tokenizer_files
 
@@ -29,6 +30,13 @@ _PROCESSOR_FILES = (
 )
 _REPLACED = ("config.json", "tokenizer_config.json", "generation_config.json", INDEX_FILE, LAYOUT_FILE)
 _POSITIONS = ("rope_pos_id_version", "rope_pos_id_stride")
+_TRAINED: dict[str, Any] = {
+    **DEFAULTS,
+    "template": "internvl2_5",
+    "system_message": "",
+    "max_trained_tokens": 0,
+}
+"""How a run trained (`config.trained_settings`), and what a folder means that does not say; the rest travels."""
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _VIDEO_TOKEN = "<|video_pad|>"
 CHAT_TEMPLATE = (
@@ -64,6 +72,11 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     }
     values = _read(folder / "config.json")
     positions = {key: values[key] for key in _POSITIONS if key in values}
+    trained = {
+        key: values[key]
+        for key, usual in _TRAINED.items()
+        if values.get(key) is not None and values[key] != usual
+    }
     tokenizer = _read(folder / "tokenizer_config.json")
     tokenizer.pop("auto_map", None)
     if is_github:
@@ -76,7 +89,7 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     else:
         config = github_config(values, str(folder / "config.json"))
         tokenizer = _github_tokenizer(tokenizer)
-    kept["config.json"] = _text({**config, **positions})
+    kept["config.json"] = _text({**config, **positions, **trained})
     kept["tokenizer_config.json"] = _text(tokenizer)
     generation = folder / "generation_config.json"
     if generation.is_file():

@@ -122,8 +122,8 @@ def test_several_answers_of_one_prompt_are_those_of_each_alone(engine):
         Sampling(max_new_tokens=length, temperature=1.5, seed=seed)
         for length, seed in ((6, 1), (3, 2), (5, 3))
     ]
-    alone = [engine.generate(prompt, sampling=sampling) for sampling in samplings]
-    assert len({tuple(tokens[:3]) for tokens in alone}) == 3
+    alone = [list(engine.stream(prompt, sampling=sampling)) for sampling in samplings]
+    assert len({tuple(step.token for step in steps[:3]) for steps in alone}) == 3
     opened = prompt.tiles.opened
     steps = engine.begin_stepwise(prompt, samplings=samplings)
     answers = None
@@ -135,7 +135,11 @@ def test_several_answers_of_one_prompt_are_those_of_each_alone(engine):
     assert prompt.tiles.opened == opened + 2  # once for all three
     while pending := [answer for answer in answers if not answer.is_done]:
         engine.advance(pending)
-    assert [answer.answer for answer in answers] == alone
+    for answer, wanted in zip(answers, alone, strict=True):
+        assert answer.answer == [step.token for step in wanted]
+        # Every token of the prompt is attended to: a missing one would change probabilities, not always the draw.
+        logprobs = [step.logprob for step in wanted]
+        assert [step.logprob for step in answer.steps] == pytest.approx(logprobs, abs=TOLERANCE)
     blocks = {id(block) for answer in answers for block, _ in answer.cache.blocks}
     assert len(blocks) == 3  # the prompt's with room for the first answer, and one for each other answer
 
