@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
@@ -100,7 +101,7 @@ def make_folder(folder: Path, size: str) -> list[WeightFile]:
     folder.mkdir(parents=True)
     files = plan_weight_files(shapes(size), max_shard_bytes=HF_SHARD_BYTES)
     (folder / "config.json").write_text(json.dumps(hf_config(size), indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text("{}\n")
+    write_tokenizer(folder)
     if len(files) > 1:
         (folder / "model.safetensors.index.json").write_text(index_text(files))
     generator = np.random.default_rng(0)
@@ -111,6 +112,23 @@ def make_folder(folder: Path, size: str) -> list[WeightFile]:
             stream.put_blocks(random_blocks(file.num_bytes, generator))
             stream.close()
     return files
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes and the tokens of images and turns: import reads it before any weight."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    added = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>")
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {
+            str(len(letters) + i): {"content": token, "special": True} for i, token in enumerate(added)
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+    vocabulary = {letter: i for i, letter in enumerate(sorted(letters))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def copy_folder(source: Path, target: Path) -> None:
