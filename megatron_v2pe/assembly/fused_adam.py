@@ -11,6 +11,7 @@ once. The loss right after such a resume is still right; the one after that is w
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +33,12 @@ class FusedAdam(torch.optim.Optimizer):
         bias_correction: divide the moments by 1 - beta^step.
         capturable: megatron-core from 0.17 on asks whether a CUDA graph may hold the step; it may not.
     """
+
+    # torch's, without the decorator that keeps torch.compile away: it imports the compiler, a second of every start.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,

@@ -142,7 +142,9 @@ def test_chunks_equal_one_pass_in_float64(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # 168 prompts for each family, over seven layouts; minutes on two cores that others use too
+@pytest.mark.timeout(
+    1200
+)  # 168 prompts for each family, over seven layouts; minutes on two cores that others use too
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", FAMILIES + LATER)
 def test_all_families_chunks_strides_and_layouts(tmp_path, family):

@@ -20,7 +20,9 @@ from megatron_v2pe.checkpoint.hf.sentencepiece_json import tokenizer_json
 from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.arch.native import FolderFormat, github_config, native_config
+from megatron_v2pe.config.trained_settings import DEFAULTS
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, load_tokenizer
+from megatron_v2pe.data.text.tokenizer_files import read_tokenizer_files
 
 _PROCESSOR_FILES = (
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
@@ -28,6 +30,13 @@ _PROCESSOR_FILES = (
 )
 _REPLACED = ("config.json", "tokenizer_config.json", "generation_config.json", INDEX_FILE, LAYOUT_FILE)
 _POSITIONS = ("rope_pos_id_version", "rope_pos_id_stride")
+_TRAINED: dict[str, Any] = {
+    **DEFAULTS,
+    "template": "internvl2_5",
+    "system_message": "",
+    "max_trained_tokens": 0,
+}
+"""How a run trained (`config.trained_settings`), and what a folder means that does not say; the rest travels."""
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _VIDEO_TOKEN = "<|video_pad|>"
 CHAT_TEMPLATE = (
@@ -63,6 +72,11 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     }
     values = _read(folder / "config.json")
     positions = {key: values[key] for key in _POSITIONS if key in values}
+    trained = {
+        key: values[key]
+        for key, usual in _TRAINED.items()
+        if values.get(key) is not None and values[key] != usual
+    }
     tokenizer = _read(folder / "tokenizer_config.json")
     tokenizer.pop("auto_map", None)
     if is_github:
@@ -70,11 +84,12 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
         config = native_config(values, str(folder / "config.json"), image_token_id=image_token_id)
         kept |= _processor_files(values, config)
         tokenizer, added = _native_tokenizer(folder, tokenizer)
-        kept |= added
+        video_token = tokenizer["extra_special_tokens"]["video_token"]
+        kept |= added | {"chat_template.jinja": CHAT_TEMPLATE.replace(_VIDEO_TOKEN, video_token).encode()}
     else:
         config = github_config(values, str(folder / "config.json"))
         tokenizer = _github_tokenizer(tokenizer)
-    kept["config.json"] = _text({**config, **positions})
+    kept["config.json"] = _text({**config, **positions, **trained})
     kept["tokenizer_config.json"] = _text(tokenizer)
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -119,7 +134,6 @@ def _processor_files(github: dict[str, Any], native: dict[str, Any]) -> dict[str
         "preprocessor_config.json": _text(images),
         "video_preprocessor_config.json": _text(videos),
         "processor_config.json": _text(processor),
-        "chat_template.jinja": CHAT_TEMPLATE.encode(),
     }
 
 
@@ -130,7 +144,7 @@ def _native_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, A
         "start_image_token": IMAGE_START,
         "end_image_token": IMAGE_END,
         "context_image_token": IMAGE_CONTEXT,
-        "video_token": _VIDEO_TOKEN if _VIDEO_TOKEN in known else IMAGE_CONTEXT,
+        "video_token": _VIDEO_TOKEN if _VIDEO_TOKEN in known else _unused_token(folder),
     }
     config = {**config, "processor_class": "InternVLProcessor", "extra_special_tokens": names}
     config["return_token_type_ids"] = False
@@ -141,6 +155,15 @@ def _native_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[dict[str, A
         added["tokenizer.json"] = tokenizer_json(folder)
     original = config["tokenizer_class"]
     return {**config, "tokenizer_class": "PreTrainedTokenizerFast", "github_tokenizer_class": original}, added
+
+
+def _unused_token(folder: Path) -> str:
+    """A token that no text has, where a tokenizer has none for videos.
+
+    The processor asks for one, replaces it wherever it is, and refuses texts that have it without a video.
+    """
+    roles = read_tokenizer_files(folder).roles
+    return roles.get("unk_token", roles["eos_token"])
 
 
 def _github_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

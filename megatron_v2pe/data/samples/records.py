@@ -225,7 +225,7 @@ def _foreign_placeholder(turns: Sequence[Turn]) -> str:
     """A sentence about what may be meant as a placeholder; empty where nothing is."""
     spelled = (found.group() for turn in turns for found in _FOREIGN.finditer(turn.value))
     found = next((text for text in spelled if text not in _PLACEHOLDERS), "")
-    return f"; the text has {found!r}: is one of {', '.join(_PLACEHOLDERS)} meant?" if found else ""
+    return f"; the text has {shortened(found)}: is one of {', '.join(_PLACEHOLDERS)} meant?" if found else ""
 
 
 def _in_order(

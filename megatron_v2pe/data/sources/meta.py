@@ -119,7 +119,7 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is given twice in one object; rename or remove one")
+        raise ValueError(f"the name {shortened(twice)} is given twice in one object; rename or remove one")
     return values
 
 
@@ -131,7 +131,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> DatasetEntry:
         if key not in _KNOWN:
             near = difflib.get_close_matches(key, _KNOWN, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KNOWN)}"
-            raise DataError(f"{where}: unknown key {key!r}; {hint}")
+            raise DataError(f"{where}: unknown key {shortened(key)}; {hint}")
         is_bool_for_number = isinstance(value, bool) and bool not in _KNOWN[key]
         if not isinstance(value, _KNOWN[key]) or is_bool_for_number:
             wanted = " or ".join(kind.__name__ for kind in _KNOWN[key])
@@ -180,9 +180,11 @@ def _require_file(annotation: str, name: str, where: str) -> None:
         if storage.is_file(annotation):
             return
     except OSError as error:
-        raise DataError(f"{where}: annotation {name!r}: {error.strerror}") from None
+        raise DataError(f"{where}: annotation {shortened(name, 400)}: {error.strerror}") from None
     place = "there" if storage.is_remote(annotation) else "beside the meta file nor in the current folder"
-    raise DataError(f"{where}: annotation {name!r} is {'not' if place == 'there' else 'neither'} {place}")
+    raise DataError(
+        f"{where}: annotation {shortened(name, 400)} is {'not' if place == 'there' else 'neither'} {place}"
+    )
 
 
 def _locate(name: str | None, meta_path: Path) -> str:

@@ -20,10 +20,12 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from megatron_v2pe.core.errors import ConfigError, DataError
+from megatron_v2pe.core.excerpt import shortened
 
 MAX_OBJECT_BYTES = 512 * 2**20  # of an image or a line; a video is read in blocks
 _SEPARATOR = "://"
 _BLOCK_BYTES = 2**20
+_MOST_NAME = 400  # characters of a name in a message
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 # No part is empty or begins with a dot.
 _PLAIN_NAME = re.compile(r"[^/.\0][^/\0]*(/[^/.\0][^/\0]*)*").fullmatch
@@ -64,7 +66,9 @@ def resolve_path(root: str, name: str, *, where: str, kind: str = "image") -> st
         DataError: the name is absolute, climbs out of `root`, or is an address elsewhere.
     """
     if "\0" in name:
-        raise DataError(f"{where}: {kind} {name!r} holds a null character; give a file name")
+        raise DataError(
+            f"{where}: {kind} {shortened(name, _MOST_NAME)} holds a null character; give a file name"
+        )
     if is_remote(name):
         return _resolve_address(root, check_address(name, where=where), where, kind)
     if not root:
@@ -74,7 +78,8 @@ def resolve_path(root: str, name: str, *, where: str, kind: str = "image") -> st
     inside = name if is_plain else posixpath.normpath(name)
     if not is_plain and (posixpath.isabs(inside) or inside.split("/")[0] == ".."):
         raise DataError(
-            f"{where}: {kind} {name!r} lies outside the data set's root {root!r}; give a path inside the root"
+            f"{where}: {kind} {shortened(name, _MOST_NAME)} lies outside the data set's root {root!r}; give a path "
+            "inside the root"
         )
     if is_remote(root):
         check_address(f"{root.rstrip('/')}/{inside}", where=where)
@@ -88,8 +93,8 @@ def _resolve_address(root: str, name: str, where: str, kind: str) -> str:
     climbs = ".." in rest.split("/")
     if climbs or not is_remote(root) or not address.startswith(root.rstrip("/") + "/"):
         raise DataError(
-            f"{where}: {kind} {name!r} is not a file below the data set's root {root!r}; copy it there, or give the "
-            "data set a root that is the beginning of its addresses"
+            f"{where}: {kind} {shortened(name, _MOST_NAME)} is not a file below the data set's root "
+            f"{root!r}; copy it there, or give the data set a root that is the beginning of its addresses"
         )
     return address
 

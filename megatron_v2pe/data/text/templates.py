@@ -186,7 +186,8 @@ def render(
             answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""
     written = tuple((start, start + len(turn.value)) for start, turn in zip(starts, turns, strict=True))
-    if text.startswith(template.system) and template.system != TEMPLATES[template.name].system:
+    known = TEMPLATES.get(template.name, template)
+    if template.system != known.system and text.startswith(template.system):
         written = (
             (len(template.system_role), len(template.system)),
             *written,

@@ -15,13 +15,18 @@ import torch
 
 @contextmanager
 def deterministic_algorithms(*, is_wanted: bool) -> Iterator[None]:
-    """Within the block torch refuses operations whose result may differ between runs, or chooses others."""
+    """Within the block torch refuses operations whose result may differ between runs, or chooses others.
+
+    Nothing is touched where it is not wanted: torch's setter imports its compiler, which takes seconds.
+    """
+    if not is_wanted:
+        yield
+        return
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    if is_wanted:
-        torch.use_deterministic_algorithms(True)
-        # Nothing reads memory before it is written (tests poison it); filling it would cost a pass over every tensor.
-        settings.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    # Nothing reads memory before it is written (tests poison it); filling it would cost a pass over every tensor.
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:

@@ -80,6 +80,9 @@ def proven_layout(run: ParallelConfig, arch: InternVLArchitecture, *, max_ranks:
     if etp != run.etp:
         notes.append(f"etp {etp} for the run's {run.etp}")
     pipeline, num_layers, pipeline_notes = _pipeline(run, pp=sizes["pp"])
+    if run.overlap_grad_reduce and dp * sizes["cp"] == 1:
+        notes.append("overlap_grad_reduce false: no ranks are left that reduce gradients")
+        run = dataclasses.replace(run, overlap_grad_reduce=False, overlap_param_gather=False)
     parallel = dataclasses.replace(
         run, **sizes, ep=ep, etp=etp, pipeline_layout=pipeline, attention_backend="native"
     )

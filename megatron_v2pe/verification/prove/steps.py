@@ -103,6 +103,9 @@ def run_steps(
         report = train_step(trainer, runner, packs, ranks=ranks)
         outcome.losses.append(report.loss)
         outcome.norms.append(report.grad_norm)
+        if config.parallel.overlap_param_gather:  # else they would arrive in the next forward pass
+            for chunk in trainer.wrapped:
+                chunk.start_param_sync(force_sync=True)
         outcome.weights.append(_copies(slices.slices_of(model_chunks, ranks)))
     return outcome
 

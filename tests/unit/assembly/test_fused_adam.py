@@ -1,6 +1,8 @@
 """Our Adam against torch's, and the property it exists for: resuming keeps every later update."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,6 +57,38 @@ def test_without_bias_correction_the_first_update_is_smaller():
     parameter.grad = torch.ones(1, dtype=torch.float64)
     FusedAdam([parameter], lr=1.0, eps=0.0, bias_correction=False).step()
     torch.testing.assert_close(parameter.item(), -0.1 / 0.001**0.5)
+
+
+@pytest.mark.slow
+def test_a_step_on_a_cpu_imports_no_compiler():
+    """torch's own optimizers import torch._dynamo in their constructor: a second of every start."""
+    script = """if True:
+        import sys
+        import numpy, torch
+        from megatron_v2pe.assembly.fused_adam import install_fused_adam
+        from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
+        from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
+        from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
+        from megatron_v2pe.train.step import train_step
+        install_fused_adam()
+        config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
+        sizes = StepSizes(tokens=64, tiles=1, hidden=32, layers=1, vocab=64, vision_hidden=16, vision_layers=1)
+        step = MeasuredStep(config=config, sizes=sizes)
+        optimizer = build_optimizer(step.wrapped, config)
+        scheduler = build_scheduler(optimizer, config.optim)
+        chunks = [step.wrapped[0].module]
+        trainer = Trainer(model_chunks=chunks, wrapped=step.wrapped, optimizer=optimizer, scheduler=scheduler)
+        train_step(trainer, step.runner, [step.batch], ranks=step.ranks)
+        print(sorted({"torch._dynamo", "torch._inductor.compile_fx", "sympy.core"} & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip().endswith("['sympy.core']"), done.stdout + done.stderr[-2000:]
 
 
 def test_parameters_without_gradient_and_empty_groups_are_left_alone():

@@ -70,6 +70,11 @@ def attention_backward_flop(grad, q, k, v, out, lse, dropout=0.0, is_causal=Fals
     return attention_flop(q, k, v, dropout, is_causal) * 5 // 2
 
 
+def added_in_place_flop(buffer, a, b, *rest, **_):
+    """A product that is added to a gradient buffer (`models/linears.py`), which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 class Everywhere:
     """In place of the counter's module tracker, which cannot follow modules that run again within backward."""
 
@@ -85,7 +90,11 @@ class Everywhere:
 def counted_flops(size, config):
     """Floating point operations of matrix products and attention in a step, the patch convolution left out."""
     step = MeasuredStep(config=config, sizes=size)
-    mapping = {FLASH: attention_flop, FLASH_BACKWARD: attention_backward_flop}
+    mapping = {
+        FLASH: attention_flop,
+        FLASH_BACKWARD: attention_backward_flop,
+        torch.ops.aten.addmm_: added_in_place_flop,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = Everywhere()
     with counter:

@@ -97,7 +97,7 @@ def _processor_rows(
             for key, token in ours.items()
             if f"{key}_id" in case["attributes"]
         }
-        # Where a tokenizer has no token for videos, the processor still asks for one, and ours names the image's.
+        # Where a tokenizer has no token for videos, the processor still asks for one, and ours names an unused one.
         wanted = {key: value for key, value in case["attributes"].items() if value != "absent"}
         yield _equal(name, "attributes", {key: (ours | ids_of).get(key) for key in wanted}, wanted)
 

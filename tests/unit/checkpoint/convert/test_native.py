@@ -14,6 +14,7 @@ from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.convert.other_format import convert_hf
 from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.data.text.byte_level import read_tokenizer_json
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
@@ -121,10 +122,13 @@ def test_processor_files_of_a_converted_folder(tmp_path):
 
 
 def test_sentencepiece_as_tokenizer_json(tmp_path):
-    """The library gives the ids of InternLM2's own tokenizer."""
+    """The library gives the ids of InternLM2's own tokenizer; the token for videos is in no text."""
     import tokenizers
 
     convert_hf(GITHUB / INTERNLM2, tmp_path / "hf")
+    names = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["extra_special_tokens"]
+    assert names["video_token"] == "<unk>"
+    assert "'<unk>\\n'" in (tmp_path / "hf" / "chat_template.jinja").read_text()
     fast = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     slow = load_tokenizer(GITHUB / INTERNLM2)
     for text in ("a dog", "  two  dogs\n", "<img></img><|im_end|>\n", "\u4e09\u6761\u8239 \U0001f600", ""):
@@ -262,3 +266,27 @@ def test_a_tokenizer_json_of_another_kind_is_refused(tokenizer_json_alone, chang
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match="pre_tokenizer is neither ByteLevel nor Metaspace"):
         read_tokenizer_json(path)
+
+
+TRAINED = {
+    "template": "Hermes-2",
+    "system_message": "Answer in French.",
+    "max_dynamic_patch": 5,
+    "use_thumbnail": False,
+    "normalize_type": "siglip",
+    "max_trained_tokens": 32768,
+}
+
+
+def test_how_a_run_trained_travels_into_the_other_format_and_back(tmp_path):
+    source = tmp_path / "github"
+    shutil.copytree(GITHUB / MOE, source, copy_function=shutil.copyfile)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **TRAINED}))
+    convert_hf(source, tmp_path / "native")
+    convert_hf(tmp_path / "native", tmp_path / "back")
+    for folder in ("native", "back"):
+        arch, data = read_architecture(tmp_path / folder), answer_data(tmp_path / folder)
+        assert (arch.template, arch.system_message) == (TRAINED["template"], TRAINED["system_message"])
+        assert arch.trained_length == 32768
+        assert (data.max_dynamic_patch, data.use_thumbnail, data.normalize_type) == (5, False, "siglip")

@@ -133,3 +133,10 @@ def turn(role, value):
 def test_mistakes_name_file_and_line(values, message):
     with pytest.raises(DataError, match=rf"^a\.jsonl:7: .*{message}"):
         parse(values)
+
+
+@pytest.mark.parametrize("name", ["../" + "a" * 3000, "http://x/" + "a" * 3000, "a\0" + "a" * 3000])
+def test_names_of_any_length_make_no_long_message(name):
+    with pytest.raises(DataError) as caught:
+        parse({**record("a", "b"), "video": name})
+    assert len(str(caught.value)) < 800

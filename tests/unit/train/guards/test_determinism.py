@@ -1,6 +1,8 @@
 """`runtime.deterministic`: what torch, mcore and the environment are set to, and that it ends with the run."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,3 +36,20 @@ def test_mcore_and_the_environment(is_wanted, monkeypatch):
         {"CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"} if is_wanted else set()
     )
     assert os.environ["NCCL_ALGO"] == "Tree"
+
+
+def test_a_run_that_does_not_want_it_never_imports_torchs_compiler():
+    """Its import takes seconds, which a start that fails would spend after its message."""
+    script = """
+import sys
+import torch
+from megatron_v2pe.train.guards.determinism import deterministic_algorithms
+known = "torch._inductor.config" in sys.modules
+with deterministic_algorithms(is_wanted=False):
+    pass
+print(known, "torch._inductor.config" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.split() == ["False", "False"], done.stderr

@@ -79,6 +79,14 @@ def test_what_became_smaller_is_said():
     )
 
 
+def test_overlap_needs_ranks_that_reduce():
+    run = ParallelConfig(tp=2, overlap_grad_reduce=True, overlap_param_gather=True)
+    alone = proven_layout(run, DENSE, max_ranks=2)
+    assert not alone.parallel.overlap_grad_reduce
+    assert alone.notes[-1].startswith("overlap_grad_reduce false")
+    assert proven_layout(run, DENSE, max_ranks=4).parallel.overlap_param_gather
+
+
 def test_stages_keep_their_kind():
     layout = proven_layout(ParallelConfig(pp=4, pipeline_layout="Et*3|t*8|t*8|t*5L"), DENSE, max_ranks=4)
     assert layout.parallel.pipeline_layout == "Et|tt|tt|ttL"
