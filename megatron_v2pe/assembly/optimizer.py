@@ -52,7 +52,13 @@ class Trainer:
 def wrap_for_training(model_chunks: list[InternVL], config: RunConfig) -> Trainer:
     """Wrap model chunks whose weights are loaded; master weights are copied from them here."""
     install_fused_adam()  # in place of torch's Adam, which cannot resume under mcore
-    wrapped = wrap_data_parallel(model_chunks, config, shard_gradients=True)
+    return build_trainer(model_chunks, wrap_data_parallel(model_chunks, config, shard_gradients=True), config)
+
+
+def build_trainer(
+    model_chunks: list[InternVL], wrapped: list[DistributedDataParallel], config: RunConfig
+) -> Trainer:
+    """Optimizer and schedule around model chunks under data parallelism; call `install_fused_adam` before."""
     optimizer = build_optimizer(wrapped, config)
     for model_chunk in model_chunks:
         model_chunk.config.grad_scale_func = optimizer.scale_loss

@@ -40,7 +40,7 @@ def train(rank, size, overlap):
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
     from megatron_v2pe.assembly.fused_adam import install_fused_adam
-    from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
+    from megatron_v2pe.assembly.optimizer import build_trainer
     from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
     from megatron_v2pe.train.step import train_step
 
@@ -63,11 +63,7 @@ def train(rank, size, overlap):
     )
     step = MeasuredStep(config=config, sizes=sizes, dp=size)
     (wrapped,) = step.wrapped
-    optimizer = build_optimizer(step.wrapped, config)
-    scheduler = build_scheduler(optimizer, config.optim)
-    trainer = Trainer(
-        model_chunks=[wrapped.module], wrapped=step.wrapped, optimizer=optimizer, scheduler=scheduler
-    )
+    trainer = build_trainer([wrapped.module], step.wrapped, config)
     numbers = []
     for _ in range(3):
         calls.clear()

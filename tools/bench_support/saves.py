@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
+from megatron_v2pe.assembly.optimizer import build_trainer
 from megatron_v2pe.checkpoint.files.weights_layout import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig
@@ -83,12 +83,7 @@ class _Training:
         self.config = config
         self.step = MeasuredStep(config=config, sizes=sizes, dp=dist.get_world_size())
         wrapped = self.step.wrapped
-        optimizer = build_optimizer(wrapped, config)
-        scheduler = build_scheduler(optimizer, config.optim)
-        model_chunks = [wrapped[0].module]
-        self.trainer = Trainer(
-            model_chunks=model_chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
-        )
+        self.trainer = build_trainer([wrapped[0].module], wrapped, config)
 
     def __call__(self) -> None:
         train_step(self.trainer, self.step.runner, [self.step.batch], ranks=self.step.ranks)

@@ -17,7 +17,7 @@ from plain_model import PlainInternVL, Sizes
 from weights import copy_weights
 
 from megatron_v2pe.assembly.fused_adam import install_fused_adam
-from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
+from megatron_v2pe.assembly.optimizer import build_trainer
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.schema import OptimConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
@@ -96,13 +96,7 @@ class Ours:
         install_fused_adam()
         self.step = MeasuredStep(config=config, sizes=sizes, dp=dp)
         wrapped = self.step.wrapped
-        optimizer = build_optimizer(wrapped, config)
-        model_chunks = [wrapped[0].module]
-        model_chunks[0].config.grad_scale_func = optimizer.scale_loss
-        scheduler = build_scheduler(optimizer, config.optim)
-        self.trainer = Trainer(
-            model_chunks=model_chunks, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
-        )
+        self.trainer = build_trainer([wrapped[0].module], wrapped, config)
         self.batches = [self.step.batch] * micro_batches
 
     @property

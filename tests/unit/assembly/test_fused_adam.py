@@ -66,7 +66,7 @@ def test_a_step_on_a_cpu_imports_no_compiler():
         import sys
         import numpy, torch
         from megatron_v2pe.assembly.fused_adam import install_fused_adam
-        from megatron_v2pe.assembly.optimizer import Trainer, build_optimizer, build_scheduler
+        from megatron_v2pe.assembly.optimizer import build_trainer
         from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
         from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
         from megatron_v2pe.train.step import train_step
@@ -74,10 +74,7 @@ def test_a_step_on_a_cpu_imports_no_compiler():
         config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
         sizes = StepSizes(tokens=64, tiles=1, hidden=32, layers=1, vocab=64, vision_hidden=16, vision_layers=1)
         step = MeasuredStep(config=config, sizes=sizes)
-        optimizer = build_optimizer(step.wrapped, config)
-        scheduler = build_scheduler(optimizer, config.optim)
-        chunks = [step.wrapped[0].module]
-        trainer = Trainer(model_chunks=chunks, wrapped=step.wrapped, optimizer=optimizer, scheduler=scheduler)
+        trainer = build_trainer([step.wrapped[0].module], step.wrapped, config)
         train_step(trainer, step.runner, [step.batch], ranks=step.ranks)
         print(sorted({"torch._dynamo", "torch._inductor.compile_fx", "sympy.core"} & set(sys.modules)))
     """
