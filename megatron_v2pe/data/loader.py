@@ -64,6 +64,14 @@ class _RequestSampler(Sampler[PackRequest]):
                 yield pack_request(pack, self._indexes)
 
 
+def _report(plan: MixturePlan, remark: str) -> None:
+    """What a person should know of the data before the first step."""
+    plan.log_bad()
+    plan.log_notices()
+    if remark:
+        logger.warning("%s", remark)
+
+
 def _unchanged(pack: Any) -> Any:
     """Keep torch's default conversion away from packs."""
     return pack
@@ -166,13 +174,10 @@ class TrainLoader:
         self._dp = dp
         settings = sample_settings(config, arch, hf_folder)
         indexes, plan = plan_mixture(config, settings)
-        if dp_rank == 0 and tile_rank == 0:
-            plan.log_bad()
-            plan.log_notices()
-        check_something_is_learned(config, indexes)
         self.system_text, remark = trained_system(indexes, settings.text.template)
-        if remark and dp_rank == 0 and tile_rank == 0:
-            logger.warning("%s", remark)
+        if dp_rank == 0 and tile_rank == 0:
+            _report(plan, remark)
+        check_something_is_learned(config, indexes)
         self.fingerprint = plan.fingerprint
         self.facts = plan.facts
         self.num_bad = plan.num_bad

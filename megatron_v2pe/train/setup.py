@@ -188,10 +188,7 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
         startup.done("checks")
         context = stack.enter_context(_world(config, plan, facts=facts))
         ranks = context.ranks
-        # One answer for all: a rank may have looked while a run before this one was ending.
-        resume_from = on_first_rank(lambda: found)
-        if resume_from is not None:
-            require_equal_in_world(folder_facts(resume_from))
+        resume_from = _agreed(found)
         startup.done("process groups")
         interruption = stack.enter_context(Interruption(run_dir, ranks=ranks))
         rank_monitor = stack.enter_context(RankMonitor())
@@ -227,6 +224,14 @@ def build_run(config: RunConfig, outside: Outside) -> Run:
             state=state,
             resources=stack.pop_all(),
         )
+
+
+def _agreed(found: Path | None) -> Path | None:
+    """One answer for all: a rank may have looked while a run before this one was ending. Collective."""
+    resume_from = on_first_rank(lambda: found)
+    if resume_from is not None:
+        require_equal_in_world(folder_facts(resume_from))
+    return resume_from
 
 
 def _started(config: RunConfig, loader: TrainLoader, startup: StartupTimer, outside: Outside) -> None:
