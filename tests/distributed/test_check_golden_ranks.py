@@ -37,7 +37,7 @@ def test_two_context_parallel_ranks(folder, capfd):
     assert failed == [[f"model/{KEY}/default_single", "logits"]]
     assert code == 1
     passed = [line for line in lines if re.search(r"\d  pass\b", line)]
-    assert {line.split()[0] for line in passed} == {f"model/{KEY}/{name}" for name in KEPT}
+    assert {line.split()[0] for line in passed} == {f"model/{KEY}/{name}" for name in (*KEPT, "file")}
     assert lines[-1] == f"{len(passed)} pass, 1 fail, 0 unsupported"
 
 

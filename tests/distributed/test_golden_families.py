@@ -41,7 +41,7 @@ def test_two_ranks(folder, parallel):
     groups = select_groups(folder, name="model", model_only=True)
     rows = run_on_local_ranks(folder, groups, family=None, parallel=ParallelConfig(**parallel))
     assert [row for row in rows if row.status != "pass"] == []
-    assert {row.name for row in rows} == {f"model/{key}/{CASE}" for key in KEYS}
+    assert {row.name for row in rows} == {f"model/{key}/{name}" for key in KEYS for name in (CASE, "file")}
     assert {row.quantity for row in rows} >= {"logits", "per_token_loss", "mean_loss", "grad_l2", "grad"}
 
 

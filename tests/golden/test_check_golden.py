@@ -19,7 +19,11 @@ def rows_of(folder, name):
     return list(run_groups(folder, select_groups(folder, name=name, model_only=False), family=None))
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=[group.name for group in GROUPS])
+# Of folders in both formats there are none here; test_later_families makes one.
+COMMITTED = [group for group in GROUPS if group.name != "formats"]
+
+
+@pytest.mark.parametrize("group", COMMITTED, ids=[group.name for group in COMMITTED])
 def test_the_committed_cases_pass(group):
     if not any(any(FOLDER.glob(pattern)) for pattern in group.files):
         pytest.fail(f"tests/golden has no cases of group {group.name}")

@@ -153,9 +153,8 @@ def test_the_cases_are_what_their_names_say(name):
         assert case.images == "spread" or min(fewest) == 0
 
 
-@pytest.mark.parametrize("name", BY_DOCUMENT)
-def test_documents_lie_on_one_rank_and_on_several(name):
-    """The packs of these rows have both, and shards of different lengths."""
+def shapes_by_document(name):
+    """Numbers of ranks that documents of a row's packs lie on, and whether some shards differ in length."""
     layout, plan, cases = BY_DOCUMENT[name]
     sharding = sharding_of(layout.parallel, layout.options.arch)
     counts, lengths = set(), set()
@@ -167,8 +166,16 @@ def test_documents_lie_on_one_rank_and_on_several(name):
         if shards.holders is not None:
             counts |= set(map(len, shards.holders))
             lengths.add(len({shards.tokens(rank) for rank in range(plan.cp)}) > 1)
-    assert {1, plan.cp} <= counts
-    assert True in lengths
+    return counts, True in lengths
+
+
+@pytest.mark.parametrize("cp", sorted({plan.cp for _, plan, _ in BY_DOCUMENT.values()}))
+def test_documents_lie_on_some_ranks_and_on_all(cp):
+    """The packs of the rows with this cp have both, and shards of different lengths. A single row need not."""
+    shapes = [shapes_by_document(name) for name, (_, plan, _) in BY_DOCUMENT.items() if plan.cp == cp]
+    counts = set().union(*(counts for counts, _ in shapes))
+    assert min(counts) < max(counts) == cp
+    assert any(differ for _, differ in shapes)
 
 
 def test_three_cases_of_six_layouts_are_all_cases():

@@ -59,7 +59,12 @@ def make(monkeypatch):
     monkeypatch.setattr(saving, "CheckpointSave", FakeSave)
     monkeypatch.setattr(saving, "make_moments", lambda optimizer: None)
     FakeSave.made, FakeSave.gate, FakeSave.write_fails = [], threading.Event(), False
-    trainer = SimpleNamespace(wrapped=[], optimizer=None, scheduler=SimpleNamespace(state_dict=dict))
+    trainer = SimpleNamespace(
+        wrapped=[],
+        optimizer=None,
+        scheduler=SimpleNamespace(state_dict=dict),
+        expert_bias=SimpleNamespace(table=dict),
+    )
 
     def saver(*, async_save=True, **settings):
         checkpoint = CheckpointConfig(async_save=async_save, **{"save_every": 2, **settings})
