@@ -69,7 +69,8 @@ echo "$settings" >"$work/.piip"
 one() { # seed, model: train and evaluate
     local base="$work/seed_$1" model="$2"
     local run="$base/$model" warmup=$((steps > 40 ? 40 : steps - 1))
-    local trained="$run/checkpoints/step_$(printf %08d "$steps")"
+    local trained
+    trained="$run/checkpoints/step_$(printf %08d "$steps")"
     [ -e "$base/imported/$model/checkpoint.json" ] || v2pe import-hf "$base/models/$model" "$base/imported/$model"
     [ -e "$trained/checkpoint.json" ] || v2pe train "$here/train.yaml" \
         model.checkpoint="$base/imported/$model" data.meta="$base/data/train_meta.json" runtime.run_dir="$run" \

@@ -28,7 +28,7 @@ check_share() { # OPTION VALUE
 }
 
 set_up() { # ROOT: the environment, and shorthands for one process and for the ranks
-    cd "$1"
+    cd "$1" || exit
     # shellcheck source=../../tools/venv.sh
     source tools/venv.sh
     ensure_venv "$1"
