@@ -34,7 +34,7 @@ PICTURE = ROOT / "docs" / "images" / "ablation.png"
 
 
 def training_text(model: str) -> str:
-    """Name of a run as the table has it: `fixed_8_300` was trained with 8/64 in 300 steps."""
+    """Name of a run as the table has it: `fixed_8_500` was trained with 8/64 in 500 steps."""
     kind, _, _ = model.rpartition("_")
     return f"fixed {stride_text(kind.removeprefix('fixed_'))}" if kind.startswith("fixed_") else kind
 
@@ -86,7 +86,7 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path, help="folder that run.sh filled")
     parser.add_argument(
-        "--models", nargs="+", required=True, help="folder names of the runs, such as random_300, in order"
+        "--models", nargs="+", required=True, help="folder names of the runs, such as random_500, in order"
     )
     parser.add_argument("--docs", action="store_true", help="also renew the readme's table and its picture")
     arguments = parser.parse_args()

@@ -4,7 +4,7 @@
 #
 #   --seeds A,B,..  seeds of weights, documents, data order and strides (default 0,1,2,3,4)
 #   --models M,..   of random, default and fixed_N, N/64 being the step (default random,fixed_1,fixed_8,default)
-#   --steps N       training steps of each model (default 300); fewer is a smoke test, it does not learn the task
+#   --steps N       training steps of each model (default 500); fewer is a smoke test, it does not learn the task
 #   --eval-share S  share of the evaluation questions, 0..1 (default 1)
 #   --ranks N       1 or 2 processes (default 2)
 #   --work DIR      folder to work in (default examples/ablation/work); the quickstart's is continued
@@ -16,7 +16,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 EXAMPLE=ablation
 # shellcheck source=../quickstart/parts.sh
 source "$root/examples/quickstart/parts.sh"
-work=examples/ablation/work seeds=0,1,2,3,4 models=random,fixed_1,fixed_8,default steps=300 eval_share=1
+work=examples/ablation/work seeds=0,1,2,3,4 models=random,fixed_1,fixed_8,default steps=500 eval_share=1
 
 usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 

@@ -171,7 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path, help="folder that run.sh filled")
-    parser.add_argument("--model", required=True, help="folder name of the runs, such as random_300")
+    parser.add_argument("--model", required=True, help="folder name of the runs, such as random_500")
     parser.add_argument(
         "--docs", action="store_true", help="also renew tables and picture of the documentation"
     )

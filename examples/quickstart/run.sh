@@ -3,7 +3,7 @@
 #
 #   --seeds A,B,..  seeds of weights, documents, data order and strides (default 0); several are trained one after
 #                   the other, and a table and a picture show mean and range
-#   --steps N       training steps (default 300); fewer is a smoke test, it does not learn the task
+#   --steps N       training steps (default 500); fewer is a smoke test, it does not learn the task
 #   --eval-share S  share of the evaluation questions, 0..1 (default 1)
 #   --ranks N       1 or 2 processes (default 2)
 #   --work DIR      folder to work in (default examples/quickstart/work)
@@ -15,7 +15,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 EXAMPLE=quickstart
 # shellcheck source=parts.sh
 source "$root/examples/quickstart/parts.sh"
-work="$QUICKSTART/work" seeds=0 steps=300 eval_share=1 fresh=no
+work="$QUICKSTART/work" seeds=0 steps=500 eval_share=1 fresh=no
 
 usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
