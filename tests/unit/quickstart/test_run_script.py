@@ -62,7 +62,7 @@ def test_the_recipe_is_a_valid_configuration():
     config = load_run_config(ROOT / "examples" / "quickstart" / "train.yaml", [])
     assert config.position.mode == "v2pe_random"
     assert config.parallel.cp == 2
-    assert config.optim.steps == 300
+    assert config.optim.steps == 500
 
 
 def test_the_recipes_stages_end_at_the_trained_length():
