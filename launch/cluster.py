@@ -18,6 +18,7 @@ import yaml
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 # Between double quotes in the batch script, where a shell expands $NAME, and would run $(...) and `...`.
+_LEAST = {"ranks_per_node": 1, "gpus_per_node": 0, "gpu_memory": 1, "cpus_per_node": 0}
 _MOUNT = re.compile(r"""(?:[^,"'\\`$\x00-\x1f\x7f]|\$\{?[A-Za-z_][A-Za-z0-9_]*\}?)+""")
 
 
@@ -83,16 +84,11 @@ def read_cluster(path: str | Path) -> Cluster:
     Raises:
         LaunchError: no such file, not YAML, unknown key, wrong type, or a missing partition.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path}: {error.strerror}; examples lie in launch/clusters/") from None
-    except yaml.YAMLError as error:
-        raise LaunchError(f"{path}: not YAML ({error})") from None
-    cluster = _build(Cluster, values, where=str(path))
+    cluster = _build(Cluster, read_yaml(path, examples="launch/clusters/"), where=str(path))
     _check_container(cluster.container, path)
-    if cluster.ranks_per_node < 1:
-        raise LaunchError(f"{path}: ranks_per_node is {cluster.ranks_per_node}, but must be at least 1")
+    for name, least in _LEAST.items():
+        if (count := getattr(cluster, name)) < least:
+            raise LaunchError(f"{path}: {name} is {count}, but must be at least {least}")
     limit_seconds(cluster.time, where=f"{path}: time")
     bad = [name for name in cluster.env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
     if bad:
@@ -102,6 +98,28 @@ def read_cluster(path: str | Path) -> Cluster:
         for text in (value,) if isinstance(value, str) else value:
             check_one_line(text, where=f"{path}: {name}")
     return cluster
+
+
+def read_yaml(path: str | Path, *, examples: str) -> Any:
+    """Contents of a YAML file: plain values, no object of a class that a tag names.
+
+    Args:
+        path: the file.
+        examples: folder of files of this kind, for the message.
+
+    Raises:
+        LaunchError: no such file, not UTF-8, not YAML, or nested too deep.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: {error.strerror}; examples lie in {examples}") from None
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise LaunchError(f"{path}: not YAML (nested too deep)") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+        raise LaunchError(f"{path}: not YAML ({error})") from None
 
 
 def _check_container(container: Container, path: str | Path) -> None:
@@ -178,6 +196,13 @@ def _build(kind: Any, values: Any, *, where: str) -> Any:
     return kind(**{name: _convert(known[name], value, where=where) for name, value in values.items()})
 
 
+def _variable(value: Any, *, where: str) -> str:
+    """The value of a variable: a text or a number. What YAML makes of `yes` or of nothing, no shell would write."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise LaunchError(f"{where} is {value!r}, but must be a text or a number; quote it")
+
+
 def _convert(known: Any, value: Any, *, where: str) -> Any:
     """A value of the field's type."""
     name, kind = known.name, str(known.type)
@@ -186,7 +211,7 @@ def _convert(known: Any, value: Any, *, where: str) -> Any:
     if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(x, str) for x in value):
         return tuple(value)
     if kind.startswith("dict") and isinstance(value, dict):
-        return {str(key): str(each) for key, each in value.items()}
+        return {str(key): _variable(each, where=f"{where}: {name}.{key}") for key, each in value.items()}
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str):

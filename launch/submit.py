@@ -14,12 +14,14 @@ relative to the folder that this is called in.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,17 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from launch.cluster import Cluster, LaunchError, check_one_line, limit_seconds, read_cluster  # noqa: E402
+from launch.cluster import (  # noqa: E402
+    Cluster,
+    LaunchError,
+    check_one_line,
+    limit_seconds,
+    read_cluster,
+    read_yaml,
+)
 
+# In the path of a run folder: OmegaConf's interpolation, and what sbatch would read its own way.
+_NOT_IN_FOLDERS = ("${", "\\")
 VERBS = ("train", "evaluate", "preflight")
 # Set where they are known to help, with the reason; a cluster file's env comes after and wins.
 GPU_ENV = {
@@ -45,7 +56,6 @@ GPU_ENV = {
         "1",
         "a collective that timed out ends the rank instead of hanging it",
     ),
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": ("2000", "the last collectives of each rank, for the dump below"),
     "TORCH_NCCL_DUMP_ON_TIMEOUT": ("1", "which rank waited for which collective, written when one times out"),
 }
 CPU_ENV = {
@@ -122,23 +132,49 @@ def run_folder(verb: str, arguments: list[str]) -> str:
         folder = parser.parse_known_args(arguments)[0].out
         if not folder:
             raise LaunchError("evaluate: give --out, the folder of its results")
-        return str(folder)
+        return _checked_folder(folder, where="--out", hint="")
     if not arguments:
         raise LaunchError(f"{verb}: give the run's YAML file")
-    for override in reversed(arguments[1:]):
-        if override.startswith("runtime.run_dir="):
-            return override.partition("=")[2]
+    given = [text.partition("=")[2] for text in arguments[1:] if text.startswith("runtime.run_dir=")]
+    if given:
+        return _checked_folder(given[-1], where="runtime.run_dir", hint="", is_yaml=True)
+    values = read_yaml(arguments[0], examples="launch/recipes/")
+    runtime = values.get("runtime") if isinstance(values, dict) else None
+    folder = runtime.get("run_dir") if isinstance(runtime, dict) else None
+    if folder is None:
+        raise LaunchError(f"{arguments[0]}: runtime.run_dir is not given; add it, or runtime.run_dir=...")
+    return _checked_folder(
+        folder, where=f"{arguments[0]}: runtime.run_dir", hint="; give runtime.run_dir=..."
+    )
+
+
+def _checked_folder(value: Any, *, where: str, hint: str, is_yaml: bool = False) -> str:
+    """A run folder that means the same here, in the batch script and to `train`.
+
+    Args:
+        value: as it was given.
+        where: for messages.
+        hint: a way out, for messages.
+        is_yaml: `train` reads it as YAML, which removes quotes and comments.
+
+    Raises:
+        LaunchError: it is empty or no text, or means something else to YAML, OmegaConf or sbatch.
+    """
+    is_text = isinstance(value, (str, int, float, datetime.date)) and not isinstance(value, bool)
+    folder = str(value) if is_text else ""
+    odd = next((sign for sign in _NOT_IN_FOLDERS if sign in folder), "")
+    is_plain = folder and folder == folder.strip() and not folder.startswith("-")
+    if odd or not is_plain or (is_yaml and _yaml_text(folder) != folder):
+        rule = f"without {odd}" if odd else "without a dash, quotes or blanks around it"
+        raise LaunchError(f"{where} is {value!r}, but the run folder must be a path as it is, {rule}{hint}")
+    return os.path.expanduser(folder) if folder.startswith("~/") else folder
+
+
+def _yaml_text(text: str) -> str:
     try:
-        values = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
-        return str(values["runtime"]["run_dir"])
-    except OSError as error:
-        raise LaunchError(f"{arguments[0]}: {error.strerror}; recipes lie in launch/recipes/") from None
-    except yaml.YAMLError as error:
-        raise LaunchError(f"{arguments[0]}: not YAML ({error})") from None
-    except (KeyError, TypeError):
-        raise LaunchError(
-            f"{arguments[0]}: runtime.run_dir is not given; add it, or runtime.run_dir=..."
-        ) from None
+        return str(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""
 
 
 def render(cluster: Cluster, options: argparse.Namespace, *, run_dir: str) -> str:
@@ -155,8 +191,20 @@ def render(cluster: Cluster, options: argparse.Namespace, *, run_dir: str) -> st
         "ENV": _environment(cluster),
         "SRUN": _srun(cluster, [options.verb, *options.arguments]),
     }
+    if cluster.container.runtime != "none":
+        _check_mounts({"the run folder": run_dir, "project": project, "the current folder": os.getcwd()})
     text = (HERE / "job.sbatch").read_text(encoding="utf-8")
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text)
+
+
+def _check_mounts(folders: Mapping[str, str]) -> None:
+    """Refuse a folder whose name a list of mounts would read as two."""
+    for what, folder in folders.items():
+        if set(",:") & set(folder):
+            raise LaunchError(
+                f"{what} is {folder!r}, but is mounted into the container, and names in a list of mounts have neither "
+                "comma nor colon; choose another"
+            )
 
 
 # Where a line of the script's head comes from, for messages.
@@ -177,7 +225,7 @@ def _directives(cluster: Cluster, options: argparse.Namespace, run_dir: str) -> 
         "array": options.array,
         "signal": f"B:USR1@{options.warn_seconds}",
         "open-mode": "append",
-        "output": f"{run_dir}/slurm-%j.log",
+        "output": f"{run_dir.replace('%', '%%')}/slurm-%j.log",
     }
     for name, value in asked.items():
         check_one_line(value, where=_ORIGIN.get(name, f"--{name}"))
@@ -273,7 +321,7 @@ def submit(script: str, run_dir: str) -> str:
         ) from None
     try:
         done = subprocess.run(
-            ["sbatch", str(folder / "job.sbatch")], capture_output=True, text=True, check=False
+            ["sbatch", str((folder / "job.sbatch").absolute())], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         raise LaunchError(

@@ -4,7 +4,7 @@
     overrides, one by one, take the same way
 
 A relative path in the file is looked up beside the file first, then in the current folder, as paths in a meta json are.
-What a run writes (runtime.run_dir, data.cache_dir) is relative to the current folder.
+What a run writes (runtime.run_dir, data.cache_dir) is relative to the current folder. `~/` is the home folder.
 
 OmegaConf appears in this file only, so that it can be replaced in a day. What it raises is turned into
 `ConfigError` here: where the mistake was made, the full key, the rule, the way out.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from megatron_v2pe.config.key_names import SYNONYMS
 from megatron_v2pe.config.position_modes import POSITION_MODES
 from megatron_v2pe.config.schema import CurriculumStage, RunConfig
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.excerpt import shortened
 
 _COMMAND_LINE = "command line"
 _READ_PATHS = (
@@ -35,6 +37,7 @@ _READ_PATHS = (
     ("data", "validation"),
     ("data", "retrieval"),
 )
+_WRITTEN_PATHS = (("runtime", "run_dir"), ("data", "cache_dir"))
 
 
 def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,6 +57,8 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     sources = [(str(path), _located(_read_yaml(Path(path)), Path(path).parent))] if path is not None else []
     sources += [(_COMMAND_LINE, _parse_override(text)) for text in overrides]
     for source, tree in sources:
+        _check_texts(tree, source)
+        _expand_home(tree)
         stages = _take_curriculum(tree, source)
         curriculum = curriculum if stages is None else stages
         merged = _merge(merged, tree, source)
@@ -94,9 +99,10 @@ def _plain(value: Any) -> Any:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         tree = OmegaConf.load(path)
+        plain = _to_dict(tree) if isinstance(tree, DictConfig) else None
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a run's YAML file"
+            f"{path}: cannot be read ({error.strerror or error}); give the path of a run's YAML file"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -104,9 +110,37 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(tree, DictConfig):
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        key = f" {error.full_key}:" if getattr(error, "full_key", None) else ""
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"{path}:{key} {reason}; docs/configuration.md lists all keys") from None
+    if plain is None:
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...), found a list")
-    return _to_dict(tree)
+    return plain
+
+
+def _check_texts(tree: Any, source: str, key: str = "") -> None:
+    """Refuse what no path or name can hold, and keys that are no names."""
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(tree, dict) and not isinstance(name, str):
+            raise ConfigError(f"{source}: unknown key {key}{name}; docs/configuration.md lists all keys")
+        if isinstance(value, (dict, list)):
+            _check_texts(value, source, f"{key}{name}.")
+        elif isinstance(value, str) and (
+            "\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)
+        ):
+            raise ConfigError(
+                f"{source}: {key}{name} is {value!r}, which has a null character, or bytes that are no UTF-8"
+            )
+
+
+def _expand_home(tree: dict[Any, Any]) -> None:
+    """`~/` of paths, which a shell expands in `cd ~/a`, but neither in a file nor after `key=`."""
+    for section, key in (*_READ_PATHS, *_WRITTEN_PATHS):
+        values = tree.get(section)
+        value = values.get(key) if isinstance(values, dict) else None
+        if isinstance(value, str) and value.startswith("~/"):
+            values[key] = os.path.expanduser(value)
 
 
 def _located(tree: dict[Any, Any], folder: Path) -> dict[Any, Any]:
@@ -125,15 +159,17 @@ def _located(tree: dict[Any, Any], folder: Path) -> dict[Any, Any]:
 
 def _parse_override(text: str) -> dict[Any, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{_COMMAND_LINE}: {shortened(text)} is not an override; write section.key=value")
     if not value:  # a shell removes the quotes of section.key=''
         text = f"{key}=''"
     try:
         return _to_dict(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{_COMMAND_LINE}: the value of {text!r} is not valid YAML ({reason})") from None
+        raise ConfigError(
+            f"{_COMMAND_LINE}: the value of {shortened(text)} is not valid YAML ({reason})"
+        ) from None
 
 
 def _to_dict(tree: DictConfig) -> dict[Any, Any]:

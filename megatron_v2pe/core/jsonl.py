@@ -59,6 +59,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid json ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where}: not valid json (nested too deep)") from None
+    except ValueError as error:  # whole numbers of thousands of digits
+        raise DataError(f"{where}: not valid json ({str(error)[:100]})") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: must be a json object, found {type(value).__name__}")
     return value

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
 
+# Logits are float32: of what lies beyond, quotients would be infinite and probabilities no numbers.
+_LEAST_TEMPERATURE, _MOST_PENALTY = 1e-20, 1e6
 _SEED_STRIDE = 1_000_003  # a prime, so that seeds and numbers of tokens do not meet
 
 
@@ -59,11 +61,19 @@ class Sampling:
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "in 0..max_new_tokens"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or positive"),
+            (
+                "temperature",
+                self.temperature == 0.0 or _LEAST_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (greedy) or positive, at least {_LEAST_TEMPERATURE:g}",
+            ),
             ("top_k", self.top_k >= 0, "at least 1, or 0 for all"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p < 1.0, "at least 0 and below 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "positive"),
+            (
+                "repetition_penalty",
+                1 / _MOST_PENALTY <= self.repetition_penalty <= _MOST_PENALTY,
+                f"positive, in {1 / _MOST_PENALTY:g}..{_MOST_PENALTY:g}",
+            ),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("num_answers", 1 <= self.num_answers <= self.num_beams, "in 1..num_beams"),
             ("stop", all(self.stop), "texts that are not empty"),

@@ -173,14 +173,29 @@ def test_recipes_fit_their_gpus(name):
         ("partition: a\ntime: 1h\n", "time is '1h', but must be a time limit such as 24:00:00"),
         ("- a\n", "must hold keys and values"),
         ("a: [\n", "not YAML"),
+        ("[" * 5000, "not YAML (nested too deep)"),
+        ("partition: a\nx: 2024-99-99\n", "not YAML (month must be"),
+        ("partition: !!python/object/apply:os.system [echo]\n", "not YAML"),
+        ("partition: a\ngpus_per_node: -1\n", "gpus_per_node is -1, but must be at least 0"),
+        ("partition: a\nenv: {A: }\n", "env.A is None, but must be a text or a number; quote it"),
+        ("partition: a\nenv: {A: yes}\n", "env.A is True, but must be a text or a number; quote it"),
     ],
 )
 def test_mistakes_in_a_cluster_file(tmp_path, text, message):
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    with pytest.raises(LaunchError, match=message.replace("?", r"\?").replace("[", r"\[")) as error:
+    with pytest.raises(LaunchError, match=re.escape(message)) as error:
         read_cluster(path)
     assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"partition: caf\xe9\n")
+    with pytest.raises(LaunchError, match=r"a\.yaml: not UTF-8 text .* at byte 14"):
+        read_cluster(path)
+    with pytest.raises(LaunchError, match=r"a\.yaml: not UTF-8 text"):
+        submit.run_folder("train", [str(path)])
 
 
 @pytest.mark.parametrize(
@@ -343,6 +358,61 @@ def test_a_command_line_cannot_add_lines_to_the_script(arguments, named, capsys)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert re.search(named, shown.err)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["", "'a b'", '"a"', "runs/${oc.env:USER}", "a\\b", "-a", " a", "a #b", "null", "[a]", "{a: b}", "yes"],
+)
+def test_a_run_folder_that_train_or_sbatch_would_read_otherwise_is_refused(folder, capsys):
+    """OmegaConf fills ${...} in, YAML drops quotes and comments; the script would lock another folder than train's."""
+    assert submit.main([CPU, "--dry-run", *RUN_32K, f"runtime.run_dir={folder}"]) == 2
+    assert (
+        f"runtime.run_dir is {folder!r}, but the run folder must be a path as it is"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runtime: {run_dir: }", "runtime.run_dir is not given"),
+        ("runtime: 5", "runtime.run_dir is not given"),
+        ("- runtime", "runtime.run_dir is not given"),
+        ("runtime: {run_dir: [a]}", "runtime.run_dir is ['a'], but the run folder must be"),
+        ("runtime: {run_dir: 'a/${x}'}", "without ${; give runtime.run_dir=..."),
+        ("[" * 5000, "nested too deep"),
+    ],
+)
+def test_a_run_file_without_a_plain_run_folder_is_refused(text, message, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert submit.main([CPU, "--dry-run", "train", str(tmp_path / "run.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_home_and_numbers_are_folders_as_train_reads_them(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert submit.run_folder("train", ["a.yaml", "runtime.run_dir=~/runs/a"]) == "/home/me/runs/a"
+    assert submit.run_folder("train", ["a.yaml", "runtime.run_dir=5"]) == "5"
+    assert submit.run_folder("train", ["a.yaml", "runtime.run_dir=2024-01-01"]) == "2024-01-01"
+
+
+def test_a_percent_sign_of_the_run_folder_is_none_of_sbatchs_patterns(tmp_path, capsys):
+    assert submit.main([CPU, "--dry-run", *RUN_32K, f"runtime.run_dir={tmp_path}/50%j"]) == 0
+    assert f"#SBATCH --output={tmp_path}/50%%j/slurm-%j.log" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["a,/etc:/etc", "b:/x"])
+def test_a_run_folder_that_a_list_of_mounts_would_split_is_refused(folder, tmp_path, capsys):
+    assert submit.main([H100, "--dry-run", "--force", *RUN_32K, f"runtime.run_dir={tmp_path}/{folder}"]) == 2
+    assert "is mounted into the container" in capsys.readouterr().err
+    assert submit.main([CPU, "--dry-run", *RUN_32K, f"runtime.run_dir={tmp_path}/{folder}"]) == 0
+
+
+def test_the_script_is_submitted_by_its_whole_path(tmp_path, sbatch, monkeypatch):
+    """A relative one may look like an option of sbatch's."""
+    monkeypatch.chdir(tmp_path)
+    assert submit.submit("#!/bin/sh\n", "run") == f"Submitted batch job 7: {tmp_path}/run/job.sbatch"
 
 
 def test_the_script_in_the_run_folder_is_for_its_owner_only(tmp_path, sbatch):

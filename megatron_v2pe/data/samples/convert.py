@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import datetime
+import decimal
 import hashlib
 import json
 from collections import Counter
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.files import write_atomic
 from megatron_v2pe.data.samples.columns import (
     check_others,
@@ -28,7 +31,7 @@ from megatron_v2pe.data.samples.columns import (
     is_flat,
 )
 from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
-from megatron_v2pe.data.samples.records import parse_record
+from megatron_v2pe.data.samples.records import is_base64_image, parse_record
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, kind_of
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -36,6 +39,8 @@ from megatron_v2pe.data.sources.tables import TableRow
 
 _SUFFIXES = {"a JPEG image": ".jpg", "a PNG image": ".png", "a GIF image": ".gif", "a WebP image": ".webp"}
 _MEDIA_KEYS = ("image", "images", "video", "videos")
+_MESSAGE_KEYS = ("messages", "conversations", "conversation")
+_PART_KEYS = (*_MEDIA_KEYS, "image_url", "video_url", "url", "path")
 _SHOWN = 20
 
 
@@ -116,10 +121,12 @@ class Converter:
             for key in _MEDIA_KEYS:
                 if key in value:
                     value[key] = self._with_files(value[key], where)
-            text = json.dumps(value, ensure_ascii=False)
-            text.encode()
+            for key in _MESSAGE_KEYS:
+                if isinstance(value.get(key), list):
+                    value[key] = [self._message(each, where) for each in value[key]]
+            text = _json_text(value, where)
             record = parse_record({**others, **value}, entry=self._entry, sample_id=where, where=where)
-        except (DataError, TypeError, UnicodeEncodeError) as error:
+        except (DataError, UnicodeEncodeError) as error:
             message = str(error)
             self.result.bad.append(message if message.startswith(where) else f"{where}: {message}")
             return None
@@ -149,10 +156,25 @@ class Converter:
             return from_row(value, columns, where), others
         return {key: value[key] for key in names}, {}
 
+    def _message(self, message: Any, where: str) -> Any:
+        """A message of parts, with names of files where parts hold files."""
+        if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+            return message
+        return {**message, "content": [self._part(part, where) for part in message["content"]]}
+
+    def _part(self, part: Any, where: str) -> Any:
+        if not isinstance(part, dict):
+            return part
+        return {
+            key: self._with_files(value, where) if key in _PART_KEYS else value for key, value in part.items()
+        }
+
     def _with_files(self, value: Any, where: str) -> Any:
         """A value of a media key, with names of files where it holds files."""
         if isinstance(value, list):
             return [self._with_files(each, where) for each in value]
+        if isinstance(value, dict) and isinstance(value.get("url"), str):
+            return {**value, "url": self._with_files(value["url"], where)}
         content = _content(value, where)
         if content is None:
             return value["path"] if isinstance(value, dict) and isinstance(value.get("path"), str) else value
@@ -168,13 +190,56 @@ class Converter:
         return name
 
 
-def _content(value: Any, where: str) -> bytes | None:
-    """Bytes that a value holds: `{"bytes": ...}` of Hugging Face's data sets, or a data: address; None for a name."""
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return bytes(value["bytes"])
-    if isinstance(value, str) and value[:5].lower() == "data:":
+def _json_text(record: Mapping[str, Any], where: str) -> str:
+    """A line of json; times and exact numbers of parquet become texts and numbers.
+
+    Raises:
+        DataError: names the key whose value json cannot hold.
+        UnicodeEncodeError: half a surrogate pair.
+    """
+    for key, value in record.items():
         try:
-            return base64.b64decode(value.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError):
-            raise DataError(f"{where}: a data: address that is not base64") from None
+            json.dumps(value, default=_json_value)
+        except TypeError as error:
+            raise DataError(
+                f"{where}: key {shortened(key, 40)} cannot be written as json ({error}); remove it, or call it "
+                "'image' if it holds a picture"
+            ) from None
+    text = json.dumps(record, ensure_ascii=False, default=_json_value)
+    text.encode()
+    return text
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    raise TypeError(f"it holds {type(value).__name__}")
+
+
+def _content(value: Any, where: str) -> bytes | None:
+    """Bytes that a value holds; None for a name.
+
+    These are `{"bytes": ...}` of Hugging Face's data sets, also as base64 in json, a data: address, and base64 alone.
+    """
+    inner = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(inner, bytes):
+        return inner
+    if not isinstance(inner, str):
+        return None
+    if inner[:5].lower() == "data:":
+        content = _decoded(inner.partition(",")[2])
+        if content is None:
+            raise DataError(f"{where}: a data: address that is not base64")
+        return content
+    if isinstance(value, dict) or is_base64_image(inner):
+        return _decoded("".join(inner.split()))
     return None
+
+
+def _decoded(text: str) -> bytes | None:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -173,7 +173,7 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
     turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
     turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
-    own_system = _checked_text(native.system, "system text", where)
+    own_system = checked_text(native.system, "system text", where)
     if own_system.strip():
         notes.append(system_note(own_system))
     system = own_system or entry.system
@@ -298,12 +298,12 @@ def _checked_name(name: str, kind: str, where: str) -> str:
         raise DataError(
             f"{where}: {kind} is {shortened(name)}, a list written as a text; write the list itself"
         )
-    if len(name) > _MOST_NAME or _BASE64.fullmatch(name):
+    if len(name) > _MOST_NAME or is_base64_image(name):
         raise DataError(
             f"{where}: {kind} has {len(name):,} characters and is no path; is it the file itself as base64? "
             "Write it to a file below the root (`convert-data --media FOLDER` does)"
         )
-    return _checked_text(name, kind, where)
+    return checked_text(name, kind, where)
 
 
 def _parse_videos(native: NativeRecord, entry: DatasetEntry, where: str) -> tuple[Medium, ...]:
@@ -369,7 +369,7 @@ def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
 
 
 def _parse_turn(message: Message) -> Turn:
-    value = _checked_text(message.text, "its text", message.where)
+    value = checked_text(message.text, "its text", message.where)
     return Turn(role=message.role, value=literal_placeholders(value), supervised=message.supervised)
 
 
@@ -382,8 +382,18 @@ def literal_placeholders(text: str) -> str:
     return text
 
 
-def _checked_text(text: str, what: str, where: str) -> str:
-    """Refuse half a surrogate pair: an escape of json can spell it, but no file name, tokenizer or log can hold it."""
+def is_base64_image(name: str) -> bool:
+    """Whether a name of a file is the file itself, a picture as base64."""
+    return _BASE64.fullmatch(name) is not None
+
+
+def checked_text(text: str, what: str, where: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        DataError: it has half a surrogate pair, which an escape of json can spell, but no file name, tokenizer or log
+            can hold; or the mark of literal placeholders.
+    """
     if text.isascii():
         return text
     try:

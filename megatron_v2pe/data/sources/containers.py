@@ -23,6 +23,7 @@ from megatron_v2pe.data.sources.tables import DELIMITERS, rows_of_table
 
 _BLOCK_CHARS = 2**20
 _MOST_RECORD_CHARS = 64 * 2**20
+_MOST_PARQUET_BYTES = 2**31
 _BLANKS = " \t\r\n"
 _ROWS = 256  # of a parquet file at a time
 
@@ -38,7 +39,8 @@ def records_of(path: str) -> Iterator[tuple[str, Any]]:
         with open_binary(path) as file, _unpacked(file) as content:
             kind = annotation_kind(content.peek(HEAD_BYTES)[:HEAD_BYTES])
             if kind == "a parquet file":
-                yield from _parquet_rows(content, path)
+                whole = content if isinstance(content, gzip.GzipFile) else None
+                yield from _parquet_rows(file if whole is None else _in_memory(whole, path), path)
             elif kind in DELIMITERS:
                 yield from rows_of_table(content, path, kind)
             elif kind in ("", "one json array", "json over several lines"):
@@ -104,6 +106,16 @@ def _skipped(text: str, place: int, letters: str) -> int:
     return place
 
 
+def _in_memory(file: BinaryIO, path: str) -> BinaryIO:
+    """A file that cannot be searched, up to a bound: a few bytes of gzip may be a terabyte."""
+    content = file.read(_MOST_PARQUET_BYTES + 1)
+    if len(content) > _MOST_PARQUET_BYTES:
+        raise DataError(
+            f"{path}: a parquet file of more than {_MOST_PARQUET_BYTES:,} bytes within gzip; unpack it first"
+        )
+    return io.BytesIO(content)
+
+
 def _parquet_rows(file: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
@@ -115,9 +127,10 @@ def _parquet_rows(file: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
         ) from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(io.BytesIO(file.read())).iter_batches(batch_size=_ROWS):
+        file.seek(0)
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_ROWS):
             for value in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", value
-    except pyarrow.ArrowException as error:
+    except (ValueError, pyarrow.ArrowException) as error:  # ValueError: times that Python's types cannot hold
         raise DataError(f"{path}: not a sound parquet file ({str(error)[:200]})") from None

@@ -65,7 +65,7 @@ def json_file(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid json ({error})") from None
 
 
@@ -141,5 +141,9 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for record in batch.to_pylist():
                 yield f"{path}: row {number}", record
                 number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        pyarrow.ArrowException,
+    ) as error:  # ValueError: a value that Python has no type for
         raise DataError(f"{path}: cannot be read as parquet ({error})") from None

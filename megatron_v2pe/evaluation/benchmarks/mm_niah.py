@@ -233,7 +233,7 @@ def _present(values: Sequence[float]) -> list[float]:
 def _parsed_list(answer: str, where: str) -> list[Any]:
     try:
         value = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list):
         raise DataError(f"{where}: answer is {answer!r}, but a counting task's must be a list")

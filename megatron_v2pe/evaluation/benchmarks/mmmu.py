@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.evaluation.benchmarks.base import (
     Benchmark,
     DataFile,
@@ -91,15 +92,18 @@ class MMMU(Benchmark):
 
 def _request(record: Mapping[str, Any], subject: str, where: str) -> Request:
     question = need(record, "question", str, where).strip()
-    try:
-        choices = ast.literal_eval(need(record, "options", str, where))
-    except (ValueError, SyntaxError):
-        raise DataError(f"{where}: options is no list of texts: {record['options']!r}") from None
+    choices = _literal(need(record, "options", str, where))
+    if not isinstance(choices, (list, tuple)):
+        raise DataError(f"{where}: options is no list of texts: {shortened(record['options'])}")
     options = {letter_of(index): str(choice) for index, choice in enumerate(choices)}
     is_open = need(record, "question_type", str, where) == "open"
     lines = f"\n{lettered(options)}" if options else ""
     text = f"{question}{lines}\n{_PHRASE if is_open else LETTER_PROMPT}".strip()
-    images = [image["bytes"] for n in range(1, 8) if (image := record.get(f"image_{n}")) is not None]
+    images = [
+        need(image, "bytes", bytes, f"{where}: image_{n}")
+        for n in range(1, 8)
+        if (image := record.get(f"image_{n}")) is not None
+    ]
     if not images:
         raise DataError(f"{where}: image_1 is missing; every question has an image")
     # `<image 1>` is text to the release, only the bare mark is a place for an image.
@@ -131,12 +135,16 @@ def _with_image(part: Part, images: Iterator[tuple[int, bytes]]) -> Part:
 
 def _answers(text: str) -> list[str]:
     """One open answer, or a list of them written as Python writes it."""
-    if re.match(r"^\[.*\]$", text):
-        try:
-            return [str(item) for item in ast.literal_eval(text)]
-        except (ValueError, SyntaxError):
-            pass
-    return [text]
+    items = _literal(text) if re.match(r"^\[.*\]$", text) else None
+    return [str(item) for item in items] if isinstance(items, list) else [text]
+
+
+def _literal(text: str) -> Any:
+    """What a text spells in Python's notation of values; None where it spells none, or nests too deep."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def _value(row: Row, mode: Mode) -> float:

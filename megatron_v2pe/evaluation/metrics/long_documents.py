@@ -7,7 +7,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _UNITS = (
@@ -24,6 +24,7 @@ _UNITS = (
     "mm",
     "m",
 )
+_MOST_DIGITS = 18
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?|-?\.\d+")
 # Addresses, file names, pages, times, dates: right only when they are in the answer letter by letter.
 _LITERAL = re.compile(
@@ -57,27 +58,35 @@ def _counted(text: str) -> list[int]:
         found = re.findall(pattern, text, re.DOTALL)
         if found:
             try:
-                return [int(item) for item in json.loads(found[-1]) if str(item).strip().isdecimal()]
-            except ValueError:
+                items = json.loads(found[-1])
+                return _whole_numbers(text for item in items if (text := str(item).strip()).isdecimal())
+            except (ValueError, RecursionError):  # RecursionError: an answer of brackets
                 continue
-    return [int(number) for number in re.findall(r"\d+", text)]
+    return _whole_numbers(re.findall(r"\d+", text))
+
+
+def _whole_numbers(texts: Iterable[str]) -> list[int]:
+    """Numbers of an answer; one that is too long to be read, as a model may repeat a digit, counts as -1."""
+    return [int(text) if len(text) <= _MOST_DIGITS else -1 for text in texts]
 
 
 def letter(text: str, answer: int) -> float:
     """Whether the option is right: after `answer is` or `answer:`, else the last free-standing letter."""
     text = " ".join(text.split())
-    for pattern in (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])", r".*\b([A-J])\b"):
+    for pattern in (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])"):
         found = re.search(pattern, text)
         if found:
             return float(ord(found.group(1)) - ord("A") == answer)
-    return 0.0
+    alone = re.findall(r"\b[A-J]\b", text)
+    return float(bool(alone) and ord(alone[-1]) - ord("A") == answer)
 
 
 def class_number(text: str, answer: int) -> float:
     """Whether the number of a class is right: after `label:`, else the last number."""
     text = " ".join(text.split())
-    found = re.search(r"label:\s*(\d+)", text, re.IGNORECASE) or re.search(r".*\b(\d+)\b", text)
-    return float(found is not None and int(found.group(1)) == answer)
+    named = re.search(r"label:\s*(\d+)", text, re.IGNORECASE)
+    numbers = [named.group(1)] if named else re.findall(r"\b\d+\b", text)
+    return float(_whole_numbers(numbers[-1:]) == [answer])
 
 
 def yes_or_no(text: str, answer: str, *, default: int | None = None) -> float:

@@ -17,6 +17,9 @@ from megatron_v2pe.evaluation.metrics.vqa_text import NUMBERS_TO_NINETY, has_wor
 NeedleMode = Literal["release", "original", "clean"]
 
 
+_MOST_DIGITS = 18  # Python refuses to read numbers of thousands of digits, and no option has such a number
+
+
 def needle_score(answer: int | str | list[Any], response: str, *, mode: NeedleMode) -> float:
     """Score of one answer, 0..1; lists get a share, all others 0 or 1.
 
@@ -41,7 +44,7 @@ def needle_score(answer: int | str | list[Any], response: str, *, mode: NeedleMo
 def _option(response: str, mode: NeedleMode) -> int | None:
     """Index of the option that a response names, None where it names none."""
     if response.isdecimal():
-        return int(response)
+        return int(response) if len(response) <= _MOST_DIGITS else None
     text = _first_sentence(response)
     if text == "none":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -96,7 +97,13 @@ def rouge_l(prediction: str, reference: str) -> float:
     if not prediction.strip(" .") or not reference.strip(" ."):
         return 0.0  # nothing is left of it once sentences are split, which the package refuses
     scorer = _library("rouge").Rouge(metrics=["rouge-l"])
-    return float(scorer.get_scores(prediction, reference)[0]["rouge-l"]["f"])
+    usual = sys.getrecursionlimit()
+    # It calls itself once for each word of a sentence; an answer that repeats a word is such a sentence.
+    sys.setrecursionlimit(usual + 2 * (len(prediction.split()) + len(reference.split())))
+    try:
+        return float(scorer.get_scores(prediction, reference)[0]["rouge-l"]["f"])
+    finally:
+        sys.setrecursionlimit(usual)
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

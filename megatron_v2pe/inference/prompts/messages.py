@@ -16,7 +16,7 @@ from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, Medium, MediumTiles
 from megatron_v2pe.data.media.tiling import rule_for_sample
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
-from megatron_v2pe.data.samples.records import literal_placeholders
+from megatron_v2pe.data.samples.records import checked_text, literal_placeholders
 from megatron_v2pe.data.samples.settings import SampleSettings
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
@@ -56,13 +56,14 @@ def build_prompt(
     Raises:
         ConfigError: the system text has a placeholder, the question is empty, placeholders and attachments differ in
             number, or the prompt is too long.
-        DataError: an image or video cannot be read.
+        DataError: a text has what is no character, or an image or video cannot be read.
     """
     if not messages[-1].text.strip() and not (messages[-1].images or messages[-1].videos):
         raise ConfigError("the question is empty; ask something")
     num_images = sum(len(message.images) for message in messages)
     turns, media = list[Turn](), list[MediumTiles]()
     if system is not None:
+        checked_text(system, "the system text", "the question")
         turns.append(Turn(role="system", value=literal_placeholders(system)))
         if _PLACEHOLDER.search(turns[0].value):
             raise ConfigError(
@@ -99,7 +100,7 @@ def _message_media(
 
 
 def _with_placeholders(message: Message) -> str:
-    text = literal_placeholders(message.text)
+    text = literal_placeholders(checked_text(message.text, "its text", "a message"))
     wanted = ((IMAGE_PLACEHOLDER, message.images), (VIDEO_PLACEHOLDER, message.videos))
     for placeholder, attached in reversed(wanted):
         count = text.count(placeholder)

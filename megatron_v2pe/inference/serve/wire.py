@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER
 from megatron_v2pe.inference.prompts.messages import Message
@@ -40,6 +41,9 @@ _SAMPLING_FIELDS = {
     "seed": int,
     "min_tokens": int,
 }
+_MOST_NUMBER = 1e300  # json has numbers that no float can hold, and NaN
+_MOST_STOPS = 64
+_MESSAGE_FIELDS = {"role", "content", "name"}
 _ONLY = {"frequency_penalty": (0,), "presence_penalty": (0,)}
 _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "stride",
@@ -180,7 +184,6 @@ def parse_request(values: Any, limits: Limits) -> ChatRequest:
         raise RequestError(404, "model_not_found", message)
     parser = _Messages(limits)
     messages = parser.parse(values.get("messages"))
-    stream_options = values.get("stream_options") or {}
     return ChatRequest(
         messages=messages,
         attachments=tuple(parser.attachments),
@@ -190,7 +193,7 @@ def parse_request(values: Any, limits: Limits) -> ChatRequest:
         stride=_whole(values, "stride"),
         num_top=_num_top(values),
         stream=_flag(values, "stream"),
-        with_usage=isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
+        with_usage=_with_usage(values),
     )
 
 
@@ -203,6 +206,15 @@ def _flag(values: dict[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _bad(f"{name} must be true or false, found {value!r}")
     return bool(value)
+
+
+def _with_usage(values: dict[str, Any]) -> bool:
+    options = values.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+        raise _bad(f"stream_options is {shortened(options)}, but must be an object with include_usage")
+    return _flag(options, "include_usage")
 
 
 def _whole(values: dict[str, Any], name: str) -> int | None:
@@ -234,12 +246,8 @@ def _sampling(values: dict[str, Any], limits: Limits) -> Sampling:
         value = values.get(name)
         if value is None:
             continue
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or (kind is int and value != int(value))
-        ):
-            raise _bad(f"{name} must be a {'whole ' if kind is int else ''}number, found {value!r}")
+        if not _is_number(value, is_whole=kind is int):
+            raise _bad(f"{name} must be a {'whole ' if kind is int else ''}number, found {shortened(value)}")
         chosen["min_new_tokens" if name == "min_tokens" else name] = kind(value)
     if chosen["temperature"] == 0:  # greedy takes the most probable token, whatever would be cut away
         chosen = {key: value for key, value in chosen.items() if key not in ("top_p", "top_k", "min_p")}
@@ -250,14 +258,35 @@ def _sampling(values: dict[str, Any], limits: Limits) -> Sampling:
         raise _bad(
             f"max_tokens is {longest}, but this server's limit is {limits.max_new_tokens}", "too_many_tokens"
         )
-    stop = values.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) for text in stop):
-        raise _bad("stop must be a text or a list of texts")
+    stop = values.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if (
+        not isinstance(stop, list)
+        or len(stop) > _MOST_STOPS
+        or not all(isinstance(text, str) for text in stop)
+    ):
+        raise _bad(f"stop must be a text or a list of at most {_MOST_STOPS} texts")
     try:
-        return Sampling(max_new_tokens=longest, stop=stop, **chosen)
+        return Sampling(max_new_tokens=longest, stop=tuple(stop), **chosen)
     except ConfigError as error:
         raise _bad(str(error)) from None
+
+
+def _is_number(value: Any, *, is_whole: bool) -> bool:
+    """A finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _MOST_NUMBER:
+        return False
+    return not is_whole or value == int(value)
+
+
+def _role(message: dict[str, Any], where: str) -> str:
+    """The role of a message that says nothing else than what is read; empty for none."""
+    unknown = {key for key, value in message.items() if value not in (None, [])} - _MESSAGE_FIELDS
+    if unknown:
+        names, known = ", ".join(sorted(unknown)), ", ".join(sorted(_MESSAGE_FIELDS))
+        raise _bad(f"{where} has {names}; known are {known}", "unknown_field")
+    role = message.get("role")
+    return role if isinstance(role, str) else ""
 
 
 class _Messages:
@@ -276,14 +305,15 @@ class _Messages:
         for index, message in enumerate(values):
             if not isinstance(message, dict):
                 raise _bad(f"messages[{index}] must be an object")
-            role = message.get("role")
+            role = _role(message, f"messages[{index}]")
             if role in ("system", "developer") and index == 0:
                 self.system = self._parts(message, f"messages[{index}]").text
             elif role in _ROLES:
                 turns.append(self._parts(message, f"messages[{index}]"))
             else:
+                found = shortened(message.get("role"))
                 raise _bad(
-                    f"messages[{index}].role is {role!r}, but must be user or assistant (system comes first)"
+                    f"messages[{index}].role is {found}, but must be user or assistant (system comes first)"
                 )
         for index, turn in enumerate(turns):
             if turn.role != ("human", "gpt")[index % 2]:
@@ -304,6 +334,7 @@ class _Messages:
         text, images, videos = "", list[str](), list[str]()
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
+            kind = kind if isinstance(kind, str) else ""
             if kind == "text" and isinstance(part.get("text"), str):
                 text += _literal(part["text"])
             elif kind in _MEDIA_TYPES and message.get("role") == "user":
@@ -326,7 +357,10 @@ class _Messages:
             raise _bad(f"{where}: an image needs a url")
         if url.startswith("data:"):
             return _inline(url, where)
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise _bad(f"{where}: {shortened(url)} is no address ({error})", "unsupported_url") from None
         if parts.scheme not in ("", "file"):
             raise _bad(
                 f"{where}: {parts.scheme} addresses are not fetched; send the bytes as a data: url",
@@ -359,9 +393,17 @@ def _inside(name: str, root: str, where: str) -> str:
     if not root:
         raise _bad(f"{where}: this server reads no files; send the bytes as a data: url", "files_not_allowed")
     folder = Path(root).resolve()
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder) or not path.exists():
-        raise _bad(f"{where}: {name!r} is no file of this server's media folder", "file_not_found")
+    try:
+        path = (folder / name).resolve()
+        is_there = path.is_relative_to(folder) and path.exists()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # too long, a null character, half a surrogate pair, a loop of links
+        is_there = False
+    if not is_there:
+        raise _bad(f"{where}: {shortened(name)} is no file of this server's media folder", "file_not_found")
     return str(path)
 
 

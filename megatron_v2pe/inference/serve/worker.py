@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_v2pe.core.errors import ConfigError, V2PEError
+from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.inference.chat import Chat
 from megatron_v2pe.inference.engine import Answer, Step
 from megatron_v2pe.inference.prompts.prompt import Prompt
@@ -180,8 +180,11 @@ class Worker:
         if attachment.path:
             return attachment.path
         path = Path(self._folder.name) / f"request_{running.number}_{index}{attachment.suffix}"
-        path.write_bytes(base64.b64decode(attachment.content))
         running.files.append(path)
+        try:
+            path.write_bytes(base64.b64decode(attachment.content))
+        except OSError as error:
+            raise DataError(f"an image of the request cannot be kept ({error.strerror})") from None
         return str(path)
 
     def _prefill_some(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_a
 from megatron_v2pe.config.arch.published import PUBLISHED, published_key
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import validate
-from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.errors import CheckpointError, ConfigError
+from megatron_v2pe.core.plain_files import read_json_object
 from megatron_v2pe.planning.request.hardware import GPUS, Hardware, with_rates
 from megatron_v2pe.planning.request.workload import Assumptions
 
@@ -99,12 +99,9 @@ def find_architecture(name: str | None, config: RunConfig) -> tuple[str, InternV
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--arch {path}: not valid json ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--arch {path}: must hold a json object")
-    return values
+        return read_json_object(path)
+    except CheckpointError as error:
+        raise ConfigError(f"--arch {error}") from None
 
 
 def check_run(config: RunConfig, arch: InternVLArchitecture, gpus: int) -> None:

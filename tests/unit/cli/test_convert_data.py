@@ -1,6 +1,8 @@
 """convert-data: every container and format to one record a line; bad records are named and not written."""
 
 import base64
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -11,6 +13,8 @@ from PIL import Image
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.samples.records import parse_line
+from megatron_v2pe.data.sources import containers
 from megatron_v2pe.data.sources.containers import records_of
 from megatron_v2pe.data.sources.file_kinds import annotation_kind, kind_of, way_out
 from megatron_v2pe.data.sources.meta import read_meta
@@ -87,6 +91,68 @@ def test_images_as_base64_become_files(tmp_path, capsys):
     (name,) = [json.loads(line)["image"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert (tmp_path / "media" / name).read_bytes() == buffer.getvalue()
     assert name.endswith(".png")
+
+
+@pytest.mark.parametrize("kind", ["part", "part_url", "plain_url", "base64", "bytes", "list"])
+def test_images_become_files_wherever_a_record_holds_them(tmp_path, capsys, kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    address = f"data:image/png;base64,{text}"
+    parts = {
+        "part": {"type": "image", "image": address},
+        "part_url": {"type": "image_url", "image_url": {"url": address, "detail": "low"}},
+        "plain_url": {"type": "image_url", "image_url": address},
+    }
+    images = {"base64": text, "bytes": {"bytes": text, "path": None}, "list": [{"bytes": text}]}
+    if kind in parts:
+        content = [parts[kind], {"type": "text", "text": "What?"}]
+        value = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
+    else:
+        value = {"image": images[kind], **record("<image> a", "b")}
+    (tmp_path / "a.jsonl").write_text(json.dumps(value) + "\n")
+    code, output = run(capsys, tmp_path / "a.jsonl", "--out", tmp_path / "o.jsonl", "--media", tmp_path / "m")
+    assert (code, "1 records, 0 bad, 1 media files" in output) == (0, True), output
+    (file,) = (tmp_path / "m").iterdir()
+    assert file.read_bytes() == buffer.getvalue()
+    (line,) = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert file.name in line
+    assert text not in line
+    parsed = parse_line(
+        line.encode(), entry=entry(annotation="o.jsonl", root=str(tmp_path / "m")), line_number=1
+    )
+    assert [medium.path for medium in parsed.media] == [str(file)]
+
+
+def test_times_and_exact_numbers_of_parquet_are_no_reason_to_refuse_a_record(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = [
+        {"at": datetime.datetime(2024, 1, 2), "price": decimal.Decimal("1.5"), **record("a", "b")},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "a.parquet")
+    code, text = run(capsys, tmp_path / "a.parquet", "--out", tmp_path / "o.jsonl")
+    assert code == 0, text
+    found = json.loads((tmp_path / "o.jsonl").read_text())
+    assert (found["at"], found["price"]) == ("2024-01-02T00:00:00", 1.5)
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"thumb": b"abc", **record("a", "b")}]), tmp_path / "b.parquet"
+    )
+    code, text = run(capsys, tmp_path / "b.parquet", "--check")
+    assert code == 2
+    assert "b.parquet:1: key 'thumb' cannot be written as json (it holds bytes); remove it" in text
+
+
+def test_parquet_within_gzip_is_bounded(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([record("a", "b")]), tmp_path / "a.parquet")
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert [value for _, value in records_of(str(path))] == [record("a", "b")]
+    monkeypatch.setattr(containers, "_MOST_PARQUET_BYTES", 100)
+    with pytest.raises(DataError, match="more than 100 bytes within gzip; unpack it first"):
+        list(records_of(str(path)))
 
 
 def test_bad_records_are_named_and_nothing_is_written(tmp_path, capsys):

@@ -80,3 +80,56 @@ def test_names_of_other_programs_lead_to_ours():
 def test_the_nearest_key_is_the_right_one(key, ours):
     with pytest.raises(ConfigError, match=rf"unknown key {key}; did you mean {ours}\?"):
         load_run_config(None, [f"{key}=1"])
+
+
+def test_home_is_meant_by_a_tilde_in_the_file_and_on_the_command_line(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (folder / "run.yaml").write_text("model: {checkpoint: ~/ckpt}\nruntime: {run_dir: ~/runs/a}\n")
+    config = load_run_config(folder / "run.yaml", ["data.cache_dir=~/cache", "data.meta=a/~/b"])
+    assert config.model.checkpoint == "/home/me/ckpt"
+    assert config.runtime.run_dir == "/home/me/runs/a"
+    assert config.data.cache_dir == "/home/me/cache"
+    assert config.data.meta == "a/~/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 3000, "not valid YAML"),
+        ("model: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("model: !!set {a, b}", "'set' is not a supported"),
+        ("model: {checkpoint: '${oc.env'}", "model.checkpoint: no viable alternative"),
+        ("model: {checkpoint: '${model.checkpoint}'}", "Recursive interpolation"),
+        ("model: {checkpoint: '${nope:1}'}", "Unsupported interpolation type nope"),
+        ("null: 2", "Incompatible key type"),
+        ("1: 2", "unknown key 1"),
+        ("5", "cannot be read (Invalid loaded object type: int)"),
+        ("optim: {steps: 1" + "0" * 5000 + "}", "Exceeds the limit"),
+        (r'model: {checkpoint: "a\0b"}', "model.checkpoint is 'a\\x00b', which has a null character"),
+        (r'data: {curriculum: [{"a\0": "\0"}]}', "which has a null character"),
+    ],
+)
+def test_a_file_that_no_run_can_mean_is_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(tmp_path / "run.yaml")
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("=x", "'=x' is not an override"),
+        ("model..checkpoint=x", "is not an override"),
+        ("model.checkpoint=\udcff", "is not valid YAML"),  # a byte of the command line that is no UTF-8
+        ("model.checkpoint=a\x00b", "is not valid YAML"),
+        ("model.checkpoint=" + "[" * 3000, "(3,017 characters) is not valid YAML"),
+        ("model.checkpoint=!!python/object/apply:os.system [id]", "could not determine a constructor"),
+    ],
+)
+def test_an_override_that_no_run_can_mean_is_named(text, message):
+    with pytest.raises(ConfigError, match="command line: ") as caught:
+        load_run_config(None, [text])
+    assert message in str(caught.value)

@@ -335,6 +335,29 @@ def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat,
         ({"stream": 1}, "stream must be true or false"),
         ({"top_logprobs": 99, "logprobs": True}, "0..20"),
         ({"stop": [3]}, "stop must be"),
+        ({"stop": 5}, "stop must be"),
+        ({"stop": {"a": 1}}, "stop must be"),
+        ({"stop": ["a"] * 65}, "at most 64 texts"),
+        ({"seed": float("inf")}, "seed must be a whole number"),
+        ({"top_k": float("nan"), "temperature": 1}, "top_k must be a whole number"),
+        ({"temperature": 10**400}, "temperature must be a number"),
+        ({"temperature": 1e-320}, "--temperature is 1e-320, but must be 0 (greedy)"),
+        ({"repetition_penalty": 1e-320}, "--repetition-penalty is 1e-320, but must be positive"),
+        ({"stream_options": "usage"}, "stream_options is 'usage'"),
+        ({"stream_options": {"include": True}}, "must be an object with include_usage"),
+        ({"messages": [{"role": [], "content": "x"}]}, "role is []"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "has tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "part of type"),
+        ({"messages": question("x", "//[")}, "is no address"),
+        ({"messages": question("x", "a%00b")}, "is no file of this server's media folder"),
+        ({"messages": question("x", "a" * 5000)}, "is no file of this server's media folder"),
+        ({"messages": question("x", "\ud800")}, "is no file of this server's media folder"),
+        ({"messages": question("half \ud800")}, "half of a surrogate pair"),
+        ({"messages": question("<\ufdd0image>")}, "which Unicode keeps out of texts"),
+        (
+            {"messages": [{"role": "system", "content": "\udfff"}, *question("x")]},
+            "half of a surrogate pair",
+        ),
     ],
 )
 def test_bad_requests(address, changes, message):
@@ -342,6 +365,8 @@ def test_bad_requests(address, changes, message):
     status, found = post(address, body)
     assert status == 400
     assert message in found["error"]["message"]
+    plain = {"model": "tiny", "messages": question("Hello"), "max_tokens": 1}
+    assert post(address, plain)[0] == 200, "the server lives on"
 
 
 @pytest.mark.parametrize("text", ["see <image>", "<video> and \\\\<image>"])
