@@ -382,8 +382,8 @@ class CheckpointConfig:
     resume: bool = True
     """Continue from the newest checkpoint of runtime.run_dir, when there is one."""
     verify: Literal["sizes", "full"] = "sizes"
-    """How the files of a checkpoint are checked before it is loaded. sizes: missing and cut files are found; full:
-    every file is read and hashed as well, which also finds flipped bits."""
+    """How the files of a checkpoint are checked before it is loaded. sizes: missing, cut and exchanged files are
+    found, and any change of a small one; full: every file is read and hashed, which also finds flipped bits."""
     fallback: bool = False
     """Continue from the newest good checkpoint when newer ones are damaged; false stops and names it."""
     allow_changed_data: bool = False
