@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.errors import CheckpointError, DataError
 from megatron_v2pe.core.plain_files import read_plain_text
 from megatron_v2pe.data.text.tokenizer_files import read_json, token_index
 
@@ -83,12 +83,27 @@ class ByteLevelVocabulary:
         """Ids of a text."""
         ids: list[int] = []
         for block in self._cut(text):
-            ids += self._backend.encode(self._composed(block), add_special_tokens=False).ids
+            ids += self._encoded(block).ids
         return ids
 
     def entries(self, text: str) -> list[str]:
         """Entries of a text, one letter for each byte."""
-        return list(self._backend.encode(self._composed(text), add_special_tokens=False).tokens)
+        return list(self._encoded(text).tokens)
+
+    def _encoded(self, text: str) -> tokenizers.Encoding:
+        """The library's result.
+
+        Raises:
+            DataError: the expression that cuts words gives up on the text; the library then ends in a panic.
+        """
+        try:
+            return self._backend.encode(self._composed(text), add_special_tokens=False)
+        except BaseException as error:
+            raise_if_foreign(error)
+            raise DataError(
+                f"the tokenizer cannot cut a text of {len(text):,} characters into words ({str(error)[:200]}); is it "
+                "millions of blanks?"
+            ) from None
 
     def to_text(self, tokens: Sequence[str], special: Container[str]) -> str:
         """Text of entries; bytes that are no UTF-8 become U+FFFD."""

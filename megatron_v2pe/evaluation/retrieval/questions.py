@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
+from megatron_v2pe.data.index.scan import check_kind
 from megatron_v2pe.data.media.medium import plain_text
 from megatron_v2pe.data.samples.records import Record, parse_record
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
@@ -168,8 +169,11 @@ def read_items(path: str | Path, *, root: str = "") -> list[RetrievalItem]:
     items: list[RetrievalItem] = []
     places: dict[str, str] = {}
     for entry in _entries(Path(path), root):
+        check_kind(entry.annotation)
         for number, values in read_jsonl(entry.annotation):
             item = _parse_item(values, entry, f"{entry.annotation}:{number}", number)
+            if item.item_id in places and not item.length:  # training data may repeat ids
+                item = replace(item, item_id=f"{item.item_id} ({entry.name}:{number})")
             if item.item_id in places:
                 raise DataError(
                     f"{item.record.where}: id {item.item_id!r} was used at {places[item.item_id]} already; "
@@ -210,9 +214,11 @@ def _parse_item(values: dict[str, Any], entry: DatasetEntry, where: str, number:
 
     A record without length and depth is a plain question; its line number is its id where it has none.
     """
-    is_plain = "length" not in values and "depth" not in values
+    is_plain = values.get("length") is None and values.get("depth") is None
     if is_plain:
-        values = {**values, "length": 0, "depth": 0.0, "id": values.get("id", f"{entry.name}:{number}")}
+        own = values.get("id")
+        own = f"{entry.name}:{number}" if own is None or isinstance(own, (list, dict)) else str(own)
+        values = {**values, "length": 0, "depth": 0.0, "id": own}
     for key, kinds in (("id", (str, int)), ("length", (int,)), ("depth", (int, float))):
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, kinds):

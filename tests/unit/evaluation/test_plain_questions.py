@@ -80,6 +80,41 @@ def test_records_of_training_data_are_questions(tmp_path):
     ]
 
 
+def test_plain_questions_need_no_ids_of_their_own(tmp_path):
+    """In LLaVA's data an id is a picture's; a table that was written by pandas has empty ones."""
+    path = write(tmp_path / "q.jsonl", ["red", "green", "blue"], id="000000033471")
+    assert [item.item_id for item in read_items(path)] == [
+        "000000033471",
+        "000000033471 (q:2)",
+        "000000033471 (q:3)",
+    ]
+    path = write(tmp_path / "none.jsonl", ["red", "green"], id=None, length=None, depth=None)
+    assert [item.item_id for item in read_items(path)] == ["none:1", "none:2"]
+    path = write(tmp_path / "float.jsonl", ["red"], id=7.0)
+    assert [item.item_id for item in read_items(path)] == ["7.0"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"image,question,answer\na.png,b,c\n", "is a CSV table"),
+        (b"\x1f\x8b\x08", "is a gzip file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ('{"a": 1}\n'.encode("utf-16"), "UTF-16"),
+        (b"[" * 100_000 + b"\n", "one json array"),
+        (b'{"a": ' + b"[" * 100_000 + b"\n", "q.jsonl:1: not valid json (nested too deep)"),
+        (b'{"a": 1' + b"0" * 5000 + b"}\n", "q.jsonl:1: not valid json (Exceeds the limit"),
+    ],
+    ids=["csv", "gzip", "lfs", "utf16", "array", "deep", "digits"],
+)
+def test_a_file_that_is_something_else_is_named(tmp_path, content, message):
+    (tmp_path / "q.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_items(tmp_path / "q.jsonl")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
 def test_plain_questions_and_retrieval_do_not_mix(tmp_path):
     path = write(tmp_path / "e.jsonl", ["Red"])
     path.write_text(

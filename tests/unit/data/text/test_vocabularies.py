@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.errors import CheckpointError, DataError
+from megatron_v2pe.data.text.byte_level import ByteLevelVocabulary
 from megatron_v2pe.data.text.tokenizer import load_tokenizer
 from tests.support.tokenizers import FOLDERS, TOKENIZERS
 
@@ -154,3 +155,15 @@ def test_a_tokenizer_json_of_another_kind_is_refused(llama3):
     (folder / "tokenizer.json").write_text('{"pre_tokenizer": "ByteLevel"}')
     with pytest.raises(CheckpointError, match="cannot be read by the tokenizers library"):
         load_tokenizer(folder)
+
+
+def test_a_text_at_which_the_expression_for_words_gives_up_is_refused():
+    """The library ends in a panic there, which is no Exception and would end a server or a loader."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "!": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), behavior="isolated")
+    vocabulary = ByteLevelVocabulary(backend, composes=False, digest=b"")
+    assert vocabulary.encode("aa") == [0, 0]
+    with pytest.raises(DataError, match="cannot cut a text of 31 characters into words .*retry-limit"):
+        vocabulary.encode("a" * 30 + "!")
+    with pytest.raises(DataError, match="cannot cut a text"):
+        vocabulary.entries("a" * 30 + "!")
