@@ -97,8 +97,8 @@ def overview(
         )
     except TooManyBadError as error:  # they are listed below
         problem = DataError(error.summary)
-    except DataError as error:
-        problem = error
+    except DataError as error:  # also of a plan without a first epoch
+        plan, problem = None, error
     rows = describe_datasets(indexes, plan)
     notices = notice_lines(indexes, exif=config.data.exif, alpha=config.data.alpha)
     text = data_table(rows, report, notices=notices)

@@ -126,6 +126,8 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
                 **_metadata_options(av),
             ) as container,
         ):
+            if container.format.name.endswith("_pipe") or container.format.name == "image2":
+                raise DataError(f"{path}: is a single picture, not a video; name it as 'image' of the record")
             if not container.streams.video:
                 raise DataError(f"{path}: holds no video stream; repair or remove the sample")
             stream = container.streams.video[0]

@@ -298,6 +298,12 @@ class MixturePlan:
                 f"{len(long)} of {num_records} samples are too long, and data.long_samples is refuse; raise the limits "
                 f"or set it to split, cut or bad:\n{shown_bad(long)}"
             )
+        if not self.num_samples:
+            raise TooManyBadError(
+                f"all {num_records} samples are bad, and none is left to draw; repair them (data.max_bad_samples cannot "
+                "help)",
+                self.bad,
+            )
         allowed = int(self._data.max_bad_samples * num_records + 1e-9)
         if self.num_bad > allowed:
             enough = math.ceil(1000 * self.num_bad / num_records) / 1000

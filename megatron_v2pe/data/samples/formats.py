@@ -69,7 +69,9 @@ _WEIGHTS = {
     "weight": "weights of records are not read; use repeat_time of a data set of their own",
     "sample_weight": "weights of records are not read; use repeat_time of a data set of their own",
     "loss_weight": "weights of records are not read; use repeat_time of a data set of their own",
-    "label": "preference data are not read; leave out records whose answer is not wanted",
+    **dict.fromkeys(
+        ("label", "kto_tag"), "preference data are not read; leave out records whose answer is not wanted"
+    ),
 }
 _MEDIA_FILE = re.compile(
     r"(?i).+\.(?:(?P<image>png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic)|(?P<video>mp4|avi|mov|mkv|webm|m4v|flv)"
@@ -85,6 +87,7 @@ _QUERY = ("query", "response", "history")
 _ALPACA = ("instruction", "input", "output", "history")
 _MOST_KEY = 40
 _MOST_NAME = 4096  # characters of a path
+_MOST_DEPTH, _MOST_ITEMS = 3, 4  # of lists and objects in which files are looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +238,12 @@ def _others(
     return notes
 
 
-def _media_named(value: Any) -> str:
-    """The key of a value that names files of pictures or videos; empty for any other value."""
-    first = value[0] if isinstance(value, list) and value else value
-    found = _MEDIA_FILE.fullmatch(first) if isinstance(first, str) and len(first) < _MOST_NAME else None
+def _media_named(value: Any, depth: int = 0) -> str:
+    """The key of a value that names files of pictures or videos, also within lists and objects; empty for any other."""
+    if isinstance(value, (list, dict)) and depth < _MOST_DEPTH:
+        inner = list(value.values()) if isinstance(value, dict) else value[:_MOST_ITEMS]
+        return next(filter(None, (_media_named(each, depth + 1) for each in inner)), "")
+    found = _MEDIA_FILE.fullmatch(value) if isinstance(value, str) and len(value) < _MOST_NAME else None
     return str(found.lastgroup) if found else ""
 
 
@@ -350,6 +355,7 @@ def _keys_text(values: Mapping[str, Any]) -> str:
 
 
 SYSTEM_NOTE = "system:"
+OPENING_NOTE = "opening"
 DIGEST_MARK = "(sha256 "
 _MOST_SYSTEM = 8000
 
@@ -381,4 +387,6 @@ def note_text(note: str, count: int, place: str) -> str:
         return f"system texts of records are used: {rest} ({count:,} records, first {place})"
     if kind == "video_image":
         return f"<image> is read as <video>, as in LLaVA-Video ({count:,} records, first {place})"
+    if note == OPENING_NOTE:
+        return f"a first message from 'gpt' is left out, as in the release ({count:,} records, first {place})"
     return f"roles user and assistant are read as human and gpt ({count:,} records, first {place})"

@@ -131,6 +131,7 @@ def _joined(parts: list[Any], where: str, embedded: dict[str, list[Any]]) -> str
     text = ""
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind.removeprefix("input_") if isinstance(kind, str) else kind  # OpenAI's responses
         if isinstance(part, str):
             text += part
         elif kind == "text" and isinstance(part.get("text"), str):
@@ -154,6 +155,12 @@ def _medium(part: dict[str, Any], kind: str, where: str, embedded: dict[str, lis
         if key not in (*holders, "type", "index", "text") and value is not None:
             embedded["unread"].append(f"{key} ({kind} part)"[:_MOST_NOTE])
     names = [part[key] for key in holders if part.get(key)]
+    others = [key for key in part if key not in (*holders, "type", "index", "text") and part[key] is not None]
+    if not names and others:
+        raise DataError(
+            f"{where}: a part of type {kind} names its file as {', '.join(map(repr, holders))}; found "
+            f"{', '.join(shortened(key, 40) for key in others[:4])}"
+        )
     if names:
         name = names[0]
         name = name.get("url") if isinstance(name, dict) else name

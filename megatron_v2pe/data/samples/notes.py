@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_v2pe.data.media.medium import ImageHeader
 from megatron_v2pe.data.media.traits import TRAITS, trait_text
-from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
+from megatron_v2pe.data.samples.formats import OPENING_NOTE, SYSTEM_NOTE, note_text
 
 _IMAGE = "image:"
 _TIMES = " x "
@@ -36,7 +36,7 @@ class Notice:
     @property
     def is_lost(self) -> bool:
         """Whether something of the data is lost by rule: it is said where the run starts."""
-        return self.note.startswith((_IMAGE, "unread:"))
+        return self.note.startswith((_IMAGE, "unread:", OPENING_NOTE))
 
 
 def image_notes(headers: Sequence[Sequence[ImageHeader]]) -> tuple[str, ...]:

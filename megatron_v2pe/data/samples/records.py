@@ -22,7 +22,7 @@ from megatron_v2pe.data.media.cut import Size
 from megatron_v2pe.data.media.image import ImageFile
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, LITERAL_MARK, Medium
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
-from megatron_v2pe.data.samples.formats import HINT, NativeRecord, system_note, to_native
+from megatron_v2pe.data.samples.formats import HINT, OPENING_NOTE, NativeRecord, system_note, to_native
 from megatron_v2pe.data.samples.messages import Message
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind, way_out
 from megatron_v2pe.data.sources.meta import DatasetEntry
@@ -38,6 +38,8 @@ _FOREIGN = re.compile(
     r"(?i)<\|?\s*(?:image|video)(?:[_ ]?(?:pad|token|placeholder|soft_token|here))?[_ ]?\d*\s*\|?>"
     r"|\[(?:image|img|video)\]"
 )
+# A picture within the text, as Qwen-VL writes it.
+_NAMED_IN_TEXT = re.compile(r"(?i)<img>[^<>\n]{1,400}\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif)</img>")
 # How PNG, JPEG, GIF and WebP files begin in base64.
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40,}")
 
@@ -167,18 +169,20 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     videos = _parse_videos(native, entry, where)
     turns = _parse_turns(native.messages, where)
     notes = list(native.notes)
+    if native.messages[0].role == "gpt":
+        notes.append(OPENING_NOTE)
+    own_system = checked_text(native.system, "system text", where)
+    system = own_system or entry.system
+    if any(placeholder in system for placeholder in _PLACEHOLDERS):
+        raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
     if native.has_video_image and videos and not images and _stands_for_videos(turns, len(videos)):
         turns = _renamed(turns, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
         notes.append("video_image")
     is_single = isinstance(values.get("image"), str) or ("alias:images=image" in notes and len(images) == 1)
     turns = _placed(turns, IMAGE_PLACEHOLDER, images, where=where, may_add=is_single)
     turns = _placed(turns, VIDEO_PLACEHOLDER, videos, where=where, may_add=len(videos) == 1)
-    own_system = checked_text(native.system, "system text", where)
     if own_system.strip():
         notes.append(system_note(own_system))
-    system = own_system or entry.system
-    if any(placeholder in system for placeholder in _PLACEHOLDERS):
-        raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
     return Record(
         sample_id=sample_id,
         where=where,
@@ -370,6 +374,12 @@ def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
 
 def _parse_turn(message: Message) -> Turn:
     value = checked_text(message.text, "its text", message.where)
+    named = _NAMED_IN_TEXT.search(value) if message.role == "human" else None
+    if named:
+        raise DataError(
+            f"{message.where}: the text names a file in {shortened(named.group())}, as Qwen-VL writes pictures; write "
+            "<image> there, and the file as 'image' of the record"
+        )
     return Turn(role=message.role, value=literal_placeholders(value), supervised=message.supervised)
 
 
