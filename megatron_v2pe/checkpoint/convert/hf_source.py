@@ -25,6 +25,7 @@ from megatron_v2pe.data.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 _HEADS = ("lm_head.weight", "output.weight")
+_ODD_WEIGHTS = 3  # tensors of whole numbers that are each named; more are another kind of folder
 _COMPARED_BYTES = 64 * 2**20
 
 
@@ -47,6 +48,13 @@ def open_hf(
     if names is not None and weights.files:
         foreign = foreign_names(weights.tensors, names.by_hf)
         raise_problems(f"{hf_folder}: cannot be imported", [foreign] if foreign else [])
+        whole = [name for name in names.by_hf if name in weights.tensors and _is_whole(weights.tensors[name])]
+        if len(whole) > _ODD_WEIGHTS:
+            problems.append(
+                f"{len(whole)} of {len(weights.tensors)} tensors hold whole numbers ({whole[0]}, ...), as quantised "
+                "weights do; import the folder that was quantised, in its own dtype"
+            )
+            raise_problems(f"{hf_folder}: cannot be imported", problems)
         problems += _unknown_or_misshapen(weights.tensors, names)
         if not weights.problems:  # else a missing file has been reported, not each of its tensors
             problems += [f"{name}: missing" for name in names.by_hf if name not in weights.tensors]
@@ -56,6 +64,10 @@ def open_hf(
     raise_problems(f"{hf_folder}: cannot be imported", problems)
     assert names is not None
     return weights, arch, names
+
+
+def _is_whole(info: TensorInfo) -> bool:
+    return not info.dtype.is_floating_point
 
 
 def _adapters_beside(folder: Path) -> Iterator[str]:

@@ -35,6 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' dtype names."""
+_UNREAD_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "U16", "U32", "U64")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS, _MOST_ROWS = 16, 2**60
@@ -148,6 +149,12 @@ def read_header(path: Path) -> tuple[WeightFile, int]:
     try:
         header = json.loads(text)
         metadata = _texts(header.pop("__metadata__", {}))
+        unread = {value["dtype"] for value in header.values()} & set(_UNREAD_DTYPES)
+        if unread:
+            raise CheckpointError(
+                f"{path}: holds tensors of {', '.join(sorted(unread))}, which are not read here (quantised weights?); "
+                "give a folder in bfloat16, float16 or float32"
+            )
         entries = {name: _entry(value) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

@@ -18,6 +18,7 @@ _WRAPPERS = {
 }
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)(\.|$)")
 _QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map|weight_scale_inv|weight_scale)$")
+_MOST_PARTS = 3
 _ENOUGH = 0.5  # of the expected names
 
 
@@ -46,7 +47,8 @@ def foreign_names(found: Collection[str], expected: Collection[str]) -> str:
 
 def _wrapped(found: Collection[str], expected: set[str]) -> str:
     """Names that are all right but for what is in front of, or within, each."""
-    if len(expected & set(found)) >= _ENOUGH * len(expected):
+    known = len(expected & set(found))
+    if known == len(expected):
         return ""
     best, count, way = "", 0, ""
     for prefix in [*_WRAPPERS, *_common_prefixes(found)]:
@@ -56,17 +58,21 @@ def _wrapped(found: Collection[str], expected: set[str]) -> str:
         ):
             hits = sum(name in expected for name in changed)
             best, count, way = (prefix, hits, call) if hits > count else (best, count, way)
-    if count < _ENOUGH * len(expected):
+    if count < max(_ENOUGH * len(expected), known + 1):
         return ""
     origin = f" (as {_WRAPPERS[best]} saves them)" if best in _WRAPPERS else ""
     return (
-        f"{count} of {len(found)} names have {best!r} in front of what they should be{origin}; take it out and save "
+        f"{count - known} of {len(found)} names have {best!r} in front of, or within, what they should "
+        f"be{origin}; take it out and save "
         f"the folder again: save_file({{name.{way}: t for name, t in load_file(f).items()}}, f, "
         "metadata={'format': 'pt'}) of safetensors.torch"
     )
 
 
 def _common_prefixes(found: Collection[str]) -> list[str]:
-    """First parts of names that most names share."""
-    parts = Counter(name.partition(".")[0] + "." for name in found if "." in name)
-    return [part for part, count in parts.most_common(2) if count >= _ENOUGH * len(found)]
+    """First parts of names that most names share: one part, two and three."""
+    prefixes = []
+    for depth in range(1, _MOST_PARTS + 1):
+        parts = Counter(".".join(name.split(".")[:depth]) + "." for name in found if name.count(".") >= depth)
+        prefixes += [part for part, count in parts.most_common(2) if count >= _ENOUGH * len(found)]
+    return prefixes

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
-from megatron_v2pe.core.plain_files import not_regular, read_json_object
+from megatron_v2pe.core.plain_files import foreign_content, not_regular, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,6 +28,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 """Files that hold weights in some form; none of them is a side file."""
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+MAX_SIDE_BYTES = 256 * 2**20
+"""Of one side file, which is copied into every checkpoint; tokenizer.json of a published InternVL has 11 MiB."""
+_POINTER_BYTES = 1024  # a git-lfs pointer has about 130
 SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 
 
@@ -118,7 +121,7 @@ def _two_sets(folder: Path, names: set[str], what: str) -> list[str]:
 def _pickle_names(folder: Path, *, allow_pickle: bool) -> tuple[list[str], list[str]]:
     found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if not found:
-        return [], [f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}"]
+        return [], [f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}{_instead(folder)}"]
     if not allow_pickle:
         return [], [
             f"{folder}: the weights are pickle files ({found[0]}), which can run code when they are opened; save them "
@@ -130,6 +133,29 @@ def _pickle_names(folder: Path, *, allow_pickle: bool) -> tuple[list[str], list[
     if len(found) > 1:
         return [], [f"{folder}: {len(found)} pickle files but no {PICKLE_INDEX_FILE}"]
     return found, []
+
+
+_OTHER_WEIGHTS = {
+    "global_step*": "a DeepSpeed checkpoint; its zero_to_fp32.py writes weights",
+    "**/*.distcp": "a distributed checkpoint of torch (FSDP); accelerate merge-weights writes safetensors",
+    "*.gguf": "GGUF weights, which are quantised; import the folder they were made from",
+    "*.incomplete": "a download that was not finished; download it again",
+    "*.aria2": "a download that was not finished; download it again",
+    "*.ckpt": "a checkpoint of another program; save it with save_pretrained",
+    "*.msgpack": "weights of Flax; save them with save_pretrained",
+    "*.h5": "weights of TensorFlow; save them with save_pretrained",
+    "*.onnx": "an ONNX graph; import the folder it was made from",
+    "checkpoint-*": "a folder of training; give one of its checkpoint-* folders",
+}
+
+
+def _instead(folder: Path) -> str:
+    """What is there in the place of weights, for the end of a message; empty for nothing that is known."""
+    for pattern, what in _OTHER_WEIGHTS.items():
+        found = next(iter(sorted(folder.glob(pattern))), None)
+        if found is not None:
+            return f"; {found.relative_to(folder)} is {what}"
+    return ""
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -164,17 +190,18 @@ def outside_or_odd(folder: Path) -> list[str]:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Refuse a side file that is a link out of its folder, or no regular file.
+    """Refuse a side file that is a link out of its folder, no regular file, or larger than `MAX_SIDE_BYTES`.
 
     The blobs of the Hugging Face cache, to which all files of a snapshot are links, belong to the folder.
 
     Raises:
-        CheckpointError: names the link and its target.
+        CheckpointError: names the file, and the target of a link.
     """
     root, whole = folder.resolve(), folder / path
     try:
         target = whole.resolve(strict=True)
         odd = not_regular(whole)
+        num_bytes = whole.stat().st_size
     except (OSError, RuntimeError):
         raise CheckpointError(f"{whole}: is a link to nothing, or cannot be read; remove it") from None
     allowed = [root]
@@ -187,6 +214,19 @@ def require_inside(folder: Path, path: Path) -> None:
         )
     if odd:
         raise CheckpointError(f"{whole}: {odd}; remove it")
+    foreign = foreign_content(_head(whole)) if num_bytes < _POINTER_BYTES else ""
+    if foreign:
+        raise CheckpointError(f"{whole}: {foreign}")
+    if num_bytes > MAX_SIDE_BYTES:
+        raise CheckpointError(
+            f"{whole}: has {num_bytes:,} bytes, but is no weight file that is read here, and other files would be "
+            f"copied into every checkpoint; move it away (at most {MAX_SIDE_BYTES:,} bytes)"
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(_POINTER_BYTES)
 
 
 def _is_side_file(path: Path) -> bool:

@@ -300,8 +300,8 @@ class MixturePlan:
             )
         if not self.num_samples:
             raise TooManyBadError(
-                f"all {num_records} samples are bad, and none is left to draw; repair them (data.max_bad_samples cannot "
-                "help)",
+                f"all {num_records} samples are bad, and none is left to draw; repair them (data.max_bad_samples "
+                "cannot help)",
                 self.bad,
             )
         allowed = int(self._data.max_bad_samples * num_records + 1e-9)

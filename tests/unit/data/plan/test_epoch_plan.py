@@ -10,7 +10,7 @@ from megatron_v2pe.config.schema import CurriculumStage, DataConfig
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index.annotation_index import DatasetIndex
 from megatron_v2pe.data.index.rows import BadSample
-from megatron_v2pe.data.plan.epoch_plan import MixturePlan
+from megatron_v2pe.data.plan.epoch_plan import MixturePlan, TooManyBadError
 from tests.support.mixture import entry
 
 
@@ -152,6 +152,13 @@ def test_share_of_bad_samples():
     for line in (201, 202, 203):
         assert f"a.jsonl:{line}" in str(caught.value)
     assert str(caught.value).count("broken") == 1
+
+
+def test_where_all_are_bad_the_causes_are_listed_whatever_share_may_be():
+    with pytest.raises(TooManyBadError, match=r"all 3 samples are bad, and none is left") as caught:
+        plan(index([], bad=3), max_bad_samples=1.0)
+    assert "a.jsonl:1: broken" in str(caught.value)
+    assert "and 2 more of this kind: a.jsonl:2, a.jsonl:3" in str(caught.value)
 
 
 def test_long_lists_of_bad_samples_are_cut():

@@ -201,6 +201,9 @@ def from_parts(part):
         ({"loss": False}, "key 'loss' is False: a record as a whole is not masked"),
         ({"weight": 0.5}, "key 'weight' is 0.5: weights of records are not read"),
         ({"label": False}, "key 'label' is False: preference data are not read"),
+        ({"kto_tag": False}, "key 'kto_tag' is False: preference data are not read"),
+        ({"attachments": [{"path": "a.png"}]}, "unknown key 'attachments'; is 'image' meant"),
+        ({"content": {"first": {"file": "a.mp4"}}}, "unknown key 'content'; is 'video' meant"),
         ({"image": '["a.png", "b.png"]'}, "a list written as a text"),
         (
             {"image": "iVBORw0KGgo" + "A" * 60},
@@ -219,6 +222,32 @@ def test_keys_that_carry_media_or_meaning_are_refused(values, said):
 )
 def test_keys_that_change_nothing_are_counted(values):
     assert parse({**ANSWERED, **values}).notes == (f"unread:{next(iter(values))}",)
+
+
+def test_what_is_lost_of_a_conversation_is_counted():
+    """As in the release, an opening of the assistant is no part of a sample; it is said, once a data set."""
+    turns = [{"from": "gpt", "value": "Welcome"}, *ANSWERED["conversations"]]
+    found = parse({"conversations": turns})
+    assert found.notes == ("opening",)
+    assert found.turns == parse(ANSWERED).turns
+    assert note_text("opening", 3, "a.jsonl:1").startswith("a first message from 'gpt' is left out")
+
+
+@pytest.mark.parametrize("key", [{}, {"image": "a.png"}])
+def test_a_picture_that_a_text_names_as_qwen_vl_does_is_refused(key):
+    turns = [
+        {"from": "human", "value": "Picture 1: <img>b/a.jpg</img>\nWhat?"},
+        {"from": "gpt", "value": "A"},
+    ]
+    with pytest.raises(DataError, match=r"the text names a file in '<img>b/a\.jpg</img>', as Qwen-VL"):
+        parse({**key, "conversations": turns})
+    turns[0]["value"] = "What is <img></img> in html, and <img>text</img>?"
+    assert parse({"conversations": turns}).media == ()
+
+
+def test_a_placeholder_in_the_system_text_is_blamed_on_it():
+    with pytest.raises(DataError, match="the system text has a placeholder of an image"):
+        parse({"image": ["a.png"], "system": "see <image>", **ANSWERED})
 
 
 def test_names_of_files_beside_the_picture_are_counted():
@@ -250,6 +279,11 @@ def test_keys_of_parts():
     assert "unread:detail (image part)" in parse(from_parts(image)).notes
     with pytest.raises(DataError, match=r'video_start of a part: .* as "clip"'):
         parse(from_parts({"type": "video", "video": "v.mp4", "video_start": 3}))
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    with pytest.raises(DataError, match=r"names its file as 'image', .*; found 'source'"):
+        parse(from_parts({"type": "image", "source": source}))
+    responses = parse(from_parts({"type": "input_image", "image_url": "a.png"}))
+    assert responses.media == parse(from_parts({"type": "image", "image": "a.png"})).media
     with pytest.raises(DataError, match="its content is None"):
         parse({"messages": [ROLES[0], {"role": "assistant", "content": None}]})
 
