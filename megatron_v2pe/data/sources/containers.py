@@ -106,7 +106,7 @@ def _skipped(text: str, place: int, letters: str) -> int:
     return place
 
 
-def _in_memory(file: BinaryIO, path: str) -> BinaryIO:
+def _in_memory(file: gzip.GzipFile, path: str) -> BinaryIO:
     """A file that cannot be searched, up to a bound: a few bytes of gzip may be a terabyte."""
     content = file.read(_MOST_PARQUET_BYTES + 1)
     if len(content) > _MOST_PARQUET_BYTES:

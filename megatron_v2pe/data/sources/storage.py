@@ -26,7 +26,16 @@ MAX_OBJECT_BYTES = 512 * 2**20  # of an image or a line; a video is read in bloc
 _SEPARATOR = "://"
 _BLOCK_BYTES = 2**20
 _MOST_NAME = 400  # characters of a name in a message
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_PACKAGES = {
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
 # No part is empty or begins with a dot.
 _PLAIN_NAME = re.compile(r"[^/.\0][^/\0]*(/[^/.\0][^/\0]*)*").fullmatch
 _VERSION_FACTS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "updated")

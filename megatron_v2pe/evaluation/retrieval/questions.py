@@ -8,6 +8,7 @@ An answer is appended to its file the moment it exists, so that a killed evaluat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +18,11 @@ from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.core.jsonl import append_json, read_jsonl
 from megatron_v2pe.data.index.scan import check_kind
 from megatron_v2pe.data.media.medium import plain_text
+from megatron_v2pe.data.samples.formats import SYSTEM_NOTE, note_text
 from megatron_v2pe.data.samples.records import Record, parse_record
 from megatron_v2pe.data.sources.meta import DatasetEntry, read_meta
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +187,7 @@ def read_items(path: str | Path, *, root: str = "") -> list[RetrievalItem]:
             items.append(item)
     if not items:
         raise DataError(f"{path}: holds no record to evaluate")
+    _log_notes(items)
     if len({item.length > 0 for item in items}) > 1:
         plain = next(item for item in items if not item.length)
         raise DataError(
@@ -190,6 +195,19 @@ def read_items(path: str | Path, *, root: str = "") -> list[RetrievalItem]:
             "retrieval in files of their own"
         )
     return items
+
+
+def _log_notes(items: Sequence[RetrievalItem]) -> None:
+    """Say once, with the first place, what of the records is not read, or read under another name."""
+    found: dict[str, tuple[int, str]] = {}
+    for item in items:
+        for note in item.record.notes:
+            kind = f"{SYSTEM_NOTE}their own" if note.startswith(SYSTEM_NOTE) else note
+            count, first = found.get(kind, (0, item.record.where))
+            found[kind] = (count + 1, first)
+    for note, (count, first) in sorted(found.items()):
+        level = logging.WARNING if note.startswith("unread:") else logging.INFO
+        logger.log(level, "%s", note_text(note, count, first))
 
 
 def _entries(path: Path, root: str) -> tuple[DatasetEntry, ...]:

@@ -94,6 +94,12 @@ def test_plain_questions_need_no_ids_of_their_own(tmp_path):
     assert [item.item_id for item in read_items(path)] == ["7.0"]
 
 
+def test_what_is_not_read_of_questions_is_said_once(tmp_path, caplog):
+    read_items(write(tmp_path / "q.jsonl", ["red", "green"], source="web"))
+    (said,) = [record.message for record in caplog.records if "not read" in record.message]
+    assert said == f"key 'source' is not read (2 records, first {tmp_path}/q.jsonl:1)"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
