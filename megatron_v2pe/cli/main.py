@@ -9,6 +9,7 @@ Only the module of the chosen verb is imported, so that `--help` answers at once
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 import time
@@ -19,6 +20,7 @@ from types import ModuleType
 from megatron_v2pe import __version__
 from megatron_v2pe.core.env import is_under_torchrun, launcher, require_known_starter
 from megatron_v2pe.core.errors import V2PEError
+from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
 from megatron_v2pe.core.processes import end_without_launcher
 from megatron_v2pe.core.refusal import refuse, report_to_torchrun, was_refused
@@ -146,7 +148,9 @@ def _no_verb(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         sys.stdout.write(usage)
         return 0
-    problem = f"unknown verb {arguments[0]!r}" if arguments else "no verb given"
+    problem = f"unknown verb {shortened(arguments[0])}" if arguments else "no verb given"
+    near = difflib.get_close_matches(arguments[0], VERBS, n=1) if arguments else []
+    problem += f"; did you mean {near[0]}?" if near else ""
     sys.stderr.write(f"{usage}\n{_PROG}: {problem}\n")
     return 2
 

@@ -49,9 +49,24 @@ SizesOf = Callable[[RunConfig, InternVLArchitecture], RunSizes]
 
 
 def introduction(
-    config: RunConfig, *, plan: ParallelPlan, architecture: str, sizes: RunSizes, resume_from: Path | None
+    config: RunConfig,
+    *,
+    plan: ParallelPlan,
+    architecture: str,
+    template: str,
+    sizes: RunSizes,
+    resume_from: Path | None,
 ) -> str:
-    """What is trained, on what, for how long, and where to look."""
+    """What is trained, on what, for how long, and where to look.
+
+    Args:
+        config: the run.
+        plan: its layout.
+        architecture: of the language model.
+        template: of the checkpoint's config.json.
+        sizes: of the model and a checkpoint.
+        resume_from: checkpoint of the run that is continued.
+    """
     runtime = config.runtime
     trained = [*parts_trained_whole(config), *(["adapters"] if config.lora.is_on else [])]
     begin = f"continued from {resume_from.name}" if resume_from else "from the first"
@@ -67,11 +82,18 @@ def introduction(
         ["trained", f"{', '.join(trained)}: {share}"],
         ["layout", f"{ranks}: {layout}"],
         ["data", f"{config.data.meta}; packs of {config.data.max_pack_tokens:,} tokens"],
+        ["", _template(config.data.template, template)],
         ["steps", f"{config.optim.steps} of {batch_schedule(config).text}; {begin}"],
         ["saves", _saves(config, sizes, first_step=_step_of(resume_from))],
         ["folder", f"{runtime.run_dir}; `megatron-v2pe runs {runtime.run_dir}` shows the run"],
     ]
     return "\n".join(["training run", *text_table(None, rows, align="<", indent="  ")])
+
+
+def _template(of_run: str, of_checkpoint: str) -> str:
+    if of_run in ("", of_checkpoint) or not of_checkpoint:
+        return f"template {of_run or of_checkpoint}"
+    return f"template {of_run}, where the checkpoint's config.json says {of_checkpoint}: the run teaches another one"
 
 
 def describe_data(config: RunConfig, loader: TrainLoader) -> str:

@@ -280,8 +280,14 @@ def _introduce(
 ) -> None:
     """Say what is about to happen, and refuse a disk without room for a checkpoint. Collective."""
     sizes = sizes_of(config, arch)
-    architecture = arch.language.architecture
-    text = introduction(config, plan=plan, architecture=architecture, sizes=sizes, resume_from=resume_from)
+    text = introduction(
+        config,
+        plan=plan,
+        architecture=arch.language.architecture,
+        template=arch.template,
+        sizes=sizes,
+        resume_from=resume_from,
+    )
     logger.info("%s", text)
     on_first_rank(lambda: check_room(config, run_dir, sizes))
 

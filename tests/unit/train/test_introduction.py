@@ -16,7 +16,12 @@ SIZES = RunSizes(parameters=2_000_000, trained=500_000, checkpoint_bytes=10**9)
 def text(*overrides, resume_from=None):
     config = load_run_config(None, ["model.checkpoint=c", "optim.steps=1000", *overrides])
     return introduction(
-        config, plan=ParallelPlan(), architecture="InternLM2ForCausalLM", sizes=SIZES, resume_from=resume_from
+        config,
+        plan=ParallelPlan(),
+        architecture="InternLM2ForCausalLM",
+        template="internlm2-chat",
+        sizes=SIZES,
+        resume_from=resume_from,
     )
 
 
@@ -24,6 +29,15 @@ def test_version_device_and_trained_share_are_there():
     said = text()
     assert "megatron_v2pe 0." in said
     assert "0.5 M parameters, 25.0% of the model" in said
+
+
+def test_another_template_than_the_checkpoints_is_said():
+    assert "template internlm2-chat\n" in text()
+    assert "template internlm2-chat\n" in text("data.template=internlm2-chat")
+    assert (
+        "template internvl2_5, where the checkpoint's config.json says internlm2-chat: the run teaches another"
+        in text("data.template=internvl2_5")
+    )
 
 
 @pytest.mark.parametrize(
