@@ -111,7 +111,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        key = f" {error.full_key}:" if getattr(error, "full_key", None) else ""
+        full_key = getattr(error, "full_key", None)
+        key = f" {full_key}:" if full_key else ""
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"{path}:{key} {reason}; docs/configuration.md lists all keys") from None
     if plain is None:
@@ -138,7 +139,9 @@ def _expand_home(tree: dict[Any, Any]) -> None:
     """`~/` of paths, which a shell expands in `cd ~/a`, but neither in a file nor after `key=`."""
     for section, key in (*_READ_PATHS, *_WRITTEN_PATHS):
         values = tree.get(section)
-        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
         if isinstance(value, str) and value.startswith("~/"):
             values[key] = os.path.expanduser(value)
 

@@ -121,10 +121,10 @@ def read_rgb(path: str, rules: MediaRules, *, size: Size | None = None) -> Image
 
 def _on_white(image: Image.Image) -> Image.Image:
     """A transparent image on white; in strips, so that no third copy of a large one is held."""
-    image = image if image.mode == "RGBA" else image.convert("RGBA")
     whole = Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP_ROWS):
         strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
+        strip = strip if strip.mode == "RGBA" else strip.convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
         whole.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return whole

@@ -111,10 +111,13 @@ def test_exif_is_applied_by_policy(tmp_path):
     assert np.array_equal(np.asarray(read_rgb(path, RULES, size=(30, 20))), pixels)
 
 
-def test_white_is_the_same_in_strips_as_at_once(tmp_path):
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_white_is_the_same_in_strips_as_at_once(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (600, 7, 4), dtype=np.uint8)
-    whole = Image.fromarray(pixels, "RGBA")
-    whole.save(tmp_path / "a.png")
+    whole = Image.fromarray(pixels, "RGBA").convert("RGB" if mode == "P" else "RGBA").convert(mode)
+    options = {"P": {"transparency": 3}, "RGB": {"transparency": tuple(pixels[0, 0, :3].tolist())}}
+    whole.save(tmp_path / "a.png", **options.get(mode, {}))
+    whole = Image.open(tmp_path / "a.png").convert("RGBA")
     wanted = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
     found = read_rgb(str(tmp_path / "a.png"), MediaRules(max_pixels=10**6, alpha="white"))
     assert np.array_equal(np.asarray(found), np.asarray(wanted))
