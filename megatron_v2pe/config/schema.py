@@ -286,7 +286,7 @@ class DataConfig:
     """Share of samples that may be skipped as bad before the run stops, found while measuring or while training."""
     max_image_pixels: int = 89_478_485
     """Largest width x height that is decoded, of images and of frames; decoding needs up to 12 bytes for each pixel.
-    WebP needs 16, so its limit is three quarters of it."""
+    WebP needs 16 and JPEG 2000 up to 27, so their limits are three quarters and two fifths of it."""
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of pictures, which phones store instead of turning pixels. ignore: as in the release."""
     alpha: Literal["black", "white"] = "black"

@@ -131,6 +131,15 @@ def test_transparency_is_laid_on_white_by_policy(tmp_path):
     assert white[0, 0].tolist() == [10, 20, 30]
 
 
+@pytest.mark.parametrize(("image_format", "share"), [("WEBP", "75%"), ("JPEG2000", "40%")])
+def test_formats_that_need_more_memory_have_less_of_the_limit(tmp_path, image_format, share):
+    path = str(tmp_path / "a")
+    Image.new("RGB", (100, 100)).save(path, image_format)
+    with pytest.raises(DataError, match=f"its limit is {share} of data.max_image_pixels = 10000"):
+        read_header(path, MediaRules(max_pixels=10_000))
+    assert read_header(path, MediaRules(max_pixels=25_000)).size == (100, 100)
+
+
 def test_large_metadata_are_no_reason_to_refuse(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("prompt", "x" * 3_000_000, zip=True)
