@@ -352,12 +352,6 @@ def test_a_prompt_longer_than_memory_is_refused_and_others_live_on(client, chat,
         ({"messages": question("x", "a%00b")}, "is no file of this server's media folder"),
         ({"messages": question("x", "a" * 5000)}, "is no file of this server's media folder"),
         ({"messages": question("x", "\ud800")}, "is no file of this server's media folder"),
-        ({"messages": question("half \ud800")}, "half of a surrogate pair"),
-        ({"messages": question("<\ufdd0image>")}, "which Unicode keeps out of texts"),
-        (
-            {"messages": [{"role": "system", "content": "\udfff"}, *question("x")]},
-            "half of a surrogate pair",
-        ),
     ],
 )
 def test_bad_requests(address, changes, message):
@@ -365,8 +359,22 @@ def test_bad_requests(address, changes, message):
     status, found = post(address, body)
     assert status == 400
     assert message in found["error"]["message"]
-    plain = {"model": "tiny", "messages": question("Hello"), "max_tokens": 1}
-    assert post(address, plain)[0] == 200, "the server lives on"
+
+
+def test_texts_that_no_tokenizer_encodes_end_their_request_only(address):
+    """An escape of json spells half a character; it reaches the model's own thread, which must live on."""
+    texts = {
+        "half of a surrogate pair": [
+            question("half \ud800"),
+            [{"role": "system", "content": "\udfff"}, *question("x")],
+        ],
+        "which Unicode keeps out of texts": [question("<\ufdd0image>")],
+    }
+    for message, conversations in texts.items():
+        for messages in conversations:
+            status, found = post(address, {"model": "tiny", "messages": messages, "max_tokens": 2})
+            assert (status, message in found["error"]["message"]) == (400, True), found
+    assert post(address, {"model": "tiny", "messages": question("Hello"), "max_tokens": 1})[0] == 200
 
 
 @pytest.mark.parametrize("text", ["see <image>", "<video> and \\\\<image>"])
