@@ -31,9 +31,8 @@ from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfi
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, token_step
-from megatron_v2pe.inference.cache.memory import PlanPrefill, PrefillBytes, Stage
+from megatron_v2pe.inference.cache.memory import KVKind, PlanPrefill, PrefillBytes, Stage
 from megatron_v2pe.inference.cache.prefix import Content, PrefixStore
-from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import (
     DEFAULT_CHUNK_TOKENS,
     MICRO_BATCH_TILES,
