@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media import video as video_module
@@ -242,6 +243,18 @@ def test_what_a_file_is_that_is_no_video(tmp_path, content, said):
     (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(DataError, match=said):
         measure(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_single_picture_is_no_video(tmp_path, suffix):
+    """FFmpeg reads one as a video of one frame; the record has it under the wrong key."""
+    write_frames(tmp_path, 1)
+    (path,) = tmp_path.iterdir()
+    Image.open(path).convert("RGB").save(tmp_path / f"a.{suffix}")
+    with pytest.raises(
+        DataError, match=r"is a single picture, not a video; name it as 'image'|it is a .* image"
+    ):
+        measure(tmp_path / f"a.{suffix}")
 
 
 def test_sound_alone_and_a_cut_file(tmp_path):
