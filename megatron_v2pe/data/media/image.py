@@ -18,7 +18,7 @@ from functools import lru_cache
 from stat import S_ISREG
 from typing import BinaryIO, ClassVar
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.media.cut import CutRule, ImageTiles, Size, UInt8Array, cut_tiles, plan_tiles
@@ -217,6 +217,9 @@ def _unreadable(path: str, error: Exception) -> DataError:
             f"{path}: cannot be read as an image: it is {kind}; formats that are read: {', '.join(FORMATS)}"
         )
     text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = (
+        "its first bytes are of no format that is read" if isinstance(error, UnidentifiedImageError) else text
+    )
     return DataError(f"{path}: cannot be read as an image ({text}); repair or remove the sample")
 
 
