@@ -9,7 +9,8 @@ from typing import Any, Literal
 from megatron_v2pe.config.arch.families import FAMILIES, REFUSED, LanguageFamily
 from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
 from megatron_v2pe.config.arch.pyramid import PyramidArchitecture, parse_pyramid
-from megatron_v2pe.config.arch.rope_scaling import RopeScaling, parse_rope_scaling
+from megatron_v2pe.config.arch.refusals import refuse_flash, refuse_variants, refuse_vision_variants
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling, flat_rope, parse_rope_scaling
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
@@ -252,7 +253,7 @@ def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
     top = Section(values, path)
-    _refuse_flash(top)
+    refuse_flash(top)
     mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
     vision = top.section("vision_config")
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
@@ -283,6 +284,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
 
 
 def _parse_vision(vision: Section) -> VisionArchitecture:
+    refuse_vision_variants(vision)
     return VisionArchitecture(
         hidden_size=int(vision.need("hidden_size")),
         num_layers=int(vision.need("num_hidden_layers")),
@@ -297,25 +299,16 @@ def _parse_vision(vision: Section) -> VisionArchitecture:
     )
 
 
-def _refuse_flash(top: Section) -> None:
-    """InternVL3.5-Flash chooses 256 or 64 tokens for each tile by a router of its own."""
-    for key in ("flash_relative_threshold", "flash_absolute_threshold", "use_vision_router", "vision_router"):
-        if top.get(key, None):
-            raise CheckpointError(
-                f"{top.path}: {key} is set, so this is an InternVL-Flash, whose tiles have 64 or 256 tokens by the "
-                "choice of a router; take the plain InternVL3.5 of the same size"
-            )
-
-
 def _parse_language(language: Section) -> LanguageArchitecture:
     (name, *_) = language.get("architectures", ["?"])
     if name not in FAMILIES:
         reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
         raise CheckpointError(f"{language.path}: architecture {shortened(name)} is not supported; {reason}")
     family = FAMILIES[name]
+    language = flat_rope(language.with_defaults(family.class_defaults))
     hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     head_dim = _head_dim(language, family)
-    _refuse_variants(language, family)
+    refuse_variants(language, family)
     return LanguageArchitecture(
         architecture=name,
         hidden_size=hidden_size,
@@ -372,24 +365,3 @@ def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitec
         normalizes_top_k=bool(language.get("norm_topk_prob", False)),
         aux_loss_coefficient=float(language.get("router_aux_loss_coef", 0.001)),
     )
-
-
-def _refuse_variants(language: Section, family: LanguageFamily) -> None:
-    """Refuse what these classes can have and no InternVL has, rather than compute something else."""
-    language.choice("hidden_act", "silu", ("silu",))
-    for key, value in family.fixed.items():
-        language.choice(key, value, (value,))
-    language.choice("partial_rotary_factor", 1.0, (1.0,))
-    longest = int(language.get("max_position_embeddings", 2048))
-    has_window = language.get("use_sliding_window", family.always_windowed)
-    window = language.get("sliding_window", longest) if has_window else longest
-    if window < longest:
-        raise CheckpointError(
-            f"{language.path}: sliding_window is {window}, shorter than max_position_embeddings {longest}; attention "
-            "here always sees the whole document, so this checkpoint would give other numbers"
-        )
-    others = sorted(set(language.get("layer_types", ())) - {"full_attention"})
-    if others:
-        raise CheckpointError(
-            f"{language.path}: layer_types has {', '.join(others)}; every layer here attends to the whole document"
-        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from megatron_v2pe.config.arch.families import FAMILIES, NATIVE_FAMILIES, REFUSED
+from megatron_v2pe.config.arch.rope_scaling import flat_rope
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
@@ -125,12 +126,7 @@ def _github_language(text: Section) -> dict[str, Any]:
             values.pop(key, None)
     values["torch_dtype"] = _dtype(text)
     values.pop("dtype", None)
-    rope = text.get("rope_parameters", None)
-    values.pop("rope_parameters", None)
-    if rope is not None:
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    values = dict(flat_rope(Section(values, text.path)).values)
     if family.experts and "num_local_experts" in values:
         values["num_experts"] = values.pop("num_local_experts")
     return values
@@ -196,6 +192,7 @@ def _native_vision(vision: Section, dtype: str) -> dict[str, Any]:
 
 
 def _native_language(language: Section, dtype: str) -> dict[str, Any]:
+    language = flat_rope(language)
     (name, *_) = language.get("architectures", ["?"])
     family = FAMILIES.get(name)
     if family is None or not family.native_model_type:
