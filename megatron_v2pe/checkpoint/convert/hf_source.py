@@ -12,7 +12,7 @@ import torch
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, write_layout
-from megatron_v2pe.checkpoint.hf.foreign_names import foreign_names
+from megatron_v2pe.checkpoint.hf.foreign_names import foreign_names, mixed_formats
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
 from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd, require_inside, side_files
@@ -41,11 +41,14 @@ def open_hf(
     names = None
     try:
         arch = read_architecture(hf_folder)
-        names = name_map(arch, spelling_of(arch, weights.tensors))
+        spelling = spelling_of(arch, weights.tensors)
+        names = name_map(arch, spelling)
     except CheckpointError as error:
         problems.append(str(error))
     if names is not None and weights.files:
-        foreign = foreign_names(weights.tensors, names.by_hf)
+        foreign = mixed_formats(weights.tensors, names.by_hf, arch, spelling) or foreign_names(
+            weights.tensors, names.by_hf
+        )
         raise_problems(f"{hf_folder}: cannot be imported", [foreign] if foreign else [])
         problems += _unknown_or_misshapen(weights.tensors, names)
         if not weights.problems:  # else a missing file has been reported, not each of its tensors

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the cases; see HELP for the exit code."""
     from megatron_v2pe.config.schema import ParallelConfig
-    from megatron_v2pe.core.errors import ConfigError
     from megatron_v2pe.core.env import launcher
+    from megatron_v2pe.core.errors import ConfigError
     from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
     from megatron_v2pe.verification.golden.rows import exit_code, format_counts, format_row
     from megatron_v2pe.verification.golden.runner import check_family, run_groups, select_groups

@@ -1,4 +1,4 @@
-"""What a config.json may say that no InternVL is: refused by name before a weight is read, not computed as something else.
+"""What a config.json may say that no InternVL is: refused by name before a weight is read.
 
 Two ways in which a model is almost one that is known: a known class with an option of it set (`fixed` of its family,
 windows, biases), and a known class with a key of another decoder, as a derived model has. Tensors that a table does
