@@ -1,4 +1,4 @@
-"""tests/run_newest.sh: what it installs for which Python, when, and what it says when it cannot. Interpreters are stubs."""
+"""tests/run_newest.sh: what it installs for which Python, when, what it says (stubs of Python)."""
 
 import os
 import shutil
