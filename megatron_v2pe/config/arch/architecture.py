@@ -343,7 +343,11 @@ def _head_dim(language: Section, family: LanguageFamily) -> int:
 def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitecture | None:
     if not family.experts:
         return None
-    num_experts = next((int(language.get(key, 0)) for key in family.experts if language.get(key, None)), 0)
+    given = {key: int(language.get(key, 0)) for key in family.experts if language.get(key, None) is not None}
+    if len(set(given.values())) > 1:
+        named = " and ".join(f"{key} {value}" for key, value in given.items())
+        raise CheckpointError(f"{language.path}: has {named}, which mean the same; keep the right one")
+    num_experts = next(iter(given.values()), 0)
     num_layers = int(language.need("num_hidden_layers"))
     dense, step = language.get("mlp_only_layers", []), int(language.get("decoder_sparse_step", 1))
     is_sparse = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))

@@ -128,7 +128,9 @@ def _github_language(text: Section) -> dict[str, Any]:
     values.pop("dtype", None)
     values = dict(flat_rope(Section(values, text.path)).values)
     if family.experts and "num_local_experts" in values:
-        values["num_experts"] = values.pop("num_local_experts")
+        count = values["num_local_experts"]
+        if values.get("num_experts") in (None, count):  # else both stay, and are refused together
+            values["num_experts"] = values.pop("num_local_experts")
     return values
 
 

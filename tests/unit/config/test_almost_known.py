@@ -51,6 +51,7 @@ def test_language_models(changes, words):
     ("changes", "words"),
     [
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok is 9, but must lie in 2..num_experts = 8"),
+        ({"num_local_experts": 16}, "has num_experts 8 and num_local_experts 16, which mean the same"),
         ({"num_experts": 0}, "without a layer that has experts"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size is 64"),
         ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
