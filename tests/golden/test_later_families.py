@@ -166,7 +166,11 @@ def test_a_native_folder_alone_is_checked_against_itself(tmp_path):
     shutil.copytree(FAMILIES_GOLDEN / "ckpt_hf" / KEY, tmp_path / "ckpt_hf" / KEY)
     rows = rows_of(tmp_path, "formats")
     assert [row.status for row in rows] == ["pass"] * 3
-    assert [row.quantity for row in rows] == ["native, ours, native", "architecture", "native, github, native"]
+    assert [row.quantity for row in rows] == [
+        "native, ours, native",
+        "architecture",
+        "native, github, native",
+    ]
 
 
 def test_what_cannot_be_run_is_said(tmp_path, capsys):
@@ -175,7 +179,9 @@ def test_what_cannot_be_run_is_said(tmp_path, capsys):
         shutil.copytree(FAMILIES_GOLDEN / part, tmp_path / part)
     rows = rows_of(tmp_path, "model")
     assert {row.status for row in rows} == {"unsupported"}
-    assert [row.name for row in rows] == [f"model/{path.stem}" for path in sorted(tmp_path.glob("forward/*.json"))]
+    assert [row.name for row in rows] == [
+        f"model/{path.stem}" for path in sorted(tmp_path.glob("forward/*.json"))
+    ]
     found = [row for row in rows_of(tmp_path, "text") if row.name.startswith("text/processor_")]
     assert [(row.status, row.detail) for row in found] == [
         ("unsupported", "the folder has no ckpt_hf/n_internlm2_vit300m")

@@ -101,7 +101,7 @@ def published(weights):
         ("ckpt", lambda _, native: native, r"65 of 65 tensors have names of native folders .*GitHub folders"),
         ("ckpt_hf", lambda github, _: github, r"36 of 61 tensors .* GitHub folders .* of native folders"),
         ("ckpt", lambda github, native: github | native, r"have names of native folders .* and 61 have the names"),
-        ("ckpt_hf", lambda _, native: published(native), r"tensors have names of native folders .* transformers 5 wrote"),
+        ("ckpt_hf", lambda _, native: published(native), r"names of native folders .* transformers 5 wrote"),
     ],
     ids=["native names", "GitHub names", "both", "both native spellings"],
 )  # fmt: skip
