@@ -114,7 +114,8 @@ def check_tokenizer(hf_folder: str | Path, arch: InternVLArchitecture) -> None:
         CheckpointError: the tokenizer cannot be read, or has ids without a row.
     """
     tokenizer = load_tokenizer(hf_folder)
-    require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
+    num_rows = arch.language.vocab_size
+    require_rows(tokenizer, num_rows=num_rows, folder=hf_folder, image_token_id=arch.image_token_id)
     try:
         chosen_template("", arch.template, tokenizer=tokenizer, folder=hf_folder)
     except CheckpointError as error:

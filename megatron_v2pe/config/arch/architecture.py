@@ -114,6 +114,7 @@ class InternVLArchitecture:
         trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
+        image_token_id: id of `<IMG_CONTEXT>` as a native config.json says it; None where it does not.
         pyramid: smaller branches around the vision tower (PIIP), None for InternVL's tower alone.
     """
 
@@ -130,6 +131,7 @@ class InternVLArchitecture:
     folder_format: FolderFormat = "github"
     system_message: str = ""
     trained_tokens: int = 0
+    image_token_id: int | None = None
     pyramid: PyramidArchitecture | None = None
 
     @property
@@ -246,8 +248,8 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A native config in GitHub's words, with what this package writes into either: template, positions, ..."""
-    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
-    kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
+    own = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
+    kept: dict[str, Any] = {key: values[key] for key in (*own, "image_token_id") if key in values}
     return {**github_config(values, path), **kept}
 
 
@@ -275,6 +277,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
         position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
         trained_tokens=int(top.get("max_trained_tokens", 0)),
+        image_token_id=top.get("image_token_id", None),
         dtype=top.choice(
             "dtype" if top.get("dtype", None) else "torch_dtype",
             "bfloat16",

@@ -54,6 +54,11 @@ def github_config(values: dict[str, Any], path: str) -> dict[str, Any]:
     top.choice("vision_feature_select_strategy", "default", ("default",))
     vision = top.section("vision_config")
     image_size = _square(vision, "image_size", 448)
+    top.choice("vision_feature_layer", -1, (-1,))  # of no InternVL the projector reads an inner layer
+    num_tokens = _tokens_per_tile(
+        image_size, _square(vision, "patch_size", 14), top.get("downsample_ratio", 0.5)
+    )
+    top.choice("image_seq_length", num_tokens, (num_tokens,))
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": GITHUB_TYPE,
@@ -108,6 +113,10 @@ def _square(section: Section, key: str, default: int) -> int:
     return int(sides[0])
 
 
+def _tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: float) -> int:
+    return int((image_size // patch_size) ** 2 * downsample_ratio**2)
+
+
 def _dtype(section: Section) -> str:
     return str(section.get("dtype", section.get("torch_dtype", "bfloat16")))
 
@@ -155,7 +164,7 @@ def native_config(values: dict[str, Any], path: str, *, image_token_id: int) -> 
         "architectures": ["InternVLForConditionalGeneration"],
         "downsample_ratio": ratio,
         "dtype": dtype,
-        "image_seq_length": int((image_size // patch) ** 2 * ratio**2),
+        "image_seq_length": _tokens_per_tile(image_size, patch, ratio),
         "image_token_id": image_token_id,
         "model_type": NATIVE_TYPE,
         "projector_hidden_act": "gelu",

@@ -18,16 +18,19 @@ _MARKER = re.compile(r"<\|[^|<>]+\|>")
 _SHOWN = 3
 
 
-def require_rows(tokenizer: Tokenizer, *, num_rows: int, folder: str | Path) -> None:
+def require_rows(
+    tokenizer: Tokenizer, *, num_rows: int, folder: str | Path, image_token_id: int | None = None
+) -> None:
     """Every id that the tokenizer can make has a row of the embedding, and the image tokens are single tokens.
 
     Args:
         tokenizer: of the folder.
         num_rows: `vocab_size` of config.json, which the embedding has; rows that a run pads with are not counted.
         folder: for messages.
+        image_token_id: of a native config.json, which is not what is used: the tokenizer's is.
 
     Raises:
-        CheckpointError: names the tokens without a row.
+        CheckpointError: names the tokens without a row, or an id that is another token's.
     """
     beyond = tokenizer.tokens_from(num_rows)
     if beyond:
@@ -44,6 +47,11 @@ def require_rows(tokenizer: Tokenizer, *, num_rows: int, folder: str | Path) -> 
                 f"{folder}: {token!r} is not one token of the tokenizer, and images need {IMAGE_START}, {IMAGE_END} "
                 f"and {IMAGE_CONTEXT}; take the tokenizer files of an InternVL checkpoint"
             )
+    if image_token_id not in (None, tokenizer.image_token_id):
+        raise CheckpointError(
+            f"{folder}: image_token_id of config.json is {image_token_id}, but {IMAGE_CONTEXT} is "
+            f"{tokenizer.image_token_id} in the tokenizer; config.json or tokenizer are of another model"
+        )
 
 
 def chosen_template(

@@ -80,6 +80,20 @@ def test_vision_towers(folder, changes, words):
         parse_architecture(changed(folder, "vision_config", **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_seq_length": 256}, "image_seq_length is 256, known values are 4"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer is -2, known values are -1"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_native_folders(changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        parse_architecture(json.loads((NATIVE_MOE / "config.json").read_text()) | changes)
+
+
 def test_values_that_change_nothing_are_accepted():
     neutral = {
         "attn_logit_softcapping": None,

@@ -75,7 +75,12 @@ def _architecture_row(name: str, github: InternVLArchitecture, native: InternVLA
 def _facts(arch: InternVLArchitecture) -> dict[str, Any]:
     """All fields by their path, but for what is a format's own: class and padding token of the language model."""
     values = dataclasses.asdict(arch)
-    del values["folder_format"], values["language"]["architecture"], values["language"]["pad_token_id"]
+    del (
+        values["folder_format"],
+        values["image_token_id"],
+        values["language"]["architecture"],
+        values["language"]["pad_token_id"],
+    )
     parts = {key: values.pop(key) for key in ("vision", "language")}
     return {**values, **{f"{part}.{key}": value for part, own in parts.items() for key, value in own.items()}}
 
