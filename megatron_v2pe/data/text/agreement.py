@@ -7,6 +7,7 @@ several tokens is learnt as letters and never ends an answer.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.data.text.templates import TEMPLATES, ChatTemplate, get_template
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
 
+logger = logging.getLogger(__name__)
 _MARKER = re.compile(r"<\|[^|<>]+\|>")
 _SHOWN = 3
 
@@ -27,10 +29,10 @@ def require_rows(
         tokenizer: of the folder.
         num_rows: `vocab_size` of config.json, which the embedding has; rows that a run pads with are not counted.
         folder: for messages.
-        image_token_id: of a native config.json, which is not what is used: the tokenizer's is.
+        image_token_id: of a native config.json, which is not what is used: the tokenizer's is. Another one is warned of.
 
     Raises:
-        CheckpointError: names the tokens without a row, or an id that is another token's.
+        CheckpointError: names the tokens without a row.
     """
     beyond = tokenizer.tokens_from(num_rows)
     if beyond:
@@ -48,9 +50,10 @@ def require_rows(
                 f"and {IMAGE_CONTEXT}; take the tokenizer files of an InternVL checkpoint"
             )
     if image_token_id not in (None, tokenizer.image_token_id):
-        raise CheckpointError(
-            f"{folder}: image_token_id of config.json is {image_token_id}, but {IMAGE_CONTEXT} is "
-            f"{tokenizer.image_token_id} in the tokenizer; config.json or tokenizer are of another model"
+        logger.warning(
+            "%s: image_token_id of config.json is %d, but %s is %d in the tokenizer, which is used here; transformers "
+            "would put image features elsewhere. Its converter writes 92546 for every model without Qwen",
+            *(folder, image_token_id, IMAGE_CONTEXT, tokenizer.image_token_id),
         )
 
 
