@@ -29,7 +29,7 @@ def require_rows(
         tokenizer: of the folder.
         num_rows: `vocab_size` of config.json, which the embedding has; rows that a run pads with are not counted.
         folder: for messages.
-        image_token_id: of a native config.json, which is not what is used: the tokenizer's is. Another one is warned of.
+        image_token_id: of a native config.json, which is not used: the tokenizer's is. Another one is warned of.
 
     Raises:
         CheckpointError: names the tokens without a row.
