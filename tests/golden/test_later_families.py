@@ -183,14 +183,30 @@ def test_what_cannot_be_run_is_said(tmp_path, capsys):
         f"model/{path.stem}" for path in sorted(tmp_path.glob("forward/*.json"))
     ]
     found = [row for row in rows_of(tmp_path, "text") if row.name.startswith("text/processor_")]
-    assert [(row.status, row.detail) for row in found] == [
-        ("unsupported", "the folder has no ckpt_hf/n_internlm2_vit300m")
-    ]
+    assert {(row.status, row.detail) for row in found} == {
+        ("unsupported", f"the folder has no ckpt_hf/{key}")
+        for key in ("h_qwen3_vit300m", "n_internlm2_vit300m")
+    }
     shutil.rmtree(tmp_path / "text")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "conversations.json").write_text('{"records": [], "cases": []}')
     assert main(["check-golden", str(tmp_path), "--group", "text"]) == 2
     assert "no case of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--ep", "3"],
+            f"{KEY}: parallel.ep is 3, but must divide the 8 experts of a layer; possible: 1, 2, 4, 8",
+        ),
+        (["--tp", "3"], "h_qwen3_vit300m: parallel.tp is 3, but must divide the 4 attention heads"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_ranks_are_started(capsys, options, words):
+    assert main(["check-golden", str(FAMILIES_GOLDEN), *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_grid_a_separator_and_an_id_altered_fail(tmp_path):
