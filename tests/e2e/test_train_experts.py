@@ -1,11 +1,15 @@
 """A mixture of experts from the command line: spread over ranks, resumed on others, started from either format."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
-from megatron_v2pe.checkpoint.files.folder import read_info
+from megatron_v2pe.checkpoint.files.folder import read_info, state_path
 from megatron_v2pe.checkpoint.retention import committed_steps, step_path
+from megatron_v2pe.checkpoint.state.reader import StateReader
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support import tiny
 from tests.support.hf_folders import FAMILIES_GOLDEN
@@ -78,3 +82,26 @@ def test_either_format_gives_the_same_curve_to_the_bit(setup, tmp_path):
         source = f"model.hf_path={FAMILIES_GOLDEN / folder / KEY}"
         tiny.train(config, [source, "model.checkpoint=''", f"runtime.run_dir={tmp_path / folder}"])
     assert tiny.curve(tmp_path / "ckpt") == tiny.curve(tmp_path / "ckpt_hf")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_experts_resumed_at_the_same_layout_to_the_bit(setup, tmp_path):
+    """Losses, router metrics, weights, moments, and the bias of the choice, over ep 2 x cp 2."""
+    _, config = setup
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    own = ["checkpoint.save_every=3", "checkpoint.keep=3", *SPREAD]
+    tiny.train(config, [*own, f"runtime.run_dir={whole}"], ranks=2)
+    shutil.copytree(whole, resumed)
+    tiny.back_to(resumed, "step_00000003")
+    tiny.train(config, [*own, f"runtime.run_dir={resumed}"], ranks=2)
+    keys = ("loss", "grad_norm", "aux_loss", "z_loss", "tokens_per_expert", "drop_rate", "expert_bias_max")
+    lines = [[{key: line[key] for key in keys} for line in tiny.metrics(run)] for run in (whole, resumed)]
+    assert lines[0] == lines[1]
+    last = [step_path(run, committed_steps(run)[-1]) for run in (whole, resumed)]
+    tables = [read_info(checkpoint).run_state["expert_bias"] for checkpoint in last]
+    assert tables[0] == tables[1]
+    assert any(value for row in tables[0].values() for value in row)
+    ours, theirs = (StateReader(state_path(checkpoint)) for checkpoint in last)
+    assert ours.tensors == theirs.tensors
+    assert [name for name in ours.tensors if not torch.equal(ours.read(name), theirs.read(name))] == []

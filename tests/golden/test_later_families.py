@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_v2pe.cli.main import main
 from megatron_v2pe.verification.golden.runner import run_groups, select_groups
 from tests.support.hf_folders import FAMILIES_GOLDEN
 
@@ -134,9 +135,18 @@ def renamed_pattern(folder):
     path.write_text(path.read_text().replace("lambda_1", "lambda_3"))
 
 
+def other_rotation(folder):
+    """The weights are the same, the model is another."""
+    path = folder / "ckpt_hf" / KEY / "config.json"
+    values = json.loads(path.read_text())
+    values["text_config"]["rope_theta"] *= 2
+    path.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("alter", "quantities"),
     [
+        (other_rotation, ["architecture"]),
         (altered_tensor, ["github to native", "native to github"]),
         (renamed_pattern, ["names"]),
     ],
@@ -150,6 +160,53 @@ def test_another_bit_or_name_of_the_other_format_fails(tmp_path, alter, quantiti
     alter(tmp_path)
     failed = [row for row in rows_of(tmp_path, "formats") if row.status == "fail"]
     assert [row.quantity for row in failed] == quantities
+
+
+def test_a_native_folder_alone_is_checked_against_itself(tmp_path):
+    shutil.copytree(FAMILIES_GOLDEN / "ckpt_hf" / KEY, tmp_path / "ckpt_hf" / KEY)
+    rows = rows_of(tmp_path, "formats")
+    assert [row.status for row in rows] == ["pass"] * 3
+    assert [row.quantity for row in rows] == [
+        "native, ours, native",
+        "architecture",
+        "native, github, native",
+    ]
+
+
+def test_what_cannot_be_run_is_said(tmp_path, capsys):
+    """Cases without their weights or their native folder, and a folder of which nothing was run."""
+    for part in ("forward", "text"):
+        shutil.copytree(FAMILIES_GOLDEN / part, tmp_path / part)
+    rows = rows_of(tmp_path, "model")
+    assert {row.status for row in rows} == {"unsupported"}
+    assert [row.name for row in rows] == [
+        f"model/{path.stem}" for path in sorted(tmp_path.glob("forward/*.json"))
+    ]
+    found = [row for row in rows_of(tmp_path, "text") if row.name.startswith("text/processor_")]
+    assert {(row.status, row.detail) for row in found} == {
+        ("unsupported", f"the folder has no ckpt_hf/{key}")
+        for key in ("h_qwen3_vit300m", "n_internlm2_vit300m")
+    }
+    shutil.rmtree(tmp_path / "text")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "conversations.json").write_text('{"records": [], "cases": []}')
+    assert main(["check-golden", str(tmp_path), "--group", "text"]) == 2
+    assert "no case of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--ep", "3"],
+            f"{KEY}: parallel.ep is 3, but must divide the 8 experts of a layer; possible: 1, 2, 4, 8",
+        ),
+        (["--tp", "3"], "h_qwen3_vit300m: parallel.tp is 3, but must divide the 4 attention heads"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_ranks_are_started(capsys, options, words):
+    assert main(["check-golden", str(FAMILIES_GOLDEN), *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_grid_a_separator_and_an_id_altered_fail(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from megatron_v2pe.checkpoint.files.problems import raise_problems
 from megatron_v2pe.checkpoint.files.tensor_files import TensorInfo, WeightFile
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE, write_layout
-from megatron_v2pe.checkpoint.hf.foreign_names import foreign_names
+from megatron_v2pe.checkpoint.hf.foreign_names import foreign_names, mixed_formats
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map
 from megatron_v2pe.checkpoint.hf.tables import spelling_of
 from megatron_v2pe.checkpoint.hf.weight_files import outside_or_odd, require_inside, side_files
@@ -42,11 +42,14 @@ def open_hf(
     names = None
     try:
         arch = read_architecture(hf_folder)
-        names = name_map(arch, spelling_of(arch, weights.tensors))
+        spelling = spelling_of(arch, weights.tensors)
+        names = name_map(arch, spelling)
     except CheckpointError as error:
         problems.append(str(error))
     if names is not None and weights.files:
-        foreign = foreign_names(weights.tensors, names.by_hf)
+        foreign = mixed_formats(weights.tensors, names.by_hf, arch, spelling) or foreign_names(
+            weights.tensors, names.by_hf
+        )
         raise_problems(f"{hf_folder}: cannot be imported", [foreign] if foreign else [])
         whole = [name for name in names.by_hf if name in weights.tensors and _is_whole(weights.tensors[name])]
         if len(whole) > _ODD_WEIGHTS:
@@ -123,7 +126,8 @@ def check_tokenizer(hf_folder: str | Path, arch: InternVLArchitecture) -> None:
         CheckpointError: the tokenizer cannot be read, or has ids without a row.
     """
     tokenizer = load_tokenizer(hf_folder)
-    require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
+    num_rows = arch.language.vocab_size
+    require_rows(tokenizer, num_rows=num_rows, folder=hf_folder, image_token_id=arch.image_token_id)
     try:
         chosen_template("", arch.template, tokenizer=tokenizer, folder=hf_folder)
     except CheckpointError as error:

@@ -9,6 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
+
+from megatron_v2pe.checkpoint.hf.name_map import name_map
+from megatron_v2pe.checkpoint.hf.tables import Spelling
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat
 
 _WRAPPERS = {
     "module.": "DDP or DeepSpeed",
@@ -43,6 +49,46 @@ def foreign_names(found: Collection[str], expected: Collection[str]) -> str:
             "the folder that was quantised, in its own dtype"
         )
     return _wrapped(found, set(expected))
+
+
+_FORMATS: dict[Spelling, tuple[FolderFormat, str]] = {
+    "github": ("github", f"GitHub folders (model_type {GITHUB_TYPE!r})"),
+    "hf-native": ("hf-native", f"native folders (model_type {NATIVE_TYPE!r})"),
+    "hf-native-nested": (
+        "hf-native",
+        f"native folders (model_type {NATIVE_TYPE!r}) that transformers 5 wrote",
+    ),
+}
+
+
+def mixed_formats(
+    found: Collection[str], expected: Collection[str], arch: InternVLArchitecture, spelling: Spelling
+) -> str:
+    """A folder with names of another format than its config.json, or of several, as one sentence; empty for neither.
+
+    Args:
+        found: names of the tensors.
+        expected: names that the architecture has in the folder's own spelling.
+        arch: from config.json.
+        spelling: of `expected`.
+    """
+    if arch.pyramid is not None:  # in GitHub folders only
+        return ""
+    strange: dict[Spelling, list[str]] = {}
+    # Both formats name most of a language model alike, so the format of config.json is asked first.
+    for other in sorted(_FORMATS, key=lambda each: _FORMATS[each][0] != arch.folder_format):
+        if other != spelling:
+            names = name_map(replace(arch, folder_format=_FORMATS[other][0]), other).by_hf
+            strange[other] = [name for name in found if name in names and name not in expected]
+    other = max(strange, key=lambda each: len(strange[each]))
+    if not strange[other]:
+        return ""
+    own = sum(name in expected for name in found)
+    return (
+        f"{len(strange[other])} of {len(found)} tensors have names of {_FORMATS[other][1]} ({strange[other][0]}, ...), "
+        f"but config.json is that of {_FORMATS[spelling][1]}, and {own} have the names of those: two formats in one "
+        "folder. Keep the config.json, the weights and the index of one of them"
+    )
 
 
 def _wrapped(found: Collection[str], expected: set[str]) -> str:

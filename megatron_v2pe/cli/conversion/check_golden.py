@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the cases; see HELP for the exit code."""
     from megatron_v2pe.config.schema import ParallelConfig
     from megatron_v2pe.core.env import launcher
+    from megatron_v2pe.core.errors import ConfigError
+    from megatron_v2pe.verification.golden.checkpoints import require_fit
     from megatron_v2pe.verification.golden.ranks import run_on_local_ranks
     from megatron_v2pe.verification.golden.rows import exit_code, format_counts, format_row
     from megatron_v2pe.verification.golden.runner import check_family, run_groups, select_groups
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     is_parallel = parallel != ParallelConfig()
     groups = select_groups(args.folder, name=args.group, model_only=is_parallel or here.world_size > 1)
     check_family(args.folder, args.family)
+    if is_parallel:
+        require_fit(args.folder, family=args.family, parallel=parallel)
     if is_parallel and here.world_size == 1:
         rows = run_on_local_ranks(args.folder, groups, family=args.family, parallel=parallel)
     else:
@@ -55,6 +59,15 @@ def run(args: argparse.Namespace) -> int:
             if here.rank == 0:
                 sys.stdout.write(format_row(row) + "\n")
                 sys.stdout.flush()
+    if not rows:
+        raise ConfigError(_nothing_ran(args))
     if here.rank == 0:
         sys.stdout.write(format_counts(rows) + "\n")
     return exit_code(rows)
+
+
+def _nothing_ran(args: argparse.Namespace) -> str:
+    """Why no case ran, which is no success."""
+    asked = " ".join(f"--{key} {value}" for key in ("group", "family") if (value := getattr(args, key)))
+    experts = "; with --ep only checkpoints with experts run" if args.ep > 1 else ""
+    return f"check-golden: no case of {args.folder} was run with {asked or 'these options'}{experts}"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from megatron_v2pe.config.arch.families import FAMILIES, REFUSED, LanguageFamily
 from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
 from megatron_v2pe.config.arch.pyramid import PyramidArchitecture, parse_pyramid
-from megatron_v2pe.config.arch.rope_scaling import RopeScaling, parse_rope_scaling
+from megatron_v2pe.config.arch.refusals import refuse_flash, refuse_variants, refuse_vision_variants
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling, flat_rope, parse_rope_scaling
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
 from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
@@ -113,6 +114,7 @@ class InternVLArchitecture:
         trained_tokens: longest sample of the run that trained it (`max_trained_tokens`), 0 when absent.
         dtype: `torch_dtype` of the checkpoint's weights.
         folder_format: the format whose config.json this was.
+        image_token_id: id of `<IMG_CONTEXT>` as a native config.json says it; None where it does not.
         pyramid: smaller branches around the vision tower (PIIP), None for InternVL's tower alone.
     """
 
@@ -129,6 +131,7 @@ class InternVLArchitecture:
     folder_format: FolderFormat = "github"
     system_message: str = ""
     trained_tokens: int = 0
+    image_token_id: int | None = None
     pyramid: PyramidArchitecture | None = None
 
     @property
@@ -245,14 +248,14 @@ def parse_architecture(values: dict[str, Any], path: str = "config.json") -> Int
 
 def _with_positions(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A native config in GitHub's words, with what this package writes into either: template, positions, ..."""
-    keys = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
-    kept: dict[str, Any] = {key: values[key] for key in keys if key in values}
+    own = ("rope_pos_id_version", "rope_pos_id_stride", "template", "system_message", "max_trained_tokens")
+    kept: dict[str, Any] = {key: values[key] for key in (*own, "image_token_id") if key in values}
     return {**github_config(values, path), **kept}
 
 
 def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
     top = Section(values, path)
-    _refuse_flash(top)
+    refuse_flash(top)
     mode = POSITION_MODES[top.choice("rope_pos_id_version", "default", tuple(POSITION_MODES))]
     vision = top.section("vision_config")
     image_size = int(top.get("force_image_size", vision.get("image_size", 448)))
@@ -274,6 +277,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
         position_mode=mode,
         position_stride=int(top.get("rope_pos_id_stride", 0)),
         trained_tokens=int(top.get("max_trained_tokens", 0)),
+        image_token_id=top.get("image_token_id", None),
         dtype=top.choice(
             "dtype" if top.get("dtype", None) else "torch_dtype",
             "bfloat16",
@@ -283,6 +287,7 @@ def _parse_github(values: dict[str, Any], path: str) -> InternVLArchitecture:
 
 
 def _parse_vision(vision: Section) -> VisionArchitecture:
+    refuse_vision_variants(vision)
     return VisionArchitecture(
         hidden_size=int(vision.need("hidden_size")),
         num_layers=int(vision.need("num_hidden_layers")),
@@ -297,25 +302,16 @@ def _parse_vision(vision: Section) -> VisionArchitecture:
     )
 
 
-def _refuse_flash(top: Section) -> None:
-    """InternVL3.5-Flash chooses 256 or 64 tokens for each tile by a router of its own."""
-    for key in ("flash_relative_threshold", "flash_absolute_threshold", "use_vision_router", "vision_router"):
-        if top.get(key, None):
-            raise CheckpointError(
-                f"{top.path}: {key} is set, so this is an InternVL-Flash, whose tiles have 64 or 256 tokens by the "
-                "choice of a router; take the plain InternVL3.5 of the same size"
-            )
-
-
 def _parse_language(language: Section) -> LanguageArchitecture:
     (name, *_) = language.get("architectures", ["?"])
     if name not in FAMILIES:
         reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
         raise CheckpointError(f"{language.path}: architecture {shortened(name)} is not supported; {reason}")
     family = FAMILIES[name]
+    language = flat_rope(language.with_defaults(family.class_defaults))
     hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     head_dim = _head_dim(language, family)
-    _refuse_variants(language, family)
+    refuse_variants(language, family)
     return LanguageArchitecture(
         architecture=name,
         hidden_size=hidden_size,
@@ -350,7 +346,11 @@ def _head_dim(language: Section, family: LanguageFamily) -> int:
 def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitecture | None:
     if not family.experts:
         return None
-    num_experts = next((int(language.get(key, 0)) for key in family.experts if language.get(key, None)), 0)
+    given = {key: int(language.get(key, 0)) for key in family.experts if language.get(key, None) is not None}
+    if len(set(given.values())) > 1:
+        named = " and ".join(f"{key} {value}" for key, value in given.items())
+        raise CheckpointError(f"{language.path}: has {named}, which mean the same; keep the right one")
+    num_experts = next(iter(given.values()), 0)
     num_layers = int(language.need("num_hidden_layers"))
     dense, step = language.get("mlp_only_layers", []), int(language.get("decoder_sparse_step", 1))
     is_sparse = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
@@ -372,24 +372,3 @@ def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitec
         normalizes_top_k=bool(language.get("norm_topk_prob", False)),
         aux_loss_coefficient=float(language.get("router_aux_loss_coef", 0.001)),
     )
-
-
-def _refuse_variants(language: Section, family: LanguageFamily) -> None:
-    """Refuse what these classes can have and no InternVL has, rather than compute something else."""
-    language.choice("hidden_act", "silu", ("silu",))
-    for key, value in family.fixed.items():
-        language.choice(key, value, (value,))
-    language.choice("partial_rotary_factor", 1.0, (1.0,))
-    longest = int(language.get("max_position_embeddings", 2048))
-    has_window = language.get("use_sliding_window", family.always_windowed)
-    window = language.get("sliding_window", longest) if has_window else longest
-    if window < longest:
-        raise CheckpointError(
-            f"{language.path}: sliding_window is {window}, shorter than max_position_embeddings {longest}; attention "
-            "here always sees the whole document, so this checkpoint would give other numbers"
-        )
-    others = sorted(set(language.get("layer_types", ())) - {"full_attention"})
-    if others:
-        raise CheckpointError(
-            f"{language.path}: layer_types has {', '.join(others)}; every layer here attends to the whole document"
-        )

@@ -113,6 +113,8 @@ VALUES: dict[str, Reader] = {
     "sliding_window": _whole(0, 2**40),
     "num_channels": _COUNT,
     "pad_token_id": _whole(-1, 2**31),
+    "image_token_id": _whole(0, 2**31),
+    "image_seq_length": _whole(1, 2**20),
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, 1024)),
     **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), _COUNT),
     "mlp_only_layers": _list(_whole(0, 1024), most=1024),

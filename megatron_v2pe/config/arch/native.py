@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from megatron_v2pe.config.arch.families import FAMILIES, NATIVE_FAMILIES, REFUSED
+from megatron_v2pe.config.arch.rope_scaling import flat_rope
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
@@ -53,6 +54,11 @@ def github_config(values: dict[str, Any], path: str) -> dict[str, Any]:
     top.choice("vision_feature_select_strategy", "default", ("default",))
     vision = top.section("vision_config")
     image_size = _square(vision, "image_size", 448)
+    top.choice("vision_feature_layer", -1, (-1,))  # of no InternVL the projector reads an inner layer
+    num_tokens = _tokens_per_tile(
+        image_size, _square(vision, "patch_size", 14), top.get("downsample_ratio", 0.5)
+    )
+    top.choice("image_seq_length", num_tokens, (num_tokens,))
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": GITHUB_TYPE,
@@ -107,6 +113,10 @@ def _square(section: Section, key: str, default: int) -> int:
     return int(sides[0])
 
 
+def _tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: float) -> int:
+    return int((image_size // patch_size) ** 2 * downsample_ratio**2)
+
+
 def _dtype(section: Section) -> str:
     return str(section.get("dtype", section.get("torch_dtype", "bfloat16")))
 
@@ -125,14 +135,11 @@ def _github_language(text: Section) -> dict[str, Any]:
             values.pop(key, None)
     values["torch_dtype"] = _dtype(text)
     values.pop("dtype", None)
-    rope = text.get("rope_parameters", None)
-    values.pop("rope_parameters", None)
-    if rope is not None:
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    values = dict(flat_rope(Section(values, text.path)).values)
     if family.experts and "num_local_experts" in values:
-        values["num_experts"] = values.pop("num_local_experts")
+        count = values["num_local_experts"]
+        if values.get("num_experts") in (None, count):  # else both stay, and are refused together
+            values["num_experts"] = values.pop("num_local_experts")
     return values
 
 
@@ -157,7 +164,7 @@ def native_config(values: dict[str, Any], path: str, *, image_token_id: int) -> 
         "architectures": ["InternVLForConditionalGeneration"],
         "downsample_ratio": ratio,
         "dtype": dtype,
-        "image_seq_length": int((image_size // patch) ** 2 * ratio**2),
+        "image_seq_length": _tokens_per_tile(image_size, patch, ratio),
         "image_token_id": image_token_id,
         "model_type": NATIVE_TYPE,
         "projector_hidden_act": "gelu",
@@ -196,6 +203,7 @@ def _native_vision(vision: Section, dtype: str) -> dict[str, Any]:
 
 
 def _native_language(language: Section, dtype: str) -> dict[str, Any]:
+    language = flat_rope(language)
     (name, *_) = language.get("architectures", ["?"])
     family = FAMILIES.get(name)
     if family is None or not family.native_model_type:

@@ -80,6 +80,7 @@ def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
     if not language.get("rope_scaling", {}):
         return RopeScaling()
     scaling = language.section("rope_scaling")
+    _refuse_other_rotations(scaling)
     name = str(scaling.get("rope_type", scaling.get("type", None)))
     if name not in _KINDS:
         raise CheckpointError(f"{scaling.path}.type {shortened(name)} is unknown; known: {', '.join(_KINDS)}")
@@ -106,6 +107,46 @@ def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
             scaling.get("attention_factor", _attention_factor(longest=trained, original=original))
         ),
     )
+
+
+def flat_rope(language: Section) -> Section:
+    """The section with `rope_theta` and `rope_scaling` where transformers 5 wrote `rope_parameters`.
+
+    Raises:
+        CheckpointError: both are there and disagree, or a rotation of another kind: one for each type of layer, three
+            positions (MRoPE), a part of each head.
+    """
+    rope = language.get("rope_parameters", None)
+    if rope is None:
+        return language
+    inner, values = Section(rope, f"{language.path}: rope_parameters"), dict(language.values)
+    del values["rope_parameters"]
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise CheckpointError(
+            f"{inner.path}: has an object for {', '.join(sorted(nested))}; every layer here has the same frequencies"
+        )
+    theta = inner.get("rope_theta", values.get("rope_theta"))
+    if theta is not None and values.get("rope_theta") not in (None, theta):
+        raise CheckpointError(
+            f"{language.path}: rope_theta is {shortened(values['rope_theta'])} and rope_parameters.rope_theta {theta}; "
+            "transformers 4 reads the first and 5 the second, so keep one"
+        )
+    if theta is not None:
+        values["rope_theta"] = theta
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_plain = inner.get("rope_type", inner.get("type", "default")) == "default"
+    _refuse_other_rotations(Section(scaling, inner.path))
+    values["rope_scaling"] = None if is_plain else scaling
+    return Section(values, language.path)
+
+
+def _refuse_other_rotations(scaling: Section) -> None:
+    scaling.choice("partial_rotary_factor", 1.0, (1.0,))
+    if scaling.get("mrope_section", None):
+        raise CheckpointError(
+            f"{scaling.path}: mrope_section is set; multimodal rotary positions (MRoPE) are not V2PE's"
+        )
 
 
 def _beside_or_inside(language: Section, scaling: Section, key: str) -> Any:

@@ -26,11 +26,20 @@ class Section:
         """The object itself."""
         return self._values
 
+    def with_defaults(self, defaults: dict[str, Any]) -> Section:
+        """The object with values for keys that it does not have; null counts as absent."""
+        given = {
+            key: value for key, value in self._values.items() if value is not None or key not in defaults
+        }
+        return Section({**defaults, **given}, self.path)
+
     def need(self, key: str) -> Any:
         """A value that must be there, as `json_values.VALUES` has it."""
         if self._values.get(key) is None:
             state = "null" if key in self._values else "missing"
-            raise CheckpointError(f"{self.path}: key {key!r} is {state}; is this an InternVL2 config.json?")
+            raise CheckpointError(
+                f"{self.path}: key {key!r} is {state}; is this the config.json of an InternVL?"
+            )
         return self._read(key, self._values[key])
 
     def get(self, key: str, default: Any) -> Any:

@@ -145,7 +145,8 @@ def encode_conversation(
     spans: list[Span] = [(shifted(start), shifted(end)) for start, end in text.answers]
     lengths_disagree = False
     # Per message there is no bookkeeping of lengths to repeat: the answers' own ranges are the release's.
-    if settings.label_rule == "release" and settings.template.release_rule != "per_message":
+    has_bookkeeping = settings.template.release_rule != "per_message" and not text.is_plain
+    if settings.label_rule == "release" and has_bookkeeping:
         spans, lengths_disagree = release_spans(
             _expanded(text.rendered, text.image_marks, lengths),
             tokens,
@@ -180,6 +181,7 @@ class _TextTokens:
         answers: half-open ranges of `ids` that are supervised.
         rendered: the text.
         image_marks: character offset of each image's inside in `rendered`.
+        is_plain: a text without a template.
     """
 
     ids: list[int]
@@ -187,6 +189,7 @@ class _TextTokens:
     answers: list[Span]
     rendered: str
     image_marks: list[int]
+    is_plain: bool
 
 
 def _encode_text(
@@ -195,18 +198,23 @@ def _encode_text(
     turns, offsets = _mark_images(turns, num_images, settings.template)
     rendered = render(settings.template, turns, add_generation_prompt=add_generation_prompt)
     image_marks = [rendered.value_starts[turn] + offset for turn, offset in offsets]
-    marks = sorted([*image_marks, *(edge for answer in rendered.answers for edge in answer)])
+    # Of a plain text everything is learned but images and their tags.
+    answers = _without_pairs(rendered.answers, image_marks) if rendered.is_plain else rendered.answers
+    marks = sorted([*image_marks, *(edge for answer in answers for edge in answer)])
     written = [] if settings.control_tokens == "token" else _without_pairs(rendered.written, image_marks)
     if settings.control_tokens == "refuse":
         _refuse_control_tokens(rendered.text, written, settings.tokenizer)
     ids, places = settings.tokenizer.encode_marked(rendered.text, marks, written=written)
     place_of = dict(zip(marks, places, strict=True))
+    if rendered.is_plain:
+        place_of[0] = 0  # with the beginning-of-sequence token
     return _TextTokens(
         ids=ids,
         gaps=[place_of[mark] for mark in image_marks],
-        answers=[(place_of[start], place_of[end]) for start, end in rendered.answers],
+        answers=[(place_of[start], place_of[end]) for start, end in answers],
         rendered=rendered.text,
         image_marks=image_marks,
+        is_plain=rendered.is_plain,
     )
 
 
@@ -264,7 +272,8 @@ def _mark_images(
     marked: list[Turn] = []
     offsets: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
-        value = turn.value.strip() if template.strip_values else turn.value
+        is_stripped = template.strip_values and turn.role != "pretrain"
+        value = turn.value.strip() if is_stripped else turn.value
         text, *rest = value.split(IMAGE_PLACEHOLDER)
         for following in rest:
             if len(offsets) < num_images:

@@ -22,6 +22,7 @@ _ROLES: dict[str, Role] = {
     "human": "human",
     "gpt": "gpt",
     "system": "system",
+    "pretrain": "pretrain",
     "user": "human",
     "assistant": "gpt",
     "model": "gpt",
@@ -41,7 +42,7 @@ class Message:
     """A message with its role as this package names it.
 
     Attributes:
-        role: human, gpt or system.
+        role: human, gpt or system; pretrain of a text without a template.
         text: what it says, with placeholders.
         where: `file:line: conversations[n]`, for messages.
         supervised: false where the record masks it.
@@ -106,7 +107,7 @@ def _message(
         what = "; tool calls are not used in training here" if is_tool else ""
         raise DataError(
             f"{where}.{role_key} is {shortened(said)}, but must be 'human' or 'gpt' ('user', 'assistant'), or 'system' "
-            f"in the first{what}"
+            f"in the first, or 'pretrain' of a single one{what}"
         )
     supervised = True
     for key, value in message.items():

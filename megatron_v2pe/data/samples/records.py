@@ -51,7 +51,7 @@ class Record:
     Attributes:
         sample_id: `data set:line`, the sample's identity in logs, plans and random draws.
         where: `file:line`, for messages.
-        turns: human and gpt in turn, human first, with one placeholder for each medium.
+        turns: human and gpt in turn, human first, or a single one of `pretrain`; one placeholder for each medium.
         media: in order of their placeholders.
         system: system prompt of the record's own; empty uses the template's.
         notes: what was understood under another name, and what is not read; see `formats.note_text`.
@@ -168,11 +168,14 @@ def parse_record(values: dict[str, Any], *, entry: DatasetEntry, sample_id: str,
     images = _parse_images(native.image, entry, where)
     videos = _parse_videos(native, entry, where)
     turns = _parse_turns(native.messages, where)
+    is_plain = turns[0].role == "pretrain"
     notes = list(native.notes)
     if native.messages[0].role == "gpt":
         notes.append(OPENING_NOTE)
     own_system = checked_text(native.system, "system text", where)
-    system = own_system or entry.system
+    if is_plain and own_system:
+        raise DataError(f"{where}: a text from 'pretrain' has no system text; remove it, or write turns")
+    system = "" if is_plain else own_system or entry.system
     if any(placeholder in system for placeholder in _PLACEHOLDERS):
         raise DataError(f"{where}: the system text has a placeholder of an image; move it to a human message")
     if native.has_video_image and videos and not images and _stands_for_videos(turns, len(videos)):
@@ -364,6 +367,12 @@ def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
         turns = turns[1:]
     if not turns:
         raise DataError(f"{where}: conversations have no human message")
+    if any(turn.role == "pretrain" for turn in turns):
+        if len(turns) > 1:
+            raise DataError(
+                f"{where}: a message from 'pretrain' is a text of its own, but this record has {len(turns)}"
+            )
+        return tuple(turns)
     for index, turn in enumerate(turns):
         if turn.role == "system":
             raise DataError(f"{where}: a message from 'system' is not the first; only the first may be")

@@ -63,7 +63,12 @@ def sample_settings(config: RunConfig, arch: InternVLArchitecture, hf_folder: st
     """
     data = config.data
     tokenizer = load_tokenizer(hf_folder)
-    require_rows(tokenizer, num_rows=arch.language.vocab_size, folder=hf_folder)
+    require_rows(
+        tokenizer,
+        num_rows=arch.language.vocab_size,
+        folder=hf_folder,
+        image_token_id=arch.image_token_id,
+    )
     template = chosen_template(data.template, arch.template, tokenizer=tokenizer, folder=hf_folder)
     if arch.system_message:
         template = template.with_system(arch.system_message)

@@ -3,7 +3,8 @@
     round     a question and its answer; stays whole unless it has several images
     question  frame <image> page <image> page <image> frame  ->  parts with some of the images; the text before the
               first and after the last image frames the question and is repeated, and so is the answer
-    answer    text <image> text <image> text                 ->  runs of it, each after the whole question
+    answer    text <image> text <image> text                 ->  runs of it, each after the whole question; a text
+              from `pretrain` is cut in the same way
 
 A part is named by its first and last unit, which depend on the text of the record alone; so what was measured is found
 again without measuring. A question about all images of a long round is asked of each part: where that would train
@@ -114,12 +115,12 @@ def _cut_round(each: Round, low: int, high: int) -> tuple[list[Turn], list[int]]
     middle = "".join(IMAGE_PLACEHOLDER + text for text in after[low:high])
     first = each.first_image + sum(counts[:place])
     images = list(range(first + low, first + high))
-    if place == 0:
+    if place == 0 and turn.role != "pretrain":
         frame = "" if high == len(after) else after[-1]
         return [replace(turn, value=before + middle + frame), *each.turns[1:]], images
     question = list(range(each.first_image, first))
     opening = before if low == 0 else ""
-    return [each.turns[0], replace(turn, value=opening + middle)], question + images
+    return [*each.turns[:place], replace(turn, value=opening + middle)], question + images
 
 
 def split_units(record: Record, rounds: Sequence[Round], *, fits: Callable[[Units], bool]) -> Sequence[Units]:

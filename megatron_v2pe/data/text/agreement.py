@@ -7,6 +7,7 @@ several tokens is learnt as letters and never ends an answer.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -14,17 +15,21 @@ from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.data.text.templates import TEMPLATES, ChatTemplate, get_template
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Tokenizer
 
+logger = logging.getLogger(__name__)
 _MARKER = re.compile(r"<\|[^|<>]+\|>")
 _SHOWN = 3
 
 
-def require_rows(tokenizer: Tokenizer, *, num_rows: int, folder: str | Path) -> None:
+def require_rows(
+    tokenizer: Tokenizer, *, num_rows: int, folder: str | Path, image_token_id: int | None = None
+) -> None:
     """Every id that the tokenizer can make has a row of the embedding, and the image tokens are single tokens.
 
     Args:
         tokenizer: of the folder.
         num_rows: `vocab_size` of config.json, which the embedding has; rows that a run pads with are not counted.
         folder: for messages.
+        image_token_id: of a native config.json, which is not used: the tokenizer's is. Another one is warned of.
 
     Raises:
         CheckpointError: names the tokens without a row.
@@ -44,6 +49,12 @@ def require_rows(tokenizer: Tokenizer, *, num_rows: int, folder: str | Path) -> 
                 f"{folder}: {token!r} is not one token of the tokenizer, and images need {IMAGE_START}, {IMAGE_END} "
                 f"and {IMAGE_CONTEXT}; take the tokenizer files of an InternVL checkpoint"
             )
+    if image_token_id not in (None, tokenizer.image_token_id):
+        logger.warning(
+            "%s: image_token_id of config.json is %d, but %s is %d in the tokenizer, which is used here; transformers "
+            "would put image features elsewhere. Its converter writes 92546 for every model without Qwen",
+            *(folder, image_token_id, IMAGE_CONTEXT, tokenizer.image_token_id),
+        )
 
 
 def chosen_template(

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_v2pe.core.errors import ConfigError
 
-Role = Literal["human", "gpt", "system"]
+Role = Literal["human", "gpt", "system", "pretrain"]
 ReleaseRule = Literal["internlm", "mpt", "phi3", "per_message"]
 
 # "You are the multimodal model InternVL, developed jointly by Shanghai AI Laboratory and SenseTime, ..."
@@ -42,7 +42,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: who says it.
+        role: who says it; `pretrain` is a text of its own, without a template, that is learned as a whole.
         value: its text.
         supervised: an answer is learned; false masks it (`loss: false` of a message).
     """
@@ -139,13 +139,15 @@ class RenderedConversation:
         text: what is tokenised.
         value_starts: character offset of each turn's value in `text`.
         written: half-open character ranges that the template did not write: system text and messages of a record.
-        answers: half-open character ranges that are supervised: each answer with its stop token.
+        answers: half-open character ranges that are supervised: each answer with its stop token, or the whole text.
+        is_plain: a text without a template.
     """
 
     text: str
     value_starts: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
     written: tuple[tuple[int, int], ...] = ()
+    is_plain: bool = False
 
 
 def get_template(name: str) -> ChatTemplate:
@@ -169,9 +171,14 @@ def render(
 
     Args:
         template: see `get_template`.
-        turns: messages, human and gpt in turn; a system message may come first.
+        turns: messages, human and gpt in turn; a system message may come first. Or a single one of `pretrain`.
         add_generation_prompt: end with the assistant's role, so that the model answers next.
     """
+    if turns and turns[0].role == "pretrain":
+        whole = ((0, len(turns[0].value)),)
+        return RenderedConversation(
+            text=turns[0].value, value_starts=(0,), answers=whole, written=whole, is_plain=True
+        )
     text, starts = "", []
     if not turns or turns[0].role != "system":
         text = template.system + template.separator

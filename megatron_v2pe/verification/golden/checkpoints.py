@@ -15,8 +15,9 @@ from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.checkpoint.files.folder import hf_path
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.config.pipeline import split_layers
-from megatron_v2pe.config.schema import ParallelConfig
-from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.config.validate import check_experts, check_model_split
+from megatron_v2pe.core.errors import CheckpointError, ConfigError
 
 Imported = Path | CheckpointError
 
@@ -71,3 +72,27 @@ def is_left_out(parallel: ParallelConfig, checkpoint: Imported) -> bool:
     if parallel.ep == 1 or isinstance(checkpoint, CheckpointError):
         return False
     return read_architecture(hf_path(checkpoint)).language.experts is None
+
+
+def require_fit(folder: Path, *, family: str | None, parallel: ParallelConfig) -> None:
+    """Refuse a layout that a checkpoint cannot be spread over, before ranks are started.
+
+    Raises:
+        ConfigError: names the checkpoint, and the sizes that are possible.
+    """
+    for path in sorted((folder / "ckpt").glob("*/config.json")):
+        if not path.parent.name.startswith(family or ""):
+            continue
+        try:
+            arch = read_architecture(path.parent)
+        except CheckpointError:
+            continue  # reported as unsupported
+        fitted = fitting_layout(parallel, arch)
+        try:
+            check_model_split(fitted, arch)
+            if arch.language.experts is not None:
+                check_experts(RunConfig(parallel=fitted), arch)
+        except ConfigError as error:
+            raise ConfigError(
+                f"check-golden: {path.parent.name}: {error}; or leave it out with --family"
+            ) from None

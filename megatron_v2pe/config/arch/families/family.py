@@ -24,6 +24,7 @@ class LanguageFamily:
         github: names in a GitHub folder.
         native: names in a native folder, in the published spelling; empty means the same as `github`.
         native_values: what a native `text_config` says beyond the keys that both formats share.
+        class_defaults: values of the class for keys that are absent, of keys whose default differs between classes.
         fixed: keys of the class and the one value that this package computes; another value is refused.
         qkv_bias: queries, keys and values have a bias, by the class and without a key.
         qk_norm: RMSNorm of each head's queries and keys before the rotation.
@@ -38,6 +39,7 @@ class LanguageFamily:
     github: tuple[Rule, ...]
     native: tuple[Rule, ...] = ()
     native_values: dict[str, Any] = field(default_factory=dict)
+    class_defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False

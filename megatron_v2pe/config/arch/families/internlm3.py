@@ -8,6 +8,7 @@ FAMILY = LanguageFamily(
     native_model_type="llama",
     github=llama.TABLE,
     native_values={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    class_defaults={"max_position_embeddings": 32768},
     fixed={"bias": False, "qkv_bias": False},
     reads_head_dim=True,
 )

@@ -16,5 +16,6 @@ FAMILY = LanguageFamily(
     architecture="Phi3ForCausalLM",
     native_model_type="",
     github=TABLE,
+    class_defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     always_windowed=True,
 )

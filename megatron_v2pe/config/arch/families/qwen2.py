@@ -10,5 +10,6 @@ FAMILY = LanguageFamily(
     architecture="Qwen2ForCausalLM",
     native_model_type="qwen2",
     github=(*llama.TABLE, llama.QKV_BIAS),
+    class_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     qkv_bias=True,
 )

@@ -18,6 +18,7 @@ FAMILY = LanguageFamily(
     architecture="Qwen3ForCausalLM",
     native_model_type="qwen3",
     github=(*llama.TABLE, *QK_NORM),
+    class_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     fixed={"attention_bias": False},
     qk_norm=True,
     reads_head_dim=True,

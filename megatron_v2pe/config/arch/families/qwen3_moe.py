@@ -25,6 +25,7 @@ FAMILY = LanguageFamily(
     architecture="Qwen3MoeForCausalLM",
     native_model_type="qwen3_moe",
     github=(*llama.TABLE, *QK_NORM, *EXPERTS),
+    class_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4},
     fixed={"attention_bias": False},
     qk_norm=True,
     reads_head_dim=True,

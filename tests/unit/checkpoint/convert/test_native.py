@@ -167,7 +167,7 @@ def edited(folder, tmp_path, **sections):
         ({"vision_config": {"use_qk_norm": True, "layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
         ({"vision_config": {"image_size": [56, 112]}}, "tiles and patches are square"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
-        ({"vision_feature_layer": -4}, "select_layer is -4"),
+        ({"vision_feature_layer": -4}, "vision_feature_layer is -4"),
         ({"use_vision_router": True, "model_type": "internvl_chat"}, "this is an InternVL-Flash|llm_config"),
     ],
 )
@@ -179,7 +179,9 @@ def test_models_that_look_near_are_refused_before_a_weight_is_read(tmp_path, sec
 def test_mixed_formats_in_one_folder(tmp_path):
     folder = shutil.copytree(GITHUB / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
     shutil.copyfile(NATIVE / MOE / "config.json", folder / "config.json")
-    with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
+    with pytest.raises(
+        CheckpointError, match="have names of GitHub folders .* config.json is that of native folders"
+    ):
         import_hf(folder, tmp_path / "ckpt")
 
 
@@ -187,7 +189,9 @@ def test_names_of_both_formats_in_one_file(tmp_path):
     folder = shutil.copytree(NATIVE / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
     both = load_file(GITHUB / MOE / "model.safetensors") | load_file(folder / "model.safetensors")
     save_file(both, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"vision_model\.\S+: this architecture has no such tensor"):
+    with pytest.raises(
+        CheckpointError, match="have names of GitHub folders .* config.json is that of native folders"
+    ):
         import_hf(folder, tmp_path / "ckpt")
 
 
@@ -290,3 +294,17 @@ def test_how_a_run_trained_travels_into_the_other_format_and_back(tmp_path):
         assert (arch.template, arch.system_message) == (TRAINED["template"], TRAINED["system_message"])
         assert arch.trained_length == 32768
         assert (data.max_dynamic_patch, data.use_thumbnail, data.normalize_type) == (5, False, "siglip")
+
+
+def test_an_image_token_of_another_tokenizer_is_warned_of(tmp_path, caplog):
+    """As the converter of transformers writes it for InternLM3; what is used is the tokenizer's."""
+    folder = shutil.copytree(NATIVE / MOE, tmp_path / "hf", copy_function=shutil.copyfile)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"image_token_id": 92546}))
+    with caplog.at_level(logging.WARNING):
+        import_hf(folder, tmp_path / "ckpt")
+    assert "image_token_id of config.json is 92546, but <IMG_CONTEXT> is 380 in the tokenizer" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        import_hf(NATIVE / MOE, tmp_path / "right")
+    assert "image_token_id" not in caplog.text

@@ -58,7 +58,7 @@ def _turns(text: str, recorded: dict[str, Any], system: str) -> list[Turn]:
 
 
 def processor_rows(path: Path, native: Path, *, family: str | None) -> Iterator[Row]:
-    """Every case of text/hf_processor.json whose native folder is there.
+    """Every case of text/hf_processor.json.
 
     Args:
         path: the file.
@@ -67,7 +67,10 @@ def processor_rows(path: Path, native: Path, *, family: str | None) -> Iterator[
     """
     for number, case in enumerate(json.loads(path.read_text(encoding="utf-8"))["cases"]):
         name, folder = f"text/processor_{case['ckpt']}_{number}", native / case["ckpt"]
-        if not case["ckpt"].startswith(family or "") or not folder.is_dir():
+        if not case["ckpt"].startswith(family or ""):
+            continue
+        if not folder.is_dir():
+            yield unsupported(name, "all", reason=f"the folder has no ckpt_hf/{case['ckpt']}")
             continue
         try:
             arch = read_architecture(folder)

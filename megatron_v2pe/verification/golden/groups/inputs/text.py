@@ -121,10 +121,9 @@ def _conversation_rows(
         yield unsupported(name, "tokens", reason=text.reason)
         return
     roles = {message["from"] for message in record["conv"]}
-    if not roles <= {"human", "gpt", "system"}:
-        others = ", ".join(sorted(roles - {"human", "gpt", "system"}))
+    if others := sorted(roles - {"human", "gpt", "system", "pretrain"}):
         yield unsupported(
-            name, "tokens", reason=f"messages from {others} are not taken as training data here"
+            name, "tokens", reason=f"messages from {', '.join(others)} are not taken as training data here"
         )
         return
     turns = [Turn(role=message["from"], value=message["value"]) for message in record["conv"]]

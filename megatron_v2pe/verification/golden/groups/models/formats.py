@@ -6,6 +6,7 @@ names.json: the recorded names of both, against our tables
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -21,7 +22,7 @@ from megatron_v2pe.checkpoint.convert.other_format import convert_hf
 from megatron_v2pe.checkpoint.hf.name_map import NameMap, name_map, other_names
 from megatron_v2pe.checkpoint.hf.tables import Spelling
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
-from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.verification.golden.rows import Row, equal, unsupported
 
@@ -29,23 +30,59 @@ _NATIVE_SPELLINGS: tuple[Spelling, ...] = ("hf-native", "hf-native-nested")
 
 
 def run(folder: Path, *, family: str | None) -> Iterator[Row]:
-    """Every checkpoint that the folder holds in both formats."""
+    """Every checkpoint that the folder holds in the native format, beside its GitHub folder where there is one."""
     recorded = folder / "names.json"
     table = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else None
-    for native in sorted((folder / "ckpt_hf").glob("*/")):
+    for native in sorted(path.parent for path in (folder / "ckpt_hf").glob("*/config.json")):
         key, github = native.name, folder / "ckpt" / native.name
-        if not key.startswith(family or "") or not github.is_dir():
+        if not key.startswith(family or ""):
             continue
         try:
-            read_architecture(github)
+            arch = read_architecture(native)
         except CheckpointError as error:
             yield unsupported(f"formats/{key}", "all", reason=str(error).splitlines()[0])
             continue
+        yield _round_trip_row(f"formats/{key}", "native, ours, native", native)
+        if not (github / "config.json").is_file():
+            yield from _native_rows(f"formats/{key}", native)
+            continue
+        yield _architecture_row(f"formats/{key}", read_architecture(github), arch)
         yield from _weight_rows(f"formats/{key}", github, native)
         path = folder / "forward" / f"{key}.json"
         if table is not None and path.is_file():
             language = json.loads(path.read_text(encoding="utf-8"))["family"]
             yield _name_row(f"formats/{key}", github, table, language=language)
+
+
+def _native_rows(name: str, native: Path) -> Iterator[Row]:
+    """A folder without one of the other format to compare with."""
+    with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
+        there, back = (Path(scratch) / each for each in ("github", "native"))
+        convert_hf(native, there)
+        yield _architecture_row(name, read_architecture(there), read_architecture(native))
+        convert_hf(there, back)
+        yield _same_tensors(name, "native, github, native", back, native)
+
+
+def _architecture_row(name: str, github: InternVLArchitecture, native: InternVLArchitecture) -> Row:
+    """What both config.json say of one model: sizes, norms, rotation, experts, ties."""
+    ours, theirs = (_facts(arch) for arch in (github, native))
+    different = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
+    detail = "; ".join(f"{key} is {ours.get(key)} and {theirs.get(key)}" for key in different)
+    return equal(name, "architecture", is_equal=not different, detail=detail)
+
+
+def _facts(arch: InternVLArchitecture) -> dict[str, Any]:
+    """All fields by their path, but for what is a format's own: class and padding token of the language model."""
+    values = dataclasses.asdict(arch)
+    del (
+        values["folder_format"],
+        values["image_token_id"],
+        values["language"]["architecture"],
+        values["language"]["pad_token_id"],
+    )
+    parts = {key: values.pop(key) for key in ("vision", "language")}
+    return {**values, **{f"{part}.{key}": value for part, own in parts.items() for key, value in own.items()}}
 
 
 def _weight_rows(name: str, github: Path, native: Path) -> Iterator[Row]:
@@ -60,11 +97,7 @@ def _weight_rows(name: str, github: Path, native: Path) -> Iterator[Row]:
         else:  # InternLM2 is a llama in native folders, and a folder that says no more stays one
             convert_hf(back, again)
             yield _same_tensors(name, "native, github, native", again, native)
-    for quantity, source in (("github, ours, github", github), ("native, ours, native", native)):
-        with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
-            import_hf(source, Path(scratch) / "ours")
-            export_hf(Path(scratch) / "ours", Path(scratch) / "back")
-            yield _same_files(name, quantity, Path(scratch) / "back", source)
+    yield _round_trip_row(name, "github, ours, github", github)
     with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
         first, other, second, last = (Path(scratch) / each for each in ("1", "native", "2", "github"))
         import_hf(github, first)
@@ -72,6 +105,14 @@ def _weight_rows(name: str, github: Path, native: Path) -> Iterator[Row]:
         import_hf(other, second)
         export_hf(second, last, to="github")
         yield _same_tensors(name, "github, ours, native, ours, github", last, github)
+
+
+def _round_trip_row(name: str, quantity: str, source: Path) -> Row:
+    """Imported and exported again: the same files."""
+    with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
+        import_hf(source, Path(scratch) / "ours")
+        export_hf(Path(scratch) / "ours", Path(scratch) / "back")
+        return _same_files(name, quantity, Path(scratch) / "back", source)
 
 
 def _language(folder: Path) -> str:

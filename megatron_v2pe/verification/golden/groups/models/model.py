@@ -61,8 +61,13 @@ def run(folder: Path, *, family: str | None, parallel: ParallelConfig) -> Iterat
     checkpoints = imported_checkpoints(folder, family)  # before the world is joined
     context = init_distributed(plan, seed=0)
     for path in sorted((folder / "forward").glob("*.json")):
-        if path.stem in checkpoints and not is_left_out(parallel, checkpoints[path.stem]):
-            yield from run_file(ForwardFile.open(folder, path), checkpoints[path.stem], parallel=parallel)
+        if path.stem == "vision_resize" or not path.stem.startswith(family or ""):
+            continue
+        checkpoint = checkpoints.get(path.stem)
+        if checkpoint is None:
+            yield unsupported(f"model/{path.stem}", "all", reason=f"ckpt/{path.stem} holds no weights")
+        elif not is_left_out(parallel, checkpoint):
+            yield from run_file(ForwardFile.open(folder, path), checkpoint, parallel=parallel)
     if plan.world_size == 1:
         yield from vision_rows(folder, checkpoints, context)
 
