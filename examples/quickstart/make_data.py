@@ -9,10 +9,10 @@ asked for. Training and evaluation share neither a sheet nor a topic of prose. A
 chat template, answer and end token included, and each record is encoded once more after it was built to prove it.
 
 Training documents have any number of images that fits, and prose for the rest, so that all positions up to the
-trained length occur whatever strides their images draw. Many of the longest show few different digits, so that the answer's
-digit is also on many distractors, as it is in evaluation documents with their 61 or 121 images: otherwise a model that has
-answered may look at them, and repeat the digit instead of ending. Evaluation documents have as many images as fit, with
-one token of prose for each: 67 tokens that take 4 positions at the smallest stride.
+trained length occur whatever strides their images draw. Many of the longest show few different digits, so that
+the answer's digit is also on many distractors, as in evaluation documents with their 61 or 121 images: otherwise a
+model that has answered may look at them, and repeat the digit instead of ending. Evaluation documents have as many
+images as fit, with one token of prose for each: 67 tokens that take 4 positions at the smallest stride.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def test_the_ablation_has_a_row_for_each_training_and_step(work, capsys, monkeyp
     figure.main()
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert [[cell.strip() for cell in row if cell] for row in rows[2:]] == [
-        ["random", "64/64 (default)", "0.70 (0.40 to 1.00)"],
-        ["random", "1/64", "1.00 (1.00 to 1.00)"],
+        ["random", "64/64 (default)", "1.00"],  # of seed 1 alone: the other model has no more
+        ["random", "1/64", "1.00"],
         ["fixed 8/64", "64/64 (default)", "0.00"],
         ["fixed 8/64", "1/64", "0.25"],
     ]
@@ -82,6 +82,24 @@ def test_the_ablation_has_a_row_for_each_training_and_step(work, capsys, monkeyp
     monkeypatch.setattr(sys, "argv", [*arguments, "default_300"])
     with pytest.raises(SystemExit, match="no finished run named default_300"):
         figure.main()
+    fill(work, 2, "default_300", ["1,512,0.1,1,4,0.25"])
+    with pytest.raises(SystemExit, match="no seed has a finished run of every model"):
+        figure.main()
+
+
+def test_the_ablations_documentation_says_how_much_was_asked(work, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(QUICKSTART.parent / "ablation"))
+    import figure
+
+    monkeypatch.setattr(figure, "README", tmp_path / "page.md")
+    monkeypatch.setattr(figure, "PICTURE", tmp_path / "ablation.png")
+    (tmp_path / "page.md").write_text("<!-- ablation figures: begin -->\n<!-- ablation figures: end -->\n")
+    monkeypatch.setattr(sys, "argv", ["figure.py", str(work), "--models", "random_300", "--docs"])
+    figure.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "Accuracy over 2 seeds" in page
+    assert "| random | 1/64 | 1.00 (1.00 to 1.00) |" in page
+    assert (tmp_path / "ablation.png").exists()
 
 
 def test_documentation_is_replaced_between_its_marks(tmp_path):
