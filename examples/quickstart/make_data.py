@@ -9,10 +9,8 @@ asked for. Training and evaluation share neither a sheet nor a topic of prose. A
 chat template, answer and end token included, and each record is encoded once more after it was built to prove it.
 
 Training documents have any number of images that fits, and prose for the rest, so that all positions up to the
-trained length occur whatever strides their images draw. Many of the longest show few different digits, so that
-the answer's digit is also on many distractors, as in evaluation documents with their 61 or 121 images: otherwise a
-model that has answered may look at them, and repeat the digit instead of ending. Evaluation documents have as many
-images as fit, with one token of prose for each: 67 tokens that take 4 positions at the smallest stride.
+trained length occur whatever strides their images draw. Evaluation documents have as many images as fit, with one
+token of prose for each: 67 tokens that take 4 positions at the smallest stride.
 """
 
 from __future__ import annotations
@@ -36,10 +34,6 @@ from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
 TRAIN_LENGTHS = (104, 176, 256, 512)
-LONGEST_WEIGHT = 4
-"""Tokens of the longest training documents for one token of each other length."""
-DIFFERENT_DIGITS = (1, 2, 3, 10)
-"""So many different digits are in one of the longest training documents, each number in a fourth of them."""
 EVAL_RECORDS_PER_CELL = {512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 3}
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -88,14 +82,7 @@ class DocumentWriter:
         return (length - self._fixed_tokens - self._mark_tokens) // (self._tokens_per_image + 1)
 
     def record(
-        self,
-        generator: np.random.Generator,
-        *,
-        length: int,
-        depth: float,
-        num_images: int,
-        name: str,
-        different_digits: int = 10,
+        self, generator: np.random.Generator, *, length: int, depth: float, num_images: int, name: str
     ) -> dict[str, Any]:
         """One record in the release's format, with `length`, `depth` and `answer` beside it.
 
@@ -105,7 +92,6 @@ class DocumentWriter:
             depth: 0..1, where among the images the needle is.
             num_images: images of the document, the needle among them; the rest is prose.
             name: id of the record.
-            different_digits: 1..10, the images show digits of a set of so many.
         """
         body_tokens = length - self._fixed_tokens
         text_tokens = body_tokens - self._mark_tokens - num_images * self._tokens_per_image
@@ -115,8 +101,7 @@ class DocumentWriter:
         places = (len(words) * (np.arange(num_images) + generator.random(num_images)) / num_images).astype(
             int
         )
-        shown = np.arange(10) if different_digits == 10 else generator.permutation(10)[:different_digits]
-        digits = shown[generator.integers(different_digits, size=num_images)].tolist()
+        digits = generator.integers(10, size=num_images).tolist()
         sheets = generator.integers(SHEETS_PER_DIGIT, size=num_images).tolist()
         message = _interleave(words, places.tolist(), needle) + "\n" + QUESTION
         if self.count(message) != length:
@@ -173,22 +158,15 @@ def load_source(split: Split, tokenizer: Tokenizer) -> Source:
 
 
 def train_records(writer: DocumentWriter, *, tokens_per_length: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Records of every training length, LONGEST_WEIGHT times as many tokens of the longest; needles at any depth."""
+    """Records of every training length, about as many tokens of each; needles at any depth."""
     for length in TRAIN_LENGTHS:
-        is_longest = length == max(TRAIN_LENGTHS)
         generator = np.random.default_rng([seed, 0, length])
-        for number in range(max(1, tokens_per_length * (LONGEST_WEIGHT if is_longest else 1) // length)):
+        for number in range(max(1, tokens_per_length // length)):
             depth = round(float(generator.random()), 3)
             most = writer.most_images(length)
             num_images = int(generator.integers(min(2, most), most + 1))
-            yield writer.record(
-                generator,
-                length=length,
-                depth=depth,
-                num_images=num_images,
-                name=f"train-{length}-{number:05d}",
-                different_digits=int(generator.choice(DIFFERENT_DIGITS)) if is_longest else 10,
-            )
+            name = f"train-{length}-{number:05d}"
+            yield writer.record(generator, length=length, depth=depth, num_images=num_images, name=name)
 
 
 def eval_records(writer: DocumentWriter, *, share: float, seed: int) -> Iterator[dict[str, Any]]:
@@ -244,12 +222,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to fill")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder whose tokenizer counts")
     parser.add_argument("--seed", type=int, default=0, help="seed of every choice (default 0)")
-    parser.add_argument(
-        "--tokens-per-length",
-        type=int,
-        default=200_000,
-        help=f"training tokens per length, {LONGEST_WEIGHT} times as many of the longest (default 200000)",
-    )
+    parser.add_argument("--tokens-per-length", type=int, default=400_000, help="training tokens per length")
     parser.add_argument("--eval-share", type=float, default=1.0, help="share of the evaluation records")
     arguments = parser.parse_args()
     counts = write_data(

@@ -130,38 +130,6 @@ def test_training_documents_have_different_shares_of_images(data):
     assert len(counts[512]) > 2
 
 
-def test_many_of_the_longest_training_documents_show_few_digits(data):
-    import make_data
-
-    def same_as_answer(record):
-        return sum(image.split("_")[-2] == record["answer"] for image in record["image"])
-
-    def digits(record):
-        return {image.split("_")[-2] for image in record["image"]}
-
-    many = [record for record in records(data, "train") if len(record["image"]) >= 4]
-    assert {record["length"] for record in many} == {512}
-    few = [record for record in many if len(digits(record)) <= 3]
-    # One, two or three digits in three of four; of the others, a few by chance.
-    assert 0.5 < len(few) / len(many) < 1
-    assert max(len(digits(record)) for record in many) > max(make_data.DIFFERENT_DIGITS[:-1])
-    # All of its images, as the hardest evaluation document has the answer's digit on more than ten distractors.
-    assert any(same_as_answer(record) == len(record["image"]) for record in many)
-    asked = [record for record in records(data, "eval") if record["length"] == 8192]
-    assert all(len(digits(record)) == 10 for record in asked)
-
-
-def test_the_longest_documents_have_most_of_the_tokens(data):
-    import make_data
-
-    tokens = dict.fromkeys(make_data.TRAIN_LENGTHS, 0)
-    for record in records(data, "train"):
-        tokens[record["length"]] += record["length"]
-    *others, longest = tokens.values()
-    assert all(0.9 * SMALL["tokens_per_length"] <= count <= SMALL["tokens_per_length"] for count in others)
-    assert longest == make_data.LONGEST_WEIGHT * SMALL["tokens_per_length"]
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(data, checkpoint, tmp_path):
     import make_data
 
