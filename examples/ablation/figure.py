@@ -1,6 +1,6 @@
 """Table and picture of the ablation: accuracy at each length, by the step of training and the step of the questions.
 
-    WORK/seed_*/MODEL/report/cells.csv  -->  WORK/ablation.csv, WORK/ablation.txt, WORK/ablation.png
+    WORK/seed_*/MODEL/report/predictions_*.jsonl  -->  WORK/ablation.csv, WORK/ablation.txt, WORK/ablation.png
 
 A value is the mean over the seeds that all models have; bars and ranges go from the worst seed to the best. With
 --docs the table of the readme and the picture of the documentation are renewed.
@@ -16,11 +16,10 @@ from over_seeds import (
     ROOT,
     TRAINED_LENGTH,
     Accuracies,
-    caption,
     draw_spread,
     markdown,
-    questions,
     read_accuracies,
+    read_asked,
     replace_between_marks,
     spread,
     stride_text,
@@ -115,15 +114,17 @@ def main() -> None:
         raise SystemExit(f"{arguments.work}: holds no finished run named {', '.join(missing)}")
     found = of_shared_seeds(found)
     header, rows = summary(found)
-    num_seeds = len(next(iter(found.values())))
-    text = "\n".join([f"{num_seeds} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
+    seeds = sorted(next(iter(found.values())))
+    text = "\n".join([f"{len(seeds)} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
     write_atomic(arguments.work / "ablation.txt", text + "\n")
     write_csv(found, arguments.work / "ablation.csv")
     draw(found, arguments.work / "ablation.png")
     print(text)
     if arguments.docs:
-        asked = caption(num_seeds, questions(arguments.work, arguments.models[0]))
-        replace_between_marks(README, "ablation figures", "\n" + asked + markdown(header, rows) + "\n")
+        asked = read_asked(arguments.work, arguments.models, seeds)
+        replace_between_marks(
+            README, "ablation figures", "\n" + asked.caption() + markdown(header, rows) + "\n"
+        )
         draw(found, PICTURE)
 
 

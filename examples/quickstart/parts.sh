@@ -77,8 +77,7 @@ train_model() { # BASE RUN SEED STEPS [overrides of train.yaml]
         runtime.seed="$seed" parallel.cp="$RANKS" optim.steps="$steps" optim.warmup_steps=$((steps > 30 ? 30 : steps - 1))
 }
 
-# An answer is one digit, one token: what is measured is which digit was found, not whether the answer ends after it.
 ask_model() { # BASE RUN STEPS
     ranks evaluate "$(step_folder "$2" "$3")" --data "$1/data/eval.jsonl" --stride "$STRIDES" \
-        --out "$2/report" --metrics "$2/metrics.jsonl" --max-new-tokens 1
+        --out "$2/report" --metrics "$2/metrics.jsonl" --max-new-tokens 4
 }
