@@ -1,9 +1,9 @@
 """Table and picture of the ablation: accuracy at each length, by the step of training and the step of the questions.
 
-    WORK/seed_*/MODEL/report/cells.csv  -->  WORK/ablation.csv, WORK/ablation.txt, WORK/ablation.png
+    WORK/seed_*/MODEL/report/predictions_*.jsonl  -->  WORK/ablation.csv, WORK/ablation.txt, WORK/ablation.png
 
-A value is the mean over seeds; bars and ranges go from the worst seed to the best. With --docs the table of the
-readme and the picture of the documentation are renewed.
+A value is the mean over the seeds that all models have; bars and ranges go from the worst seed to the best. With
+--docs the table of the readme and the picture of the documentation are renewed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from over_seeds import (
     draw_spread,
     markdown,
     read_accuracies,
+    read_asked,
     replace_between_marks,
     spread,
     stride_text,
@@ -37,6 +38,20 @@ def training_text(model: str) -> str:
     """Name of a run as the table has it: `fixed_8_500` was trained with 8/64 in 500 steps."""
     kind, _, _ = model.rpartition("_")
     return f"fixed {stride_text(kind.removeprefix('fixed_'))}" if kind.startswith("fixed_") else kind
+
+
+def of_shared_seeds(found: Accuracies) -> Accuracies:
+    """The values of those seeds with which every model was trained and asked.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    shared = set.intersection(*(set(seeds) for seeds in found.values()))
+    if not shared:
+        raise SystemExit(
+            "no seed has a finished run of every model; finish one with run.sh, or name fewer --models"
+        )
+    return {key: {seed: seeds[seed] for seed in seeds if seed in shared} for key, seeds in found.items()}
 
 
 def summary(found: Accuracies) -> tuple[list[str], list[list[str]]]:
@@ -91,19 +106,25 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="also renew the readme's table and its picture")
     arguments = parser.parse_args()
     every = read_accuracies(arguments.work)
-    found = {key: seeds for name in arguments.models for key, seeds in every.items() if key[0] == name}
+    found: Accuracies = {
+        key: seeds for name in arguments.models for key, seeds in every.items() if key[0] == name
+    }
     missing = sorted(set(arguments.models) - {model for model, _, _ in found})
     if missing:
         raise SystemExit(f"{arguments.work}: holds no finished run named {', '.join(missing)}")
+    found = of_shared_seeds(found)
     header, rows = summary(found)
-    num_seeds = max(map(len, found.values()))
-    text = "\n".join([f"{num_seeds} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
+    seeds = sorted(next(iter(found.values())))
+    text = "\n".join([f"{len(seeds)} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
     write_atomic(arguments.work / "ablation.txt", text + "\n")
     write_csv(found, arguments.work / "ablation.csv")
     draw(found, arguments.work / "ablation.png")
     print(text)
     if arguments.docs:
-        replace_between_marks(README, "ablation figures", "\n" + markdown(header, rows) + "\n")
+        asked = read_asked(arguments.work, arguments.models, seeds)
+        replace_between_marks(
+            README, "ablation figures", "\n" + asked.caption() + markdown(header, rows) + "\n"
+        )
         draw(found, PICTURE)
 
 

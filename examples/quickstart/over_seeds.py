@@ -1,6 +1,9 @@
 """Table and picture of one kind of model over seeds: mean, worst and best seed at each length.
 
-    WORK/seed_*/MODEL/report/cells.csv  -->  WORK/seeds.csv, WORK/seeds.txt, WORK/seeds.png
+    WORK/seed_*/MODEL/report/predictions_*.jsonl  -->  WORK/seeds.csv, WORK/seeds.txt, WORK/seeds.png
+
+The digit with which an answer begins counts: what is measured is which image was found. The tables of a single run
+count the whole answer; some models repeat a right digit instead of ending, and the documentation says how often.
 
 With --docs the table replaces what is between the comments `quickstart figures: begin` and `quickstart figures: end` of
 both readmes, and the picture the one of the documentation.
@@ -9,16 +12,17 @@ both readmes, and the picture the one of the documentation.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_v2pe.core.files import write_atomic
+from megatron_v2pe.core.jsonl import read_jsonl
 from megatron_v2pe.core.text_table import text_table
 from megatron_v2pe.inspection.figures import pyplot, save_figure
 
@@ -32,49 +36,82 @@ Accuracies = Mapping[tuple[str, str, int], Mapping[str, float]]
 
 
 def read_accuracies(work: Path, *, report: str = "report") -> Accuracies:
-    """Share of right answers of each seed; every answer counts once.
+    """Share of right digits of each seed; every answer counts once.
 
     Args:
         work: folder of the scripts.
         report: name of the folders of evaluations.
     """
     found: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
-    for path in sorted(work.glob(f"seed_*/*/{report}/cells.csv")):
-        seed, model = path.parts[-4].removeprefix("seed_"), path.parts[-3]
-        sums: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                total = sums[row["stride"], int(row["length"])]
-                total[0] += int(row["correct"])
-                total[1] += int(row["count"])
-        for (stride, length), (correct, count) in sums.items():
-            found[model, stride, length][seed] = correct / count
+    for path in sorted(work.glob(f"seed_*/*/{report}")):
+        seed, model = path.parts[-3].removeprefix("seed_"), path.parts[-2]
+        for stride, rows in _answers(path).items():
+            right: dict[int, list[bool]] = defaultdict(list)
+            for row in rows:
+                right[row["length"]].append(_is_found(row))
+            for length, each in right.items():
+                found[model, stride, length][seed] = float(np.mean(each))
     if not found:
         raise SystemExit(
-            f"{work}: holds no seed_*/MODEL/{report}/cells.csv; run the script that fills it first"
+            f"{work}: holds no seed_*/MODEL/{report}/predictions_*.jsonl; run the script that fills it first"
         )
     return found
 
 
-def questions(work: Path, model: str) -> list[int]:
-    """Questions of a seed with each step, by length."""
-    path = next(iter(sorted(work.glob(f"seed_*/{model}/report/cells.csv"))))
-    counts: dict[int, int] = defaultdict(int)
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        if row["stride"] == rows[0]["stride"]:
-            counts[int(row["length"])] += int(row["count"])
-    return [counts[length] for length in sorted(counts)]
+def _answers(report: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each stride of the questions, the largest step first."""
+    files = {path.stem.removeprefix("predictions_"): path for path in report.glob("predictions_*.jsonl")}
+    by_step = sorted(files, key=lambda stride: -TOKENS_PER_TILE if stride == "default" else -int(stride))
+    return {stride: [row for _, row in read_jsonl(files[stride])] for stride in by_step}
 
 
-def caption(num_seeds: int, counts: list[int]) -> str:
-    """Sentences before the table of the documentation."""
-    asked = f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
-    return (
-        f"Accuracy over {num_seeds} seeds: mean (worst to best seed); guessing gives 0.10. A seed decides the random\n"
-        "weights, which sheets and prose the documents have, the order of the data and the strides that images draw.\n"
-        f"Each seed was asked {asked} questions of these lengths with each step.\n\n"
+def _is_found(row: Mapping[str, Any]) -> bool:
+    """The answer begins with the right digit, which is one token."""
+    return bool(row["prediction"].startswith(row["answer"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the answers of a table are.
+
+    Attributes:
+        num_seeds: seeds of it.
+        questions: of a seed with each step, by length.
+        num_answers: all of them.
+        num_repeated: those which begin with the right digit and do not end after it.
+    """
+
+    num_seeds: int
+    questions: Sequence[int]
+    num_answers: int
+    num_repeated: int
+
+    def caption(self) -> str:
+        """Sentences before the table of the documentation."""
+        *most, last = map(str, self.questions)
+        asked = f"{', '.join(most)} and {last}" if most else last
+        over = f"{self.num_seeds} seed{'s' * (self.num_seeds > 1)}: mean (worst to best seed)"
+        return (
+            f"Accuracy over {over}; guessing gives 0.10. A seed decides the random\n"
+            "weights, which sheets and prose the documents have, the order of the data and the strides that images\n"
+            f"draw. Each seed was asked {asked} questions of these lengths with each step.\n"
+            "The digit with which an answer begins counts; "
+            f"{self.num_repeated:,} of {self.num_answers:,} answers begin with the right one\nand repeat it instead of "
+            "ending.\n\n"
+        )
+
+
+def read_asked(work: Path, models: Collection[str], seeds: Collection[str]) -> Asked:
+    """Count the answers of some models and seeds."""
+    reports = [work / f"seed_{seed}" / model / "report" for model in models for seed in seeds]
+    rows = [row for report in reports for each in _answers(report).values() for row in each]
+    one = next(iter(_answers(reports[0]).values()))
+    counts = Counter(row["length"] for row in one)
+    return Asked(
+        num_seeds=len(seeds),
+        questions=[counts[length] for length in sorted(counts)],
+        num_answers=len(rows),
+        num_repeated=sum(_is_found(row) and row["prediction"] != row["answer"] for row in rows),
     )
 
 
@@ -181,14 +218,14 @@ def main() -> None:
     if not found:
         raise SystemExit(f"{arguments.work}: holds no run named {arguments.model}")
     header, rows = summary(found)
-    num_seeds = max(map(len, found.values()))
-    text = "\n".join([f"{num_seeds} seeds: mean (worst to best)", *text_table(header, rows, align="<>")])
+    seeds = sorted({seed for each in found.values() for seed in each})
+    text = "\n".join([f"{len(seeds)} seeds: mean (worst to best)", *text_table(header, rows, align="<>")])
     write_atomic(arguments.work / "seeds.txt", text + "\n")
     write_csv(found, arguments.work / "seeds.csv")
     draw(found, arguments.work / "seeds.png")
     print(text)
     if arguments.docs:
-        said = caption(num_seeds, questions(arguments.work, arguments.model)) + markdown(header, rows)
+        said = read_asked(arguments.work, [arguments.model], seeds).caption() + markdown(header, rows)
         for page in READMES:
             replace_between_marks(page, "quickstart figures", f"\n{said}\n")
         draw(found, PICTURE)

@@ -190,6 +190,7 @@ def _request(record: Mapping[str, Any], file: DataFile, kind: str, instructions:
     choices = None
     if kind == "multi-choice":
         choices = need(instance, "choice_list", list, where)
+        _check_option(need(record, "response", str, where), choices, f"{where}: response")
         letters = [""] * len(choices)
         if file.set != "GPR1200":
             letters = [f"{letter_of(index)}. " for index in range(len(choices))]
@@ -215,14 +216,29 @@ def _request(record: Mapping[str, Any], file: DataFile, kind: str, instructions:
     )
 
 
+def _check_option(answer: str, choices: Sequence[Any], where: str) -> None:
+    for choice in choices:
+        if not isinstance(choice, str):
+            raise DataError(f"{where}: choice_list has {choice!r}, but must hold texts")
+    if milebench_text(answer) not in map(milebench_text, choices):
+        raise DataError(
+            f"{where} is {answer!r}, which is none of the {len(choices)} texts of choice_list; publishers list the "
+            "right answer there"
+        )
+
+
 def _recorded_row(record: Mapping[str, Any], name: str, where: str) -> Row:
+    answer = need(record, "gt_response", str, where)
+    choices = record.get("choice_list") or None  # open questions: no key, null or no options
+    if choices is not None:
+        _check_option(answer, need(record, "choice_list", list, where), f"{where}: gt_response")
     identity = f"{name}/{need(record, 'sample_id', (int, str), where)}"
     return Row(
         response=Response(id=identity, text=need(record, "pred_response", str, where)),
         gold={
             "set": name,
-            "answer": need(record, "gt_response", str, where),
-            "choices": record.get("choice_list"),
+            "answer": answer,
+            "choices": choices,
         },
     )
 

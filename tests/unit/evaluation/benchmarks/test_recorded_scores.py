@@ -143,3 +143,18 @@ def test_a_wrong_line_is_named_by_key(tmp_path):
     (tmp_path / "counting-text.jsonl").write_text('{"question_id": 1, "answer": "[1]", "response": "x"}\n')
     with pytest.raises(DataError, match=r"counting-text.jsonl:1: key 'context_length' is missing"):
         MMNIAH().recorded(tmp_path)
+
+
+def test_an_answer_that_is_none_of_the_options_is_named(tmp_path):
+    row = {"sample_id": 3, "gt_response": "b", "pred_response": "B", "choice_list": ["a dish", "a bowl"]}
+    (tmp_path / "ActionSequence.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        DataError, match=r"ActionSequence.jsonl:1: gt_response is 'b', which is none of the 2 texts"
+    ):
+        MileBench().recorded(tmp_path)
+    (tmp_path / "ActionSequence.jsonl").write_text(json.dumps({**row, "choice_list": ["b", 2]}) + "\n")
+    with pytest.raises(DataError, match="choice_list has 2, but must hold texts"):
+        MileBench().recorded(tmp_path)
+    # Marks and case do not count, as in the published scorer.
+    (tmp_path / "ActionSequence.jsonl").write_text(json.dumps({**row, "gt_response": "A bowl."}) + "\n")
+    assert milebench(tmp_path, "release").metrics["ActionSequence"] == 1.0
