@@ -112,7 +112,9 @@ def test_a_session_runs_end_to_end(cuda_python, libraries, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads((tmp_path / "session.json").read_text())
-    assert {row["part"] for row in rows} == {"machine", "products", "attention", "steps", "profile"}
+    assert {row["part"] for row in rows} == {
+        *("machine", "products", "attention", "steps", "profile", "losses"),
+    }
     assert [row for row in rows if "error" in row] == []
     assert "## steps" in (tmp_path / "session.md").read_text()
 
