@@ -20,6 +20,7 @@ class Case:
         wide: channels in whole blocks of 128.
         bias: queries, keys and values have a bias.
         lora: fields of LoRAConfig.
+        pads_as: recipe for whose products the pack is padded, where the model has none.
     """
 
     layout: dict = dataclasses.field(default_factory=dict)
@@ -27,6 +28,7 @@ class Case:
     wide: bool = False
     bias: bool = False
     lora: dict = dataclasses.field(default_factory=dict)
+    pads_as: str = "current"
 
 
 def start(folder):
@@ -42,11 +44,17 @@ def measured(rank, world_size, folder, cases):
     return {name: one_step(world_size, case) for name, case in cases.items()}
 
 
+def on_one_rank(rank, world_size, folder, cases):
+    """`measured`, `formula` and `after_an_update` in one process, most of whose time is its start."""
+    found = measured(rank, world_size, folder, cases)
+    return found, formula(world_size), after_an_update(world_size)
+
+
 def one_step(world_size, case, prepare=lambda model: None):
     model, context, config = made(world_size, case)
     prepare(model)
     kernels.compiled().__dict__["products"] = products = []
-    loss = run(model, context, config)
+    loss = run(model, context, config, case)
     gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return dict(loss=loss, gradients=gradients, products=(products.count("fp8"), products.count("plain")))
 
@@ -78,6 +86,9 @@ def made(world_size, case, backend="transformer_engine"):
     )
     (model,) = build_model(config, architecture(case), context)
     bodies.fill(model)
+    for name, parameter in model.named_parameters():
+        if case.wide and name.endswith(".weight") and ".linear_" in name:
+            parameter.data.mul_(0.5)  # or its attention is all on one token, and amplifies what is rounded
     return model.train(), context, config
 
 
@@ -91,7 +102,7 @@ def architecture(case):
     return dataclasses.replace(found, language=language)
 
 
-def local_batch(context, config, *, documents=bodies.DOCUMENTS):
+def local_batch(context, config, case):
     from megatron_v2pe.batch.packed_batch import tile_share
     from megatron_v2pe.batch.pixel_norm import PixelNorm
     from megatron_v2pe.config.fp8 import pack_multiple
@@ -99,6 +110,9 @@ def local_batch(context, config, *, documents=bodies.DOCUMENTS):
     from tests.support.packs import batch_of, layout_of
 
     plan, ranks = context.plan, context.ranks
+    if config.model.fp8 == "none":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=case.pads_as))
+    documents = bodies.DOCUMENTS
     layout = layout_of(documents, pad_to_multiple=plan.pad_to_multiple, pack_multiple=pack_multiple(config))
     tiles = tile_share(layout.num_tiles, plan.tile_ranks, ranks.tile_rank)
     norm = PixelNorm((0.0,) * 3, (1.0,) * 3)
@@ -106,23 +120,19 @@ def local_batch(context, config, *, documents=bodies.DOCUMENTS):
     return sharder.shard(batch_of(layout, tile_range=tiles, tile_size=bodies.TILE_SIZE))
 
 
-def run(model, context, config):
-    total, _ = model(local_batch(context, config))
+def run(model, context, config, case):
+    total, _ = model(local_batch(context, config, case))
     total.backward()
     return float(total.detach())
 
 
-def formula(rank, world_size, folder):
+def formula(world_size):
     """The model in FP8, and the native one whose decoder's linears round by the formula of current scaling."""
-    start(folder)
     case = Case(model={"fp8": "current"})
     ours = one_step(world_size, case)
     native, context, config = made(world_size, Case(), backend="native")
     round_linears(native.language.decoder)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, fp8="current")
-    )  # its padding
-    loss = run(native, context, config)
+    loss = run(native, context, config, Case())
     gradients = {name: x.grad for name, x in native.named_parameters() if x.grad is not None}
     return ours, dict(loss=loss, gradients=gradients)
 
@@ -149,7 +159,7 @@ def in_eight_bits(x, dtype):
 
 
 def round_linears(part):
-    from megatron_v2pe.models.linears import ColumnLinear, RowLinear
+    from megatron_v2pe.models.layers.linears import ColumnLinear, RowLinear
 
     linears = [module for module in part.modules() if isinstance(module, (ColumnLinear, RowLinear))]
     for linear in linears:
@@ -157,17 +167,16 @@ def round_linears(part):
     assert len(linears) == 8  # four in each of two layers
 
 
-def after_an_update(rank, world_size, folder):
+def after_an_update(world_size):
     """Losses of changed weights: by mcore's schedule, by a direct call, and of a model that never had others.
 
     Transformer Engine keeps the FP8 copies of weights over the micro batches of a step.
     """
-    start(folder)
     from megatron_v2pe.assembly.schedule import run_schedule
 
     case = Case(model={"fp8": "current"})
     model, context, config = made(world_size, case)
-    batch = local_batch(context, config)
+    batch = local_batch(context, config, case)
 
     def forward_step(batches, model):
         total, _ = model(next(batches))

@@ -3,8 +3,9 @@
 Strategy: Transformer Engine 2.11 quantizes, gathers, keeps and multiplies as on a Hopper GPU; what it has compiled is
 replaced by formulas (`fp8_kernels`), which refuse operands in the wrong order and rows or channels that are no
 multiple of 16 (blocks: 128). Everything else is float32. Strictness: one rank against a native model whose linears
-round by three lines of their own, 2e-3 of a gradient's norm (a rounding that falls to the other side moves an entry
-by 6 %); other layouts against the same model without FP8, 0.2, at least 1e-3; recomputation to the bit. Kernels of a
+round by three lines of their own: the loss 1e-6, of the gradients 1e-5 where none came before, 2e-3 of the norm in
+that layer, 0.1 elsewhere (a difference of 1e-7 turns a few roundings, each 25 % of a gradient's entry, and these turn
+others); other layouts against the same model without FP8, 0.3, at least 1e-3; recomputation to the bit. Kernels of a
 GPU are not covered.
 """
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.spawn import run_ranks
-from tests.te.fp8_bodies import Case, after_an_update, formula, measured
+from tests.te.fp8_bodies import Case, measured, on_one_rank
 
 pytestmark = pytest.mark.te
 
@@ -24,25 +25,35 @@ TWO_RANKS = {
 }
 
 
-def distance(found, wanted):
-    """Of two steps' gradients, relative to their norm; the largest of all parameters that have one."""
+def distances(found, wanted):
+    """Of two steps' gradients, relative to each one's norm; of the parameters that have one worth the name."""
     assert found.keys() == wanted.keys()
-    return max(
-        float((found[name] - wanted[name]).norm() / wanted[name].norm())
+    largest = max(x.norm() for x in wanted.values())
+    return {
+        name: float((found[name] - wanted[name]).norm() / wanted[name].norm())
         for name in wanted
-        if wanted[name].norm() > 1e-3 * max(x.norm() for x in wanted.values())
-    )
+        if wanted[name].norm() > 1e-3 * largest
+    }
 
 
-def test_one_rank_is_the_formula(te_python):
-    ((ours, wanted),) = run_ranks(formula, 1, te_python, timeout=120, is_warm=False)
+def distance(found, wanted):
+    return max(distances(found, wanted).values())
+
+
+def test_one_rank_is_the_formula(on_one, one_rank):
+    _, (ours, wanted), _ = on_one
     assert ours["products"][0] == 24, "four linears of two layers, three products each"
-    assert abs(ours["loss"] - wanted["loss"]) < 1e-4 * wanted["loss"]
-    assert distance(ours["gradients"], wanted["gradients"]) < 2e-3
+    assert abs(ours["loss"] - wanted["loss"]) < 1e-6 * wanted["loss"]
+    last = "language.decoder.layers.1."
+    close, plain = (distances(ours["gradients"], x["gradients"]) for x in (wanted, one_rank["none"]))
+    assert close[f"{last}mlp.linear_fc2.weight"] < 1e-5  # nothing came before it
+    assert max(value for name, value in close.items() if name.startswith(last)) < 2e-3
+    assert min(value for name, value in plain.items() if name.startswith(f"{last}mlp.linear")) > 1e-2
+    assert max(close.values()) < 0.1
 
 
 @pytest.fixture(scope="module")
-def one_rank(te_python):
+def on_one(te_python):
     cases = {
         "none": Case(),
         "fp8": Case(model=FP8),
@@ -51,13 +62,18 @@ def one_rank(te_python):
         "chunks": Case(model={**FP8, "recompute": "selective", "mlp_chunks": 3}),
         "bias, none": Case(bias=True),
         "bias": Case(model=FP8, bias=True),
-        "blocks, none": Case(wide=True),
+        "blocks, none": Case(wide=True, pads_as="blockwise"),
         "blocks": Case(model={"fp8": "blockwise"}, wide=True),
         "blocks, full": Case(model={"fp8": "blockwise", "recompute": "full"}, wide=True),
         "adapters, none": Case(lora=dict(language_rank=4)),
         "adapters": Case(model=FP8, lora=dict(language_rank=4)),
     }
-    return run_ranks(measured, 1, te_python, cases, timeout=200, is_warm=False)[0]
+    return run_ranks(on_one_rank, 1, te_python, cases, timeout=280, is_warm=False)[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank(on_one):
+    return on_one[0]
 
 
 def test_nothing_is_in_fp8_without_it(one_rank):
@@ -91,7 +107,7 @@ def test_linears_of_the_decoder_are_in_fp8(one_rank, case, products):
 def test_it_is_near_what_it_rounds(one_rank, case, like):
     found, wanted = one_rank[case], one_rank[like]
     assert abs(found["loss"] - wanted["loss"]) < 0.02 * wanted["loss"]
-    assert 1e-3 < distance(found["gradients"], wanted["gradients"]) < 0.2
+    assert 1e-3 < distance(found["gradients"], wanted["gradients"]) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -108,8 +124,8 @@ def test_what_runs_again_runs_in_fp8(one_rank, case, like):
     assert differing == []
 
 
-def test_a_step_quantizes_changed_weights_again(te_python):
-    (losses,) = run_ranks(after_an_update, 1, te_python, timeout=120, is_warm=False)
+def test_a_step_quantizes_changed_weights_again(on_one):
+    _, _, losses = on_one
     assert losses["after"] == losses["fresh"]
     assert losses["after"][0] == losses["after"][1], "the copies of a step serve all its micro batches"
     assert abs(losses["stale"] - losses["after"][0]) > 1e-3 * losses["after"][0], (
@@ -117,16 +133,18 @@ def test_a_step_quantizes_changed_weights_again(te_python):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_two_ranks(te_python):
     cases = {
         name: Case(layout=layout, model=model)
         for kind, model in (("none", {}), ("fp8", FP8), ("again", {**FP8, "recompute": "full"}))
         for name, layout in ((f"{layout}, {kind}", fields) for layout, fields in TWO_RANKS.items())
     }
-    for rank in run_ranks(measured, 2, te_python, cases, timeout=300, is_warm=False):
+    for rank in run_ranks(measured, 2, te_python, cases, timeout=560, is_warm=False):
         for layout in TWO_RANKS:
             found, wanted, again = (rank[f"{layout}, {kind}"] for kind in ("fp8", "none", "again"))
             assert found["products"][0] == 24, layout
-            assert 1e-3 < distance(found["gradients"], wanted["gradients"]) < 0.2, layout
+            assert 1e-3 < distance(found["gradients"], wanted["gradients"]) < 0.3, layout
             assert distance(again["gradients"], found["gradients"]) == 0, layout
