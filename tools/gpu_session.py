@@ -6,7 +6,8 @@
     machine     versions, name of the device
     products    TFLOP/s of matrix products of the 2B model; the head's at 92,553 and at 92,608 columns
     attention   forward and backward by number of documents, both back ends
-    steps       seconds, MFU and peak by length, recomputation and back end, beside what `plan` says
+    steps       seconds, MFU and peak by length, recomputation, back end and FP8, beside what `plan` says
+    losses      of 20 steps on one pack, bfloat16 and the recipes of `model.fp8`
     profile     kernels of a step by name, and the places where the host waits
 
 Weights are random. Rows go to session.json as they come, so that a session that is cut keeps what it has; session.md
@@ -193,10 +194,10 @@ def attention(lengths: list[int], backend: str, arch: InternVLArchitecture, cont
     }
 
 
-def run_config(*, backend: str, recompute: str) -> RunConfig:
+def run_config(*, backend: str, recompute: str, fp8: str = "none") -> RunConfig:
     """A run as the release's, but for what a session varies."""
     return RunConfig(
-        model=ModelConfig(recompute=recompute),
+        model=ModelConfig(recompute=recompute, fp8=fp8),
         vision=VisionConfig(drop_path_rate=0.1, tile_multiple=8, recompute="full"),
         parallel=ParallelConfig(attention_backend=backend),
         position=PositionConfig(mode="v2pe_random"),
@@ -240,6 +241,7 @@ class Training:
     def __init__(self, config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> None:
         self.config, self.arch, self.context = config, arch, context
         chunks = build_model(config, arch, context)
+        torch.manual_seed(0)  # every kind of run has the same weights, and drops the same paths
         with torch.no_grad():
             for name, parameter in chunks[0].named_parameters():
                 is_scale = name.endswith(("norm.weight", "ls1", "ls2"))
@@ -302,6 +304,17 @@ class Training:
         )
         return activation_peak(setting).total_bytes
 
+    def losses(self, tokens: int, count: int) -> Row:
+        """Of steps on one pack, which they learn by heart."""
+        batch = random_pack(self.arch, tokens)
+        found = [self.step(batch) for _ in range(count)]
+        return {
+            "tokens": tokens,
+            "first": found[0],
+            "last": found[-1],
+            "all": " ".join(f"{x:.3f}" for x in found),
+        }
+
     def profiled(self, tokens: int, folder: Path) -> Row:
         """Kernels by time into profile.txt; places where the host waits."""
         from torch.profiler import ProfilerActivity, profile
@@ -327,31 +340,49 @@ class Training:
                 yield f"{Path(warning.filename).name}:{warning.lineno}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of run: where steps of which lengths are measured."""
+
+    backend: str
+    recompute: str
+    tokens: list[int]
+    fp8: str = "none"
+    loss_steps: int = 0
+
+    @property
+    def text(self) -> str:
+        """For its rows."""
+        return f"{self.backend}, {self.recompute}" + (f", FP8 {self.fp8}" if self.fp8 != "none" else "")
+
+
 def steps(
     session: Session, args: argparse.Namespace, arch: InternVLArchitecture, context: ParallelContext
 ) -> None:
     """The first kind of run at all lengths, the others at the first."""
     engine = "transformer_engine" if has_module("transformer_engine") else "native"
-    kinds = [(engine, "selective", args.tokens)]
-    kinds += [(engine, recompute, args.tokens[:1]) for recompute in ("none", "full")]
-    kinds += [("native", "selective", args.tokens[:1])] if engine != "native" else []
-    for backend, recompute, lengths in kinds:
+    fp8 = ("current", "blockwise") if engine != "native" else ()
+    kinds = [Kind(engine, "selective", args.tokens, loss_steps=20)]
+    kinds += [Kind(engine, "selective", args.tokens[:1], fp8=recipe, loss_steps=20) for recipe in fp8]
+    kinds += [Kind(engine, recompute, args.tokens[:1]) for recompute in ("none", "full")]
+    kinds += [Kind("native", "selective", args.tokens[:1])] if engine != "native" else []
+    for number, kind in enumerate(kinds):
         made: list[Training] = []
 
-        def training(
-            backend: str = backend, recompute: str = recompute, made: list[Training] = made
-        ) -> Training:
+        def training(kind: Kind = kind, made: list[Training] = made) -> Training:
             if not made:
-                made.append(Training(run_config(backend=backend, recompute=recompute), arch, context))
+                config = run_config(backend=kind.backend, recompute=kind.recompute, fp8=kind.fp8)
+                made.append(Training(config, arch, context))
             return made[0]
 
-        for tokens in lengths:
-            session.measure(
-                "steps", f"{backend}, {recompute}", lambda n=tokens, get=training: get().measured(n)
-            )
-        if recompute == "selective" and backend == engine:
+        if kind.loss_steps:
+            few, count = min(args.tokens[0], 8192), kind.loss_steps
+            session.measure("losses", kind.text, lambda n=few, m=count, get=training: get().losses(n, m))
+        for tokens in kind.tokens:
+            session.measure("steps", kind.text, lambda n=tokens, get=training: get().measured(n))
+        if number == 0:
             profiled = partial(Training.profiled, tokens=args.tokens[0], folder=args.out)
-            session.measure("profile", backend, lambda run=profiled, get=training: run(get()))
+            session.measure("profile", engine, lambda run=profiled, get=training: run(get()))
         made.clear()
         torch.cuda.empty_cache()
 

@@ -28,6 +28,7 @@ from megatron_v2pe.assembly.mcore_config import (
     vision_config,
 )
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.fp8 import FP8_MULTIPLE
 from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_trained_whole
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.config.sections.parts import is_in
@@ -65,7 +66,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         ConfigError: the back end or an option of memory that the run asks for does not exist on this host.
     """
     plan, ranks = context.plan, context.ranks
-    plain = choose_modules(config.parallel, dtype=config.runtime.dtype)
+    plain = choose_modules(config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8)
     modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     elementwise = choose_elementwise(config.runtime)
@@ -256,7 +257,9 @@ def memory_savings(model: ModelConfig) -> MemorySavings:
     # A layer that is recomputed whole need not recompute its MLP, unless in MLP chunks.
     is_recomputed = model.recompute == "selective" or model.mlp_chunks > 1
     savings = MemorySavings(
-        loss_chunk_tokens=model.loss_chunk_tokens, mlp_chunks=model.mlp_chunks if is_recomputed else 0
+        loss_chunk_tokens=model.loss_chunk_tokens,
+        mlp_chunks=model.mlp_chunks if is_recomputed else 0,
+        row_multiple=FP8_MULTIPLE[model.fp8],
     )
     if not model.offload_activations:
         return savings

@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_v2pe.assembly.compiled import fuses_swiglu
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.arch.rope_scaling import RopeScaling
-from megatron_v2pe.config.schema import ParallelConfig, RunConfig
+from megatron_v2pe.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.v2pe.rope import RopeSpec
 
@@ -84,6 +84,20 @@ def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) 
     )
 
 
+def _fp8(model: ModelConfig) -> dict[str, Any]:
+    """FP8 linears under the names of mcore; gradients have the wider exponent where a tensor has one scale."""
+    if model.fp8 == "none":
+        return {}
+    recipe = dict(current=("hybrid", "tensorwise"), blockwise=("e4m3", "blockwise"))[model.fp8]
+    return dict(
+        fp8=recipe[0],
+        fp8_recipe=recipe[1],
+        first_last_layers_bf16=model.fp8_skip_layers > 0,
+        num_layers_at_start_in_bf16=model.fp8_skip_layers,
+        num_layers_at_end_in_bf16=model.fp8_skip_layers,
+    )
+
+
 def language_config(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) -> TransformerConfig:
     """mcore's configuration of the decoder."""
     language = arch.language
@@ -93,6 +107,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
         **_experts(config, arch, plan),
+        **_fp8(config.model),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_heads,

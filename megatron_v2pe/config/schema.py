@@ -48,6 +48,13 @@ class ModelConfig:
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096
     """Supervised tokens whose logits exist at a time."""
+    fp8: Literal["none", "current", "blockwise"] = "none"
+    """Products of the decoder's linears in 8-bit floats; needs Transformer Engine on a GPU that has them. current:
+    one scale for each tensor; blockwise: one for 128 x 128 weights and for 128 entries of a row. Attention, norms,
+    head, embedding, tower, projector and generation stay in bfloat16. Packs are padded at their end to 16 (blockwise:
+    128) rows of each rank; each weight of a linear needs two bytes more."""
+    fp8_skip_layers: int = 0
+    """Decoder layers at each end whose linears stay in bfloat16 with model.fp8; they lose most by it."""
 
     def __post_init__(self) -> None:
         require(
@@ -57,6 +64,12 @@ class ModelConfig:
             raise ConfigError(
                 f"model.checkpoint is {self.checkpoint!r} and model.hf_path is {self.hf_path!r}, but weights come from "
                 "one place; set one of the two to ''"
+            )
+        require(self.fp8_skip_layers >= 0, "model.fp8_skip_layers", self.fp8_skip_layers, "must be >= 0")
+        if self.fp8_skip_layers and self.fp8 == "none":
+            raise ConfigError(
+                f"model.fp8_skip_layers is {self.fp8_skip_layers}, but model.fp8 is 'none' and all layers are in "
+                "bfloat16; set model.fp8 to current or blockwise, or fp8_skip_layers to 0"
             )
         require(self.mlp_chunks >= 1, "model.mlp_chunks", self.mlp_chunks, "must be at least 1")
         if self.mlp_chunks > 1 and self.recompute == "none":

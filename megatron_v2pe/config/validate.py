@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import check_batches
+from megatron_v2pe.config.fp8 import check_fp8
 from megatron_v2pe.config.lora import check_lora, parts_trained_whole
 from megatron_v2pe.config.overlap import check_overlap
 from megatron_v2pe.config.pipeline import check_layout
@@ -39,6 +40,7 @@ def validate(config: RunConfig, arch: InternVLArchitecture, world_size: int) -> 
     check_experts(config, arch)
     check_world(config, world_size)
     check_overlap(config, arch, world_size)
+    check_fp8(config, arch)
     check_profiled_ranks(config.runtime, world_size)
     check_positions(config, arch.tokens_per_tile)
     check_lengths(config.data)

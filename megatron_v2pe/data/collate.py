@@ -50,6 +50,7 @@ def collate_pack(
     samples: Sequence[EncodedSample],
     *,
     pad_to_multiple: int,
+    pack_multiple: int = 1,
     pad_token_id: int,
     loss_reduction: str,
     image_size: int,
@@ -62,6 +63,7 @@ def collate_pack(
     Args:
         samples: the documents, in order.
         pad_to_multiple: each document is padded to a multiple of this many tokens.
+        pack_multiple: the last document is padded further, until the pack is a multiple of this many.
         pad_token_id: token of the padding; never supervised.
         loss_reduction: see `token_weights`.
         image_size: tile size S in pixels.
@@ -78,7 +80,9 @@ def collate_pack(
         DataError: nothing in the pack is supervised (the loss would be 0/0) and no sample is blank, or an image
             cannot be read and damage is not tolerated.
     """
-    layout = pack_layout([sample.layout for sample in samples], pad_to_multiple=pad_to_multiple)
+    layout = pack_layout(
+        [sample.layout for sample in samples], pad_to_multiple=pad_to_multiple, pack_multiple=pack_multiple
+    )
     tokens, labels, weights = _token_arrays(
         samples, layout, pad_token_id=pad_token_id, loss_reduction=loss_reduction
     )

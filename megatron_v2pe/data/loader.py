@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_v2pe.batch.packed_batch import PackedBatch, tile_shape
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule, check_batches
+from megatron_v2pe.config.fp8 import pack_multiple
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError, DataError, V2PEError
 from megatron_v2pe.core.processes import end_with_parent, worker_context
@@ -188,6 +189,7 @@ class TrainLoader:
             entries=tuple(index.entry for index in indexes),
             settings=settings,
             pad_to_multiple=pad_to_multiple,
+            pack_multiple=pack_multiple(config),
             pad_token_id=settings.text.tokenizer.pad_id,
             loss_reduction=config.data.loss_reduction,
             tile_share=TileShare(rank=tile_rank, num_ranks=tile_ranks, holds_vision=holds_vision),

@@ -115,6 +115,7 @@ class PackReader(Dataset[SentPack | V2PEError]):
     entries: tuple[DatasetEntry, ...]
     settings: SampleSettings
     pad_to_multiple: int
+    pack_multiple: int
     pad_token_id: int
     loss_reduction: str
     tile_share: TileShare
@@ -124,6 +125,7 @@ class PackReader(Dataset[SentPack | V2PEError]):
             batch = collate_pack(
                 [self._document_or_blank(sample) for sample in request],
                 pad_to_multiple=self.pad_to_multiple,
+                pack_multiple=self.pack_multiple,
                 pad_token_id=self.pad_token_id,
                 loss_reduction=self.loss_reduction,
                 image_size=self.settings.tiling.image_size,

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.fp8 import pack_multiple
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError, V2PEError
 from megatron_v2pe.data.index.annotation_index import DatasetIndex, index_dataset
@@ -119,6 +120,7 @@ class ValidationPacks:
             entries=entries,
             settings=settings,
             pad_to_multiple=pad_to_multiple,
+            pack_multiple=pack_multiple(config),
             pad_token_id=settings.text.tokenizer.pad_id,
             loss_reduction=config.data.loss_reduction,
             tile_share=tile_share,

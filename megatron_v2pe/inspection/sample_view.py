@@ -17,6 +17,7 @@ import numpy as np
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.fp8 import pack_multiple
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.collate import collate_pack
@@ -172,6 +173,7 @@ def _read_pack(
     """The pack at (0-based step, number) without pixels, the media of each document, and the tokenizer."""
     parallel = replace(config.parallel, cp=cp, pp=1, vpp=1, pipeline_layout="")
     layout = resolve(parallel, parallel.tp * cp)
+    multiple = pack_multiple(replace(config, parallel=parallel))
     settings = sample_settings(config, arch, hf_folder)
     tokenizer = settings.text.tokenizer
     indexes, plan = plan_mixture(config, settings)
@@ -179,6 +181,7 @@ def _read_pack(
         entries=tuple(index.entry for index in indexes),
         settings=settings,
         pad_to_multiple=layout.pad_to_multiple,
+        pack_multiple=multiple,
         pad_token_id=tokenizer.pad_id,
         loss_reduction=config.data.loss_reduction,
         tile_share=TileShare(rank=0, num_ranks=1, holds_vision=False),
@@ -188,6 +191,7 @@ def _read_pack(
     batch = collate_pack(
         samples,
         pad_to_multiple=layout.pad_to_multiple,
+        pack_multiple=multiple,
         pad_token_id=tokenizer.pad_id,
         loss_reduction=config.data.loss_reduction,
         image_size=arch.image_size,

@@ -13,7 +13,8 @@ sequence parallelism), H hidden.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -151,11 +152,16 @@ class LanguageModel(GPTModel):
         if decoder_input is not None and self._needs_gradient_entry(decoder_input):
             decoder_input = decoder_input.detach().requires_grad_()
         params = self.attention_params(batch)
-        with self.memory.offload or nullcontext():
+        with self._linears_of(batch), self.memory.offload or nullcontext():
             hidden = self.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=params)
         if not self.post_process or batch.labels is None or batch.loss_weights is None:
             return hidden
         return self.loss(hidden, batch.labels, batch.loss_weights, batch.supervised)
+
+    def _linears_of(self, batch: LocalBatch) -> AbstractContextManager[None]:
+        """Generation multiplies in bfloat16 where training does in FP8: its rows come in any number."""
+        is_generation = self.config.fp8 is not None and batch.kv_cache is not None
+        return _without_fp8(self.config) if is_generation else nullcontext()
 
     def _needs_gradient_entry(self, decoder_input: Tensor) -> bool:
         """Re-entrant recompute gives no gradients at all when its input needs none (frozen parts)."""
@@ -196,6 +202,16 @@ class LanguageModel(GPTModel):
         return output.squeeze(1)[:, : self.vocab_size]
 
 
+@contextmanager
+def _without_fp8(config: TransformerConfig) -> Iterator[None]:
+    """The one configuration that all layers of the decoder ask, with FP8 switched off for a moment."""
+    kept, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = kept
+
+
 def _layer_specs(
     config: TransformerConfig,
     modules: BackendModules,
@@ -215,6 +231,7 @@ def _layer_specs(
             qk_norm=config.qk_layernorm,
             router=router if has_experts[number] else None,
             mlp_chunks=memory.mlp_chunks,
+            row_multiple=memory.row_multiple,
         )
         for number in numbers
     ]

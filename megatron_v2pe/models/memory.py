@@ -5,10 +5,10 @@
     MLP chunks            ... one chunk of tokens after the other, inside either of the two
     slices of tiles       tower and projector run again slice by slice, so that one slice's activations exist
 
-All of them use mcore's re-entrant checkpoint: backward runs the part again under the generator state of its
-forward pass, and the gradients of each MLP chunk or slice are added to the float32 gradient buffers in turn. (These
-parts therefore reach a parameter's gradient hook several times in a micro batch, which mcore's `overlap_grad_reduce`
-does not allow.)
+All of them use mcore's re-entrant checkpoint, the decoder's with FP8 linears Transformer Engine's: backward runs the
+part again under the generator state of its forward pass, and the gradients of each MLP chunk or slice are added to
+the float32 gradient buffers in turn. (These parts therefore reach a parameter's gradient hook several times in a
+micro batch, which mcore's `overlap_grad_reduce` does not allow.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -33,11 +34,13 @@ class MemorySavings:
     Attributes:
         loss_chunk_tokens: supervised rows whose logits exist at a time.
         mlp_chunks: MLP chunks (of tokens) that are recomputed one by one; 0 keeps its activations.
+        row_multiple: rows of an MLP chunk are a multiple of this, but of the last.
         offload: moves layer inputs to host memory until backward; None keeps them on the device.
     """
 
     loss_chunk_tokens: int
     mlp_chunks: int = 0
+    row_multiple: int = 1
     offload: ActivationOffload | None = None
 
 
@@ -65,11 +68,17 @@ class RecomputingLayer(TransformerLayer):
 
     Args:
         mlp_chunks: MLP chunks that are recomputed one by one; 0 keeps the MLP's activations. Experts are one piece.
+        row_multiple: rows of an MLP chunk are a multiple of this, but of the last.
         mlp_forward: (MLP, rows) -> (output, bias), in place of the MLP's own forward.
     """
 
     def __init__(
-        self, *args: Any, mlp_chunks: int, mlp_forward: Callable[..., Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mlp_chunks: int,
+        row_multiple: int = 1,
+        mlp_forward: Callable[..., Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if mlp_forward is not None:
@@ -77,7 +86,8 @@ class RecomputingLayer(TransformerLayer):
         if mlp_chunks and self.is_moe_layer:
             self.mlp.forward = partial(_experts_again, self.mlp.forward, self.mlp.router)
         elif mlp_chunks:
-            self.mlp.forward = partial(_in_chunks, self.mlp.forward, mlp_chunks)
+            chunks = _MlpChunks(number=mlp_chunks, row_multiple=row_multiple, config=self.config)
+            self.mlp.forward = partial(_in_chunks, self.mlp.forward, chunks)
 
     def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
         """mcore's forward; a router is given first what it must know of the micro batch, also when it runs again."""
@@ -99,8 +109,35 @@ def _experts_again(
     return checkpoint(run, False, hidden), None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _MlpChunks:
+    """How an MLP's rows are cut, and how each part runs again."""
+
+    number: int
+    row_multiple: int
+    config: TransformerConfig
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """At most `number` parts of equal rows, a multiple of `row_multiple`; the last may have fewer."""
+        rows = -(-len(hidden) // self.number)
+        return hidden.split(-(-rows // self.row_multiple) * self.row_multiple)
+
+    def run(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """function(rows), again in backward; with FP8 by Transformer Engine's checkpoint, or that were in bfloat16.
+
+        Its checkpoint counts forward passes, so one without a backward pass is left alone.
+        """
+        if self.config.fp8 is None:
+            return checkpoint(function, False, rows)
+        if not torch.is_grad_enabled():
+            return function(rows)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(function, False, get_cuda_rng_tracker, None, rows)
+
+
 def _in_chunks(
-    forward: Callable[..., tuple[Tensor, Tensor | None]], mlp_chunks: int, hidden: Tensor, **kwargs: Any
+    forward: Callable[..., tuple[Tensor, Tensor | None]], chunks: _MlpChunks, hidden: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """An MLP's output [s, b, H], its bias added, one MLP chunk of rows after the other."""
 
@@ -108,4 +145,4 @@ def _in_chunks(
         output, bias = forward(rows, **kwargs)
         return output if bias is None else output + bias
 
-    return torch.cat([checkpoint(biased, False, rows) for rows in hidden.chunk(mlp_chunks)]), None
+    return torch.cat([chunks.run(biased, rows) for rows in chunks.split(hidden)]), None

@@ -20,6 +20,7 @@ def rank_data(rank: RankMemory) -> dict[str, Any]:
         "stage": rank.pp_rank,
         "decoder_layers": sum(model_chunk.num_layers for model_chunk in rank.model_chunks),
         "weights_bytes": rank.state.weights_bytes,
+        "fp8_weights_bytes": rank.state.fp8_bytes,
         "gradients_bytes": rank.state.gradients_bytes,
         "optimizer_bytes": rank.state.optimizer_bytes,
         "peak_phase": rank.peak.name,

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.arch.flops import step_flops
 from megatron_v2pe.config.batch_schedule import batch_schedule
+from megatron_v2pe.config.fp8 import pack_multiple
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_sharding
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import ParallelPlan, resolve
 from megatron_v2pe.planning.memory.activations import (
     ModelChunkMemory,
@@ -152,6 +154,19 @@ def backend_of(config: RunConfig) -> str:
     return backend
 
 
+def check_hardware(config: RunConfig, hardware: Hardware) -> None:
+    """The GPU has what the run asks for.
+
+    Raises:
+        ConfigError: it has no FP8 products.
+    """
+    if config.model.fp8 != "none" and not hardware.fp8_gain:
+        raise ConfigError(
+            f"model.fp8 is {config.model.fp8!r}, but {hardware.name} has no FP8 products; set model.fp8 to none, "
+            "or plan for another GPU"
+        )
+
+
 def estimate(
     config: RunConfig, arch: InternVLArchitecture, pack: Pack, *, gpus: int, hardware: Hardware
 ) -> Estimate:
@@ -163,9 +178,14 @@ def estimate(
         pack: micro batch that memory has to hold and time is worked out for.
         gpus: ranks of the run.
         hardware: one of them.
+
+    Raises:
+        ConfigError: the GPU or the back end cannot do what the run asks for.
     """
+    check_hardware(config, hardware)
     plan = resolve(config.parallel, gpus)
-    setting = Setting(config=config, arch=arch, plan=plan, pack=pack.padded(plan), backend=backend_of(config))
+    padded = pack.padded(plan, pack_multiple=pack_multiple(config))
+    setting = Setting(config=config, arch=arch, plan=plan, pack=padded, backend=backend_of(config))
     step_packs = batch_schedule(config).full_size
     micro_batches = step_packs // plan.dp
     stages = [

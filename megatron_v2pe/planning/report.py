@@ -52,7 +52,8 @@ def heading_lines(estimate: Estimate, name: str) -> list[str]:
     batches = batch_schedule(config)
     rampup = f"; at first {batches.text}" if len(batches.levels) > 1 else ""
     return [
-        f"{name} on {plan.world_size} x {estimate.hardware.name}, {config.runtime.dtype}, {estimate.setting.backend}",
+        f"{name} on {plan.world_size} x {estimate.hardware.name}, {config.runtime.dtype}, {estimate.setting.backend}"
+        + (f", linears in FP8 ({config.model.fp8})" if config.model.fp8 != "none" else ""),
         f"  layout   tp {plan.tp}{' with sequence parallelism' if plan.sequence_parallel else ''}, pp {plan.pp}, "
         f"vpp {plan.vpp}, cp {plan.cp} ({_sharing(estimate)}), dp {plan.dp}",
         f"  memory   {saving}; {tower}",
@@ -92,15 +93,21 @@ def memory_lines(estimate: Estimate) -> list[str]:
     ranks, plan = shown_stages(estimate), estimate.plan
     limit = estimate.hardware.memory_gib * GIB
     parts = list(dict.fromkeys(name for rank in ranks for name in rank.peak.parts))
+    peak = ["activations at their peak", *(f"in {rank.peak.name}" for rank in ranks)]
     rows = [
         ["memory of a GPU, GiB", *(f"stage {rank.pp_rank}" for rank in ranks)],
         ["weights", *(gib(rank.state.weights_bytes) for rank in ranks)],
+        *(
+            [["weights in FP8, by rows and columns", *(gib(rank.state.fp8_bytes) for rank in ranks)]]
+            if any(rank.state.fp8_bytes for rank in ranks)
+            else []
+        ),
         ["gradients, float32", *(gib(rank.state.gradients_bytes) for rank in ranks)],
         [
             f"optimizer, shared by {plan.dp * plan.cp} ranks",
             *(gib(rank.state.optimizer_bytes) for rank in ranks),
         ],
-        ["activations at their peak", *(f"in {rank.peak.name}" for rank in ranks)],
+        peak,
         *([f"  {name}", *(gib(rank.peak.parts.get(name, 0.0)) for rank in ranks)] for name in parts),
         ["lost between blocks", *(gib(rank.lost_bytes) for rank in ranks)],
         ["reserved: context, NCCL, workspaces", *(gib(rank.reserved_bytes) for rank in ranks)],
@@ -108,7 +115,7 @@ def memory_lines(estimate: Estimate) -> list[str]:
         ["to spare", *(gib(limit - rank.total_bytes) for rank in ranks)],
     ]
     if plan.pp > 1:
-        rows.insert(5, ["  micro batches held", *(str(rank.in_flight) for rank in ranks)])
+        rows.insert(rows.index(peak) + 1, ["  micro batches held", *(str(rank.in_flight) for rank in ranks)])
     if any(rank.host_bytes for rank in ranks):
         rows.append(["host memory for layer inputs", *(gib(rank.host_bytes) for rank in ranks)])
     verdict = "fits" if estimate.fits else "DOES NOT FIT"

@@ -142,7 +142,9 @@ def _ours(
 ) -> list[Tensor]:
     """Output [l, h, d], dq, dk, dv of the module that training would use."""
     query, key, value = (x.requires_grad_() for x in local[:3])
-    attention = choose_modules(config.parallel, dtype=config.runtime.dtype).language_attention(
+    attention = choose_modules(
+        config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8
+    ).language_attention(
         config=language_config(config, arch, context.plan),
         layer_number=1,
         attn_mask_type=AttnMaskType.padding_causal,

@@ -181,12 +181,28 @@ class PackLayout:
         return index - self.cu_seqlens[document] < lengths[document]
 
 
-def pack_layout(documents: Sequence[SampleLayout], *, pad_to_multiple: int = 1) -> PackLayout:
-    """Lay documents out one after the other, each padded to `pad_to_multiple` tokens.
+def padded_lengths(lengths: Sequence[int], *, pad_to_multiple: int, pack_multiple: int = 1) -> list[int]:
+    """Tokens of each document of a pack with its padding; see `pack_layout`."""
+    padded = [-(-length // pad_to_multiple) * pad_to_multiple for length in lengths]
+    padded[-1] += -sum(padded) % pack_multiple
+    return padded
 
-    Example: documents of 5 and 8 tokens, padded to multiples of 4, give cu_seqlens [0, 8, 16].
+
+def pack_layout(
+    documents: Sequence[SampleLayout], *, pad_to_multiple: int = 1, pack_multiple: int = 1
+) -> PackLayout:
+    """Lay documents out one after the other, each padded to `pad_to_multiple` tokens, all to `pack_multiple`.
+
+    What is missing to `pack_multiple`, a multiple of `pad_to_multiple` or 1, is padding of the last document.
+
+    Example: documents of 5 and 8 tokens, padded to multiples of 4, give cu_seqlens [0, 8, 16]; with packs of whole
+    multiples of 32, [0, 8, 32].
     """
-    lengths = [-(-document.num_tokens // pad_to_multiple) * pad_to_multiple for document in documents]
+    lengths = padded_lengths(
+        [document.num_tokens for document in documents],
+        pad_to_multiple=pad_to_multiple,
+        pack_multiple=pack_multiple,
+    )
     return PackLayout(
         documents=tuple(documents),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

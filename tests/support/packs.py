@@ -30,9 +30,10 @@ def sample(spans):
     )
 
 
-def layout_of(documents, *, pad_to_multiple) -> PackLayout:
+def layout_of(documents, *, pad_to_multiple, pack_multiple=1) -> PackLayout:
     """Documents as lists of spans; see `sample`."""
-    return pack_layout([sample(spans) for spans in documents], pad_to_multiple=pad_to_multiple)
+    found = [sample(spans) for spans in documents]
+    return pack_layout(found, pad_to_multiple=pad_to_multiple, pack_multiple=pack_multiple)
 
 
 def feature_rows(layout):

@@ -166,6 +166,7 @@ def _give_a_device(torch):
         get_device_capability=lambda *args: (9, 0),
         get_device_properties=lambda *args: hopper,
     )
+    device.__dict__["version"] = types.SimpleNamespace(cuda="13.0")  # block scaling asks for it
     halves = cpu_runtime._Proxy(device, {"bfloat16": torch.float32})
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{TE}.") and module.__dict__.get("torch") is torch:
@@ -176,7 +177,12 @@ def _give_a_device(torch):
     torch.Tensor.is_cuda = property(
         lambda x: sys._getframe(1).f_globals.get("__name__", "").startswith(TE) or real.__get__(x)
     )
-    importlib.import_module(f"{TE}.pytorch.utils")._empty_tensor = torch.Tensor
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{TE}.") and hasattr(module, "_empty_tensor"):
+            module._empty_tensor = torch.Tensor
+    distributed = importlib.import_module(f"{TE}.pytorch.distributed")
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     _wait_once()
 
 

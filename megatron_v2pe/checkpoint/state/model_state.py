@@ -52,7 +52,8 @@ def model_sharded_state_dict(
 ) -> dict[str, Any]:
     """Parameters that this rank's model chunks save or load, keyed `model0`, `model1`, ...; those that are `wanted`.
 
-    Transformer Engine's `_extra_state` is left out: it is empty without fp8, and an imported checkpoint has none.
+    Transformer Engine's `_extra_state` is left out: the recipes of `model.fp8` keep nothing between steps, and an
+    imported checkpoint has none.
     """
     metadata = sharded_state_metadata(ranks)
     states = {}

@@ -14,7 +14,7 @@ Micro batches in flight on a pipeline add what they keep.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_v2pe.parallel.plan import padded_vocab_size
@@ -22,7 +22,7 @@ from megatron_v2pe.planning.memory.layers.attention import AttentionShape
 from megatron_v2pe.planning.memory.layers.decoder import DecoderShape, decoder_layer_ops
 from megatron_v2pe.planning.memory.layers.head import HeadPeaks, HeadShape, head_peaks
 from megatron_v2pe.planning.memory.layers.operations import FLOAT_BYTES, LayerCosts
-from megatron_v2pe.planning.memory.layers.stack import Recompute, Stack, stack
+from megatron_v2pe.planning.memory.layers.stack import Recompute, Stack, mixed, stack
 from megatron_v2pe.planning.memory.layers.vision import VisionPeaks, VisionShape, vision_peaks
 from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.request.stages import ModelChunk
@@ -65,8 +65,8 @@ class Phase:
         return sum(self.parts.values())
 
 
-def decoder_stack(setting: Setting, num_layers: int) -> Stack:
-    """Decoder layers of a model chunk."""
+def decoder_stack(setting: Setting, num_layers: int, *, fp8_layers: int = 0) -> Stack:
+    """Decoder layers of a model chunk, `fp8_layers` of them with FP8 linears."""
     plan, language, model = setting.plan, setting.arch.language, setting.config.model
     longest = setting.longest_local
     gathers = len(setting.pack.document_lengths) > 1 and longest <= SHORT_TOKENS
@@ -100,14 +100,12 @@ def decoder_stack(setting: Setting, num_layers: int) -> Stack:
         cp=plan.cp,
         comm_type=setting.config.parallel.cp_comm_type,
     )
-    return _decoder_stack(
-        sizes,
-        shape,
-        setting.backend,
-        setting.costs("language"),
-        num_layers,
-        (model.recompute, model.offload_activations),
-    )
+    costs, saving = setting.costs("language"), (model.recompute, model.offload_activations)
+    plain = _decoder_stack(sizes, shape, setting.backend, costs, num_layers, saving)
+    if not fp8_layers:
+        return plain
+    fp8 = _decoder_stack(sizes, shape, setting.backend, replace(costs, fp8=True), num_layers, saving)
+    return mixed(fp8, plain, share=fp8_layers / num_layers)
 
 
 @lru_cache(maxsize=1024)  # a search asks for the same layers again and again
@@ -149,7 +147,7 @@ def model_chunk_memory(setting: Setting, model_chunk: ModelChunk) -> ModelChunkM
         if not (setting.trains("language") and model_chunk.is_first)
         else vocab_rows * language.hidden_size * e,
         tower=_tower(setting) if model_chunk.is_first else None,
-        layers=decoder_stack(setting, model_chunk.num_layers),
+        layers=decoder_stack(setting, model_chunk.num_layers, fp8_layers=setting.fp8_layers(model_chunk)),
         head=_head(setting, vocab_rows) if model_chunk.is_last else None,
     )
 

@@ -17,6 +17,7 @@ from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.parallel.shards import Shards, rows_received, sharding_of
 from megatron_v2pe.planning.memory.adapters import planned_adapters
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts
+from megatron_v2pe.planning.request.stages import ModelChunk
 from megatron_v2pe.planning.request.workload import Pack
 
 EXPERT_IMBALANCE = 1.25
@@ -130,8 +131,16 @@ class Setting:
         trained = parts_trained_whole(self.config)
         return self.arch.pyramid is not None and ("vision" in trained or PYRAMID in trained)
 
+    def fp8_layers(self, model_chunk: ModelChunk) -> int:
+        """Decoder layers of a model chunk whose linears multiply in FP8."""
+        model, last = self.config.model, self.arch.language.num_layers - self.config.model.fp8_skip_layers
+        if model.fp8 == "none":
+            return 0
+        first = model_chunk.first_layer
+        return sum(model.fp8_skip_layers <= first + index < last for index in range(model_chunk.num_layers))
+
     def costs(self, part: Part) -> LayerCosts:
-        """What the back end's modules allocate for a part."""
+        """What the back end's modules allocate for a part, in the compute dtype."""
         fused = self.backend == "transformer_engine"
         return LayerCosts(
             element_bytes=self.element_bytes,

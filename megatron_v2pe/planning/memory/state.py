@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, is_adapter_parameter, parts_trained_whole
-from megatron_v2pe.config.schema import LoRAConfig, RunConfig
+from megatron_v2pe.config.schema import LoRAConfig, ModelConfig, RunConfig
 from megatron_v2pe.config.sections.parts import PYRAMID, part_of
 from megatron_v2pe.parallel.plan import ParallelPlan
 from megatron_v2pe.planning.memory.adapters import ParameterSize
@@ -30,6 +30,8 @@ BUCKET_ALIGNMENT = 128
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
 MAIN_WEIGHT_BYTES = 4
+FP8_COPY_BYTES = 2
+_LAYERS = "language.decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +97,20 @@ class StateBytes:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    fp8_bytes: int = 0
+    """Copies of weights in FP8, by rows and by columns."""
 
     @property
     def total_bytes(self) -> int:
         """All of them."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_bytes
 
     def __add__(self, other: StateBytes) -> StateBytes:
         return StateBytes(
             weights_bytes=self.weights_bytes + other.weights_bytes,
             gradients_bytes=self.gradients_bytes + other.gradients_bytes,
             optimizer_bytes=self.optimizer_bytes + other.optimizer_bytes,
+            fp8_bytes=self.fp8_bytes + other.fp8_bytes,
         )
 
 
@@ -188,7 +193,31 @@ def rank_state(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan
                 sharing_rank=rest // (plan.etp * plan.ep),
                 frozen=frozen,
             )
+        total = replace(
+            total, fp8_bytes=total.fp8_bytes + _fp8_bytes(config.model, parameters, model_chunk, arch)
+        )
     return total
+
+
+def _fp8_bytes(
+    model: ModelConfig,
+    parameters: tuple[ParameterSize, ...],
+    model_chunk: ModelChunk,
+    arch: InternVLArchitecture,
+) -> int:
+    """Two bytes for each weight of the decoder's linears that multiply in FP8."""
+    if model.fp8 == "none":
+        return 0
+    first, end = model.fp8_skip_layers, arch.language.num_layers - model.fp8_skip_layers
+    layers = (f"{_LAYERS}{index}." for index in range(model_chunk.num_layers))
+    kept = tuple(
+        layer for index, layer in enumerate(layers) if first <= model_chunk.first_layer + index < end
+    )
+    return FP8_COPY_BYTES * sum(
+        size
+        for name, size in parameters
+        if name.startswith(kept) and ".linear_" in name and name.endswith(".weight")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ comparisons between layouts as the product. Every field can be replaced: `plan -
 
     source of peaks    NVIDIA H100, H200 and A100 GPU datasheets (SXM); NDR and HDR InfiniBand, one port a GPU
     gemm_share         cuBLAS bf16 at training shapes; one 8192^3 product alone reached 0.81 of an H100's peak
+    fp8_gain           of a peak twice as high; casts of inputs, weights and gradients take the rest
     attention shares   cuDNN and FlashAttention, causal, head size 128, long documents: forward, backward
 """
 
@@ -36,6 +37,7 @@ class Hardware:
         network_gb_s: to other nodes, per GPU.
         host_gb_s: to host memory (PCIe).
         gemm_share: of the peak, in linear layers.
+        fp8_gain: linears in FP8 over linears in bfloat16, their casts included; 0 without FP8.
         attention_forward_share: of the peak, in the attention core, forward.
         attention_backward_share: the same, backward.
         tower_attention_share: of the peak, in the vision tower's attention (1025 tokens, head size 64 or 128).
@@ -55,6 +57,7 @@ class Hardware:
     network_gb_s: float
     host_gb_s: float
     gemm_share: float = 0.65
+    fp8_gain: float = 1.5
     attention_forward_share: float = 0.55
     attention_backward_share: float = 0.45
     tower_attention_share: float = 0.30
@@ -83,6 +86,7 @@ A100 = dataclasses.replace(
     network_gb_s=25.0,
     host_gb_s=25.0,
     gemm_share=0.75,
+    fp8_gain=0.0,
     attention_forward_share=0.62,
     attention_backward_share=0.52,
     tower_attention_share=0.45,

@@ -16,6 +16,7 @@ from megatron_v2pe.config.arch.flops import PackCounts
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.v2pe.layout import padded_lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,12 @@ class Pack:
             num_tiles=self.num_tiles,
         )
 
-    def padded(self, plan: ParallelPlan) -> Pack:
-        """Documents rounded up as the collator does for a layout."""
-        unit = plan.pad_to_multiple
-        return replace(self, document_lengths=tuple(-(-n // unit) * unit for n in self.document_lengths))
+    def padded(self, plan: ParallelPlan, *, pack_multiple: int = 1) -> Pack:
+        """Documents, and with the last of them the pack, rounded up as the collator does for a layout."""
+        lengths = padded_lengths(
+            self.document_lengths, pad_to_multiple=plan.pad_to_multiple, pack_multiple=pack_multiple
+        )
+        return replace(self, document_lengths=tuple(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,9 +35,10 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChunkFlops:
-    """Executed FLOPs of one micro batch in one model chunk on one rank."""
+    """Executed FLOPs of one micro batch in one model chunk on one rank; `fp8_linear` are those of linears in FP8."""
 
     linear: float
+    fp8_linear: float
     attention_forward: float
     attention_backward: float
     head: float
@@ -48,7 +49,14 @@ class ModelChunkFlops:
     def total(self) -> float:
         """All of them."""
         attention = self.attention_forward + self.attention_backward
-        return self.linear + attention + self.head + self.tower_linear + self.tower_attention_bytes
+        return (
+            self.linear
+            + self.fp8_linear
+            + attention
+            + self.head
+            + self.tower_linear
+            + self.tower_attention_bytes
+        )
 
 
 def linear_passes(model: ModelConfig, *, is_trained: bool) -> tuple[float, float]:
@@ -81,8 +89,11 @@ def model_chunk_flops(setting: Setting, model_chunk: ModelChunk) -> ModelChunkFl
     supervised = setting.pack.supervised_tokens / plan.cp if model_chunk.is_last else 0.0
     head_products = 2.0 if is_trained else 1.0
     tower_linear, tower_attention_bytes = tower_flops(setting) if model_chunk.is_first else (0.0, 0.0)
+    linear = 2.0 * share * weights * tokens / plan.tp
+    fp8 = linear * setting.fp8_layers(model_chunk) / max(1, model_chunk.num_layers)
     return ModelChunkFlops(
-        linear=2.0 * share * weights * tokens / plan.tp,
+        linear=linear - fp8,
+        fp8_linear=fp8,
         attention_forward=attention_forwards * attention,
         attention_backward=ATTENTION_BACKWARD * attention,
         head=2.0 * (1 + head_products) * hidden * language.vocab_size * supervised / plan.tp,

@@ -60,6 +60,7 @@ def micro_batch_seconds(
     """Seconds of one micro batch in one model chunk on one rank, by term."""
     flops, traffic = model_chunk_flops(setting, model_chunk), model_chunk_traffic(setting, model_chunk)
     peak = hardware.peak_tflops * 1e12
+    fp8 = flops.fp8_linear / hardware.fp8_gain if flops.fp8_linear else 0.0
     forward = flops.attention_forward / (peak * hardware.attention_forward_share)
     backward = flops.attention_backward / (peak * hardware.attention_backward_share)
     tower = flops.tower_linear / (peak * hardware.gemm_share)
@@ -68,7 +69,7 @@ def micro_batch_seconds(
     tower_moved = memory.tower.moved_bytes if memory.tower else 0.0
     memory_rate = hardware.memory_gb_s * 1e9 * hardware.memory_share
     return {
-        "decoder linears": flops.linear / (peak * hardware.gemm_share),
+        "decoder linears": (flops.linear + fp8) / (peak * hardware.gemm_share),
         "attention": forward + backward,
         "head and loss": flops.head / (peak * hardware.gemm_share),
         "vision tower": tower + tower_moved / memory_rate,

@@ -135,6 +135,9 @@ def narrow_config(config: RunConfig, layout: ProvenLayout, *, num_packs: int) ->
     """
     notes = []
     model, vision, lora = config.model, config.vision, config.lora
+    if model.fp8 != "none":
+        model = dataclasses.replace(model, fp8="none", fp8_skip_layers=0)
+        notes.append("model.fp8 none: rounding to 8 bits would hide errors")
     if model.offload_activations:
         model = dataclasses.replace(model, offload_activations=False)
         notes.append("model.offload_activations false: there is no GPU to move from")

@@ -102,6 +102,7 @@ def read_shapes(
         entries=tuple(index.entry for index in indexes),
         settings=settings,
         pad_to_multiple=1,
+        pack_multiple=1,
         pad_token_id=0,
         loss_reduction=config.data.loss_reduction,
         tile_share=TileShare(rank=0, num_ranks=1, holds_vision=False),

@@ -27,8 +27,8 @@ def host(monkeypatch):
     return make
 
 
-def choose(*, dtype="bfloat16", **parallel):
-    return backend_modules.choose_modules(ParallelConfig(**parallel), dtype=dtype)
+def choose(*, dtype="bfloat16", fp8="none", **parallel):
+    return backend_modules.choose_modules(ParallelConfig(**parallel), dtype=dtype, fp8=fp8)
 
 
 @pytest.mark.parametrize(("gpu", "engine"), [(False, False), (False, True), (True, False)])
@@ -75,3 +75,30 @@ def test_transformer_engine_by_name_is_not_replaced(host, gpu, engine, reason):
     host(gpu=gpu, engine=engine)
     with pytest.raises(ConfigError, match=reason):
         choose(attention_backend="transformer_engine")
+
+
+@pytest.mark.parametrize(("gpu", "reason"), [(True, "it is not installed"), (False, "this host has no GPU")])
+def test_fp8_products_are_transformer_engines(host, gpu, reason):
+    host(gpu=gpu, engine=False)
+    with pytest.raises(ConfigError, match=rf"model\.fp8 is 'current', but FP8 products .* and {reason}"):
+        choose(fp8="current")
+    assert choose().language_attention is NativeContextAttention
+
+
+@pytest.mark.parametrize("fp8", ["current", "blockwise"])
+def test_transformer_engine_says_what_the_gpu_has(host, monkeypatch, fp8):
+    host(gpu=True, engine=True)
+    answers = {"current": (True, ""), "blockwise": (False, "FP8 block scaled GEMM requires CUDA >= 12.9.")}
+    engine = types.SimpleNamespace(
+        is_fp8_available=lambda return_reason: answers["current"],
+        is_fp8_block_scaling_available=lambda return_reason: answers["blockwise"],
+    )
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.SimpleNamespace(pytorch=engine))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    if fp8 == "current":
+        assert choose(fp8=fp8).language_attention == "RotaryTEAttention"
+        answers["current"] = (False, "Device compute capability 8.9 or higher required for FP8 execution.")
+    with pytest.raises(
+        ConfigError, match=rf"model\.fp8 is '{fp8}', but Transformer Engine says: .* set model\.fp8"
+    ):
+        choose(fp8=fp8)

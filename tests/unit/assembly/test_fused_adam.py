@@ -52,6 +52,33 @@ def test_state_loaded_before_any_update_continues_exactly():
         assert torch.equal(mine, other)
 
 
+def test_the_state_of_checkpoints_from_before_the_fused_kernel_continues():
+    """Written out as those checkpoints hold it: moments for each parameter, the count of updates in the group."""
+    lr, (beta1, beta2), eps, decay, gradients = 1e-2, (0.9, 0.95), 1e-6, 0.1, (0.5, -0.25)
+    weight, first, second = 1.0, 0.0, 0.0
+    for number, gradient in enumerate(gradients, start=1):
+        if number == len(gradients):
+            parameter = torch.nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+            moments = {
+                "exp_avg": torch.tensor([first]).double(),
+                "exp_avg_sq": torch.tensor([second]).double(),
+            }
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        denominator = (second / (1 - beta2**number)) ** 0.5 + eps
+        weight = weight * (1 - lr * decay) - lr * first / (1 - beta1**number) / denominator
+    group = dict(
+        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, bias_correction=True, step=1, params=[0]
+    )
+    optimizer = FusedAdam([parameter])
+    optimizer.load_state_dict({"state": {0: moments}, "param_groups": [group]})
+    parameter.grad = torch.full_like(parameter, gradients[-1])
+    optimizer.step()
+    assert parameter.item() == pytest.approx(weight, rel=1e-7)
+    assert optimizer.state[parameter].keys() == {"exp_avg", "exp_avg_sq"}
+    assert optimizer.param_groups[0]["step"] == 2
+
+
 def test_without_bias_correction_the_first_update_is_smaller():
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     parameter.grad = torch.ones(1, dtype=torch.float64)

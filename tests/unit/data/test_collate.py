@@ -45,6 +45,14 @@ def test_labels_shift_inside_each_document_and_never_across():
     assert pack.sample_ids == ("s", "s")
 
 
+def test_the_last_document_fills_the_pack():
+    pack = collate([sample([X, X, 12, 13]), sample([10, X, 12])], pad=4, pack_multiple=16)
+    assert pack.layout.cu_seqlens.tolist() == [0, 4, 16]
+    assert pack.tokens.tolist() == [10, 11, 12, 13, 10, 11, 12, *[2] * 9]
+    assert pack.labels.tolist() == [X, 12, 13, X, X, 12, *[X] * 10]
+    assert pack.loss_weights.sum() == 3
+
+
 @pytest.mark.parametrize(
     ("reduction", "weight"), [("token", 1), ("sample", 1 / 3), ("square", 1 / math.sqrt(3))]
 )

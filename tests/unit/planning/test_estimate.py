@@ -20,7 +20,7 @@ from megatron_v2pe.planning.changes import advise, changed, relax
 from megatron_v2pe.planning.command import evaluate
 from megatron_v2pe.planning.estimate import estimate
 from megatron_v2pe.planning.report import heading_lines
-from megatron_v2pe.planning.request.hardware import GIB, H100, group_gb_s, hop_gb_s, with_rates
+from megatron_v2pe.planning.request.hardware import A100, GIB, H100, group_gb_s, hop_gb_s, with_rates
 from megatron_v2pe.planning.request.workload import Assumptions, Pack, assumed_pack, fullest_pack, mean_pack
 from megatron_v2pe.planning.search import search
 
@@ -265,3 +265,47 @@ def test_mean_and_fullest_of_measured_packs():
 
 def test_memory_is_that_of_a_vendor_gigabyte():
     assert H100.memory_gib * GIB == pytest.approx(81_559 * 2**20, rel=0.001)  # what nvidia-smi shows
+
+
+def fp8_run(fp8, **model):
+    return run(32768, model=ModelConfig(fp8=fp8, **model))
+
+
+def test_fp8_is_faster_and_its_copies_of_weights_are_counted():
+    without, found = (plan(fp8_run(fp8), gpus=8) for fp8 in ("none", "current"))
+    numbers = 24 * 62_914_560  # the linears of a decoder layer, te_gpu's table
+    assert found.fullest.state.fp8_bytes == 2 * numbers
+    assert without.fullest.state.fp8_bytes == 0
+    linears = [each.time.terms["decoder linears"] for each in (without, found)]
+    assert linears[0] == pytest.approx(1.5 * linears[1])
+    assert found.time.seconds < without.time.seconds
+    assert found.executed_flops == without.executed_flops
+    # A byte in place of two for the inputs of qkv, fc1 and fc2; attention's own output stays.
+    saved = 24 * 32768 * (2048 + 2048 + 8192)
+    kept = [each.fullest.peak.parts["decoder layers"] for each in (without, found)]
+    assert kept[0] - kept[1] == pytest.approx(saved, rel=0.1)
+
+
+def test_layers_in_bfloat16_are_counted_as_such():
+    none, some, all_layers = (
+        plan(fp8_run(fp8, fp8_skip_layers=skip), gpus=8)
+        for fp8, skip in (("none", 0), ("current", 6), ("current", 0))
+    )
+    assert some.fullest.state.fp8_bytes == all_layers.fullest.state.fp8_bytes / 2
+    times = [each.time.terms["decoder linears"] for each in (none, some, all_layers)]
+    assert times[1] == pytest.approx((times[0] + times[2]) / 2)
+    kept = [each.fullest.peak.parts["decoder layers"] for each in (none, some, all_layers)]
+    assert kept[2] < kept[1] < kept[0]
+
+
+def test_packs_are_counted_with_the_rows_that_fp8_adds():
+    config = replace(fp8_run("blockwise"), parallel=ParallelConfig(cp=8))
+    pack = Pack(document_lengths=(1000, 30000), num_tiles=100, supervised_tokens=500, source="test")
+    found = estimate(config, ARCH["2B"], pack, gpus=8, hardware=H100)
+    assert found.setting.pack.document_lengths == (1008, 31744 - 1008)
+
+
+def test_a_gpu_without_fp8_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.fp8 is 'current', but A100 SXM 80 GB has no FP8 products"):
+        plan(fp8_run("current"), gpus=8, hardware=A100)
+    plan(fp8_run("none"), gpus=8, hardware=A100)

@@ -28,6 +28,7 @@ class LayerCosts:
         is_trained: linears keep their inputs for the gradients of their weights.
         adapters: pairs of each linear of a layer (`linear_qkv`, ...) that has any.
         drops_inputs: adapters drop numbers of their inputs, and keep what is left.
+        fp8: linears multiply in FP8, and keep their inputs in it.
     """
 
     element_bytes: int
@@ -37,6 +38,7 @@ class LayerCosts:
     is_trained: bool = True
     adapters: tuple[tuple[str, int], ...] = ()
     drops_inputs: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,31 @@ def norm_ops(name: str, source: str, size: float, costs: LayerCosts, *, rms: boo
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Fp8Bytes:
+    """What a linear allocates because it multiplies in FP8."""
+
+    kept_bytes: float = 0.0
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+
+
+def _fp8_bytes(role: str, inputs: float, outputs: float, costs: LayerCosts) -> _Fp8Bytes:
+    """A byte for each number: the input by rows for its product, by columns for the weight's gradient, which is kept.
+
+    The gradient of the output has both forms in backward. The output of attention is kept by attention anyway, so its
+    linear keeps no other form of it, and makes that in backward (mcore's `save_original_input`).
+    """
+    if not costs.fp8:
+        return _Fp8Bytes()
+    again = inputs if role == "linear_proj" and costs.is_trained else 0.0
+    return _Fp8Bytes(
+        kept_bytes=inputs if costs.is_trained and role != "linear_proj" else 0.0,
+        forward_bytes=inputs,
+        backward_bytes=2 * outputs + again,
+    )
+
+
 def linear_op(
     name: str,
     source: str,
@@ -117,18 +144,23 @@ def linear_op(
         backward_bytes: the same in backward.
     """
     pairs = dict(costs.adapters).get(role, 0)
+    fp8 = _fp8_bytes(role, input_bytes / costs.element_bytes, output_bytes / costs.element_bytes, costs)
     # On a CPU torch keeps the factors of dropout in the input's dtype, on a GPU a byte for each.
     mask = input_bytes if costs.float_attention else input_bytes / costs.element_bytes
     return Op(
         name=name,
         inputs=(source,),
         output_bytes=output_bytes,
-        keeps=(source,) if costs.is_trained or (pairs and not costs.drops_inputs) else (),
-        keeps_extra_bytes=pairs * (input_bytes + mask) if costs.drops_inputs else 0.0,
+        keeps=(source,)
+        if (costs.is_trained and not fp8.kept_bytes) or (pairs and not costs.drops_inputs)
+        else (),
+        keeps_extra_bytes=fp8.kept_bytes + (pairs * (input_bytes + mask) if costs.drops_inputs else 0.0),
         forward_bytes=forward_bytes
+        + fp8.forward_bytes
         + (output_bytes if adds_bias else 0.0)
         + (2 * output_bytes if pairs else 0.0),
         backward_bytes=backward_bytes
+        + fp8.backward_bytes
         + (weight_bytes if costs.is_trained else 0.0)
         + (output_bytes + input_bytes if pairs else 0.0),
         is_matrix=True,

@@ -10,7 +10,7 @@ Bytes are of one micro batch on one rank; inputs of the stack count as its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_v2pe.planning.memory.layers.tape import Op, Peaks, moved_bytes, peaks
@@ -94,6 +94,15 @@ def stack(
         moved_backward_bytes=forward + backward,
         kept={"layer input": input_bytes},
     )
+
+
+def mixed(first: Stack, second: Stack, *, share: float) -> Stack:
+    """A stack of which a share of the layers is like the first and the others like the second, of as many layers."""
+    if share == 1:
+        return first
+    names = [each.name for each in fields(Stack) if each.name != "kept"]
+    values = {name: share * getattr(first, name) + (1 - share) * getattr(second, name) for name in names}
+    return Stack(**values, kept=first.kept)
 
 
 def recomputed_bytes(inner: Peaks) -> float:
