@@ -42,6 +42,7 @@ from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.piip.interaction import InteractionSettings
+from megatron_v2pe.models.piip.readout import PyramidReadout
 from megatron_v2pe.models.piip.tower import PyramidTower
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
@@ -77,7 +78,11 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         vision, projector = None, None
         if stage.pre_process:
             vision = build_vision(config, arch, modules["vision"], elementwise, context, plain_modules=plain)
-            projector = _build_projector(config, arch, modules["projector"], elementwise, context)
+            projector = (
+                build_readout(config, arch, context)
+                if arch.reads_all_branches
+                else _build_projector(config, arch, modules["projector"], elementwise, context)
+            )
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
@@ -172,7 +177,7 @@ def build_vision(
         elementwise: operations between the linears.
         context: sizes of the parallel axes and this rank's place on them.
         plain_modules: those without adapters, of which a pyramid's smaller branches are made; None is `modules`.
-        returns_all: of a pyramid, keep what only the smaller branches' last hidden states need.
+        returns_all: of a pyramid, give every branch's patches, whatever its readout is.
     """
     arguments = partial(_tower_arguments, config, elementwise=elementwise, context=context)
     own = plain_modules or modules
@@ -199,7 +204,7 @@ def build_vision(
             sizes=arch.tile_sizes,
             num_interactions=pyramid.num_interactions,
             settings=settings,
-            returns_all=returns_all,
+            returns_all=returns_all or pyramid.reads_all,
         )
     _mark_tower_part(vision, context)
     return vision
@@ -245,6 +250,29 @@ def _build_projector(
     )
     _mark_tower_part(projector, context)
     return projector
+
+
+def build_readout(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> PyramidReadout:
+    """LLaVA's readout of a pyramid, without weights; whole on every rank.
+
+    Args:
+        config: the run.
+        arch: architecture of the checkpoint.
+        context: sizes of the parallel axes and this rank's place on them.
+    """
+    pyramid = arch.pyramid
+    assert pyramid is not None
+    side = arch.image_size // arch.vision.patch_size
+    readout = PyramidReadout(
+        projector_config(config, arch, context.plan),
+        widths=[arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches)],
+        grids=[(side, side), *((branch.grid, branch.grid) for branch in pyramid.branches)],
+        side=pyramid.token_side,
+        norm=pyramid.readout_norm,
+        groups=tower_groups(context),
+    )
+    _mark_tower_part(readout, context)
+    return readout
 
 
 def memory_savings(model: ModelConfig) -> MemorySavings:
