@@ -1,4 +1,4 @@
-"""LLaVA's readout from the command line: other tokens per tile in packs, prompts, metrics; trained, exported, refused."""
+"""LLaVA's readout from the command line: other tokens per tile in packs and prompts; trained, exported, refused."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.support.piip import pyramid_checkpoint
 
 TOKENS = 25
 LLAVA = {"readout": "llava", "readout_grid": 5}
-BEHIND_THE_READOUT = ("projector.merge.", "vision.branches.", "vision.interactions.", "vision.encoder.")
+PARTS = ("projector.merge.", "vision.branches.", "vision.interactions.", "vision.encoder.")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def scores(checkpoint, capsys, *options):
 
 
 def test_prompts_have_the_tokens_of_the_readout_and_text_is_as_before(setup, capsys):
-    """Prefill chunks shorter than a tile, at a stride of 3/25; a prompt without images to the bit as the plain model."""
+    """Prefill chunks shorter than a tile, at a stride of 3/25; without images the plain model to the bit."""
     tiny.import_golden(setup / "plain")
     image = ("--image", setup / "data" / "0.png", "--stride", 3)
     whole = scores(setup / "pyramid", capsys, *image)
@@ -88,7 +88,7 @@ def test_packs_metrics_and_a_trained_readout(setup, tmp_path, capsys):
     assert set(shares) == {"large", "branch_1", "branch_2", "interactions", "readout"}
     assert all(0 < share < 1 for share in shares.values())
     before, after = tensors(setup / "pyramid"), tensors(checkpoint)
-    for part in BEHIND_THE_READOUT:
+    for part in PARTS:
         moved = [key for key in before if key.startswith(part) and not torch.equal(before[key], after[key])]
         assert moved, part
     # A readout that was trained may be frozen.
@@ -112,7 +112,7 @@ def test_packs_metrics_and_a_trained_readout(setup, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_first_stage_trains_the_readout_alone(setup):
-    """LLaVA's first stage: towers and language model frozen, gates zero. Here that is allowed: each branch is read."""
+    """LLaVA's first stage: towers and language model frozen, gates zero: allowed, as each branch is read."""
     checkpoint = trained(
         setup, "stage1", ["vision.freeze=true", "model.freeze_language=true", "optim.lr=1e-2"], steps=3
     )
