@@ -78,11 +78,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         vision, projector = None, None
         if stage.pre_process:
             vision = build_vision(config, arch, modules["vision"], elementwise, context, plain_modules=plain)
-            projector = (
-                build_readout(config, arch, context)
-                if arch.reads_all_branches
-                else _build_projector(config, arch, modules["projector"], elementwise, context)
-            )
+            projector = build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
@@ -232,47 +228,54 @@ def _tower_arguments(
     )
 
 
-def _build_projector(
+def build_projector(
     config: RunConfig,
     arch: InternVLArchitecture,
     modules: BackendModules,
     elementwise: ElementwiseOps,
     context: ParallelContext,
-) -> Projector:
-    projector = Projector(
-        projector_config(config, arch, context.plan),
-        modules=modules,
-        input_size=arch.projector_width,
-        ratio=arch.downsample_ratio,
-        version=arch.pixel_shuffle_version,
-        elementwise=elementwise,
-        groups=tower_groups(context),
-    )
-    _mark_tower_part(projector, context)
-    return projector
-
-
-def build_readout(config: RunConfig, arch: InternVLArchitecture, context: ParallelContext) -> PyramidReadout:
-    """LLaVA's readout of a pyramid, without weights; whole on every rank.
+) -> Projector | PyramidReadout:
+    """InternVL's projector, or LLaVA's readout of a pyramid in its place; without weights.
 
     Args:
         config: the run.
         arch: architecture of the checkpoint.
+        modules: modules of the back end; the readout has plain ones, whole on every rank.
+        elementwise: operations between the linears.
         context: sizes of the parallel axes and this rank's place on them.
     """
+    settings, groups = projector_config(config, arch, context.plan), tower_groups(context)
+    projector: Projector | PyramidReadout
+    if arch.reads_all_branches:
+        projector = _readout(settings, arch, groups)
+    else:
+        projector = Projector(
+            settings,
+            modules=modules,
+            input_size=arch.projector_width,
+            ratio=arch.downsample_ratio,
+            version=arch.pixel_shuffle_version,
+            elementwise=elementwise,
+            groups=groups,
+        )
+    _mark_tower_part(projector, context)
+    return projector
+
+
+def _readout(
+    settings: TransformerConfig, arch: InternVLArchitecture, groups: ProcessGroupCollection
+) -> PyramidReadout:
     pyramid = arch.pyramid
     assert pyramid is not None
     side = arch.image_size // arch.vision.patch_size
-    readout = PyramidReadout(
-        projector_config(config, arch, context.plan),
+    return PyramidReadout(
+        settings,
         widths=[arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches)],
         grids=[(side, side), *((branch.grid, branch.grid) for branch in pyramid.branches)],
         side=pyramid.token_side,
         norm=pyramid.readout_norm,
-        groups=tower_groups(context),
+        groups=groups,
     )
-    _mark_tower_part(readout, context)
-    return readout
 
 
 def memory_savings(model: ModelConfig) -> MemorySavings:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_v2pe.assembly.backend_modules import choose_modules
-from megatron_v2pe.assembly.build import build_readout, build_vision
+from megatron_v2pe.assembly.build import build_projector, build_vision
 from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.batch.packed_batch import tile_shape
 from megatron_v2pe.config.arch.architecture import parse_architecture
@@ -38,7 +38,7 @@ def parts(dtype, *, norm="gn", grid=5, **vision):
     context = init_distributed(resolve(ParallelConfig(), 1), seed=0)
     modules = choose_modules(ParallelConfig(attention_backend="native"), dtype="float32")
     tower = build_vision(config, arch, modules, choose_elementwise(config.runtime), context).train()
-    readout = build_readout(config, arch, context).train()
+    readout = build_projector(config, arch, modules, choose_elementwise(config.runtime), context).train()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for part in (tower, readout):
