@@ -2,8 +2,8 @@
 
     WORK/seed_*/MODEL/report/cells or scores, metrics.jsonl   -->  WORK/piip.csv, WORK/piip.txt, WORK/piip.png
 
-FLOPs are counted by torch in a forward pass of the built tower and projector on one picture. Its counter leaves out bilinear samples
-and weighted sums; they are added as 10 for each value that is sampled.
+FLOPs are counted by torch in a forward pass of the built tower and projector on one picture. Its counter leaves out
+bilinear samples and weighted sums; they are added as 10 for each value that is sampled.
 """
 
 from __future__ import annotations

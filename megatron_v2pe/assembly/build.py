@@ -247,7 +247,7 @@ def build_projector(
     settings, groups = projector_config(config, arch, context.plan), tower_groups(context)
     projector: Projector | PyramidReadout
     if arch.reads_all_branches:
-        projector = _readout(settings, arch, groups)
+        projector = _readout(config, settings, arch, groups)
     else:
         projector = Projector(
             settings,
@@ -263,7 +263,10 @@ def build_projector(
 
 
 def _readout(
-    settings: TransformerConfig, arch: InternVLArchitecture, groups: ProcessGroupCollection
+    config: RunConfig,
+    settings: TransformerConfig,
+    arch: InternVLArchitecture,
+    groups: ProcessGroupCollection,
 ) -> PyramidReadout:
     pyramid = arch.pyramid
     assert pyramid is not None
@@ -274,6 +277,7 @@ def _readout(
         grids=[(side, side), *((branch.grid, branch.grid) for branch in pyramid.branches)],
         side=pyramid.token_side,
         norm=pyramid.readout_norm,
+        recomputes=config.vision.recompute != "none",
         groups=groups,
     )
 

@@ -6,12 +6,14 @@ piip_config     smaller branches at more pixels of the same tile, interactions b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
 
 Readout = Literal["large", "llava"]
 GROUPS = 32  # of the GroupNorm in LLaVA's projector
@@ -111,12 +113,12 @@ def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int
         num_interactions=values.whole("interactions", None),
         heads=values.whole("deform_num_heads", 16),
         points=values.whole("n_points", 4),
-        value_ratio=float(values.get("deform_ratio", 0.5)),
-        ffn_ratio=float(values.get("cffn_ratio", 0.25)),
+        value_ratio=_number(values, "deform_ratio", 0.5),
+        ffn_ratio=_number(values, "cffn_ratio", 0.25),
         attention=values.choice("interact_attn_type", "deformable", ("deformable", "dense")),
         norm=values.choice("norm_layer", "ln", ("ln", "none")) == "ln",
         projection=values.choice("interaction_proj", True, (True, False)),
-        drop_path=float(values.get("interaction_drop_path_rate", 0.0)),
+        drop_path=_number(values, "interaction_drop_path_rate", 0.0),
         readout=readout,
         readout_norm=_NORMS[values.choice("readout_norm", "gn", tuple(_NORMS))],
         readout_grid=values.whole("readout_grid", None) if "readout_grid" in values.values else 0,
@@ -145,6 +147,15 @@ def _parse_readout(values: Section) -> Readout:
                 "tokens; leave it out, or set readout to llava"
             )
     return chosen
+
+
+def _number(values: Section, key: str, default: float) -> float:
+    value = values.get(key, default)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise CheckpointError(
+            f"{values.path}: {key} is {shortened(value)}, but must be a number of at least 0"
+        )
+    return float(value)
 
 
 def _parse_branch(row: Section) -> VisionArchitecture:

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_v2pe.config.arch.pyramid import GROUPS
+from megatron_v2pe.models.memory import is_trained, recomputed
 from megatron_v2pe.models.piip.geometry import Grid, map_to_tokens, resize_map, tokens_to_map
 
 
@@ -96,6 +97,8 @@ class PyramidReadout(MegatronModule):
         grids: cells of every branch's map.
         side: cells on the side of the grid of the tokens.
         norm: see `PyramidProjector`.
+        recomputes: keep only the rows while training; backward runs the projector again. One linear's output has T*H
+            numbers a tile and branch, many times those of InternVL's projector where T is large.
         groups: process groups of the tower.
     """
 
@@ -107,18 +110,26 @@ class PyramidReadout(MegatronModule):
         grids: Sequence[Grid],
         side: int,
         norm: Literal["group", "layer"],
+        recomputes: bool,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
         self.tp_group = groups.tp
         self.widths = tuple(widths)
         self.grids = tuple(grids)
+        self.recomputes = recomputes
         self.merge = PyramidProjector(
             self.widths, config.hidden_size, norm=norm, out_grid=(side, side), dtype=config.params_dtype
         )
 
     def forward(self, rows: Tensor) -> Tensor:
         """What `PyramidTower` gives of a tile, [n, sum_b P_b*C_b], to features [n, side*side, H]."""
+        has_gradients = torch.is_grad_enabled() and (rows.requires_grad or is_trained(self))
+        if self.recomputes and self.training and has_gradients:
+            return recomputed(self._merged, rows)
+        return self._merged(rows)
+
+    def _merged(self, rows: Tensor) -> Tensor:
         sizes = [height * width for height, width in self.grids]
         parts = rows.split([size * width for size, width in zip(sizes, self.widths, strict=True)], dim=1)
         maps = [

@@ -18,7 +18,7 @@ from megatron_v2pe.config.schema import VisionConfig
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts, linear_op, norm_ops
 from megatron_v2pe.planning.memory.layers.pyramid import PyramidShape, pyramid_stack, tiles_bytes
 from megatron_v2pe.planning.memory.layers.readout import readout_ops
-from megatron_v2pe.planning.memory.layers.stack import Stack
+from megatron_v2pe.planning.memory.layers.stack import Stack, recomputed_bytes
 from megatron_v2pe.planning.memory.layers.tape import INPUT, Op, Peaks, peaks
 from megatron_v2pe.planning.memory.layers.tower import tower_stack
 
@@ -139,9 +139,7 @@ def _at_once(
     """
     layers = _layers(arch, vision, shape, tiles, costs)
     hidden = tiles_bytes(arch, tiles=tiles, element_bytes=costs.element_bytes)
-    last = peaks(
-        projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
-    )
+    last = _last(arch, vision, shape, tiles, hidden)
     kept = layers.kept_bytes if shape.is_trained else 0.0
     # Embedding the patches makes three tensors of a layer's input.
     first = layers.forward_bytes if shape.is_trained else layers.inference_bytes
@@ -155,6 +153,23 @@ def _at_once(
         features_bytes=last.output_bytes,
         moved_bytes=_moved(arch, vision, shape, costs),
         kept=layers.kept if shape.is_trained else {},
+    )
+
+
+def _last(
+    arch: InternVLArchitecture, vision: VisionConfig, shape: VisionShape, tiles: int, hidden: float
+) -> Peaks:
+    """The projector; a pyramid's readout keeps only what it is given, where anything of the tower is recomputed."""
+    ops = projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector)
+    found = peaks(ops, input_bytes=hidden)
+    if not arch.reads_all_branches or vision.recompute == "none":
+        return found
+    return replace(
+        found,
+        kept_bytes=hidden,
+        kept={INPUT: hidden},
+        forward_bytes=found.inference_bytes,
+        backward_bytes=hidden + recomputed_bytes(found),
     )
 
 

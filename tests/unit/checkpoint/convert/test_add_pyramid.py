@@ -66,6 +66,7 @@ MISTAKES = [
     ({"deform_num_heads": 16}, r"deform_num_heads is 16, which does not divide the 8 attention channels"),
     ({"cffn_ratio": 0.01}, r"cffn_ratio is 0.01, which leaves no channel"),
     ({"interaction_drop_path_rate": 1.0}, r"interaction_drop_path_rate is 1.0"),
+    ({"deform_ratio": "half"}, r"deform_ratio is 'half', but must be a number of at least 0"),
     ({"interaction": 2}, r"unknown key 'interaction'; did you mean interactions"),
     ({"branch0": {"hidden": 3}}, r"branches\[0\]: unknown key 'hidden'"),
     ({"branch0": {"num_hidden_layers": 0}}, r"num_hidden_layers is 0, but must be a whole number"),
