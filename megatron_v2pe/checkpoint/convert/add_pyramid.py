@@ -1,10 +1,11 @@
 """Hugging Face InternVL folder + recipe -> the same folder with a pyramid (PIIP) around its vision tower.
 
-    recipe.yaml   piip_config, and for every branch where its weights come from
+    recipe.yaml   piip_config, for every branch where its weights come from, and what gates start at
     folder        weight files as they were, piip.safetensors, an index of all, config.json with piip_config
 
 Branches come from an InternViT folder, from a timm vision transformer (DeiT, DeiT III, AugReg, MAE), or are random;
-interactions start as the PIIP release starts them, with gates zero. With the readout `large` the model then computes
+interactions start as the PIIP release starts them, with gates zero if the recipe does not say otherwise. With the
+readout `large` and gates of zero the model computes
 what it computed before. The readout `llava` takes the place of InternVL's projector: `mlp1` is left out of the weight
 files, and the new projector is random, as LLaVA's first stage has it.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,14 @@ def add_pyramid(
     if plain.pyramid is not None or plain.folder_format != "github":
         what = "has a pyramid already" if plain.pyramid else "is a native folder (model_type internvl)"
         raise CheckpointError(f"{hf_folder}: {what}; give a plain folder of model_type internvl_chat")
-    sources, piip_config = read_recipe(recipe)
+    start, piip_config = read_recipe(recipe)
     config = json.loads((Path(hf_folder) / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key != "auto_map"}
     config |= {"architectures": [MODEL_CLASS], "piip_config": piip_config}
     arch = parse_architecture(config, str(recipe))
     require_consistent(arch, str(recipe))
     generator = torch.Generator().manual_seed(seed)
-    tensors = _pyramid_tensors(arch, sources, generator=generator, seed=seed)
+    tensors = _pyramid_tensors(arch, start, generator=generator, seed=seed)
     dtype = next(iter(weights.tensors.values())).dtype
     _check_shapes(arch, tensors)
     files = [_kept(file, arch) for file in weights.files]
@@ -115,11 +116,24 @@ def _write_kept(path: Path, file: WeightFile, weights: HFWeights) -> None:
             stream.write(weights.read(name).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def read_recipe(path: str | Path) -> tuple[list[str], dict[str, Any]]:
-    """Weight source of every branch, and the `piip_config`.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where new weights come from.
+
+    Attributes:
+        sources: of every branch: a folder, a file, or `random`.
+        gate: number that every gate starts at.
+    """
+
+    sources: tuple[str, ...]
+    gate: float
+
+
+def read_recipe(path: str | Path) -> tuple[Start, dict[str, Any]]:
+    """Where new weights come from, and the `piip_config`.
 
     Raises:
-        ConfigError: no such file, not YAML, or a branch without `weights`.
+        ConfigError: no such file, not YAML, a branch without `weights`, or a `gate_init` that is no number.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -142,18 +156,24 @@ def read_recipe(path: str | Path) -> tuple[list[str], dict[str, Any]]:
                 f"{path}: branches[{index}].weights is {shortened(source)}, but must be a folder, a file, or {RANDOM}"
             )
         sources.append(source)
+    gate = values.get("gate_init", 0.0)
+    if type(gate) not in (int, float) or not abs(gate) <= 1:
+        raise ConfigError(
+            f"{path}: gate_init is {shortened(gate)}, but must be a number in -1..1; 0 keeps what the towers compute"
+        )
     plain = [{key: value for key, value in row.items() if key != "weights"} for row in rows]
-    return sources, {**values, "branches": plain}
+    kept = {key: value for key, value in values.items() if key != "gate_init"}
+    return Start(sources=tuple(sources), gate=float(gate)), {**kept, "branches": plain}
 
 
 def _pyramid_tensors(
-    arch: InternVLArchitecture, sources: list[str], *, generator: torch.Generator, seed: int
+    arch: InternVLArchitecture, start: Start, *, generator: torch.Generator, seed: int
 ) -> dict[str, Tensor]:
     """All new tensors by their Hugging Face names, float32."""
     pyramid = arch.pyramid
     assert pyramid is not None
     tensors: dict[str, Tensor] = {}
-    for index, (branch, source) in enumerate(zip(pyramid.branches, sources, strict=True)):
+    for index, (branch, source) in enumerate(zip(pyramid.branches, start.sources, strict=True)):
         own = branch_tensors(branch, None if source == RANDOM else Path(source), generator=generator)
         tensors |= {f"{PREFIX}branches.{index}.{name}": tensor for name, tensor in own.items()}
     settings = InteractionSettings(
@@ -171,7 +191,10 @@ def _pyramid_tensors(
         for index in range(pyramid.num_interactions):
             interaction = Interaction(widths, settings, into_smaller=pyramid.both_ways(index))
             interaction.reset_parameters()
-            own = interaction.state_dict()
+            own = {
+                name: torch.full_like(tensor, start.gate) if name.endswith("_gamma") else tensor
+                for name, tensor in interaction.state_dict().items()
+            }
             tensors |= {f"{PREFIX}interactions.{index}.{name}": tensor for name, tensor in own.items()}
         if pyramid.reads_all:
             tensors |= _readout_tensors(pyramid, widths, arch.language.hidden_size)
