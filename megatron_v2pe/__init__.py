@@ -6,7 +6,7 @@ megatron-core run where there is no CUDA; the hook has to be in place before meg
 
 from __future__ import annotations
 
-from megatron_v2pe.parallel.cpu_runtime import install
+from megatron_v2pe.parallel.runtime.cpu_runtime import install
 
 __version__ = "0.1.0"
 

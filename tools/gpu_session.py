@@ -34,7 +34,7 @@ import torch
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.environment import describe_environment, has_module
-from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, parse_architecture
 from megatron_v2pe.config.arch.flops import PackCounts, step_flops

@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import Part, adapted_names, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
-from megatron_v2pe.models.layer_specs import BackendModules
-from megatron_v2pe.models.lora import FusedPart, LinearAdapters, with_adapters
+from megatron_v2pe.models.layers.layer_specs import BackendModules
+from megatron_v2pe.models.layers.lora import FusedPart, LinearAdapters, with_adapters
 
 ROW_ROLES = ("linear_proj", "linear_fc2")
 

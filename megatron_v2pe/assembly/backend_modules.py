@@ -10,7 +10,7 @@ from megatron_v2pe.assembly.environment import has_module
 from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.config.validate import check_comm_type, check_sharding
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.layer_specs import BackendModules, local_modules, transformer_engine_modules
+from megatron_v2pe.models.layers.layer_specs import BackendModules, local_modules, transformer_engine_modules
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 
 logger = logging.getLogger(__name__)

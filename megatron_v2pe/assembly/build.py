@@ -32,14 +32,14 @@ from megatron_v2pe.config.lora import PARTS, Part, is_adapter_parameter, parts_t
 from megatron_v2pe.config.schema import ModelConfig, RunConfig
 from megatron_v2pe.config.sections.parts import is_in
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.elementwise import ElementwiseOps
-from megatron_v2pe.models.experts import ExpertRouter, RouterSettings
 from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
-from megatron_v2pe.models.layer_specs import BackendModules
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps
+from megatron_v2pe.models.layers.experts import ExpertRouter, RouterSettings
+from megatron_v2pe.models.layers.layer_specs import BackendModules
+from megatron_v2pe.models.layers.norms import SplitRMSNorm
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
-from megatron_v2pe.models.norms import SplitRMSNorm
 from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.piip.interaction import InteractionSettings
 from megatron_v2pe.models.piip.readout import PyramidReadout

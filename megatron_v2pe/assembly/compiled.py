@@ -18,7 +18,7 @@ from megatron.core.fusions import fused_bias_swiglu
 
 from megatron_v2pe.config.schema import ModelConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.elementwise import ElementwiseOps
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps
 from megatron_v2pe.v2pe.rope import rotary_tables, rotated
 
 logger = logging.getLogger(__name__)

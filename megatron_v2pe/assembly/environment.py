@@ -1,7 +1,7 @@
 """What this machine has, and what will therefore be used; `megatron-v2pe doctor` prints it.
 
-The choices are made where they are needed (`backend_modules.py`, `fused_adam.py`, `parallel/cpu_runtime.py`); this
-file makes the same checks and reports the results.
+The choices are made where they are needed (`backend_modules.py`, `optim/fused_adam.py`,
+`parallel/runtime/cpu_runtime.py`); this file makes the same checks and reports the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from megatron_v2pe.core.env import slurm_job
-from megatron_v2pe.parallel import cpu_runtime
+from megatron_v2pe.parallel.runtime import cpu_runtime
 
 Finding = tuple[str, str]
 

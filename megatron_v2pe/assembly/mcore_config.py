@@ -1,6 +1,6 @@
 """From a checkpoint's architecture and a run's plan to mcore's `TransformerConfig`, one for each part.
 
-This file and `models/layer_specs.py` are where mcore's configuration is touched. Fields that are set for a
+This file and `models/layers/layer_specs.py` are where mcore's configuration is touched. Fields that are set for a
 reason other than the model itself carry that reason.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.assembly.optimizer import wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import wrap_for_training
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import check_model_split, check_pipeline, check_vision_split

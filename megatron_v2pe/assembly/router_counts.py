@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.models.experts import RouterCounts
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.models.layers.experts import RouterCounts
 from megatron_v2pe.parallel.topology import Ranks
 
 

@@ -15,8 +15,8 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.cache.memory import KVShape, PrefillBytes, kv_shape
 from megatron_v2pe.inference.chunks import PrefillChunk
 from megatron_v2pe.inference.runner import ModelRunner
-from megatron_v2pe.parallel.device_memory import free_bytes
 from megatron_v2pe.parallel.replica import least
+from megatron_v2pe.parallel.runtime.device_memory import free_bytes
 
 _GIB = 2**30
 

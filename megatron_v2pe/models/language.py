@@ -26,9 +26,9 @@ from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
-from megatron_v2pe.models.elementwise import ElementwiseOps
-from megatron_v2pe.models.experts import RoutedRows
-from megatron_v2pe.models.layer_specs import BackendModules, language_layer_spec
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps
+from megatron_v2pe.models.layers.experts import RoutedRows
+from megatron_v2pe.models.layers.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
 from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles

@@ -16,8 +16,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_v2pe.models.elementwise import ElementwiseOps, mlp_with_bias_gelu
-from megatron_v2pe.models.layer_specs import BackendModules, mlp_submodules
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps, mlp_with_bias_gelu
+from megatron_v2pe.models.layers.layer_specs import BackendModules, mlp_submodules
 
 
 def pixel_shuffle(x_ngc: Tensor, *, ratio: float, version: Literal["v1", "v2"]) -> Tensor:

@@ -23,8 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_v2pe.models.elementwise import ElementwiseOps, mlp_with_bias_gelu
-from megatron_v2pe.models.layer_specs import BackendModules, vision_layer_spec
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps, mlp_with_bias_gelu
+from megatron_v2pe.models.layers.layer_specs import BackendModules, vision_layer_spec
 from megatron_v2pe.models.memory import RecomputingLayer, is_trained
 
 # Parameters of a linear, its adapters among them, that grow with the number of heads.

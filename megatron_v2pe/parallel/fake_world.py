@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end
 
-from megatron_v2pe.parallel.cpu_runtime import device_of_mcore
 from megatron_v2pe.parallel.plan import ParallelPlan
+from megatron_v2pe.parallel.runtime.cpu_runtime import device_of_mcore
 from megatron_v2pe.parallel.topology import ParallelContext, init_distributed
 
 

@@ -191,7 +191,7 @@ def saves_enough(lengths: tuple[int, ...], holders: Holders, *, cp: int) -> bool
 
 
 def rows_received(lengths: tuple[int, ...], holders: Holders, rank: int) -> int:
-    """Tokens whose keys and values a rank receives in a forward pass, `attention.direct` sends no others."""
+    """Tokens whose keys and values a rank receives in a forward pass, `attention.transports.direct` sends no others."""
     rows = 0
     for length, ranks in zip(lengths, holders, strict=True):
         if rank in ranks:

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+from megatron_v2pe.assembly.optim.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_shape, tile_share
 from megatron_v2pe.batch.pixel_norm import PixelNorm

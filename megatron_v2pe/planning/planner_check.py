@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_v2pe.assembly.optimizer import wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import wrap_for_training
 from megatron_v2pe.assembly.rank_model import rank_model
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig

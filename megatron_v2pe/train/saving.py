@@ -30,7 +30,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from megatron_v2pe.assembly.optimizer import Trainer, make_moments
+from megatron_v2pe.assembly.optim.optimizer import Trainer, make_moments
 from megatron_v2pe.checkpoint.files.adapter_record import AdapterRecord
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.checkpoint.save import CheckpointSave

@@ -18,7 +18,7 @@ import psutil
 
 from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.assembly.optimizer import Trainer, wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import Trainer, wrap_for_training
 from megatron_v2pe.checkpoint.files.adapter_record import describe_adapters
 from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.load import load_checkpoint

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_v2pe.assembly.grad_norms import clip_gradients, grad_norms
-from megatron_v2pe.assembly.optimizer import Trainer
+from megatron_v2pe.assembly.optim.grad_norms import clip_gradients, grad_norms
+from megatron_v2pe.assembly.optim.optimizer import Trainer
 from megatron_v2pe.assembly.router_counts import take_router_totals
 from megatron_v2pe.assembly.schedule import StageRows, run_schedule
 from megatron_v2pe.batch.device_copy import to_device

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.parallel.comm_clock import CommClock
+from megatron_v2pe.parallel.runtime.comm_clock import CommClock
 from megatron_v2pe.train.metrics.stragglers import find_straggler
 from tests.support import tiny
 from tests.support.injected import NAP_SECONDS

@@ -151,7 +151,7 @@ def held_errors(rank, world_size):
     import torch.distributed as dist
 
     from megatron_v2pe.parallel.attention.context_parallel import document_attention
-    from megatron_v2pe.parallel.attention.direct import Places
+    from megatron_v2pe.parallel.attention.transports.direct import Places
     from megatron_v2pe.parallel.shards import held_by
     from megatron_v2pe.parallel.zigzag import range_indices
 
@@ -252,7 +252,7 @@ def bytes_sent_by_document(rank, world_size):
     import torch.distributed as dist
 
     from megatron_v2pe.parallel.attention.context_parallel import document_attention
-    from megatron_v2pe.parallel.attention.direct import Places
+    from megatron_v2pe.parallel.attention.transports.direct import Places
     from megatron_v2pe.parallel.shards import local_lengths, rows_received
 
     lengths, holders = SENT_BY_DOCUMENT

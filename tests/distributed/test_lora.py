@@ -113,7 +113,7 @@ def no_exchange():
 
 def no_marks():
     """Under sequence parallelism the factors that are whole on each rank keep the gradients of its own tokens."""
-    from megatron_v2pe.models.lora import FusedAdapters
+    from megatron_v2pe.models.layers.lora import FusedAdapters
 
     return replaced(FusedAdapters, "mark", lambda self, *, sequence_parallel: None)
 

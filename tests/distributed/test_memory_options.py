@@ -119,7 +119,7 @@ class Kept:
 def one_pass(config, context, *, patch=None):
     """One forward and backward pass; see `Pass`."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+    from megatron_v2pe.assembly.optim.optimizer import wrap_data_parallel
     from megatron_v2pe.assembly.schedule import run_schedule
     from megatron_v2pe.batch.pixel_norm import PixelNorm
     from megatron_v2pe.parallel.batch_sharder import BatchSharder

@@ -39,8 +39,8 @@ def train(rank, size, overlap):
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
-    from megatron_v2pe.assembly.fused_adam import install_fused_adam
-    from megatron_v2pe.assembly.optimizer import build_trainer
+    from megatron_v2pe.assembly.optim.fused_adam import install_fused_adam
+    from megatron_v2pe.assembly.optim.optimizer import build_trainer
     from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
     from megatron_v2pe.train.step import train_step
 

@@ -28,7 +28,7 @@ TWO_RANKS = (
 
 def losses_and_gradients(checkpoint, parallel, context, *, recompute):
     """Per-token losses of a golden case and every gradient of this rank, by name."""
-    from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+    from megatron_v2pe.assembly.optim.optimizer import wrap_data_parallel
     from megatron_v2pe.assembly.schedule import run_schedule
     from megatron_v2pe.batch.packed_batch import tile_share
     from megatron_v2pe.checkpoint.files.folder import hf_path

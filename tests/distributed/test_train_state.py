@@ -33,7 +33,7 @@ def newest_checkpoint(run_dir):
 def train(rank, world_size, checkpoint, run_dir, sizes, *, steps, dtype="float32", keep=5, optim=None):
     """Resume from `run_dir`, or start from `checkpoint`; update up to step `steps[-1]`, save at each of `steps`."""
     from megatron_v2pe.assembly.build import build_model
-    from megatron_v2pe.assembly.optimizer import wrap_for_training
+    from megatron_v2pe.assembly.optim.optimizer import wrap_for_training
     from megatron_v2pe.checkpoint.files.folder import hf_path
     from megatron_v2pe.checkpoint.load import load_checkpoint
     from megatron_v2pe.checkpoint.run_state import RunState

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megatron_v2pe.verification.golden.groups.sharding import run
+from megatron_v2pe.verification.golden.groups.inputs.sharding import run
 
 FOLDER = Path(__file__).parent
 QUANTITIES = ("padded_cu_seqlens", "per_sample_zigzag_index", "zigzag_index", "contiguous_index")

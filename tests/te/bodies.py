@@ -53,8 +53,8 @@ def adapter_errors(context, documents, comm, real_boundaries, dtype=torch.float3
         real_boundaries: give Transformer Engine the real ends of documents, as mcore would.
         dtype: of queries, keys and values.
     """
-    from megatron_v2pe.models.elementwise import ElementwiseOps
     from megatron_v2pe.models.language import LanguageModel
+    from megatron_v2pe.models.layers.elementwise import ElementwiseOps
     from megatron_v2pe.parallel.attention import te
     from megatron_v2pe.parallel.batch_sharder import BatchSharder
     from megatron_v2pe.parallel.zigzag import shard_indices

@@ -157,7 +157,7 @@ def _signature(parameters, kind):
 
 def _give_a_device(torch):
     """Transformer Engine's modules see a Hopper GPU; everybody else sees what is there."""
-    from megatron_v2pe.parallel import cpu_runtime
+    from megatron_v2pe.parallel.runtime import cpu_runtime
 
     hopper = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     device = cpu_runtime._build_proxy()

@@ -21,6 +21,6 @@ def test_training_without_a_gpu_beside_transformer_engine(te_python, tmp_path):
         train_without_a_gpu, 1, te_python, config, OVERRIDES, timeout=120, is_warm=False
     )
     assert chosen.startswith("transformer_engine"), "this test is about mcore's choice of that Adam"
-    assert used == "megatron_v2pe.assembly.fused_adam"
+    assert used == "megatron_v2pe.assembly.optim.fused_adam"
     tiny.train(config, [*OVERRIDES, f"runtime.run_dir={tmp_path / 'without'}"])
     assert tiny.curve(tmp_path / "run") == tiny.curve(tmp_path / "without")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_v2pe.assembly.optimizer import build_trainer
+from megatron_v2pe.assembly.optim.optimizer import build_trainer
 from megatron_v2pe.checkpoint.files.weights_layout import write_layout
 from megatron_v2pe.checkpoint.run_state import RunState
 from megatron_v2pe.config.schema import CheckpointConfig, OptimConfig, RunConfig, RuntimeConfig

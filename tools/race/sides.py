@@ -16,8 +16,8 @@ import torch
 from plain_model import PlainInternVL, Sizes
 from weights import copy_weights
 
-from megatron_v2pe.assembly.fused_adam import install_fused_adam
-from megatron_v2pe.assembly.optimizer import build_trainer
+from megatron_v2pe.assembly.optim.fused_adam import install_fused_adam
+from megatron_v2pe.assembly.optim.optimizer import build_trainer
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
 from megatron_v2pe.config.schema import OptimConfig, ParallelConfig, RunConfig, RuntimeConfig
 from megatron_v2pe.parallel.plan import ParallelPlan

@@ -31,7 +31,7 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.lora import PARTS, Part, adapted_names, is_adapter_parameter, linear_names
 from megatron_v2pe.config.schema import LoRAConfig
 from megatron_v2pe.config.sections.parts import part_of
-from megatron_v2pe.models.lora import adapter_prefix
+from megatron_v2pe.models.layers.lora import adapter_prefix
 from megatron_v2pe.parallel.topology import Ranks
 
 

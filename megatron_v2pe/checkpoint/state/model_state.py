@@ -118,7 +118,7 @@ def load_expert_bias(checkpoint_folder: str | Path, model_chunks: Sequence[Any])
     """
     table = expert_bias_of(checkpoint_folder)
     if table:
-        from megatron_v2pe.assembly.expert_bias import (
+        from megatron_v2pe.assembly.optim.expert_bias import (
             put_expert_bias,  # megatron-core: exports need none of it
         )
 

@@ -6,17 +6,17 @@ import difflib
 from collections.abc import Callable
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.evaluation.benchmarks import vqa
 from megatron_v2pe.evaluation.benchmarks.base import Benchmark
-from megatron_v2pe.evaluation.benchmarks.choices import MMBench, ScienceQA, SeedImage
 from megatron_v2pe.evaluation.benchmarks.harness_questions import HarnessQuestions
-from megatron_v2pe.evaluation.benchmarks.long_vqa import LongVQA
-from megatron_v2pe.evaluation.benchmarks.milebench import MileBench
-from megatron_v2pe.evaluation.benchmarks.mm_niah import MMNIAH, MMNIAHLong
-from megatron_v2pe.evaluation.benchmarks.mmlongbench import MMLongBench
-from megatron_v2pe.evaluation.benchmarks.mmmu import MMMU
-from megatron_v2pe.evaluation.benchmarks.pope import POPE
-from megatron_v2pe.evaluation.benchmarks.video import MVBench, VideoMME
+from megatron_v2pe.evaluation.benchmarks.sets import vqa
+from megatron_v2pe.evaluation.benchmarks.sets.choices import MMBench, ScienceQA, SeedImage
+from megatron_v2pe.evaluation.benchmarks.sets.long_vqa import LongVQA
+from megatron_v2pe.evaluation.benchmarks.sets.milebench import MileBench
+from megatron_v2pe.evaluation.benchmarks.sets.mm_niah import MMNIAH, MMNIAHLong
+from megatron_v2pe.evaluation.benchmarks.sets.mmlongbench import MMLongBench
+from megatron_v2pe.evaluation.benchmarks.sets.mmmu import MMMU
+from megatron_v2pe.evaluation.benchmarks.sets.pope import POPE
+from megatron_v2pe.evaluation.benchmarks.sets.video import MVBench, VideoMME
 from megatron_v2pe.evaluation.metrics.letters import LETTER_RULES, LetterRule
 
 BENCHMARKS: dict[str, Callable[[], Benchmark]] = {

@@ -23,8 +23,8 @@ from megatron_v2pe.batch.kv_cache import CacheStep
 from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV
 from megatron_v2pe.parallel.attention.kernels import block_forward
-from megatron_v2pe.parallel.attention.ring import Ring
 from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold
+from megatron_v2pe.parallel.attention.transports.ring import Ring
 
 PAST_TAG = 3  # beside those of `ring`
 

@@ -1,10 +1,11 @@
 """The native back ends of context parallel attention, by the name that `parallel.cp_comm_type` gives them.
 
-    p2p          ring.py      any heads; cp-1 hops overlapped with compute; the default
-    all_gather   gather.py    any heads; one collective; all keys of the pack in memory at once
-    a2a          heads.py     heads and KV heads divide by cp; whole documents for the kernels
+    p2p          transports/ring.py    any heads; cp-1 hops overlapped with compute; the default
+    all_gather   transports/gather.py  any heads; one collective; all keys of the pack in memory at once
+    a2a          transports/heads.py   heads and KV heads divide by cp; whole documents for the kernels
 
-`document_attention` (direct.py) is for packs of which documents lie on some of the ranks (`parallel.cp_sharding`).
+`document_attention` (transports/direct.py) is for packs whose documents lie on some of the ranks
+(`parallel.cp_sharding`).
 
 Each is given this rank's zigzag shard and returns the same rows of the same attention.
 """
@@ -19,10 +20,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, attend
-from megatron_v2pe.parallel.attention.direct import Direct, Places
-from megatron_v2pe.parallel.attention.gather import Gather
-from megatron_v2pe.parallel.attention.heads import attend_by_heads
-from megatron_v2pe.parallel.attention.ring import Ring
+from megatron_v2pe.parallel.attention.transports.direct import Direct, Places
+from megatron_v2pe.parallel.attention.transports.gather import Gather
+from megatron_v2pe.parallel.attention.transports.heads import attend_by_heads
+from megatron_v2pe.parallel.attention.transports.ring import Ring
 
 
 class ContextParallelAttention(Protocol):

@@ -22,9 +22,9 @@ from torch import Tensor
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.context_parallel import context_parallel_attention, document_attention
-from megatron_v2pe.parallel.attention.direct import places_of
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.rotary import rotate
+from megatron_v2pe.parallel.attention.transports.direct import places_of
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

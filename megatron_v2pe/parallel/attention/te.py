@@ -26,8 +26,8 @@ from torch import Tensor
 from megatron_v2pe.core.env import set_where_unset
 from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.documents import local_lengths, padding_counts_as_tokens
-from megatron_v2pe.parallel.attention.heads import by_heads
 from megatron_v2pe.parallel.attention.rotary import rotate
+from megatron_v2pe.parallel.attention.transports.heads import by_heads
 
 _UNFUSED = "NVTE_UNFUSED_ATTN"
 

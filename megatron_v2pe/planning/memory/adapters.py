@@ -3,7 +3,7 @@
     column linear   A [rank, in]        B [rows of the part on this rank, rank]
     row linear      A [rank, in / tp]   B [out, rank]
 
-A fused linear has one pair for each Hugging Face linear in it (`models/lora.py`).
+A fused linear has one pair for each Hugging Face linear in it (`models/layers/lora.py`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
-from megatron_v2pe.parallel.comm_clock import CommClock
+from megatron_v2pe.parallel.runtime.comm_clock import CommClock
 from megatron_v2pe.parallel.topology import Ranks
 from megatron_v2pe.train.metrics.batch_stats import BatchStats, count_batches
 from megatron_v2pe.train.metrics.stragglers import find_straggler

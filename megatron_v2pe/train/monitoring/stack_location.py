@@ -23,7 +23,7 @@ import torch
 import megatron_v2pe
 
 _OWN = f"{Path(megatron_v2pe.__file__).parent}/"
-_HELPERS = {f"{_OWN}parallel/comm_clock.py", f"{_OWN}train/reduce.py"}  # what calls them says more
+_HELPERS = {f"{_OWN}parallel/runtime/comm_clock.py", f"{_OWN}train/reduce.py"}  # what calls them says more
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TORCH_DISTRIBUTED = f"{_TORCH}distributed/"
 _BACKWARD = "_engine_run_backward"  # on a GPU, autograd's own threads run what is below it

@@ -43,27 +43,27 @@ class Group:
 
 PIIP_FILES = ("modules", "classification", "detection", "towers", "llava", "resize", "geometry")
 GROUPS = (
-    Group(name="positions", module="positions", files=("positions/positions.json",)),
-    Group(name="rope", module="positions", function="run_rope", files=("positions/rope_tables.json",)),
-    Group(name="sharding", module="sharding", files=("sharding/*.json",)),
-    Group(name="tiling", module="tiling", files=("tiling/*.json", "preprocess/*.json")),
+    Group(name="positions", module="inputs.positions", files=("positions/positions.json",)),
+    Group(name="rope", module="inputs.positions", function="run_rope", files=("positions/rope_tables.json",)),
+    Group(name="sharding", module="inputs.sharding", files=("sharding/*.json",)),
+    Group(name="tiling", module="inputs.tiling", files=("tiling/*.json", "preprocess/*.json")),
     Group(
         name="text",
-        module="text",
+        module="inputs.text",
         files=tuple(
             f"text/{name}.json" for name in ("conversations", "tokenizer", "templates", "hf_processor")
         ),
     ),
-    Group(name="packing", module="packing", files=("packing/*.json", "text/dataset_items.json")),
-    Group(name="formats", module="formats", files=("ckpt_hf/*/config.json",)),
-    Group(name="loss", module="loss", files=("packing/loss.json",)),
-    Group(name="model", module="model", files=("forward/*.json",), is_model=True),
+    Group(name="packing", module="inputs.packing", files=("packing/*.json", "text/dataset_items.json")),
+    Group(name="formats", module="models.formats", files=("ckpt_hf/*/config.json",)),
+    Group(name="loss", module="models.loss", files=("packing/loss.json",)),
+    Group(name="model", module="models.model", files=("forward/*.json",), is_model=True),
     Group(
         name="piip",
-        module="piip",
+        module="models.piip",
         files=("piip/*.json", *(f"{name}.json" for name in PIIP_FILES)),
     ),
-    Group(name="generation", module="generation", files=("generation/*.json",), is_model=True),
+    Group(name="generation", module="models.generation", files=("generation/*.json",), is_model=True),
 )
 
 

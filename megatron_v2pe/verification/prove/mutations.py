@@ -23,8 +23,8 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, FeatureRoute, LocalBa
 from megatron_v2pe.config.lora import parts_trained_whole
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel import batch_sharder
-from megatron_v2pe.parallel.attention.direct import _DirectGradReturn
-from megatron_v2pe.parallel.attention.ring import _RingGradReturn
+from megatron_v2pe.parallel.attention.transports.direct import _DirectGradReturn
+from megatron_v2pe.parallel.attention.transports.ring import _RingGradReturn
 from megatron_v2pe.parallel.batch_sharder import BatchSharder
 from megatron_v2pe.parallel.feature_router import FeatureRouter
 from megatron_v2pe.parallel.plan import ParallelPlan

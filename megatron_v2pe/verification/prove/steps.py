@@ -18,9 +18,9 @@ import torch
 
 from megatron_v2pe.assembly import build
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.assembly.optimizer import wrap_data_parallel, wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import wrap_data_parallel, wrap_for_training
+from megatron_v2pe.assembly.optim.whole_gradients import gather_gradients
 from megatron_v2pe.assembly.schedule import StageRows, run_schedule
-from megatron_v2pe.assembly.whole_gradients import gather_gradients
 from megatron_v2pe.batch.packed_batch import PackedBatch
 from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture

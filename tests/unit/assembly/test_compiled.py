@@ -10,7 +10,7 @@ from megatron_v2pe.assembly import compiled
 from megatron_v2pe.assembly.compiled import choose_elementwise, compiled_ops, fuses_swiglu, trial
 from megatron_v2pe.config.schema import ModelConfig, RuntimeConfig
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.models.elementwise import (
+from megatron_v2pe.models.layers.elementwise import (
     ElementwiseOps,
     bias_gelu,
     scaled_dropped_residual,

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_v2pe.assembly.fused_adam import FusedAdam, install_fused_adam
+from megatron_v2pe.assembly.optim.fused_adam import FusedAdam, install_fused_adam
 
 
 def weights(seed):
@@ -65,8 +65,8 @@ def test_a_step_on_a_cpu_imports_no_compiler():
     script = """if True:
         import sys
         import numpy, torch
-        from megatron_v2pe.assembly.fused_adam import install_fused_adam
-        from megatron_v2pe.assembly.optimizer import build_trainer
+        from megatron_v2pe.assembly.optim.fused_adam import install_fused_adam
+        from megatron_v2pe.assembly.optim.optimizer import build_trainer
         from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
         from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
         from megatron_v2pe.train.step import train_step

@@ -6,7 +6,7 @@ what is there instead of being added to it: 1e-6 of the largest entry.
 
 import torch
 
-from megatron_v2pe.models import linears
+from megatron_v2pe.models.layers import linears
 from tests.support.spawn import run_ranks
 
 
@@ -15,7 +15,7 @@ def passes(rank, size, large):
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
-    from megatron_v2pe.models import linears
+    from megatron_v2pe.models.layers import linears
     from megatron_v2pe.planning.measured_step import MeasuredStep, StepSizes
 
     linears.LARGE = large

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.assembly.optimizer import wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import wrap_for_training
 from megatron_v2pe.config.schema import (
     LoRAConfig,
     ModelConfig,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_v2pe.models.experts import RoutedRows, RouterSettings
+from megatron_v2pe.models.layers.experts import RoutedRows, RouterSettings
 
 HIDDEN, NUM_EXPERTS, TOP_K = 16, 6, 2
 
@@ -18,7 +18,7 @@ def make_router(settings, *, sum_over_pack=None):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_v2pe.models.experts import ExpertRouter
+    from megatron_v2pe.models.layers.experts import ExpertRouter
 
     config = TransformerConfig(
         num_layers=2,
@@ -89,7 +89,7 @@ class _Layer:
 
 
 def test_biases_move_towards_even_use_and_come_back_from_json():
-    from megatron_v2pe.assembly.expert_bias import ExpertBias
+    from megatron_v2pe.assembly.optim.expert_bias import ExpertBias
     from megatron_v2pe.assembly.router_counts import RouterTotals
 
     def chunk_of(router):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_v2pe.config.lora import is_adapter_parameter
-from megatron_v2pe.models.lora import FusedAdapters, FusedPart, LinearAdapters
+from megatron_v2pe.models.layers.lora import FusedAdapters, FusedPart, LinearAdapters
 
 # Two kv groups of two queries, heads of 3 channels: rows q q k v | q q k v.
 QKV = tuple(FusedPart(name=name, share=share) for name, share in (("q", 2), ("k", 1), ("v", 1)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_v2pe.parallel.comm_clock import CUDA_EVERY, CommClock
+from megatron_v2pe.parallel.runtime.comm_clock import CUDA_EVERY, CommClock
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_tracked_generator_is_the_hosts_and_forking_restores_it():
 def test_with_cuda_available_nothing_is_patched():
     body = """
         import sys, megatron_v2pe, torch
-        from megatron_v2pe.parallel import cpu_runtime
+        from megatron_v2pe.parallel.runtime import cpu_runtime
         methods = torch.Tensor.type, torch.Tensor.cuda
         torch.cuda.is_available = lambda: True
         torch.cuda.get_device_capability = lambda *a: (9, 0)
@@ -101,7 +101,7 @@ def test_megatron_core_loaded_first_is_patched_in_place():
         import megatron.core.parallel_state as parallel_state
         assert parallel_state.torch is torch
         import megatron_v2pe
-        from megatron_v2pe.parallel import cpu_runtime
+        from megatron_v2pe.parallel.runtime import cpu_runtime
         cpu_runtime.install()
         assert parallel_state.torch is not torch and parallel_state.torch._real is torch
         import megatron.core.models.gpt.gpt_model as gpt
@@ -114,7 +114,7 @@ def test_megatron_core_loaded_first_is_patched_in_place():
 def test_device_of_megatron_core_can_be_meta_for_planning():
     body = """
         import megatron_v2pe, torch
-        from megatron_v2pe.parallel import cpu_runtime
+        from megatron_v2pe.parallel.runtime import cpu_runtime
         from megatron.core import parallel_state
         seen = parallel_state.torch
         with cpu_runtime.device_of_mcore("meta"):

@@ -71,7 +71,7 @@ def attention_backward_flop(grad, q, k, v, out, lse, dropout=0.0, is_causal=Fals
 
 
 def added_in_place_flop(buffer, a, b, *rest, **_):
-    """A product that is added to a gradient buffer (`models/linears.py`), which torch's counter does not know."""
+    """A product that is added to a gradient buffer (`models/layers/linears.py`): torch's counter does not know it."""
     return 2 * a[0] * a[1] * b[1]
 
 

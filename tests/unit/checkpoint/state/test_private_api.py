@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 import megatron_v2pe.checkpoint
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.assembly.optimizer import make_moments, wrap_for_training
+from megatron_v2pe.assembly.optim.optimizer import make_moments, wrap_for_training
 from megatron_v2pe.checkpoint.state import private_api
 from megatron_v2pe.checkpoint.state.load import load_state
 from megatron_v2pe.checkpoint.state.ranks import ensure_process_group

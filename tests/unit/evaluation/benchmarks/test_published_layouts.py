@@ -8,8 +8,8 @@ import pytest
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.evaluation.benchmarks.base import Response, Row, interleave
-from megatron_v2pe.evaluation.benchmarks.niah_bins import band_of, range_of
 from megatron_v2pe.evaluation.benchmarks.registry import BENCHMARKS, find_benchmark
+from megatron_v2pe.evaluation.benchmarks.sets.niah_bins import band_of, range_of
 from megatron_v2pe.evaluation.jobs.runner import limited, with_files
 from tests.support import benchmark_data as data
 

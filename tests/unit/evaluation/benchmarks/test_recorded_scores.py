@@ -8,8 +8,8 @@ import pytest
 
 from megatron_v2pe.cli.main import main
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.evaluation.benchmarks.milebench import MileBench
-from megatron_v2pe.evaluation.benchmarks.mm_niah import MMNIAH
+from megatron_v2pe.evaluation.benchmarks.sets.milebench import MileBench
+from megatron_v2pe.evaluation.benchmarks.sets.mm_niah import MMNIAH
 from megatron_v2pe.evaluation.jobs.report import score_folder, without_duplicates
 
 FOLDER = Path(__file__).parents[3] / "golden" / "scores"

@@ -29,7 +29,7 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     row_scores,
 )
 from megatron_v2pe.evaluation.benchmarks.files import first_existing, inside, json_file, jsonl_records, need
-from megatron_v2pe.evaluation.benchmarks.niah_bins import (
+from megatron_v2pe.evaluation.benchmarks.sets.niah_bins import (
     LENGTHS,
     LONG_LENGTHS,
     Placed,

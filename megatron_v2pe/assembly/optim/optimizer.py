@@ -16,11 +16,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_v2pe.assembly.expert_bias import ExpertBias
-from megatron_v2pe.assembly.fused_adam import install_fused_adam
-from megatron_v2pe.assembly.grad_norms import PartShards, counted_shards, trained_optimizers
 from megatron_v2pe.assembly.mcore_config import DTYPES
-from megatron_v2pe.assembly.param_groups import group_overrides
+from megatron_v2pe.assembly.optim.expert_bias import ExpertBias
+from megatron_v2pe.assembly.optim.fused_adam import install_fused_adam
+from megatron_v2pe.assembly.optim.grad_norms import PartShards, counted_shards, trained_optimizers
+from megatron_v2pe.assembly.optim.param_groups import group_overrides
 from megatron_v2pe.config.schema import OptimConfig, RunConfig
 from megatron_v2pe.models.internvl import InternVL
 

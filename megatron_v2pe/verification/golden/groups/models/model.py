@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.optimizer import wrap_data_parallel
+from megatron_v2pe.assembly.optim.optimizer import wrap_data_parallel
 from megatron_v2pe.assembly.router_counts import RouterTotals, take_router_totals
 from megatron_v2pe.assembly.schedule import run_schedule
 from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, LocalBatch, PackedBatch, tile_share
@@ -37,16 +37,16 @@ from megatron_v2pe.verification.golden.checkpoints import (
     imported_checkpoints,
     is_left_out,
 )
-from megatron_v2pe.verification.golden.groups.experts import (
+from megatron_v2pe.verification.golden.groups.models.experts import (
     JointShares,
     RecordedLogits,
     count_rows,
     joint_loss_row,
     logit_rows,
 )
-from megatron_v2pe.verification.golden.groups.facts import case_row, file_rows
-from megatron_v2pe.verification.golden.groups.gradients import gradient_rows, whole_gradients
-from megatron_v2pe.verification.golden.groups.tower import vision_rows
+from megatron_v2pe.verification.golden.groups.models.facts import case_row, file_rows
+from megatron_v2pe.verification.golden.groups.models.gradients import gradient_rows, whole_gradients
+from megatron_v2pe.verification.golden.groups.models.tower import vision_rows
 from megatron_v2pe.verification.golden.rows import Row, compared, unsupported
 
 LOGITS_FLOOR = 1e-4  # float32 logits of order 10

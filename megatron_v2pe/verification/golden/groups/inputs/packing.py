@@ -16,7 +16,7 @@ from megatron_v2pe.data.collate import collate_pack, shift_left, token_weights
 from megatron_v2pe.data.plan.release_packing import GreedyPack, GreedySample, ReleaseGreedyPacker
 from megatron_v2pe.data.samples.encode import EncodedSample
 from megatron_v2pe.v2pe.layout import Int64Array, text_layout
-from megatron_v2pe.verification.golden.groups import dataset_items
+from megatron_v2pe.verification.golden.groups.inputs import dataset_items
 from megatron_v2pe.verification.golden.rows import Row, compared, equal
 
 _REDUCTIONS = ("token", "sample", "square")

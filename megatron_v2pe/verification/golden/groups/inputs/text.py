@@ -21,7 +21,7 @@ from megatron_v2pe.data.text.masking import LabelRule, Span
 from megatron_v2pe.data.text.templates import ChatTemplate, Turn, get_template
 from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array
-from megatron_v2pe.verification.golden.groups.prompts import processor_rows, template_rows
+from megatron_v2pe.verification.golden.groups.inputs.prompts import processor_rows, template_rows
 from megatron_v2pe.verification.golden.rows import Row, equal, unsupported
 
 

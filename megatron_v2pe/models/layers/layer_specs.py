@@ -17,9 +17,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_v2pe.models.experts import SequentialExperts
-from megatron_v2pe.models.linears import ColumnLinear, RowLinear
-from megatron_v2pe.models.norms import Norm
+from megatron_v2pe.models.layers.experts import SequentialExperts
+from megatron_v2pe.models.layers.linears import ColumnLinear, RowLinear
+from megatron_v2pe.models.layers.norms import Norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from megatron_v2pe.data.text.templates import ChatTemplate
 from megatron_v2pe.data.text.tokenizer import Tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array, pack_layout
 from megatron_v2pe.v2pe.positions import position_units, to_float
-from megatron_v2pe.verification.golden.groups.text import (
+from megatron_v2pe.verification.golden.groups.inputs.text import (
     GoldenTokenizers,
     Unsupported,
     is_of_family,

@@ -29,8 +29,8 @@ from megatron_v2pe.evaluation.benchmarks.base import (
     mean,
     row_scores,
 )
-from megatron_v2pe.evaluation.benchmarks.choices import LETTER_PROMPT, letter_value, lettered
 from megatron_v2pe.evaluation.benchmarks.files import need, parquet_records
+from megatron_v2pe.evaluation.benchmarks.sets.choices import LETTER_PROMPT, letter_value, lettered
 from megatron_v2pe.evaluation.metrics.letters import letter_of
 from megatron_v2pe.evaluation.metrics.open_answers import mmmu_open_is_correct
 

@@ -1,0 +1,1 @@
+"""From gradients to updated weights: data parallelism, optimizer, parameter groups, gradient norms."""

@@ -1,0 +1,1 @@
+"""One file for each benchmark, or for each kind that several share."""

@@ -1,0 +1,1 @@
+"""What layers are made of: linears and their adapters, norms, experts, element-wise operations; mcore's specs."""

@@ -1,0 +1,1 @@
+"""The process around the ranks: threads, time spent in collectives, device memory."""

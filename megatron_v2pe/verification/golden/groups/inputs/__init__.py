@@ -1,0 +1,1 @@
+"""What a model is given: positions, shards, tiles, text, packs."""
