@@ -12,7 +12,6 @@ from megatron_v2pe.batch.packed_batch import tile_shape
 from megatron_v2pe.config.arch.architecture import parse_architecture
 from megatron_v2pe.config.schema import ParallelConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.models.memory import recomputed
-from megatron_v2pe.models.piip.geometry import tokens_to_map
 from megatron_v2pe.models.vision import InternViT
 from megatron_v2pe.parallel.topology import init_distributed, resolve, shutdown
 from tests.unit.models.test_pyramid_tower import MODEL, largest_error
@@ -84,9 +83,7 @@ def test_zero_gates_read_each_tower_as_it_is_alone(dtype):
     def alone():
         towers = [tower, *tower.branches]
         states = [InternViT.forward(each, tile)[:, 1:] for each, tile in zip(towers, tiles, strict=True)]
-        return readout.merge(
-            [tokens_to_map(state, grid) for state, grid in zip(states, readout.grids, strict=True)]
-        )
+        return readout(torch.cat([state.flatten(1) for state in states], dim=1))
 
     found = []
     for forward in (lambda: readout(tower(pixels)), alone):

@@ -101,7 +101,10 @@ def test_the_readout_of_all_branches_is_planned(name, one_rank):
     predicted = model_chunk_flops(setting(RUNS[name], size), whole).total
     passes = {"tower in slices": 4.0}.get(name, 3.0 + name.startswith("tower"))
     wanted = counted_flops(size, RUNS[name]) + uncounted(size, passes, into_smaller=2)
-    assert wanted == pytest.approx(predicted, rel=2e-3 if name == "large branch frozen" else 1e-6)
+    if name == "large branch frozen":
+        # What the first interaction reads of it needs no gradient: 64 patches of 128 channels, projected to 64.
+        predicted -= 2.0 * size.tiles * 64 * 128 * 64
+    assert wanted == pytest.approx(predicted, rel=1e-6)
 
 
 def test_interactions_and_other_branches_are_a_large_part_of_the_peak(one_rank):
