@@ -1,9 +1,9 @@
-"""Table and picture of the example: accuracy of each model against the FLOPs of its tower, over seeds.
+"""Table and picture of the example: accuracy of each model against the FLOPs of its tower and projector, over seeds.
 
     WORK/seed_*/MODEL/report/cells or scores, metrics.jsonl   -->  WORK/piip.csv, WORK/piip.txt, WORK/piip.png
 
-FLOPs are counted by torch in a forward pass of the built tower on one picture. Its counter leaves out bilinear samples
-and weighted sums; they are added as 10 for each value that is sampled.
+FLOPs are counted by torch in a forward pass of the built tower and projector on one picture. Its counter leaves out
+bilinear samples and weighted sums; they are added as 10 for each value that is sampled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_v2pe.assembly.backend_modules import choose_modules
-from megatron_v2pe.assembly.build import build_vision
+from megatron_v2pe.assembly.build import build_projector, build_vision
 from megatron_v2pe.assembly.compiled import choose_elementwise
 from megatron_v2pe.batch.packed_batch import tile_shape
 from megatron_v2pe.config.arch.architecture import read_architecture
@@ -36,6 +36,7 @@ NAMES = {
     "deep": "plain, 8 px, 5 layers",
     "pixels": "plain, 32 px, 1 layer",
     "piip": "PIIP, 8 and 32 px, 2 layers each",
+    "llava": "the same, every branch read",
 }
 
 
@@ -63,12 +64,13 @@ class _Everywhere:
 
 
 def measured_mflops(hf_folder: Path) -> float:
-    """Millions of floating point operations of the tower's forward pass on one picture."""
+    """Millions of floating point operations of a forward pass of tower and projector on one picture."""
     arch = read_architecture(hf_folder)
     config = RunConfig(runtime=RuntimeConfig(dtype="float32"))
     context = init_distributed(resolve(ParallelConfig(), 1), seed=0)
     modules = choose_modules(config.parallel, dtype="float32")
     tower = build_vision(config, arch, modules, choose_elementwise(config.runtime), context).eval()
+    projector = build_projector(config, arch, modules, choose_elementwise(config.runtime), context).eval()
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
     sampled: list[int] = []
@@ -82,7 +84,7 @@ def measured_mflops(hf_folder: Path) -> float:
     attention.F.grid_sample = counting
     try:
         with counter, torch.no_grad():
-            tower(torch.zeros(1, *tile_shape(arch.tile_sizes)))
+            projector(tower(torch.zeros(1, *tile_shape(arch.tile_sizes))))
     finally:
         attention.F.grid_sample = plain_sample
         shutdown()
@@ -151,7 +153,7 @@ def draw(rows: list[Row], path: Path) -> None:
     panel.axhline(0.1, linestyle=":", color="grey", label="guessing")
     panel.set_xlim(left=0)
     panel.set_ylim(0, 1.03)
-    panel.set_xlabel("MFLOPs of the tower for a picture, forward, counted by torch")
+    panel.set_xlabel("MFLOPs of tower and projector for a picture, forward, counted by torch")
     panel.set_ylabel("accuracy")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)

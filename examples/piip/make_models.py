@@ -3,7 +3,8 @@
     tokenizer and config.json of the quickstart's folder + sizes below + seed
         --> plain, deep, pixels   Hugging Face folders, each a plain tower
         --> branch                a tower of its own: the pyramid's smaller network
-        --> pyramid.yaml          what `add-piip` adds to `plain`
+        --> pyramid.yaml          what `add-piip` adds to `plain`, read through the large branch
+        --> readout_llava.yaml    the same, with every branch read
 
 Language model and projector of one seed start from the same numbers wherever their shapes agree.
 """
@@ -57,7 +58,7 @@ TOWERS = {
 INTERACTIONS = 2
 
 
-def recipe(branch: Path) -> dict[str, Any]:
+def recipe(branch: Path, **readout: Any) -> dict[str, Any]:
     """The pyramid around `plain`; the smaller network's weights are those of the folder `branch`."""
     tower = TOWERS["branch"]
     sizes = {
@@ -69,7 +70,7 @@ def recipe(branch: Path) -> dict[str, Any]:
         "patch_size": tower.patch,
         "weights": str(branch),
     }
-    return {"branches": [sizes], "interactions": INTERACTIONS, "deform_num_heads": 4}
+    return {"branches": [sizes], "interactions": INTERACTIONS, "deform_num_heads": 4, **readout}
 
 
 class Draw:
@@ -182,6 +183,9 @@ def write_models(folder: Path, quickstart: Path, *, seed: int) -> None:
         (aside / "config.json").write_text(json.dumps(model_config(quick, tower), indent=2) + "\n")
         save_file(draw.tensors, aside / "model.safetensors", metadata={"format": "pt"})
         commit_folder(aside, folder / name)
+    side = TOWERS["plain"].pixels // TOWERS["plain"].patch  # as many tokens as `plain` has
+    llava = recipe(folder / "branch", readout="llava", readout_grid=side)
+    (folder / "readout_llava.yaml").write_text(yaml.safe_dump(llava, sort_keys=False))
     # Written last: its presence says that all is there.
     (folder / "pyramid.yaml").write_text(yaml.safe_dump(recipe(folder / "branch"), sort_keys=False))
 

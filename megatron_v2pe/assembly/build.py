@@ -43,6 +43,7 @@ from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
 from megatron_v2pe.models.offload import ActivationOffload
 from megatron_v2pe.models.piip.interaction import InteractionSettings
+from megatron_v2pe.models.piip.readout import PyramidReadout
 from megatron_v2pe.models.piip.tower import PyramidTower
 from megatron_v2pe.models.projector import Projector
 from megatron_v2pe.models.vision import InternViT
@@ -78,7 +79,7 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         vision, projector = None, None
         if stage.pre_process:
             vision = build_vision(config, arch, modules["vision"], elementwise, context, plain_modules=plain)
-            projector = _build_projector(config, arch, modules["projector"], elementwise, context)
+            projector = build_projector(config, arch, modules["projector"], elementwise, context)
         model_chunk = InternVL(
             decoder_config,
             vision=vision,
@@ -173,7 +174,7 @@ def build_vision(
         elementwise: operations between the linears.
         context: sizes of the parallel axes and this rank's place on them.
         plain_modules: those without adapters, of which a pyramid's smaller branches are made; None is `modules`.
-        returns_all: of a pyramid, keep what only the smaller branches' last hidden states need.
+        returns_all: of a pyramid, give every branch's patches, whatever its readout is.
     """
     arguments = partial(_tower_arguments, config, elementwise=elementwise, context=context)
     own = plain_modules or modules
@@ -200,7 +201,7 @@ def build_vision(
             sizes=arch.tile_sizes,
             num_interactions=pyramid.num_interactions,
             settings=settings,
-            returns_all=returns_all,
+            returns_all=returns_all or pyramid.reads_all,
         )
     _mark_tower_part(vision, context)
     return vision
@@ -228,24 +229,58 @@ def _tower_arguments(
     )
 
 
-def _build_projector(
+def build_projector(
     config: RunConfig,
     arch: InternVLArchitecture,
     modules: BackendModules,
     elementwise: ElementwiseOps,
     context: ParallelContext,
-) -> Projector:
-    projector = Projector(
-        projector_config(config, arch, context.plan),
-        modules=modules,
-        input_size=arch.projector_width,
-        ratio=arch.downsample_ratio,
-        version=arch.pixel_shuffle_version,
-        elementwise=elementwise,
-        groups=tower_groups(context),
-    )
+) -> Projector | PyramidReadout:
+    """InternVL's projector, or LLaVA's readout of a pyramid in its place; without weights.
+
+    Args:
+        config: the run.
+        arch: architecture of the checkpoint.
+        modules: modules of the back end; the readout has plain ones, whole on every rank.
+        elementwise: operations between the linears.
+        context: sizes of the parallel axes and this rank's place on them.
+    """
+    settings, groups = projector_config(config, arch, context.plan), tower_groups(context)
+    projector: Projector | PyramidReadout
+    if arch.reads_all_branches:
+        projector = _readout(config, settings, arch, groups)
+    else:
+        projector = Projector(
+            settings,
+            modules=modules,
+            input_size=arch.projector_width,
+            ratio=arch.downsample_ratio,
+            version=arch.pixel_shuffle_version,
+            elementwise=elementwise,
+            groups=groups,
+        )
     _mark_tower_part(projector, context)
     return projector
+
+
+def _readout(
+    config: RunConfig,
+    settings: TransformerConfig,
+    arch: InternVLArchitecture,
+    groups: ProcessGroupCollection,
+) -> PyramidReadout:
+    pyramid = arch.pyramid
+    assert pyramid is not None
+    side = arch.image_size // arch.vision.patch_size
+    return PyramidReadout(
+        settings,
+        widths=[arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches)],
+        grids=[(side, side), *((branch.grid, branch.grid) for branch in pyramid.branches)],
+        side=pyramid.token_side,
+        norm=pyramid.readout_norm,
+        recomputes=config.vision.recompute != "none",
+        groups=groups,
+    )
 
 
 def memory_savings(model: ModelConfig) -> MemorySavings:

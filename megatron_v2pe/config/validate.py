@@ -192,7 +192,9 @@ def check_vision_split(parallel: ParallelConfig, arch: InternVLArchitecture) -> 
     """A split tower cuts its feed-forward channels and the projector's; its heads are padded."""
     if parallel.vision != "tensor":
         return
-    sizes = {"vision feed-forward": arch.vision.ffn_size, "projector": arch.language.hidden_size}
+    sizes = {"vision feed-forward": arch.vision.ffn_size}
+    if not arch.reads_all_branches:
+        sizes["projector"] = arch.language.hidden_size
     for index, branch in enumerate(arch.pyramid.branches if arch.pyramid else ()):
         sizes[f"pyramid branch {index} feed-forward"] = branch.ffn_size
     for what, size in sizes.items():
@@ -228,6 +230,11 @@ def check_tower(config: RunConfig, arch: InternVLArchitecture) -> None:
             f"lora.vision_rank is {config.lora.vision_rank}, vision.tower is {tower!r} and vision.freeze is "
             f"{str(config.vision.freeze).lower()}, but adapters are for the large branch, and the pyramid around it is "
             "trained whole; set vision.tower to piip and vision.freeze to false, or lora.vision_rank to 0"
+        )
+    if config.lora.projector_rank and pyramid.reads_all:
+        raise ConfigError(
+            f"lora.projector_rank is {config.lora.projector_rank}, but this checkpoint's readout (llava) is a "
+            "projector that starts at random and has no adapters; set lora.projector_rank to 0: it is then trained"
         )
     if config.optim.vision_layer_decay != 1.0:
         raise ConfigError(

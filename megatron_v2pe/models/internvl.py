@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_v2pe.batch.packed_batch import FeatureRoute, LocalBatch, tile_shape
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.memory import is_trained, recomputed
+from megatron_v2pe.models.piip.readout import PyramidReadout
 from megatron_v2pe.models.projector import Projector, features_to_rows
 from megatron_v2pe.models.splice import splice
 from megatron_v2pe.models.vision import InternViT
@@ -36,7 +37,7 @@ class InternVL(MegatronModule):
     Args:
         config: mcore's configuration of the decoder; schedules and DDP read it.
         vision: tower of the first stage, None elsewhere.
-        projector: projector of the first stage, None elsewhere.
+        projector: projector of the first stage, or LLaVA's readout of a pyramid; None elsewhere.
         language: this stage's part of the decoder.
         tile_sizes: pixels of a tile's side, of every branch of the vision tower.
         micro_batch_tiles: tiles that are encoded at a time; 0 encodes all at once and recomputes nothing.
@@ -51,7 +52,7 @@ class InternVL(MegatronModule):
         config: TransformerConfig,
         *,
         vision: InternViT | None,
-        projector: Projector | None,
+        projector: Projector | PyramidReadout | None,
         language: LanguageModel,
         tile_sizes: tuple[int, ...],
         micro_batch_tiles: int = 0,

@@ -87,19 +87,20 @@ class StepSizes:
 
     def layout(self, *, pad_to_multiple: int) -> PackLayout:
         """The pack's document."""
-        text = self.tokens - self.tiles * TOKENS_PER_TILE
+        per_tile = self.architecture().tokens_per_tile
+        text = self.tokens - self.tiles * per_tile
         if text <= self.tiles:
             raise ConfigError(
-                f"{self.tiles} tiles of {TOKENS_PER_TILE} tokens leave no text in {self.tokens} tokens; use fewer tiles"
+                f"{self.tiles} tiles of {per_tile} tokens leave no text in {self.tokens} tokens; use fewer tiles"
             )
         number = np.arange(self.tiles)
-        starts = number * TOKENS_PER_TILE + (number + 1) * text // (self.tiles + 1)
+        starts = number * per_tile + (number + 1) * text // (self.tiles + 1)
         sample = SampleLayout(
             num_tokens=self.tokens,
             image_starts=starts.astype(np.int64),
             num_tiles=np.ones(self.tiles, np.int64),
-            strides=np.full(self.tiles, TOKENS_PER_TILE, np.int64),
-            tokens_per_tile=TOKENS_PER_TILE,
+            strides=np.full(self.tiles, per_tile, np.int64),
+            tokens_per_tile=per_tile,
         )
         return pack_layout([sample], pad_to_multiple=pad_to_multiple)
 

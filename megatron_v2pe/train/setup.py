@@ -64,7 +64,7 @@ from megatron_v2pe.train.guards.startup_checks import (
     hf_folder_of,
     initial_state,
     model_folder,
-    require_open_gates,
+    require_learning_pyramid,
     require_usable_folder,
     run_to_continue,
 )
@@ -250,7 +250,7 @@ def _checked(config: RunConfig) -> tuple[InternVLArchitecture, ParallelPlan, Pat
     arch = read_architecture(model_folder(config))
     plan = resolve(config.parallel, world_size)
     validate(config, arch, world_size)
-    require_open_gates(config, arch)
+    require_learning_pyramid(config, arch)
     sample_settings(config, arch, hf_folder_of(config))  # tokenizer, template and embedding fit each other
     require_open_files()
     run_dir = writable_folder(config.runtime.run_dir, field="runtime.run_dir")

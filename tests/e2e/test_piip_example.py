@@ -35,7 +35,7 @@ def script(*options, timeout=500):
         (["--steps"], "--steps needs a value"),
         (["--steps", "0"], "must be whole numbers of at least 1"),
         (["--seeds", "a"], "--seeds is 'a'"),
-        (["--models", "piip,deeper"], "must be of plain, deep, pixels and piip"),
+        (["--models", "piip,deeper"], "must be of plain, deep, pixels, piip and llava"),
     ],
 )
 def test_bad_options_exit_with_two(options, message):

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor
 
-from megatron_v2pe.checkpoint.hf.pyramid_table import branch_tables, interaction_rules
+from megatron_v2pe.checkpoint.hf.pyramid_table import branch_tables, interaction_rules, readout_rules
 from megatron_v2pe.checkpoint.hf.tables import Spelling, spelling_of, tables, transform_of, vision_rules
 from megatron_v2pe.checkpoint.hf.transforms import Transform
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
@@ -98,6 +98,7 @@ def name_map(arch: InternVLArchitecture, spelling: Spelling | None = None) -> Na
                 places = _places(rule, num_layers, arch)
                 entries.extend(_expand(rule, places, sizes, transform_of(rule, arch)))
     entries.extend(pyramid_entries(arch))
+    entries.extend(readout_entries(arch))
     by_hf = {name: entry for entry in entries for name in entry.hf}
     return NameMap(by_ours={entry.ours: entry for entry in entries}, by_hf=by_hf, dropped=dropped)
 
@@ -107,6 +108,12 @@ def pyramid_entries(arch: InternVLArchitecture, *, returns_all: bool = False) ->
     for own, rules in branch_tables(arch):
         yield from _vision_entries(own, rules)
     for rule in interaction_rules(arch, returns_all=returns_all):
+        yield from _expand(rule, [{}], {}, transform_of(rule, arch))
+
+
+def readout_entries(arch: InternVLArchitecture) -> Iterator[Entry]:
+    """Entries of LLaVA's readout of a pyramid, none where InternVL's projector is."""
+    for rule in readout_rules(arch):
         yield from _expand(rule, [{}], {}, transform_of(rule, arch))
 
 

@@ -2,6 +2,7 @@
 
     vision_model.piip.branches.{b}.        InternViT's names and shapes, as below vision_model.
     vision_model.piip.interactions.{i}.    the PIIP release's names
+    mm_projector.branch{b}.                readout `llava`, which has no mlp1: the release's names, b counted from 1
 
 C, D: channels of the branch that is read into, and of what is read; I: channels of all heads; E: of the feed-forward.
 """
@@ -40,7 +41,7 @@ def interaction_rules(arch: InternVLArchitecture, *, returns_all: bool = False) 
 
     Args:
         arch: the architecture.
-        returns_all: also the last interaction's ways into smaller branches, which the readout `large` never builds.
+        returns_all: with the last interaction's ways into smaller branches, also where the readout never reads them.
     """
     pyramid = arch.pyramid
     if pyramid is None:
@@ -48,7 +49,7 @@ def interaction_rules(arch: InternVLArchitecture, *, returns_all: bool = False) 
     widths = (arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches))
     shapes: dict[str, str] = {}
     for index in range(pyramid.num_interactions):
-        has_both = returns_all or index < pyramid.num_interactions - 1
+        has_both = returns_all or pyramid.both_ways(index)
         for pair in range(len(pyramid.branches)):
             name = f"interactions.{index}.interaction_units_{pair + 1}{pair + 2}."
             large, small = widths[pair], widths[pair + 1]
@@ -57,6 +58,30 @@ def interaction_rules(arch: InternVLArchitecture, *, returns_all: bool = False) 
                 shapes |= _way(f"{name}branch1to2", small, large, pyramid)
     return tuple(
         Rule((f"vision_model.piip.{name}",), f"vision.{name}", shape) for name, shape in shapes.items()
+    )
+
+
+READOUT = "mm_projector."
+_LAST_LINEAR = {"group": 6, "layer": 5}
+
+
+def readout_rules(arch: InternVLArchitecture) -> tuple[Rule, ...]:
+    """Rules of LLaVA's readout, in the order of `named_parameters`; none where InternVL's projector is."""
+    pyramid = arch.pyramid
+    if pyramid is None or not pyramid.reads_all:
+        return ()
+    hidden = arch.language.hidden_size
+    shapes: dict[str, str] = {}
+    for number, width in enumerate(
+        (arch.vision.hidden_size, *(branch.hidden_size for branch in pyramid.branches)), start=1
+    ):
+        own = f"branch{number}."
+        shapes |= _linear(f"{own}1", hidden, width)
+        if pyramid.readout_norm == "group":
+            shapes |= {f"{own}3.weight": f"{hidden}", f"{own}3.bias": f"{hidden}"}
+        shapes |= _linear(f"{own}{_LAST_LINEAR[pyramid.readout_norm]}", hidden, hidden)
+    return tuple(
+        Rule((f"{READOUT}{name}",), f"projector.merge.{name}", shape) for name, shape in shapes.items()
     )
 
 

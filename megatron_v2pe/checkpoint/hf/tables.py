@@ -62,7 +62,8 @@ def _tables(arch: InternVLArchitecture, *, is_native: bool) -> Iterable[tuple[tu
         yield internvit.NATIVE_QKV_BIAS if is_native else internvit.GITHUB_QKV_BIAS, num_layers
     if vision.qk_normalization:
         yield internvit.NATIVE_QK_NORM if is_native else internvit.GITHUB_QK_NORM, num_layers
-    yield internvit.NATIVE_PROJECTOR if is_native else internvit.GITHUB_PROJECTOR, 0
+    projector = internvit.NATIVE_PROJECTOR if is_native else internvit.GITHUB_PROJECTOR
+    yield () if arch.reads_all_branches else projector, 0  # a readout in its place has rules of its own
     yield _language(arch, is_native=is_native), arch.language.num_layers
 
 

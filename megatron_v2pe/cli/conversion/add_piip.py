@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 NAME = "add-piip"
 HELP = """write a copy of a Hugging Face InternVL folder with a pyramid (PIIP) around its vision tower
@@ -12,8 +13,9 @@ HELP = """write a copy of a Hugging Face InternVL folder with a pyramid (PIIP) a
     megatron-v2pe import-hf InternVL2-2B-piip checkpoints/internvl2-2b-piip
 
 The recipe names the smaller branches, the pixels of a tile that each sees, and where its weights come from (an
-InternViT folder, a timm vision transformer, or random). Gates start at zero: the new model computes what the old one
-does until it is trained. Only this package reads such a folder; docs/piip.md has the format."""
+InternViT folder, a timm vision transformer, or random). Gates start at zero: with the readout large the new model
+computes what the old one does until it is trained; the readout llava has a new, random projector and other tokens per
+tile, and must be trained first. Only this package reads such a folder; docs/piip.md has the format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,5 +35,11 @@ def run(args: argparse.Namespace) -> int:
     require_one_process(NAME)
     arch = add_pyramid(args.hf_folder, args.recipe, args.target, force=args.force, seed=args.seed)
     sizes = " + ".join(f"{size} px" for size in arch.tile_sizes)
-    sys.stdout.write(f"{args.target}: tiles of {sizes}, {arch.tokens_per_tile} tokens a tile as before\n")
+    before = replace(arch, pyramid=None).tokens_per_tile
+    tokens = f"{before} tokens a tile as before"
+    if arch.reads_all_branches:
+        tokens = (
+            f"{arch.tokens_per_tile} tokens a tile ({before} before) from a projector that is not trained yet"
+        )
+    sys.stdout.write(f"{args.target}: tiles of {sizes}, {tokens}\n")
     return 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megatron_v2pe.config.arch.families import FAMILIES, REFUSED, LanguageFamily
 from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
-from megatron_v2pe.config.arch.pyramid import PyramidArchitecture, parse_pyramid
+from megatron_v2pe.config.arch.pyramid import GROUPS, PyramidArchitecture, parse_pyramid
 from megatron_v2pe.config.arch.refusals import refuse_flash, refuse_variants, refuse_vision_variants
 from megatron_v2pe.config.arch.rope_scaling import RopeScaling, flat_rope, parse_rope_scaling
 from megatron_v2pe.config.arch.section import Section
@@ -152,8 +152,19 @@ class InternVLArchitecture:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5."""
+        """T, visual tokens of one tile: 256 for 448 px, patch 14, ratio 0.5; a pyramid's readout may give others.
+
+        Lengths, packs, positions (units of 1/T, strides 1..T), routes and caches all follow from this number.
+        """
+        if self.reads_all_branches:
+            assert self.pyramid is not None
+            return self.pyramid.token_side**2
         return int((self.image_size // self.vision.patch_size) ** 2 * self.downsample_ratio**2)
+
+    @property
+    def reads_all_branches(self) -> bool:
+        """Whether LLaVA's readout of a pyramid takes the place of InternVL's pixel shuffle and projector."""
+        return self.pyramid is not None and self.pyramid.reads_all
 
     @property
     def patches_per_tile(self) -> int:
@@ -222,6 +233,10 @@ def require_consistent(arch: InternVLArchitecture, path: str = "config.json") ->
         "a tile's side": abs(shuffle - round(shuffle)) < 1e-6 and side % round(shuffle) == 0,
         f"rope_pos_id_stride {arch.position_stride} must be at most the {arch.tokens_per_tile} visual tokens of a "
         "tile": arch.position_stride <= arch.tokens_per_tile,
+        f"llm hidden_size {language.hidden_size} must be a multiple of {GROUPS} for the GroupNorm of readout 'llava' "
+        "(readout_norm ln has no such rule)": not arch.reads_all_branches
+        or arch.pyramid.readout_norm != "group"
+        or language.hidden_size % GROUPS == 0,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:

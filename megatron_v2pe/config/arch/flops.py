@@ -96,8 +96,9 @@ def interaction_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
     total = 0.0
     for large, small in pairwise(branches):
         total += pyramid.num_interactions * _way_flops(pyramid, *large, *small)
-        # Nothing reads the smaller branches after the last interaction: its ways into them are not built.
-        total += (pyramid.num_interactions - 1) * _way_flops(pyramid, *small, *large)
+        # Where nothing reads the smaller branches after the last interaction, its ways into them are not built.
+        into_smaller = sum(pyramid.both_ways(interval) for interval in range(pyramid.num_interactions))
+        total += into_smaller * _way_flops(pyramid, *small, *large)
     return num_tiles * total
 
 
@@ -116,8 +117,12 @@ def _way_flops(pyramid: PyramidArchitecture, width: int, rows: int, other: int, 
 
 
 def projector_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
-    """Forward pass of the projector's two linears."""
+    """Forward pass of the projector's two linears, of each branch where a pyramid's readout takes all of them."""
     hidden = arch.language.hidden_size
+    if arch.reads_all_branches:
+        widths = (vision.hidden_size for vision, _ in tower_branches(arch))
+        weights = sum(width * hidden + hidden * hidden for width in widths)
+        return 2.0 * num_tiles * weights * arch.tokens_per_tile
     return 2.0 * num_tiles * (arch.projector_width * hidden + hidden * hidden) * arch.tokens_per_tile
 
 
@@ -129,7 +134,8 @@ def tower_flops(arch: InternVLArchitecture, num_tiles: int) -> float:
 def branch_flops(arch: InternVLArchitecture, num_tiles: int) -> dict[str, float]:
     """Forward and backward of each part of a tower with a pyramid; empty without one.
 
-    `large` is the checkpoint's own tower, `branch_1` and on are the smaller networks, `interactions` what is between.
+    `large` is the checkpoint's own tower, `branch_1` and on are the smaller networks, `interactions` what is between;
+    `readout` is LLaVA's projector, where it takes the place of InternVL's.
     """
     if arch.pyramid is None:
         return {}
@@ -139,6 +145,8 @@ def branch_flops(arch: InternVLArchitecture, num_tiles: int) -> dict[str, float]
         for index, (vision, rows) in enumerate(tower_branches(arch))
     }
     parts["interactions"] = interaction_flops(arch, num_tiles)
+    if arch.reads_all_branches:
+        parts["readout"] = projector_flops(arch, num_tiles)
     return {name: TRAINING * flops for name, flops in parts.items()}
 
 

@@ -1,17 +1,22 @@
 """The pyramid of a PIIP model (`piip_config` of a config.json), and what it may be.
 
 vision_config   the large branch, as in InternVL2
-piip_config     smaller branches at more pixels of the same tile, interactions between neighbours
+piip_config     smaller branches at more pixels of the same tile, interactions between neighbours, readout
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.excerpt import shortened
+
+Readout = Literal["large", "llava"]
+GROUPS = 32  # of the GroupNorm in LLaVA's projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,10 @@ class PyramidArchitecture:
         norm: LayerNorm inside interactions.
         projection: bring the other branch to this branch's width first.
         drop_path: rate of an interaction's feed-forward while training.
+        readout: what the language model gets: the `large` branch through InternVL's projector, or every branch through
+            LLaVA's, one token for each cell of a grid.
+        readout_norm: of `llava`, between its linears: GroupNorm over the whole map, or LayerNorm without parameters.
+        readout_grid: of `llava`, cells on the side of that grid; 0 is the finest branch's.
     """
 
     branches: tuple[VisionArchitecture, ...]
@@ -42,6 +51,23 @@ class PyramidArchitecture:
     norm: bool = True
     projection: bool = True
     drop_path: float = 0.0
+    readout: Readout = "large"
+    readout_norm: Literal["group", "layer"] = "group"
+    readout_grid: int = 0
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the readout takes every branch's last hidden states; else only the large branch's are read."""
+        return self.readout == "llava"
+
+    @property
+    def token_side(self) -> int:
+        """Visual tokens on a tile's side, where `reads_all`."""
+        return self.readout_grid or self.branches[-1].grid
+
+    def both_ways(self, interval: int) -> bool:
+        """Whether the interaction after an interval also changes the smaller branches: nothing may read them later."""
+        return self.reads_all or interval < self.num_interactions - 1
 
 
 def interval_stops(num_layers: int, num_intervals: int) -> tuple[int, ...]:
@@ -75,9 +101,11 @@ def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int
         "interaction_proj",
         "interaction_drop_path_rate",
         "readout",
+        "readout_norm",
+        "readout_grid",
     }
     values.refuse_unknown(known)
-    _check_readout(values)
+    readout = _parse_readout(values)
     pyramid = PyramidArchitecture(
         branches=tuple(
             _parse_branch(Section(row, f"{values.path}: branches[{index}]")) for index, row in enumerate(rows)
@@ -85,33 +113,49 @@ def parse_pyramid(values: Section, large: VisionArchitecture, *, image_size: int
         num_interactions=values.whole("interactions", None),
         heads=values.whole("deform_num_heads", 16),
         points=values.whole("n_points", 4),
-        value_ratio=float(values.get("deform_ratio", 0.5)),
-        ffn_ratio=float(values.get("cffn_ratio", 0.25)),
+        value_ratio=_number(values, "deform_ratio", 0.5),
+        ffn_ratio=_number(values, "cffn_ratio", 0.25),
         attention=values.choice("interact_attn_type", "deformable", ("deformable", "dense")),
         norm=values.choice("norm_layer", "ln", ("ln", "none")) == "ln",
         projection=values.choice("interaction_proj", True, (True, False)),
-        drop_path=float(values.get("interaction_drop_path_rate", 0.0)),
+        drop_path=_number(values, "interaction_drop_path_rate", 0.0),
+        readout=readout,
+        readout_norm=_NORMS[values.choice("readout_norm", "gn", tuple(_NORMS))],
+        readout_grid=values.whole("readout_grid", None) if "readout_grid" in values.values else 0,
     )
     check_pyramid(pyramid, large, image_size=image_size, path=values.path)
     return pyramid
 
 
-_OTHER_READOUTS = {
-    "llava": "it gives one token for each cell of the finest grid, through a projector of its own, so that neither "
-    "InternVL's projector nor the 256 tokens a tile that it was trained with are kept",
-    "sum": "its form is a proposal without a released model or recorded numbers to compare it with",
-}
+_NORMS: dict[str, Literal["group", "layer"]] = {"gn": "group", "ln": "layer"}  # the release's names
 
 
-def _check_readout(values: Section) -> None:
-    """`large` is the readout of a tower here; others of the PIIP release are refused with the reason."""
+def _parse_readout(values: Section) -> Readout:
+    """`large` or `llava`; settings of the second are refused beside the first, where nothing would read them."""
     readout = values.get("readout", "large")
-    if readout in _OTHER_READOUTS:
+    if readout == "sum":
         raise CheckpointError(
-            f"{values.path}: readout is {readout!r}, but a tower here is read through its large branch only: "
-            f"{_OTHER_READOUTS[readout]}; use large"
+            f"{values.path}: readout is 'sum', of which there is neither a released model nor recorded numbers, and "
+            "whose proposal (features + u_b P_b(x_b)) leaves open what P_b is and on which grid it is added; "
+            "use large, which keeps the tokens of a tile, or llava"
         )
-    values.choice("readout", "large", ("large",))
+    chosen: Readout = values.choice("readout", "large", ("large", "llava"))
+    for key in ("readout_norm", "readout_grid"):
+        if chosen == "large" and key in values.values:
+            raise CheckpointError(
+                f"{values.path}: {key} is given, but readout is 'large', which has InternVL's own projector and "
+                "tokens; leave it out, or set readout to llava"
+            )
+    return chosen
+
+
+def _number(values: Section, key: str, default: float) -> float:
+    value = values.get(key, default)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise CheckpointError(
+            f"{values.path}: {key} is {shortened(value)}, but must be a number of at least 0"
+        )
+    return float(value)
 
 
 def _parse_branch(row: Section) -> VisionArchitecture:
@@ -163,6 +207,12 @@ def check_pyramid(
                 f"{name}.image_size is {sizes[index]}, but must exceed the {sizes[index - 1]} of the branch before it; "
                 "a branch that sees no more pixels adds cost and no detail"
             )
+    finest = pyramid.branches[-1].grid
+    if pyramid.readout_grid > finest:
+        raise CheckpointError(
+            f"{path}: readout_grid is {pyramid.readout_grid}, but must not exceed the {finest} cells on the side of "
+            "the finest branch's grid: more tokens would repeat what is there"
+        )
     if not 0 <= pyramid.drop_path < 1:
         raise CheckpointError(
             f"{path}: interaction_drop_path_rate is {pyramid.drop_path}, but must lie in [0, 1)"

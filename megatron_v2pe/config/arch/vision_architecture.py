@@ -22,6 +22,11 @@ class VisionArchitecture:
     qk_normalization: bool
 
     @property
+    def grid(self) -> int:
+        """Patches on the side of `image_size`."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_positions(self) -> int:
         """Rows of the position embedding in the checkpoint: patches of `image_size` and the class token."""
         return count_patches(self.image_size, self.patch_size)

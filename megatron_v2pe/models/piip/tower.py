@@ -4,6 +4,7 @@
     for each interval:   every branch runs its layers of the interval
                          neighbours exchange patch features, the finest pair first
     readout `large`:     the large branch's hidden states, as InternViT's
+    readout `llava`:     patches of every branch, one after the other (`readout.py` projects and adds them)
 
 The large branch keeps InternViT's parameter names; new ones are `branches.{b}.` and `interactions.{i}.`. With all
 gates zero its hidden states and gradients are InternViT's, element for element.
@@ -48,8 +49,8 @@ class PyramidTower(InternViT):
         sizes: pixels of a tile's side of every branch, the large one first.
         num_interactions: intervals, each of which ends with an interaction.
         settings: of the interactions.
-        returns_all: also return the smaller branches' hidden states; else the last interaction's ways into them,
-            which nothing would read, are not built.
+        returns_all: give patches of every branch; else the last interaction's ways into the smaller ones, which
+            nothing would read, are not built.
         **large: arguments of `InternViT`, of the large branch.
     """
 
@@ -90,8 +91,16 @@ class PyramidTower(InternViT):
         return [part.reshape(-1, 3, size, size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised rows [n, sum_b 3*S_b*S_b], large branch's tile first, to its hidden states [n, 1 + P, C]."""
-        return self.hidden_states(self.split_sizes(pixels))[0]
+        """Normalised rows [n, sum_b 3*S_b*S_b], large branch's tile first, to what the readout takes.
+
+        Returns:
+            The large branch's hidden states [n, 1 + P, C]. With `returns_all` rows again, so that one tensor passes
+            through slices and recomputation: patches of every branch, [n, sum_b P_b*C_b], class tokens left out.
+        """
+        states = self.hidden_states(self.split_sizes(pixels))
+        if not self.returns_all:
+            return states[0]
+        return torch.cat([state[:, 1:].flatten(1) for state in states], dim=1)
 
     def hidden_states(self, tiles: Sequence[Tensor]) -> list[Tensor]:
         """Tiles [n, 3, S_b, S_b] of every branch to hidden states [n, 1 + P_b, C_b], class token first.

@@ -94,7 +94,12 @@ def vision_parameters(
     )
 
     for rule in interaction_rules(arch):
-        yield rule.ours, prod(int(size) for size in rule.shape.split())
+        yield rule.ours, _size(rule.shape)
+
+
+def _size(shape: str) -> int:
+    """Numbers of a tensor whose shape a rule spells out."""
+    return prod(int(size) for size in shape.split())
 
 
 def _internvit_parameters(
@@ -112,7 +117,14 @@ def _internvit_parameters(
 def projector_parameters(
     arch: InternVLArchitecture, tower_tp: int, adapters: Adapters
 ) -> Iterator[ParameterSize]:
-    """LayerNorm over 1 / ratio^2 patches, two linears."""
+    """LayerNorm over 1 / ratio^2 patches, two linears; or a pyramid's readout, whole on every rank."""
+    if arch.reads_all_branches:
+        from megatron_v2pe.checkpoint.hf.pyramid_table import (
+            readout_rules,  # needs torch, planning else does not
+        )
+
+        yield from ((rule.ours, _size(rule.shape)) for rule in readout_rules(arch))
+        return
     channels, hidden = arch.projector_width, arch.language.hidden_size
     yield from norm("projector.norm", width=channels, bias=True)
     share, fc1, fc2 = hidden // tower_tp, "projector.mlp.linear_fc1", "projector.mlp.linear_fc2"

@@ -114,8 +114,11 @@ def tower_flops(setting: Setting) -> tuple[float, float]:
     projector = 1.0
     has_gradients = setting.has_gradients("vision") or setting.trains_pyramid
     if has_gradients or setting.has_gradients("projector"):
-        projector += 1.0 + setting.trains("projector") + sliced
+        again = arch.reads_all_branches and vision.recompute != "none"
+        projector += 1.0 + setting.trains("projector") + sliced + again
     layers = projector * projector_flops(arch, tiles)
+    if arch.reads_all_branches:
+        layers *= split  # every rank computes the readout whole
     if arch.pyramid is None:
         layers += linear * tower_linear_flops(arch, tiles)
         return layers / split, attention * tower_attention_flops(arch, tiles) / split

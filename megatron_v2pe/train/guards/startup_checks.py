@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from megatron_v2pe.checkpoint.convert.hf_source import open_hf
@@ -19,7 +20,8 @@ from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import ConfigError
 
-LARGE_GATES = tuple(f"interaction_units_12.branch2to1_injector.{gate}_gamma" for gate in ("ca", "cffn"))
+LARGE_GATES = re.compile(r"interaction_units_12\.branch2to1_injector\.c(a|ffn)_gamma$")
+READOUT_BIASES = re.compile(r"^(mm_projector|projector\.merge)\..*\.bias$")
 
 
 def hf_folder_of(config: RunConfig) -> Path:
@@ -41,30 +43,44 @@ def model_folder(config: RunConfig) -> Path:
     return hf_folder_of(config)
 
 
-def require_open_gates(config: RunConfig, arch: InternVLArchitecture) -> None:
-    """Refuse to compute a pyramid that no one reads and that cannot learn: gates zero, and frozen.
+def require_learning_pyramid(config: RunConfig, arch: InternVLArchitecture) -> None:
+    """Refuse a pyramid that can never learn to be read: what its readout goes through is as it was made, and frozen.
 
-    Only the large branch's gates decide: through them alone a pyramid reaches the language model.
+    With the readout `large` that are the gates into the large branch, all zero, through which alone a pyramid reaches
+    the language model. With `llava` it is the readout itself, whose random weights give noise.
 
     Raises:
-        ConfigError: the run freezes the tower, and every gate into the large branch is zero in its checkpoint.
+        ConfigError: names the field that freezes it.
     """
-    if arch.pyramid is None or not config.vision.freeze:
+    if arch.pyramid is None:
         return
+    source = config.model.hf_path or config.model.checkpoint
+    if arch.reads_all_branches:
+        # Biases are zero at first, and not after an update.
+        if config.model.freeze_projector and not _any_number(config, READOUT_BIASES):
+            raise ConfigError(
+                f"model.freeze_projector is true, but the pyramid's readout (llava) in {source} is as add-piip made "
+                "it: random, so that the language model would get noise that never becomes anything else; set "
+                "model.freeze_projector to false, or give a checkpoint whose readout was trained"
+            )
+        return
+    if config.vision.freeze and not _any_number(config, LARGE_GATES):
+        raise ConfigError(
+            f"vision.freeze is true, but all gates of the pyramid are zero in {source}: it would be computed, change "
+            "nothing and never learn; set vision.freeze to false (vision.freeze_large_branch with vision.tower piip "
+            "keeps the checkpoint's own tower as it is), or give the checkpoint without the pyramid"
+        )
+
+
+def _any_number(config: RunConfig, pattern: re.Pattern[str]) -> bool:
+    """Whether some tensor of the run's model whose name matches is not zero everywhere."""
     if config.model.hf_path:
         weights, _, _ = open_hf(config.model.hf_path)
         names, read = weights.tensors, weights.read
     else:
         state = StateReader(state_path(config.model.checkpoint))
         names, read = state.tensors, state.read  # type: ignore[assignment]
-    gates = [name for name in names if name.endswith(LARGE_GATES)]
-    if gates and not any(bool(read(name).any()) for name in gates):
-        raise ConfigError(
-            "vision.freeze is true, but all gates of the pyramid are zero in "
-            f"{config.model.hf_path or config.model.checkpoint}: it would be computed, change nothing and never learn; "
-            "set vision.freeze to false (vision.freeze_large_branch with vision.tower piip keeps the checkpoint's own "
-            "tower as it is), or give the checkpoint without the pyramid"
-        )
+    return any(bool(read(name).any()) for name in names if pattern.search(name))
 
 
 def require_usable_folder(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_v2pe.batch.packed_batch import LocalBatch, PackedBatch, tile_share
 from megatron_v2pe.checkpoint.files.folder import expert_bias_of
 from megatron_v2pe.checkpoint.model_loading import load_model
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.flops import tower_branches
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
@@ -59,13 +60,13 @@ def stage_names(arch: InternVLArchitecture, *, every: int) -> list[str]:
 
     exchanged = []
     if arch.pyramid is not None:
-        branches, last = range(len(arch.pyramid.branches) + 1), arch.pyramid.num_interactions - 1
-        # After the last interaction the smaller branches are what they were before it.
+        branches = range(len(arch.pyramid.branches) + 1)
+        # After the last interaction smaller branches that are not read are what they were before it.
         exchanged = [
             interaction_stage(interval, branch)
-            for interval in range(last + 1)
+            for interval in range(arch.pyramid.num_interactions)
             for branch in branches
-            if not branch or interval < last
+            if not branch or arch.pyramid.both_ways(interval)
         ]
     tower = [*kept(arch.vision.num_layers, vision_stage), *exchanged, TOWER]
     decoder = kept(arch.language.num_layers, decoder_stage)
@@ -215,10 +216,12 @@ class CapturedRun:
         return whole[torch.from_numpy(~self.inputs.is_visual)] if name == LOGITS else whole
 
 
-def _width(arch: InternVLArchitecture, name: str) -> tuple[int, int]:
-    """Rows and channels of a tile at a stage of tower or projector."""
+def _width(arch: InternVLArchitecture, name: str) -> tuple[int, ...]:
+    """Rows and channels of a tile at a stage of tower or projector; one row where all branches are read."""
     if name == PROJECTOR:
         return arch.tokens_per_tile, arch.language.hidden_size
+    if name == TOWER and arch.reads_all_branches:
+        return (sum((rows - 1) * vision.hidden_size for vision, rows in tower_branches(arch)),)
     if name.startswith("vision.interaction."):
         _, has_branch, number = name.partition(".branch.")
         if not has_branch:

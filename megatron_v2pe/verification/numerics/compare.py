@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ from megatron_v2pe.verification.numerics.captured import (
 )
 from megatron_v2pe.verification.numerics.inputs import Inputs, make_inputs
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel, positions_of
-from megatron_v2pe.verification.numerics.reference_pyramid import pyramid_stages
+from megatron_v2pe.verification.numerics.reference_pyramid import pyramid_features, pyramid_stages
 from megatron_v2pe.verification.numerics.transformers_model import TransformersReference
 
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-1}
@@ -168,7 +169,10 @@ def reference_stages(reference: ReferenceModel, inputs: Inputs) -> Iterator[tupl
     with torch.no_grad():
         for name, hidden in _tower_stages(reference, inputs):  # the last one is the tower's output
             yield name, hidden
-        features = reference.features(hidden)
+        read_features = (
+            partial(pyramid_features, reference) if arch.reads_all_branches else reference.features
+        )
+        features = read_features(hidden)
         yield PROJECTOR, features
         slots = torch.from_numpy(inputs.is_visual.nonzero()[0])
         x = reference.embed(torch.from_numpy(inputs.tokens), features, slots)

@@ -5,6 +5,7 @@
         for each pair of neighbours, the finest first:   p = A y + a, q = B x + b     both from the old x, y
             x <- J(x, p)    y <- J(y, q)
         J(x, p):  x1 = x + g_a * D(norm(x), norm(p))     x2 = x1 + g_f * F(norm(x1))
+    readout `llava`:  sum over branches of  W2 gelu(norm(W1 R x + b1)) + b2     R: bilinear to the grid of the tokens
 
 Written from the formulas, with four corners gathered by index in place of `grid_sample`; shares no modelling code with
 `models/piip`. Weights are read when they are used.
@@ -31,7 +32,7 @@ from megatron_v2pe.verification.numerics.reference_model import (
     written_out_attention,
 )
 
-_NORM_EPS = 1e-6
+_NORM_EPS, _READOUT_EPS, _GROUPS = 1e-6, 1e-5, 32
 _PREFIX = "vision_model.piip."
 Grid = tuple[int, int]
 
@@ -65,7 +66,61 @@ def pyramid_stages(reference: ReferenceModel, tiles: Sequence[Tensor]) -> Iterat
         states = [torch.cat([state[:, :1], own], dim=1) for state, own in zip(states, patches, strict=True)]
         for index, own in enumerate(patches):
             yield interaction_stage(interval, index), own
-    yield TOWER, states[0]
+    if pyramid.reads_all:
+        yield TOWER, torch.cat([state[:, 1:].flatten(1) for state in states], dim=1)
+    else:
+        yield TOWER, states[0]
+
+
+def pyramid_features(reference: ReferenceModel, rows: Tensor) -> Tensor:
+    """Features [n * K, H] of the readout `llava`, from patches of all branches [n, sum_b N_b C_b].
+
+    A cell of the new grid lies at ((j + 1/2) w / w' - 1/2) of the old one, clamped to it; each axis is a matrix of the
+    shares of the two cells around that place.
+    """
+    pyramid, arch = reference.arch.pyramid, reference.arch
+    assert pyramid is not None
+    large = (arch.vision.hidden_size, arch.image_size // arch.vision.patch_size)
+    shapes = [
+        large,
+        *((branch.hidden_size, branch.image_size // branch.patch_size) for branch in pyramid.branches),
+    ]
+    side, start = pyramid.token_side, 0
+    total: Tensor | None = None
+    for number, (width, own) in enumerate(shapes, start=1):
+        image = rows[:, start : start + own * own * width].reshape(-1, own, own, width)
+        start += own * own * width
+        shares = _shares(own, side, dtype=rows.dtype)
+        x = torch.einsum("ab,cd,nbdw->nacw", shares, shares, image).flatten(1, 2)  # [n, side*side, C]
+        name = f"mm_projector.branch{number}"
+        x = _linear(reference.read, f"{name}.1", x)
+        if pyramid.readout_norm == "group":
+            x = _group_normed(reference.read, f"{name}.3", x)
+            x = _linear(reference.read, f"{name}.6", F.gelu(x))
+        else:
+            x = (x - x.mean(-1, keepdim=True)) / (
+                x.var(-1, unbiased=False, keepdim=True) + _READOUT_EPS
+            ).sqrt()
+            x = _linear(reference.read, f"{name}.5", F.gelu(x))
+        total = x if total is None else total + x
+    assert total is not None
+    return total.flatten(0, 1)
+
+
+def _shares(old: int, new: int, *, dtype: torch.dtype) -> Tensor:
+    """Shares of `old` cells in each of `new` cells along one axis, [new, old]."""
+    place = ((torch.arange(new, dtype=dtype) + 0.5) * old / new - 0.5).clamp(0, old - 1)
+    distance = (place[:, None] - torch.arange(old, dtype=dtype)[None, :]).abs()
+    return (1 - distance).clamp(min=0)
+
+
+def _group_normed(read: ReadTensor, name: str, x: Tensor) -> Tensor:
+    """32 groups of channels, each over all rows of a tile: [n, K, H]."""
+    groups = x.unflatten(-1, (_GROUPS, -1))
+    mean = groups.mean((1, 3), keepdim=True)
+    variance = groups.var((1, 3), unbiased=False, keepdim=True)
+    normed = ((groups - mean) / (variance + _READOUT_EPS).sqrt()).flatten(2)
+    return normed * read(f"{name}.weight") + read(f"{name}.bias")
 
 
 def _branch(reference: ReferenceModel, index: int) -> ReferenceModel:
@@ -96,9 +151,8 @@ def _interacted(
         found[pair] = _direction(
             reference.read, f"{unit}branch2to1", pyramid, (x, y), (grids[pair], grids[pair + 1])
         )
-        if (
-            interval < pyramid.num_interactions - 1
-        ):  # nothing reads the smaller branches after the last interaction
+        # Where the large branch alone is read, nothing reads the others after the last interaction.
+        if pyramid.readout == "llava" or interval < pyramid.num_interactions - 1:
             found[pair + 1] = _direction(
                 reference.read, f"{unit}branch1to2", pyramid, (y, x), (grids[pair + 1], grids[pair])
             )

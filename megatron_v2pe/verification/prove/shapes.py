@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch
+from megatron_v2pe.batch.packed_batch import IGNORE_INDEX, PackedBatch, tile_shape
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.core.errors import DataError
@@ -323,7 +323,7 @@ def filled_pack(
         labels[start : start + length] = np.where(document.weights > 0, ids[1:], IGNORE_INDEX)
         weights[start : start + length] = document.weights
     first, last = tile_range_of(layout.num_tiles)
-    size = (layout.num_tiles, 3, arch.image_size, arch.image_size)
+    size = (layout.num_tiles, *tile_shape(arch.tile_sizes))
     return PackedBatch(
         tokens=tokens.astype(np.int64),
         labels=labels.astype(np.int64),
@@ -333,4 +333,5 @@ def filled_pack(
         tile_range=(first, last),
         tiles=generator.integers(0, 256, size, dtype=np.uint8)[first:last],
         sample_ids=tuple(f"document {index} of pack {number}" for index in range(len(shape))),
+        tile_sizes=arch.tile_sizes if arch.pyramid else (),
     )

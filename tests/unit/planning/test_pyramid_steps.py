@@ -56,6 +56,7 @@ def run(**sections):
     return RunConfig(runtime=RuntimeConfig(dtype="float32"), **sections)
 
 
+LLAVA = {**PYRAMID, "readout": "llava", "readout_grid": 6}
 RUNS = {
     "nothing recomputed": run(),
     "tower recomputed": run(vision=VisionConfig(recompute="full")),
@@ -81,6 +82,31 @@ def test_activation_peaks_are_those_that_the_allocator_sees(name, one_rank):
     assert phase.total_bytes == pytest.approx(measured, rel=0.10)
 
 
+LLAVA_RUNS = [
+    "nothing recomputed",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("tower recomputed", "tower in slices", "large branch frozen")
+    ),
+]
+
+
+@pytest.mark.parametrize("name", LLAVA_RUNS)
+def test_the_readout_of_all_branches_is_planned(name, one_rank):
+    """Peak as the allocator sees it, FLOPs as torch counts them: 36 tokens a tile, both ways of each interaction."""
+    size = sizes(**TOWER, pyramid=LLAVA)
+    measured = peak_bytes(MeasuredStep(config=RUNS[name], sizes=size))
+    assert activation_peak(setting(RUNS[name], size)).total_bytes == pytest.approx(measured, rel=0.10)
+    whole = ModelChunk(num_layers=size.layers, is_first=True, is_last=True)
+    predicted = model_chunk_flops(setting(RUNS[name], size), whole).total
+    passes = {"tower in slices": 4.0}.get(name, 3.0 + name.startswith("tower"))
+    wanted = counted_flops(size, RUNS[name]) + uncounted(size, passes, into_smaller=2)
+    if name == "large branch frozen":
+        # What the first interaction reads of it needs no gradient: 64 patches of 128 channels, projected to 64.
+        predicted -= 2.0 * size.tiles * 64 * 128 * 64
+    assert wanted == pytest.approx(predicted, rel=1e-6)
+
+
 def test_interactions_and_other_branches_are_a_large_part_of_the_peak(one_rank):
     """The comparison above would notice if either were left out."""
     whole = activation_peak(setting(run(), sizes(**TOWER, pyramid=PYRAMID)))
@@ -88,11 +114,11 @@ def test_interactions_and_other_branches_are_a_large_part_of_the_peak(one_rank):
     assert whole.parts["vision tower"] > 1.5 * plain.parts["vision tower"]
 
 
-def uncounted(size, passes):
+def uncounted(size, passes, *, into_smaller=1):
     """Sampling (4 corners and the weight) and depthwise convolutions, which torch's counter leaves out."""
     large, small = (64, 128), (144, 64)  # patches, channels
     total = 0.0
-    for rows, width, times in ((*large, 2), (*small, 1)):
+    for rows, width, times in ((*large, 2), (*small, into_smaller)):
         total += times * rows * (5 * (width // 2) * 4 + 9 * (width // 4))
     return passes * 2.0 * size.tiles * total
 
@@ -119,6 +145,10 @@ LAYOUTS = {
             vision=VisionConfig(tower="piip", freeze_large_branch=True),
         ),
     ),
+    "tp 2, split, readout of all branches": (
+        2,
+        run(parallel=ParallelConfig(tp=2, vision="tensor")),
+    ),
     "adapters on the large branch": (
         2,
         run(vision=VisionConfig(tower="piip"), lora=LoRAConfig(vision_rank=8, language_rank=8)),
@@ -129,7 +159,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_parameter_and_byte_of_a_rank(name):
     gpus, config = LAYOUTS[name]
-    arch = parse_architecture({**PUBLISHED["2B"], "piip_config": PUBLISHED_PYRAMID})
+    readout = {"readout": "llava", "readout_grid": 32} if "readout" in name else {}
+    arch = parse_architecture({**PUBLISHED["2B"], "piip_config": {**PUBLISHED_PYRAMID, **readout}})
     compared = compare_rank(config, arch, plan=resolve(config.parallel, gpus), rank=gpus - 1)
     assert compared.same_parameters
     assert compared.predicted == compared.built

@@ -33,6 +33,7 @@ def hf_of(checkpoint):
     return checkpoint.with_name(f"{checkpoint.name}_hf")
 
 
+LLAVA = {"readout": "llava", "readout_grid": 5}
 INTERACTIONS = [f"vision.interaction.1{end}" for end in ("", ".branch.1", ".branch.2")] + [
     "vision.interaction.2"
 ]
@@ -50,8 +51,10 @@ def test_every_stage_of_the_tower_agrees(checkpoint):
     [
         {"interact_attn_type": "dense", "interactions": 1},
         {"norm_layer": "none", "interaction_proj": False, "deform_ratio": 1.0},
+        LLAVA,
+        {"readout": "llava", "readout_norm": "ln"},
     ],
-    ids=["dense", "no norm, no projection"],
+    ids=["dense", "no norm, no projection", "readout llava", "readout llava, LayerNorm, finest grid"],
 )
 def test_other_kinds_of_interaction(tmp_path, changes):
     checkpoint = pyramid_checkpoint(tmp_path / "other", gates=True, **changes)
@@ -83,6 +86,20 @@ def test_one_other_tensor_is_seen_where_it_first_matters(checkpoint, tmp_path, p
     assert not rows["logits"].passes
 
 
+def test_the_readout_of_all_branches_is_compared(tmp_path):
+    """Smaller branches after the last interaction are stages too; one other bias is seen at the projector first."""
+    checkpoint = pyramid_checkpoint(tmp_path / "llava", gates=True, **LLAVA)
+    path = hf_of(checkpoint) / PYRAMID_FILE
+    tensors = load_file(path)
+    tensors["mm_projector.branch2.6.bias"] = tensors["mm_projector.branch2.6.bias"] + 0.3
+    save_file(tensors, path, metadata={"format": "pt"})
+    rows = compare(hf_of(checkpoint), checkpoint)
+    assert [f"vision.interaction.2.branch.{branch}" in rows for branch in (1, 2)] == [True, True]
+    assert rows["vision"].passes
+    assert not rows["projector"].passes
+    assert not rows["logits"].passes
+
+
 def test_a_plain_source_is_refused(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="branches of a pyramid is 0 in the source and 2 in the checkpoint"):
         compare(tiny.GOLDEN_HF, checkpoint)
@@ -95,6 +112,8 @@ def on_two_ranks(rank, world_size, source, checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks(checkpoint):
+@pytest.mark.parametrize("readout", [{}, LLAVA], ids=["large", "llava"])
+def test_two_ranks(tmp_path, readout):
+    checkpoint = pyramid_checkpoint(tmp_path / "pyramid", gates=True, **readout)
     for rank in run_ranks(on_two_ranks, 2, hf_of(checkpoint), checkpoint, timeout=200):
         assert all(all(passes) for passes in rank)

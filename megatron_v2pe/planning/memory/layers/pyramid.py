@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture, VisionArchitecture
+from megatron_v2pe.config.arch.flops import tower_branches
 from megatron_v2pe.config.arch.pyramid import interval_stops
 from megatron_v2pe.config.schema import VisionConfig
 from megatron_v2pe.planning.memory.layers.interaction import interaction_ops
@@ -182,7 +183,7 @@ class _Tower:
 
     def interact(self, states: list[str], interval: int) -> list[str]:
         """Patches of all branches together; then each is joined with its class token again."""
-        is_last = interval == self.pyramid.num_interactions - 1
+        is_last = not self.pyramid.both_ways(interval)
         ops, _ = interaction_ops(self.arch, tiles=self.shape.tiles, costs=self.shape.new, is_last=is_last)
         total = sum(self.sizes)
         part = part_of(ops, total, sum(self.sizes[:1] if is_last else self.sizes))
@@ -209,20 +210,38 @@ class _Tower:
             )
         return joined
 
+    def join(self, states: list[str]) -> None:
+        """Patches of all branches as rows, where the readout takes all of them."""
+        given, joined = (
+            tuple(self.sizes),
+            tiles_bytes(self.arch, tiles=self.shape.tiles, element_bytes=self.e),
+        )
+        self.add(Op(name="rows of all", inputs=tuple(states), output_bytes=joined, gradient_bytes=given))
+
     def _move(self, part: Part, *, again: bool) -> None:
         forward, backward = part.moved
         self.moved[0] += forward
         self.moved[1] += backward + (forward if again else 0.0)
 
 
+def tiles_bytes(arch: InternVLArchitecture, *, tiles: int, element_bytes: int) -> float:
+    """What the tower gives the readout or projector: the large branch's rows, or patches of all branches."""
+    if not arch.reads_all_branches:
+        return float(tiles * arch.patches_per_tile * arch.vision.hidden_size * element_bytes)
+    values = sum((rows - 1) * vision.hidden_size for vision, rows in tower_branches(arch))
+    return float(tiles * values * element_bytes)
+
+
 @lru_cache(maxsize=1024)  # a search asks for the same tower again and again
 def pyramid_stack(arch: InternVLArchitecture, vision: VisionConfig, shape: PyramidShape) -> Stack:
-    """Embedding, layers and interactions of all branches for some tiles; the large branch's output is the stack's."""
+    """Embedding, layers and interactions of all branches for some tiles; what is read of them is the stack's output."""
     tower = _Tower(arch, vision, shape)
     assert arch.pyramid is not None
     states = tower.embed()
     for interval in range(arch.pyramid.num_interactions):
         states = tower.interact(tower.run(states, interval), interval)
+    if arch.reads_all_branches:
+        tower.join(states)
     whole = peaks(tower.ops, input_bytes=0.0)
     return Stack(
         kept_bytes=whole.kept_bytes,

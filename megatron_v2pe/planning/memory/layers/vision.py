@@ -16,8 +16,9 @@ from functools import lru_cache
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import VisionConfig
 from megatron_v2pe.planning.memory.layers.operations import LayerCosts, linear_op, norm_ops
-from megatron_v2pe.planning.memory.layers.pyramid import PyramidShape, pyramid_stack
-from megatron_v2pe.planning.memory.layers.stack import Stack
+from megatron_v2pe.planning.memory.layers.pyramid import PyramidShape, pyramid_stack, tiles_bytes
+from megatron_v2pe.planning.memory.layers.readout import readout_ops
+from megatron_v2pe.planning.memory.layers.stack import Stack, recomputed_bytes
 from megatron_v2pe.planning.memory.layers.tape import INPUT, Op, Peaks, peaks
 from megatron_v2pe.planning.memory.layers.tower import tower_stack
 
@@ -70,7 +71,9 @@ class VisionShape:
 
 
 def projector_ops(arch: InternVLArchitecture, *, tiles: int, tower_tp: int, costs: LayerCosts) -> list[Op]:
-    """shuffle (a copy) -> LayerNorm -> fc1 -> bias -> gelu -> fc2 -> bias."""
+    """shuffle (a copy) -> LayerNorm -> fc1 -> bias -> gelu -> fc2 -> bias; or a pyramid's readout."""
+    if arch.reads_all_branches:
+        return readout_ops(arch, tiles=tiles, costs=costs)
     e, hidden = costs.element_bytes, arch.language.hidden_size
     channels = arch.projector_width
     rows = tiles * arch.tokens_per_tile
@@ -112,7 +115,7 @@ def vision_peaks(
     if shape.tiles <= slice_tiles:
         return whole
     features = whole.features_bytes * shape.tiles / slice_tiles
-    hidden = shape.tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
+    hidden = tiles_bytes(arch, tiles=shape.tiles, element_bytes=costs.element_bytes)
     trains = shape.is_trained or shape.trains_projector
     kept = hidden if shape.trains_projector and not shape.is_trained else 0.0
     again = max(whole.forward_bytes + whole.features_bytes, whole.backward_bytes)
@@ -135,10 +138,8 @@ def _at_once(
     a trained tower keeps what gradients pass through.
     """
     layers = _layers(arch, vision, shape, tiles, costs)
-    hidden = tiles * arch.patches_per_tile * arch.vision.hidden_size * costs.element_bytes
-    last = peaks(
-        projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector), input_bytes=hidden
-    )
+    hidden = tiles_bytes(arch, tiles=tiles, element_bytes=costs.element_bytes)
+    last = _last(arch, vision, shape, tiles, hidden)
     kept = layers.kept_bytes if shape.is_trained else 0.0
     # Embedding the patches makes three tensors of a layer's input.
     first = layers.forward_bytes if shape.is_trained else layers.inference_bytes
@@ -152,6 +153,23 @@ def _at_once(
         features_bytes=last.output_bytes,
         moved_bytes=_moved(arch, vision, shape, costs),
         kept=layers.kept if shape.is_trained else {},
+    )
+
+
+def _last(
+    arch: InternVLArchitecture, vision: VisionConfig, shape: VisionShape, tiles: int, hidden: float
+) -> Peaks:
+    """The projector; a pyramid's readout keeps only what it is given, where anything of the tower is recomputed."""
+    ops = projector_ops(arch, tiles=tiles, tower_tp=shape.tower_tp, costs=shape.projector)
+    found = peaks(ops, input_bytes=hidden)
+    if not arch.reads_all_branches or vision.recompute == "none":
+        return found
+    return replace(
+        found,
+        kept_bytes=hidden,
+        kept={INPUT: hidden},
+        forward_bytes=found.inference_bytes,
+        backward_bytes=hidden + recomputed_bytes(found),
     )
 
 

@@ -43,6 +43,15 @@ def test_import_and_export_give_the_folder_back_byte_for_byte(tmp_path):
     assert not any("interactions.1" in name and "branch1to2" in name for name in new)
 
 
+def test_gates_start_where_the_recipe_says(tmp_path):
+    """No part of the architecture: config.json does not have it."""
+    folder = pyramid_folder(tmp_path / "hf", gate_init=0.25)
+    gates = [x for name, x in load_file(folder / PYRAMID_FILE).items() if name.endswith("_gamma")]
+    assert gates
+    assert all(bool((gate == 0.25).all()) for gate in gates)
+    assert "gate_init" not in (folder / "config.json").read_text()
+
+
 def test_other_formats_refuse_a_pyramid(tmp_path):
     import_hf(pyramid_folder(tmp_path / "hf"), tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="only this package's own folders hold"):
@@ -66,12 +75,21 @@ MISTAKES = [
     ({"deform_num_heads": 16}, r"deform_num_heads is 16, which does not divide the 8 attention channels"),
     ({"cffn_ratio": 0.01}, r"cffn_ratio is 0.01, which leaves no channel"),
     ({"interaction_drop_path_rate": 1.0}, r"interaction_drop_path_rate is 1.0"),
+    ({"deform_ratio": "half"}, r"deform_ratio is 'half', but must be a number of at least 0"),
+    ({"gate_init": "small"}, r"gate_init is 'small', but must be a number in -1..1"),
     ({"interaction": 2}, r"unknown key 'interaction'; did you mean interactions"),
     ({"branch0": {"hidden": 3}}, r"branches\[0\]: unknown key 'hidden'"),
     ({"branch0": {"num_hidden_layers": 0}}, r"num_hidden_layers is 0, but must be a whole number"),
-    ({"readout": "llava"}, r"readout is 'llava', but .* through a projector of its own, .*; use large"),
-    ({"readout": "sum"}, r"readout is 'sum', but .* without a released model"),
-    ({"readout": "mean"}, r"readout is 'mean', known values are 'large'"),
+    (
+        {"readout": "sum"},
+        r"readout is 'sum', of which there is neither a released model nor recorded numbers",
+    ),
+    ({"readout": "mean"}, r"readout is 'mean', known values are 'large', 'llava'"),
+    ({"readout_grid": 5}, r"readout_grid is given, but readout is 'large'"),
+    ({"readout_norm": "gn"}, r"readout_norm is given, but readout is 'large'"),
+    ({"readout": "llava", "readout_grid": 15}, r"readout_grid is 15, but must not exceed the 14 cells"),
+    ({"readout": "llava", "readout_grid": 0}, r"readout_grid is 0, but must be a whole number of at least 1"),
+    ({"readout": "llava", "readout_norm": "rms"}, r"readout_norm is 'rms', known values are 'gn', 'ln'"),
     (
         {"branch1": {"hidden_size": 64, "num_attention_heads": 4}},
         r"hidden_size is 64, more than the 32 of the branch",

@@ -20,7 +20,7 @@ from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import RunConfig, RuntimeConfig
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.models.internvl import InternVL
-from megatron_v2pe.models.projector import pixel_shuffle
+from megatron_v2pe.models.projector import Projector, pixel_shuffle
 from megatron_v2pe.parallel.topology import ParallelContext
 from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.golden.checkpoints import Imported
@@ -59,7 +59,7 @@ def _tower_rows(file: ForwardFile, model: InternVL, *, device: torch.device) -> 
     name = f"model/{file.key}/vision"
     pixels = file.tensor("pixel_pool").float().to(device)
     assert model.vision is not None
-    assert model.projector is not None
+    assert isinstance(model.projector, Projector)
     layers = _outputs_of(model.vision.encoder.layers)
     hidden = model.vision(pixels)
     states = [model.vision.embed(pixels), *[output.transpose(0, 1) for output in layers.values()]]
@@ -94,7 +94,7 @@ def _resized(
     prefix = f"{case['name']}/"
     pixels = tensors[prefix + "pixel_values_f16"].float().to(device)
     assert model.vision is not None
-    assert model.projector is not None
+    assert isinstance(model.projector, Projector)
     table = model.vision.positions(int(case["input_size"]) // model.vision.patch_size)
     wanted_table = tensors[prefix + "resized_position_embedding"]
     error = float((table.cpu().reshape(wanted_table.shape) - wanted_table).abs().max())
