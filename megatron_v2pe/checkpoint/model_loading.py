@@ -1,6 +1,6 @@
 """From a checkpoint to a model on this rank's part of any parallel layout: built, and with its weights.
 
-load_model             a checkpoint as it is, its adapters included       answers, comparisons
+load_model             a checkpoint or Hugging Face folder as it is       answers, comparisons
 load_initial_weights   what a new run starts from, and new adapters       training, which builds its model itself
 """
 
@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_v2pe.assembly.build import build_model
-from megatron_v2pe.checkpoint.adapters.weights import draw_adapters, load_weights
+from megatron_v2pe.checkpoint.adapters.weights import draw_adapters
 from megatron_v2pe.checkpoint.convert.load_hf import load_hf_weights
-from megatron_v2pe.checkpoint.files.adapter_record import checkpoint_lora
+from megatron_v2pe.checkpoint.model_source import load_source, source_lora
 from megatron_v2pe.checkpoint.state.model_state import load_model_weights
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
@@ -27,10 +27,10 @@ def load_model(
     arch: InternVLArchitecture,
     context: ParallelContext,
 ) -> list[InternVL]:
-    """Build this rank's model chunks and load a checkpoint into them. Collective.
+    """Build this rank's model chunks and load their weights. Collective.
 
     Args:
-        checkpoint: folder of a whole model, or of adapters, whose base is loaded too.
+        checkpoint: checkpoint of a whole model, or of adapters, whose base is loaded too; or a Hugging Face folder.
         config: layout, positions, dtype; its adapters are replaced by the checkpoint's.
         arch: architecture of the model.
         context: sizes of the parallel axes and this rank's place on them.
@@ -38,9 +38,9 @@ def load_model(
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded into this model.
     """
-    config = replace(config, lora=checkpoint_lora(checkpoint))
+    config = replace(config, lora=source_lora(checkpoint))
     model_chunks = build_model(config, arch, context)
-    load_weights(checkpoint, model_chunks, ranks=context.ranks)
+    load_source(checkpoint, model_chunks, ranks=context.ranks)
     return model_chunks
 
 

@@ -16,8 +16,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import sample_settings, with_system
 from megatron_v2pe.inference.beams import Beam, search
-from megatron_v2pe.inference.cache.memory import PlanPrefill
-from megatron_v2pe.inference.cache.quantize import KVKind
+from megatron_v2pe.inference.cache.memory import KVKind, PlanPrefill
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
 from megatron_v2pe.inference.engine import Answer, Engine, ForcedToken, OnProgress
 from megatron_v2pe.inference.prompts import messages as messages_module

@@ -22,23 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.assembly.build import build_model
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.batch.pixel_norm import PixelNorm
-from megatron_v2pe.checkpoint.model_source import (
-    load_source,
-    require_source,
-    source_lora,
-    source_side_files,
-)
+from megatron_v2pe.checkpoint.model_loading import load_model
+from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
 from megatron_v2pe.config.arch.architecture import read_architecture
 from megatron_v2pe.config.schema import ParallelConfig, PositionConfig, RunConfig, RuntimeConfig, VisionConfig
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, token_step
-from megatron_v2pe.inference.cache.memory import PlanPrefill, PrefillBytes, Stage
+from megatron_v2pe.inference.cache.memory import KVKind, PlanPrefill, PrefillBytes, Stage
 from megatron_v2pe.inference.cache.prefix import Content, PrefixStore
-from megatron_v2pe.inference.cache.quantize import KVKind
 from megatron_v2pe.inference.chunks import (
     DEFAULT_CHUNK_TOKENS,
     MICRO_BATCH_TILES,
@@ -212,13 +206,12 @@ class Engine:
         arch = read_architecture(source_side_files(checkpoint))
         # The stride of a run's config is a default for data; here every prompt brings its own strides.
         position = PositionConfig(mode=mode, stride=1 if mode == "v2pe_fixed" else 0)
-        runtime, lora = RuntimeConfig(dtype=dtype), source_lora(checkpoint)  # type: ignore[arg-type]
+        runtime = RuntimeConfig(dtype=dtype)  # type: ignore[arg-type]
         vision = VisionConfig(micro_batch_tiles=MICRO_BATCH_TILES)
-        config = RunConfig(position=position, parallel=parallel, runtime=runtime, lora=lora, vision=vision)
+        config = RunConfig(position=position, parallel=parallel, runtime=runtime, vision=vision)
         plan = resolve(parallel, launcher().world_size)
         context = init_distributed(plan, seed=config.runtime.seed)
-        models = build_model(config, arch, context)
-        load_source(checkpoint, models, ranks=context.ranks)
+        models = load_model(checkpoint, config, arch, context)
         runner = ModelRunner(models[0], arch, context=context, dtype=DTYPES[dtype], norm=norm)
         stage = Stage(
             config=config,

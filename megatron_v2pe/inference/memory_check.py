@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.inference.cache.memory import KVShape, PrefillBytes, kv_shape
+from megatron_v2pe.inference.cache.memory import KVKind, KVShape, PrefillBytes, kv_shape
 from megatron_v2pe.inference.chunks import PrefillChunk
 from megatron_v2pe.inference.runner import ModelRunner
 from megatron_v2pe.parallel.replica import least
@@ -71,7 +71,7 @@ def check_memory(
     chunks: Sequence[PrefillChunk],
     *,
     new_tokens: int,
-    kind: str,
+    kind: KVKind,
     prefill_bytes: PrefillBytes | None,
 ) -> None:
     """Refuse a prompt that would not fit, before anything of it is computed. Collective.
@@ -99,7 +99,7 @@ def _need(
     chunks: Sequence[PrefillChunk],
     *,
     new_tokens: int,
-    kind: str,
+    kind: KVKind,
     prefill_bytes: PrefillBytes | None,
 ) -> _Need:
     plan, layers = runner.plan, len(runner.model.language.decoder.layers)

@@ -23,7 +23,7 @@ from megatron_v2pe.batch.pixel_norm import PixelNorm
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.inference.cache.kv_cache import CacheStep, KVCache, KVPlace
-from megatron_v2pe.inference.cache.quantize import KVKind
+from megatron_v2pe.inference.cache.memory import KVKind
 from megatron_v2pe.inference.chunks import PrefillChunk
 from megatron_v2pe.inference.prompts.prompt import Prompt
 from megatron_v2pe.inference.routing import ChunkRouter, TileRanks, chunk_pack, chunk_ranges, chunk_route

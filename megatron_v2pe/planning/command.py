@@ -119,7 +119,10 @@ def _inference(
     stages = [
         model_chunks_of_rank(config.parallel, layers, setting.plan, rank) for rank in range(setting.plan.pp)
     ]
-    memories = [inference_memory(setting, model_chunks, hardware) for model_chunks in stages]
+    memories = [
+        inference_memory(setting, stage, hardware, chunk_tokens=request.chunk_tokens, kv=request.kv)
+        for stage in stages
+    ]
     fits = max(memory.total_bytes for memory in memories) <= hardware.memory_gib * 2**30
     if request.as_json:
         return _json({"model": name, "fits": fits, "stages": inference_data(memories)}), fits

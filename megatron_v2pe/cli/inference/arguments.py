@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the model."""
+    from megatron_v2pe.inference.cache.memory import KV_KINDS
+    from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
+
     parser.add_argument("checkpoint", help="folder of import-hf or of a run, or a Hugging Face folder")
     parser.add_argument(
         "--stride",
@@ -44,13 +47,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk-tokens",
         type=int,
-        default=8192,
+        default=DEFAULT_CHUNK_TOKENS,
         metavar="N",
-        help="tokens that are prefilled at a time (default 8192)",
+        help=f"tokens that are prefilled at a time (default {DEFAULT_CHUNK_TOKENS})",
     )
     parser.add_argument(
         "--kv",
-        choices=("model", "int8", "fp8"),
+        choices=KV_KINDS,
         default="model",
         help="how keys and values are stored; 8 bits halve their memory, and the error is reported",
     )

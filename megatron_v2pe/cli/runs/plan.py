@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_v2pe.cli.arguments import add_run_config, run_config
+from megatron_v2pe.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_v2pe.planning.request.inputs import PlanRequest
@@ -17,7 +18,7 @@ HELP = """work out, on this machine, whether a run fits its GPUs, how long a ste
 This run:         megatron-v2pe plan run.yaml --gpus 32 --gpu-memory 80
 Before import:    megatron-v2pe plan run.yaml --gpus 32 --arch 8B parallel.cp=8 model.recompute=full
 Best layouts:     megatron-v2pe plan run.yaml --gpus 32 --arch 8B --search
-1M evaluation:    megatron-v2pe plan run.yaml --gpus 8 --arch 2B --inference 1000000 parallel.cp=8
+1M evaluation:    megatron-v2pe plan run.yaml --gpus 8 --arch 2B --inference 1000000 --kv int8 parallel.cp=8
 
 Weights, gradients and optimizer are exact; activations are what the modules allocate, operation by operation; times
 follow from the stated rates of a GPU (--rate NAME=VALUE replaces one). Exit code 0: it fits, 1: it does not."""
@@ -25,6 +26,7 @@ follow from the stated rates of a GPU (--rate NAME=VALUE replaces one). Exit cod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is planned, for which GPUs, and what a pack is made of."""
+    from megatron_v2pe.inference.cache.memory import KV_KINDS
     from megatron_v2pe.planning.request.hardware import GPUS
 
     add_run_config(parser)
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list the N best layouts (10 without N)",
     )
     add("--inference", type=int, default=0, metavar="TOKENS", help="plan answering a prompt of TOKENS")
+    add(
+        "--chunk-tokens",
+        type=int,
+        metavar="N",
+        help="with --inference: tokens prefilled at a time (default 8192)",
+    )
+    add("--kv", choices=KV_KINDS, help="with --inference: how keys and values are stored")
     add("--json", action="store_true", help="print json instead of text")
     add("--rate", action="append", default=[], metavar="NAME=VALUE", help="replace a rate: gemm_share=0.6")
     pack = parser.add_argument_group("what a pack is made of").add_argument
@@ -96,6 +105,13 @@ def _request(args: argparse.Namespace) -> PlanRequest:
     from megatron_v2pe.planning.request.inputs import PlanRequest
     from megatron_v2pe.planning.request.workload import Assumptions
 
+    answering = {"chunk_tokens": args.chunk_tokens, "kv": args.kv}
+    answering = {name: value for name, value in answering.items() if value is not None}
+    if answering and not args.inference:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in answering)
+        raise ConfigError(f"{options}: only for planning an answer; add --inference TOKENS, or omit it")
+    if args.chunk_tokens is not None and args.chunk_tokens < 1:
+        raise ConfigError(f"--chunk-tokens is {args.chunk_tokens}, must be 1 or more")
     return PlanRequest(
         config=run_config(args.config, args.overrides),
         gpus=args.gpus,
@@ -111,6 +127,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         ),
         measure_data=args.measure_data,
         inference=args.inference,
+        **answering,
         search=args.search,
         as_json=args.json,
     )

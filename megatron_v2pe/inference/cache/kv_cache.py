@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_v2pe.inference.cache.quantize import KVKind, dequantize, quantize, stored_dtype
+from megatron_v2pe.inference.cache.memory import KVKind
+from megatron_v2pe.inference.cache.quantize import dequantize, quantize, stored_dtype
 from megatron_v2pe.inference.chunks import PrefillChunk, Span, rows_before
 
 ROWS_AT_ONCE = 4096  # of an 8-bit cache, converted at a time

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import ParallelPlan
 
+KVKind = Literal["model", "int8", "fp8"]  # how keys and values are stored
+KV_KINDS: tuple[KVKind, ...] = ("model", "int8", "fp8")
 SCALE_BYTES = 2  # of an 8-bit row and head
 
 
@@ -73,7 +76,9 @@ class KVShape:
         return 2.0 * self.layers * self.kv_heads * row
 
 
-def kv_shape(arch: InternVLArchitecture, *, layers: int, tp: int, element_bytes: int, kind: str) -> KVShape:
+def kv_shape(
+    arch: InternVLArchitecture, *, layers: int, tp: int, element_bytes: int, kind: KVKind
+) -> KVShape:
     """Shape of the cache of a stage with that many layers."""
     language = arch.language
     return KVShape(

@@ -8,14 +8,11 @@ The scale is rounded up to bfloat16 before values are divided by it, so that the
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-KVKind = Literal["model", "int8", "fp8"]
-KV_KINDS: tuple[KVKind, ...] = ("model", "int8", "fp8")
-SCALE_BYTES = 2
+from megatron_v2pe.inference.cache.memory import KVKind
+
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_v2pe.inference.cache.memory import kv_shape
+from megatron_v2pe.inference.cache.memory import KVKind, kv_shape
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS, MICRO_BATCH_TILES
 from megatron_v2pe.planning.memory.activations import decoder_stack
 from megatron_v2pe.planning.memory.layers.operations import FLOAT_BYTES
@@ -38,17 +38,17 @@ class InferenceMemory:
         return self.weights_bytes + self.kv_cache_bytes + self.prefill_bytes + self.reserved_bytes
 
 
-def kv_cache_bytes(setting: Setting, num_layers: int, prompt_tokens: int) -> float:
+def kv_cache_bytes(setting: Setting, num_layers: int, prompt_tokens: int, kv: KVKind) -> float:
     """Of a context parallel rank; the formula that the engine checks before a prefill."""
     shape = kv_shape(
-        setting.arch, layers=num_layers, tp=setting.plan.tp, element_bytes=setting.element_bytes, kind="model"
+        setting.arch, layers=num_layers, tp=setting.plan.tp, element_bytes=setting.element_bytes, kind=kv
     )
     return shape.row_bytes * prompt_tokens / setting.plan.cp
 
 
-def chunk_pack(setting: Setting) -> Pack:
+def chunk_pack(setting: Setting, chunk_tokens: int) -> Pack:
     """One prefill chunk of the prompt."""
-    tokens = min(DEFAULT_CHUNK_TOKENS, setting.pack.num_tokens)
+    tokens = min(chunk_tokens, setting.pack.num_tokens)
     tiles = min(setting.pack.num_tiles, tokens // setting.arch.tokens_per_tile + 1)
     return replace(setting.pack, document_lengths=(tokens,), num_tiles=tiles)
 
@@ -84,13 +84,26 @@ def prefill_moments(setting: Setting, model_chunk: ModelChunk) -> dict[str, floa
 
 
 def inference_memory(
-    setting: Setting, model_chunks: tuple[ModelChunk, ...], hardware: Hardware
+    setting: Setting,
+    model_chunks: tuple[ModelChunk, ...],
+    hardware: Hardware,
+    *,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    kv: KVKind = "model",
 ) -> InferenceMemory:
-    """One pipeline rank; `setting.pack` is the prompt; as in the engine neither sequence nor tower is split over tp."""
+    """One pipeline rank; as in the engine neither sequence nor tower is split over tp.
+
+    Args:
+        setting: layout, model and dtype; its pack is the prompt.
+        model_chunks: of the rank.
+        hardware: for what the driver and libraries keep.
+        chunk_tokens: tokens that are prefilled at a time, as the engine's.
+        kv: how keys and values are stored, as the engine's.
+    """
     plan = replace(setting.plan, sequence_parallel=False, vision="replicated")
     prompt_tokens = setting.pack.num_tokens
     setting = replace(setting, plan=plan)
-    setting = replace(setting, pack=chunk_pack(setting).padded(plan))
+    setting = replace(setting, pack=chunk_pack(setting, chunk_tokens).padded(plan))
     model_chunk = ModelChunk(
         num_layers=sum(model_chunk.num_layers for model_chunk in model_chunks),
         is_first=model_chunks[0].is_first,
@@ -105,7 +118,7 @@ def inference_memory(
     largest = max(moments, key=lambda name: moments[name])
     return InferenceMemory(
         weights_bytes=weights * setting.element_bytes,
-        kv_cache_bytes=kv_cache_bytes(setting, model_chunk.num_layers, prompt_tokens),
+        kv_cache_bytes=kv_cache_bytes(setting, model_chunk.num_layers, prompt_tokens, kv),
         prefill_bytes=moments[largest],
         prefill_part=largest,
         reserved_bytes=hardware.reserved_gib * GIB,

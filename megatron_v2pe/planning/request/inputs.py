@@ -11,6 +11,8 @@ from megatron_v2pe.config.arch.published import PUBLISHED, published_key
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.config.validate import validate
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.inference.cache.memory import KVKind
+from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
 from megatron_v2pe.planning.request.hardware import GPUS, Hardware, with_rates
 from megatron_v2pe.planning.request.workload import Assumptions
 
@@ -31,6 +33,8 @@ class PlanRequest:
         assumptions: what a pack is made of.
         measure_data: read it from data.meta instead.
         inference: prompt tokens; 0 plans training.
+        chunk_tokens: tokens of a prefill chunk.
+        kv: how keys and values of the prompt are stored.
         search: number of layouts to list; 0 plans the run's own.
         as_json: json instead of text.
     """
@@ -44,6 +48,8 @@ class PlanRequest:
     assumptions: Assumptions = field(default_factory=Assumptions)
     measure_data: bool = False
     inference: int = 0
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    kv: KVKind = "model"
     search: int = 0
     as_json: bool = False
 

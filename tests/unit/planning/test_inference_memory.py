@@ -29,13 +29,12 @@ from bench_support.answering import last_chunk, make_engine, make_prompt, run_ch
     ],
     ids=["8K", "32K", "wide"],
 )
-def test_cache_to_the_row_and_a_chunk_within_ten_percent(sizes, tokens, chunk, monkeypatch):
+def test_cache_to_the_row_and_a_chunk_within_ten_percent(sizes, tokens, chunk):
     torch.set_num_threads(1)
     engine = make_engine(sizes, chunk_tokens=chunk)
     prompt = make_prompt(sizes, tokens)
     cache, last = last_chunk(engine, prompt)
     peak = peak_bytes(partial(run_chunk, engine, prompt, cache, last))
-    monkeypatch.setattr(inference, "DEFAULT_CHUNK_TOKENS", chunk)
     tiles = prompt.layout.total_tiles
     setting = Setting(
         config=RunConfig(runtime=RuntimeConfig(dtype="float32")),
@@ -46,7 +45,7 @@ def test_cache_to_the_row_and_a_chunk_within_ten_percent(sizes, tokens, chunk, m
         on_cpu=True,
     )
     stage = ModelChunk(num_layers=sizes.layers, is_first=True, is_last=True)
-    planned = inference.inference_memory(setting, (stage,), GPUS["h100"])
+    planned = inference.inference_memory(setting, (stage,), GPUS["h100"], chunk_tokens=chunk)
     one_row = planned.kv_cache_bytes / tokens
     assert cache.num_bytes == planned.kv_cache_bytes + one_row  # of the answer's first token
     assert 0.95 < planned.prefill_bytes / peak < 1.10, (planned.prefill_bytes, peak)

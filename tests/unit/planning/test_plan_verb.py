@@ -158,6 +158,19 @@ def test_inference(plan):
     assert "cache of keys and values" in out
 
 
+def test_inference_with_the_options_of_generate(plan):
+    arguments = ("--gpus", "8", "--arch", "2B", "--inference", "1000000", "parallel.cp=8", "--json")
+    (plain,) = json.loads(plan(*arguments)[1])["stages"]
+    (small,) = json.loads(plan(*arguments, "--chunk-tokens", "2048", "--kv", "int8")[1])["stages"]
+    assert small["prefill_bytes"] < plain["prefill_bytes"]
+    # Rows of one byte a channel, and two of scale for each row of 128.
+    assert small["kv_cache_bytes"] == plain["kv_cache_bytes"] * (128 + 2) / 256
+    code, _, error = plan("--gpus", "8", "--arch", "2B", "--kv", "int8")
+    assert (code, "--kv: only for planning an answer" in error) == (2, True)
+    code, _, error = plan(*arguments, "--chunk-tokens", "0")
+    assert (code, "--chunk-tokens is 0" in error) == (2, True)
+
+
 def test_packs_are_measured_from_the_runs_own_data(plan, tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "ckpt" / "hf")
     meta = make_data(tmp_path / "data", num_samples=12)
