@@ -58,7 +58,7 @@ TOWERS = {
 INTERACTIONS = 2
 
 
-def recipe(branch: Path, **readout: Any) -> dict[str, Any]:
+def recipe(branch: Path, **more: Any) -> dict[str, Any]:
     """The pyramid around `plain`; the smaller network's weights are those of the folder `branch`."""
     tower = TOWERS["branch"]
     sizes = {
@@ -70,7 +70,7 @@ def recipe(branch: Path, **readout: Any) -> dict[str, Any]:
         "patch_size": tower.patch,
         "weights": str(branch),
     }
-    return {"branches": [sizes], "interactions": INTERACTIONS, "deform_num_heads": 4, **readout}
+    return {"branches": [sizes], "interactions": INTERACTIONS, "deform_num_heads": 4, **more}
 
 
 class Draw:
@@ -187,7 +187,9 @@ def write_models(folder: Path, quickstart: Path, *, seed: int) -> None:
     llava = recipe(folder / "branch", readout="llava", readout_grid=side)
     (folder / "readout_llava.yaml").write_text(yaml.safe_dump(llava, sort_keys=False))
     # Written last: its presence says that all is there.
-    (folder / "pyramid.yaml").write_text(yaml.safe_dump(recipe(folder / "branch"), sort_keys=False))
+    # Towers start at random, so there is nothing that gates of zero would keep, and through them alone `large` reads.
+    large = recipe(folder / "branch", gate_init=0.5)
+    (folder / "pyramid.yaml").write_text(yaml.safe_dump(large, sort_keys=False))
 
 
 def main() -> None:

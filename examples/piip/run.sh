@@ -110,8 +110,10 @@ wait_for_one() {
     wait -n || failed=1
     running=$((running - 1)) done_now=$((done_now + 1))
     [ -z "$failed" ] || { echo "run.sh: a model failed; the last lines of each log:" >&2; tail -n 5 "$work"/seed_*/*.log >&2; exit 1; }
-    local left=$((${#todo[@]} - done_now))
-    [ "$left" -eq 0 ] || say "$left of ${#todo[@]} models left, about $(((SECONDS - began) * left / done_now / 60 + 1)) min"
+    # What runs counts as half done.
+    local left=$((${#todo[@]} - done_now)) halves=$((2 * done_now + running))
+    [ "$left" -eq 0 ] ||
+        say "$left of ${#todo[@]} models left, about $(((SECONDS - began) * (2 * ${#todo[@]} - halves) / halves / 60 + 1)) min"
 }
 
 todo=()

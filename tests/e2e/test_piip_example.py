@@ -54,10 +54,12 @@ def test_models_differ_in_their_tower_only(tmp_path):
 
     golden = ROOT / "tests" / "golden" / "ckpt" / "a_internlm2_vit300m"
     tool("make_models.py", tmp_path, "--quickstart", golden, "--seed", 3)
-    add_pyramid(tmp_path / "plain", tmp_path / "pyramid.yaml", tmp_path / "piip")
-    models = ("plain", "deep", "pixels", "piip")
-    assert [read_architecture(tmp_path / name).tokens_per_tile for name in models] == [16] * 4
+    for name, recipe in (("piip", "pyramid.yaml"), ("llava", "readout_llava.yaml")):
+        add_pyramid(tmp_path / "plain", tmp_path / recipe, tmp_path / name)
+    models = ("plain", "deep", "pixels", "piip", "llava")
+    assert [read_architecture(tmp_path / name).tokens_per_tile for name in models] == [16] * 5
     assert read_architecture(tmp_path / "piip").tile_sizes == (8, 32)
+    assert [read_architecture(tmp_path / name).reads_all_branches for name in models] == [False] * 4 + [True]
     plain, pixels = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "pixels"))
     shared = [name for name in plain if name.startswith("language_model.")]
     assert len(shared) > 10
@@ -87,14 +89,14 @@ def test_pictures_show_one_digit_and_no_digit_is_in_both_splits(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_from_nothing_to_table_and_picture(tmp_path):
-    """Two steps of two models: it does not learn, but every part runs, and a second call has nothing left to do."""
+    """Two steps of three models: it does not learn, but every part runs, and a second call has nothing left to do."""
     options = [
         "--steps",
         "2",
         "--seeds",
         "0",
         "--models",
-        "plain,piip",
+        "plain,piip,llava",
         "--pictures",
         "60",
         "--work",
@@ -105,8 +107,8 @@ def test_from_nothing_to_table_and_picture(tmp_path):
     table = (tmp_path / "piip.txt").read_text()
     assert "PIIP, 8 and 32 px" in table
     rows = [line.split(",") for line in (tmp_path / "piip.csv").read_text().splitlines()[1:]]
-    assert [row[0] for row in rows] == ["plain", "piip"]
-    assert float(rows[1][1]) > 1.5 * float(rows[0][1]) > 1
+    assert [row[0] for row in rows] == ["plain", "piip", "llava"]
+    assert float(rows[2][1]) > float(rows[1][1]) > 1.5 * float(rows[0][1]) > 1
     assert (tmp_path / "piip.png").stat().st_size > 5000
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = script(*options)

@@ -234,13 +234,17 @@ def require_consistent(arch: InternVLArchitecture, path: str = "config.json") ->
         f"rope_pos_id_stride {arch.position_stride} must be at most the {arch.tokens_per_tile} visual tokens of a "
         "tile": arch.position_stride <= arch.tokens_per_tile,
         f"llm hidden_size {language.hidden_size} must be a multiple of {GROUPS} for the GroupNorm of readout 'llava' "
-        "(readout_norm ln has no such rule)": not arch.reads_all_branches
-        or arch.pyramid.readout_norm != "group"
-        or language.hidden_size % GROUPS == 0,
+        "(readout_norm ln has no such rule)": _groups_divide(arch),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise CheckpointError(f"{path}: " + "; ".join(broken))
+
+
+def _groups_divide(arch: InternVLArchitecture) -> bool:
+    pyramid = arch.pyramid
+    has_groups = pyramid is not None and pyramid.reads_all and pyramid.readout_norm == "group"
+    return not has_groups or arch.language.hidden_size % GROUPS == 0
 
 
 def parse_architecture(values: dict[str, Any], path: str = "config.json") -> InternVLArchitecture:

@@ -10,10 +10,10 @@ from megatron_v2pe.checkpoint.convert.add_pyramid import PYRAMID_FILE, add_pyram
 from megatron_v2pe.checkpoint.convert.export_hf import export_hf
 from megatron_v2pe.checkpoint.convert.import_hf import import_hf
 from megatron_v2pe.cli.main import main
-from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import parse_architecture, read_architecture, require_consistent
 from megatron_v2pe.core.errors import CheckpointError
 from tests.support.hf_folders import edit_config, folder_bytes, golden_copy
-from tests.support.piip import pyramid_folder, write_recipe
+from tests.support.piip import RECIPE, pyramid_folder, write_recipe
 from tests.support.tiny import GOLDEN_HF
 
 LLAVA = {"readout": "llava", "readout_grid": 5}
@@ -73,3 +73,16 @@ def test_a_stride_beyond_the_new_tokens_of_a_tile_is_named_first(tmp_path):
     with pytest.raises(CheckpointError, match=r"rope_pos_id_stride 9 must be at most the 4 visual tokens"):
         add_pyramid(source, recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_the_readout_divide_the_language_models_width():
+    config = json.loads((GOLDEN_HF / "config.json").read_text())
+    config["llm_config"] |= {"hidden_size": 48}
+    recipe = json.loads(json.dumps({**RECIPE, "readout": "llava"}))
+    for branch in recipe["branches"]:
+        del branch["weights"]
+    with pytest.raises(
+        CheckpointError, match=r"llm hidden_size 48 must be a multiple of 32 for the GroupNorm"
+    ):
+        require_consistent(parse_architecture({**config, "piip_config": recipe}))
+    require_consistent(parse_architecture({**config, "piip_config": {**recipe, "readout_norm": "ln"}}))
