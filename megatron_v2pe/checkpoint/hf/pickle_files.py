@@ -34,7 +34,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     )
     if foreign:
         raise CheckpointError(
-            f"{path}: {shortened(foreign[0])} is no plain tensor with a name; only a dict of such can be imported"
+            f"{path}: {shortened(foreign[0])} is no tensor that holds its values under a name; only a dict of tensors "
+            "can be imported"
         )
     return state
 

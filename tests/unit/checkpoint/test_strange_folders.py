@@ -98,7 +98,7 @@ def test_dtypes_that_are_not_read_are_no_damage(tmp_path):
 )
 def test_only_plain_tensors_with_names_are_read_from_pickles(tmp_path, state):
     torch.save(state, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match="is no plain tensor with a name"):
+    with pytest.raises(CheckpointError, match="is no tensor that holds its values under a name"):
         read_pickle(tmp_path / "a.bin")
 
 
