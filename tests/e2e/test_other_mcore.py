@@ -32,7 +32,7 @@ def version(python):
 def train(python, config, *overrides):
     command = [python, "-m", "megatron_v2pe", "train", str(config), *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -44,6 +44,7 @@ def versions():
     return here[1], there[1]
 
 
+@pytest.mark.timeout(1800)  # three runs, each in a process of its own
 @pytest.mark.parametrize("first", ["this one's", "the other's"])
 def test_a_checkpoint_of_either_version_resumes_under_the_other_to_the_bit(versions, tmp_path, first):
     """Two updates after the resume: a wrong step count of Adam shows in the second only."""
