@@ -36,7 +36,7 @@ set_up() { # ROOT: the environment, and shorthands for one process and for the r
     export OMP_NUM_THREADS=1
 }
 v2pe() { "$VENV_PYTHON" -m megatron_v2pe "$@"; }
-ranks() { "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m megatron_v2pe "$@"; }
+ranks() { "$VENV_PYTHON" tools/torchrun.py --standalone --nproc-per-node "$RANKS" -m megatron_v2pe "$@"; }
 
 claim_work() { # WORK FRESH EVAL_SHARE: only a folder that these scripts made is written to or removed
     local work="$1" mark="$1/.quickstart" settings="eval_share $3"
