@@ -88,8 +88,7 @@ def collate_pack(
     )
     sample_ids = tuple(sample.sample_id for sample in samples)
     damaged = {number: sample.damage for number, sample in enumerate(samples) if sample.damage}
-    blank = frozenset(damaged)
-    if not blank:
+    if not damaged:
         _check_supervised(weights, sample_ids)
     tile_range = tile_range_of(layout.num_tiles)
     load = partial(load_tile_range, image_size=image_size, smaller_sizes=smaller_sizes, tile_range=tile_range)
@@ -104,7 +103,7 @@ def collate_pack(
         tiles=tiles,
         sample_ids=sample_ids,
         damaged=tuple(damaged.items()),
-        blank=blank,
+        blank=frozenset(damaged),
         tile_sizes=(image_size, *smaller_sizes) if smaller_sizes else (),
     )
 

@@ -88,9 +88,8 @@ class Waits:
         warnings.simplefilter("ignore")
 
     def _note(self, message, category, filename, lineno, file=None, line=None):
-        if "called a synchronizing" not in str(
-            message
-        ):  # torch's own, but for the one that it is a prototype
+        # torch also warns, once, that its mode is a prototype.
+        if "called a synchronizing" not in str(message):
             return
         frames = traceback.extract_stack()
         if any(frame.filename == __file__ and frame.name in ("call", "to_host") for frame in frames):
