@@ -117,5 +117,6 @@ def test_the_first_stage_trains_the_readout_alone(setup):
         setup, "stage1", ["vision.freeze=true", "model.freeze_language=true", "optim.lr=1e-2"], steps=3
     )
     before, after = tensors(setup / "pyramid"), tensors(checkpoint)
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    # A run pads the vocabulary.
+    moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key][: len(tensor)])}
     assert moved == {key for key in before if key.startswith("projector.")}

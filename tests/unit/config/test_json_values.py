@@ -18,7 +18,15 @@ FREE = {
     "github_architecture",
     "github_model_type",
     # piip_config, which `config/arch/pyramid.py` checks itself
-    *("piip_config", "branches", "readout", "interact_attn_type", "interaction_proj", "norm_layer"),
+    *(
+        "piip_config",
+        "branches",
+        "readout",
+        "readout_norm",
+        "interact_attn_type",
+        "interaction_proj",
+        "norm_layer",
+    ),
 }
 
 
