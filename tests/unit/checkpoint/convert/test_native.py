@@ -180,7 +180,7 @@ def test_mixed_formats_in_one_folder(tmp_path):
     folder = shutil.copytree(GITHUB / MOE, tmp_path / "mixed", copy_function=shutil.copyfile)
     shutil.copyfile(NATIVE / MOE / "config.json", folder / "config.json")
     with pytest.raises(
-        CheckpointError, match="have names of GitHub folders .* config.json is that of native folders"
+        CheckpointError, match=r"have names of GitHub folders .* config.json is that of native folders"
     ):
         import_hf(folder, tmp_path / "ckpt")
 
@@ -190,7 +190,7 @@ def test_names_of_both_formats_in_one_file(tmp_path):
     both = load_file(GITHUB / MOE / "model.safetensors") | load_file(folder / "model.safetensors")
     save_file(both, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        CheckpointError, match="have names of GitHub folders .* config.json is that of native folders"
+        CheckpointError, match=r"have names of GitHub folders .* config.json is that of native folders"
     ):
         import_hf(folder, tmp_path / "ckpt")
 
