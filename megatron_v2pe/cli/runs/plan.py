@@ -60,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv", choices=KV_KINDS, help="with --inference: how keys and values are stored")
     add("--json", action="store_true", help="print json instead of text")
     add("--rate", action="append", default=[], metavar="NAME=VALUE", help="replace a rate: gemm_share=0.6")
+    _add_pack(parser)
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
     pack = parser.add_argument_group("what a pack is made of").add_argument
     pack("--measure-data", action="store_true", help="read it from data.meta; measures the data if need be")
     pack(
