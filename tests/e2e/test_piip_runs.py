@@ -151,6 +151,7 @@ def test_two_ranks_evaluate_what_one_does(setup, tmp_path):
         done = run_verb("evaluate", checkpoint, "--data", data, *sizes, *options, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(sorted(path.read_text() for path in out.glob("predictions_*.jsonl")))
+    assert found[0]
     assert found[0] == found[1] == found[2]
 
 
