@@ -147,10 +147,11 @@ def test_two_ranks_evaluate_what_one_does(setup, tmp_path):
     found = []
     for name, ranks, sizes in (("one", 1, ()), ("cp", 2, ("--cp", "2")), ("tp", 2, ("--tp", "2"))):
         out = tmp_path / name
-        options = ("--out", out, "--max-new-tokens", "3")
+        options = ("--out", out, "--max-new-tokens", "3", "--strides", "4")
         done = run_verb("evaluate", checkpoint, "--data", data, *sizes, *options, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(sorted(path.read_text() for path in out.glob("predictions_*.jsonl")))
+    assert found[0]
     assert found[0] == found[1] == found[2]
 
 
