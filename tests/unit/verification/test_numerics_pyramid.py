@@ -105,15 +105,16 @@ def test_a_plain_source_is_refused(checkpoint, tmp_path):
         compare(tiny.GOLDEN_HF, checkpoint)
 
 
-def on_two_ranks(rank, world_size, source, checkpoint):
-    found = [compare(source, checkpoint, **layout) for layout in (dict(tp=2, vision="tensor"), dict(cp=2))]
-    return [[row.passes for row in rows.values()] for rows in found]
+def on_two_ranks(rank, world_size, source, checkpoint, layout):
+    return [row.passes for row in compare(source, checkpoint, **layout).values()]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"tp": 2, "vision": "tensor"}, {"cp": 2}], ids=["tp2", "cp2"])
 @pytest.mark.parametrize("readout", [{}, LLAVA], ids=["large", "llava"])
-def test_two_ranks(tmp_path, readout):
+def test_two_ranks(tmp_path, readout, layout):
     checkpoint = pyramid_checkpoint(tmp_path / "pyramid", gates=True, **readout)
-    for rank in run_ranks(on_two_ranks, 2, hf_of(checkpoint), checkpoint, timeout=200):
-        assert all(all(passes) for passes in rank)
+    for passes in run_ranks(on_two_ranks, 2, hf_of(checkpoint), checkpoint, layout, timeout=200):
+        assert passes
+        assert all(passes)
