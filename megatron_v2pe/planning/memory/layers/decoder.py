@@ -55,11 +55,11 @@ class DecoderShape:
 def rotation_bytes(width_bytes: float, element_bytes: int) -> float:
     """Beyond the output, while queries or keys are rotated in float32.
 
-    Half products (0.5 each) of both halves: one finished half, two products and their sum make 2 of the output's
-    float32 size, the output itself included; half precision adds the float32 copy of the input.
+    The halves are exchanged into what becomes the output; half precision makes a float32 copy of the input, and
+    rotates in a float32 tensor.
     """
     in_float = width_bytes * FLOAT_BYTES / element_bytes
-    return in_float if element_bytes == FLOAT_BYTES else 3 * in_float - width_bytes
+    return 0.0 if element_bytes == FLOAT_BYTES else 2 * in_float
 
 
 def rotation_op(name: str, source: str, size: float, element_bytes: int) -> Op:
