@@ -42,8 +42,8 @@ class ModelConfig:
     """MLP chunks: parts of the tokens that a recomputed MLP runs in turn; inner activations exist of one at a time."""
     swiglu: Literal["auto", "fused", "plain"] = "auto"
     """What an MLP keeps for backward. fused: its first linear's output and the product, 3 inner activations, from which
-    backward computes the gate again, at no time on a GPU; plain: 5. They round in another order, in backward only.
-    auto: fused on a GPU, plain on a CPU, where it is faster."""
+    backward computes the gate again, at no time on a GPU; plain: 4, experts 5. They round in another order, in backward
+    only. auto: fused on a GPU, plain on a CPU, where it is faster."""
     offload_activations: bool = False
     """Keep the layer inputs of `recompute: full` in host memory until backward; needs a GPU."""
     loss_chunk_tokens: int = 4096

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
 from megatron_v2pe.batch.packed_batch import LocalBatch
-from megatron_v2pe.models.layers.elementwise import ElementwiseOps
+from megatron_v2pe.models.layers.elementwise import ElementwiseOps, mlp_with_swiglu
 from megatron_v2pe.models.layers.experts import RoutedRows
 from megatron_v2pe.models.layers.layer_specs import BackendModules, language_layer_spec
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
@@ -224,6 +224,7 @@ def _layer_specs(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     has_experts = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    gated = None if config.bias_activation_fusion else mlp_with_swiglu
     return [
         language_layer_spec(
             modules,
@@ -231,6 +232,7 @@ def _layer_specs(
             qk_norm=config.qk_layernorm,
             router=router if has_experts[number] else None,
             mlp_chunks=memory.mlp_chunks,
+            mlp_forward=None if has_experts[number] else gated,
             row_multiple=memory.row_multiple,
         )
         for number in numbers

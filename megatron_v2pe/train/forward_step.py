@@ -88,8 +88,13 @@ class MicroBatchRunner:
         mcore would divide as well, but sums the weights over groups of one rank, too, and waits for a GPU to compare
         them with zero.
         """
-        finalize_model_grads(model, None, **kwargs)
         groups = kwargs["pg_collection"]
+        if groups.tp.size() == groups.pp.size() == 1:
+            # All that mcore would do: what else it looks for, through all modules, lies on other tp or pp ranks.
+            for model_chunk in model:
+                model_chunk.finish_grad_sync()
+        else:
+            finalize_model_grads(model, None, **kwargs)
         if groups.pp.size() > 1:
             last_stage = dist.get_process_group_ranks(groups.pp)[-1]
             dist.broadcast(self.weight_sum, src=last_stage, group=groups.pp)

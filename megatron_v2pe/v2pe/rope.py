@@ -139,20 +139,28 @@ def _kept_frequencies(device: torch.device, spec: RopeSpec, rope_length: int, dt
 def rotary_tables(
     angles: Tensor, dtype: torch.dtype, *, scale: float = 1.0, round_tables: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [t, 1, d/2] of angles [t, d/2], for heads in `dtype`; see `apply_rotary`."""
+    """Cosines and sines [t, 1, d] of angles [t, d/2], for heads in `dtype`; see `apply_rotary`.
+
+    Both halves of the cosines are alike; the first half of the sines has the other sign, as `rotated` needs it.
+    """
     working = torch.float64 if dtype == torch.float64 else torch.float32
     cos, sin = angles.cos(), angles.sin()
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
     if round_tables:
         cos, sin = cos.to(dtype), sin.to(dtype)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     return cos.to(working).unsqueeze(1), sin.to(working).unsqueeze(1)
 
 
 def rotated(x_thd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [t, h, d] by tables [t, 1, d/2] of `rotary_tables`; minus the sines rotate back."""
-    first, second = x_thd.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)
+    """Rotate heads [t, h, d] by tables [t, 1, d] of `rotary_tables`; minus the sines rotate back.
+
+    x * cos + (halves of x exchanged) * sin, in the memory of the exchanged halves.
+    """
+    x = x_thd.to(cos.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, first], dim=-1).mul_(sin).addcmul_(x, cos).to(x_thd.dtype)
 
 
 def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tables: bool = False) -> Tensor:

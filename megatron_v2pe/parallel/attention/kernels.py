@@ -7,19 +7,19 @@ efficient (float32) on CUDA. The public `scaled_dot_product_attention` hides the
 
 A call computes n blocks of equal shape, one after the other in dimension 0. Grouped heads (GQA) of one block are
 not repeated: queries become a batch of g = h / k members over k heads, and keys are given to that batch with
-stride 0. (Several blocks, which are short, are repeated. CUDA's flash kernel supports grouped heads itself.)
+stride 0. (Several blocks, which are short, are repeated. CUDA's flash kernel supports grouped heads itself; the CPU's
+keys are repeated, see `kernels_cpu`.)
 
 Shape legend: n blocks, s queries and t keys of a block, h query heads, k key heads, g = h / k, d head dimension.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.parallel.attention.kernels_cpu import cpu_backward, cpu_forward, torch_operator
 
 LSE_ROWS = 32  # the memory efficient kernel needs its log-sum-exp padded to a multiple of this
 
@@ -43,15 +43,13 @@ def block_forward(
     """
     if _is_half_on_cuda(q):
         heads_first = (_heads_first(x, blocks) for x in (q, k, v))
-        out, lse = _op("_scaled_dot_product_flash_attention")(*heads_first, 0.0, causal, False, scale=scale)[
-            :2
-        ]
+        out, lse = torch_operator("_scaled_dot_product_flash_attention")(
+            *heads_first, 0.0, causal, False, scale=scale
+        )[:2]
         return _tokens_first(out), _tokens_first(lse.unsqueeze(-1)).squeeze(-1)
-    grouped = _grouped(q, k, v, blocks)
-    if q.device.type == "cuda":
-        out, lse = _efficient_forward(*grouped, causal=causal, scale=scale)
-    else:
-        out, lse = _op("_scaled_dot_product_flash_attention_for_cpu")(*grouped, 0.0, causal, scale=scale)
+    if q.device.type != "cuda":
+        return cpu_forward(*map(_working, (q, k, v)), blocks=blocks, causal=causal, scale=scale)
+    out, lse = _efficient_forward(*_grouped(q, k, v, blocks), causal=causal, scale=scale)
     return _ungroup(out, blocks), _ungroup(lse.unsqueeze(-1), blocks).squeeze(-1)
 
 
@@ -85,27 +83,14 @@ def block_backward(
     """
     if _is_half_on_cuda(q):
         return _flash_cuda_backward(grad, q, k, v, out, lse, blocks=blocks, causal=causal, scale=scale)
+    if q.device.type != "cuda":
+        working = map(_working, (grad, q, k, v, out, lse))
+        return cpu_backward(*working, blocks=blocks, causal=causal, scale=scale)
     grouped = _grouped(q, k, v, blocks)
     grad, out, lse = (_group(x, k.shape[1], blocks) for x in (grad, out, lse.unsqueeze(-1)))
     lse = lse.squeeze(-1).contiguous()
-    if q.device.type == "cuda":
-        gradients = _efficient_backward(grad, *grouped, out, lse, causal=causal, scale=scale)
-    else:
-        name = "_scaled_dot_product_flash_attention_for_cpu_backward"
-        gradients = _op(name)(grad, *grouped, out, lse, 0.0, causal, scale=scale)
-    dq, dk, dv = gradients
+    dq, dk, dv = _efficient_backward(grad, *grouped, out, lse, causal=causal, scale=scale)
     return _ungroup(dq, blocks), _sum_group(dk, blocks), _sum_group(dv, blocks)
-
-
-def _op(name: str) -> Any:
-    """A private operator of torch; raises where this torch does not have it."""
-    operator = getattr(torch.ops.aten, name, None)
-    if operator is None:
-        raise ConfigError(
-            f"parallel.attention_backend resolves to 'native', but torch {torch.__version__} has no "
-            f"aten.{name}; install a torch from 2.6 on, or use transformer_engine on a GPU"
-        )
-    return operator
 
 
 def _is_half_on_cuda(x: Tensor) -> bool:
@@ -166,7 +151,7 @@ def _flash_cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # only read with dropout
     no_boundaries = (None, None, len(q) // blocks, len(k) // blocks)
-    dq, dk, dv = _op("_scaled_dot_product_flash_attention_backward")(
+    dq, dk, dv = torch_operator("_scaled_dot_product_flash_attention_backward")(
         *(_heads_first(x, blocks) for x in (grad, q, k, v, out.to(q.dtype))),
         _heads_first(lse.unsqueeze(-1), blocks).squeeze(-1).contiguous(),
         *no_boundaries,
@@ -181,7 +166,7 @@ def _efficient_forward(
 ) -> tuple[Tensor, Tensor]:
     _refuse_float64(q)
     name = "_scaled_dot_product_efficient_attention"
-    out, lse = _op(name)(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    out, lse = torch_operator(name)(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse[..., : q.shape[2]]
 
 
@@ -192,7 +177,7 @@ def _efficient_backward(
     # Infinity, as the forward kernel pads: rows after the last query get no probability.
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=float("inf"))
     no_seed = torch.zeros((), dtype=torch.int64)
-    dq, dk, dv, _ = _op("_scaled_dot_product_efficient_attention_backward")(
+    dq, dk, dv, _ = torch_operator("_scaled_dot_product_efficient_attention_backward")(
         *(grad, q, k, v, None, out.to(q.dtype), padded, no_seed, no_seed, 0.0),
         [True, True, True, False],
         causal,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.kernels import _efficient_forward, _op
+from megatron_v2pe.parallel.attention.kernels import _efficient_forward
+from megatron_v2pe.parallel.attention.kernels_cpu import torch_operator
 
 FEW_ROWS = 32  # of one key head; above, the flash kernel of the CPU is the faster one
 KEYS_AT_ONCE = 65536  # bounds the scores of few rows: 8 MiB for 32 rows in float32
@@ -76,7 +77,7 @@ def attend_rows(rows: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> 
     if rows.device.type == "cuda":
         return _on_cuda(rows, keys, values, scale)
     if rows.shape[1] > FEW_ROWS:
-        out, lse = _op("_scaled_dot_product_flash_attention_for_cpu")(
+        out, lse = torch_operator("_scaled_dot_product_flash_attention_for_cpu")(
             *(x.unsqueeze(0) for x in (rows, keys, values)), 0.0, False, scale=scale
         )
         dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -117,7 +118,9 @@ def _few_rows_wide(rows: Tensor, keys: Tensor, values: Tensor) -> Partial:
 def _on_cuda(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
     heads_first = tuple(x.unsqueeze(0) for x in (rows, keys, values))
     if rows.dtype in (torch.bfloat16, torch.float16):
-        found = _op("_scaled_dot_product_flash_attention")(*heads_first, 0.0, False, False, scale=scale)
+        found = torch_operator("_scaled_dot_product_flash_attention")(
+            *heads_first, 0.0, False, False, scale=scale
+        )
         out, lse = found[0], found[1]
     else:
         out, lse = _efficient_forward(*heads_first, causal=False, scale=scale)

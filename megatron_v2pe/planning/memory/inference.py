@@ -54,18 +54,25 @@ def chunk_pack(setting: Setting, chunk_tokens: int) -> Pack:
 
 
 def past_attention_bytes(setting: Setting) -> float:
-    """Attention of a chunk to what is in the cache: queries of all ranks twice, their partial results four times."""
-    language = setting.arch.language
-    width = language.num_heads * language.head_dim / setting.plan.tp
-    return setting.pack.num_tokens * width * (2 * setting.element_bytes + 4 * FLOAT_BYTES)
+    """Attention of a chunk to what is in the cache: queries of all ranks twice, their partial results four times.
+
+    Beside them are what qkv gave and the rotated queries and keys.
+    """
+    language, e = setting.arch.language, setting.element_bytes
+    query = language.num_heads * language.head_dim / setting.plan.tp
+    key = language.num_kv_heads * language.head_dim / setting.plan.tp
+    return setting.pack.num_tokens * (query * (2 * e + 4 * FLOAT_BYTES) + (2 * query + 3 * key) * e)
 
 
 def prefill_moments(setting: Setting, model_chunk: ModelChunk) -> dict[str, float]:
     """Bytes beside weights and cache while parts of a stage work on a prefill chunk; `setting.pack` is the chunk."""
     plan = setting.plan
     hidden = setting.tokens * setting.arch.language.hidden_size * setting.element_bytes
-    layer = decoder_stack(setting, 1).inference_bytes + past_attention_bytes(setting)
-    moments = {"decoder layer": layer + hidden}
+    # The chunk's embedding, the layer's input and the norm's output are in the hands of callers.
+    moments = {
+        "decoder layer": decoder_stack(setting, 1).inference_bytes + 3 * hidden,
+        "attention to the past": past_attention_bytes(setting) + 3 * hidden,
+    }
     if model_chunk.is_last:
         moments["logits"] = hidden + setting.arch.language.vocab_size * FLOAT_BYTES
     if model_chunk.is_first:

@@ -55,11 +55,11 @@ class DecoderShape:
 def rotation_bytes(width_bytes: float, element_bytes: int) -> float:
     """Beyond the output, while queries or keys are rotated in float32.
 
-    Half products (0.5 each) of both halves: one finished half, two products and their sum make 2 of the output's
-    float32 size, the output itself included; half precision adds the float32 copy of the input.
+    The halves are exchanged into what becomes the output; half precision makes a float32 copy of the input, and
+    rotates in a float32 tensor.
     """
     in_float = width_bytes * FLOAT_BYTES / element_bytes
-    return in_float if element_bytes == FLOAT_BYTES else 3 * in_float - width_bytes
+    return 0.0 if element_bytes == FLOAT_BYTES else 2 * in_float
 
 
 def rotation_op(name: str, source: str, size: float, element_bytes: int) -> Op:
@@ -137,8 +137,8 @@ def decoder_attention_ops(sizes: DecoderShape, attention: AttentionBytes, costs:
 def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens: int) -> list[Op]:
     """fc1 -> silu(first half) * second half -> fc2, on `tokens` tokens.
 
-    Kept are fc1's output (2F) and the product (F): 3F. Where it is not fused, mcore adds an offset of 0 to the second
-    half, out of place, so that the two factors (F each) are kept as well: 5F.
+    Kept are fc1's output (2F) and the product (F): 3F. Where it is not fused, silu(first half) is kept as well: 4F.
+    Experts, which are mcore's, also keep a copy of the second half, to which it adds an offset of 0: 5F.
     """
     e = costs.element_bytes
     inner = tokens * sizes.ffn * e
@@ -186,6 +186,17 @@ def gated_ops(inner: float, sizes: DecoderShape, costs: LayerCosts) -> list[Op]:
                 keeps=("fc1",),
                 forward_bytes=inner if eager else 0.0,
                 backward_bytes=3 * inner if eager else 0.0,
+            )
+        ]
+    if not sizes.num_experts:
+        return [
+            Op(
+                name="gated",
+                inputs=("fc1",),
+                output_bytes=inner,
+                keeps=("fc1",),
+                keeps_extra_bytes=inner,
+                backward_bytes=inner,
             )
         ]
     return [

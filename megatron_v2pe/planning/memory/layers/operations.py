@@ -61,10 +61,11 @@ class AttentionBytes:
 def norm_ops(name: str, source: str, size: float, costs: LayerCosts, *, rms: bool = True) -> list[Op]:
     """A norm: output `size` bytes.
 
-    Fused: keeps its input. torch's RMSNorm: y = (x float32 * rsqrt(mean x^2)) in the dtype, times the weight; keeps
-    x as float32 (in half precision a copy) and y before the weight.
+    Fused, as ours is in float32 on a CPU: keeps its input. torch's RMSNorm: y = (x float32 * rsqrt(mean x^2)) in the
+    dtype, times the weight; keeps x as float32 (in half precision a copy) and y before the weight.
     """
-    if costs.fused_norm or not rms:
+    is_ours = costs.float_attention and costs.element_bytes >= FLOAT_BYTES  # on a CPU
+    if costs.fused_norm or is_ours or not rms:
         return [Op(name=name, inputs=(source,), output_bytes=size, keeps=(source,))]
     whole = size * FLOAT_BYTES / costs.element_bytes
     ops, read = [], source
