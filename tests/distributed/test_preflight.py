@@ -60,7 +60,7 @@ def test_mistakes(config, argument):
 
 
 def attention_finding(rank, world_size, checkpoint, swaps):
-    """Verdicts of the attention check, as it is and with sinks and windows; `swaps`: each rank has the other's tokens."""
+    """Verdicts of the attention check, plain and with sinks and windows; `swaps`: ranks have each other's tokens."""
     from dataclasses import replace
 
     from megatron_v2pe.config.load import load_run_config
