@@ -23,6 +23,7 @@ from megatron_v2pe.batch.device_copy import to_device
 
 Rows = slice | Tensor
 SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
+WINDOW_ROWS = 8192  # queries of a window's tiles in one call: bounds the copies of keys for grouped heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +33,17 @@ class BlockBatch:
     Attributes:
         queries: local rows of the queries; a slice where they are consecutive, else an index.
         keys: rows of the source's keys, likewise.
-        blocks: number of documents.
-        causal: the diagonal block, of queries and keys of the same tokens.
+        blocks: number of documents, or of tiles of a window.
+        causal: query i of a block sees its keys 0..i.
+        first: no earlier block has these queries, and they are my own keys too: results are written, not added. True
+            of diagonal blocks, of queries and keys of the same tokens.
     """
 
     queries: Rows
     keys: Rows
     blocks: int
     causal: bool
+    first: bool
 
     @property
     def num_keys(self) -> int:
@@ -60,24 +64,38 @@ class Block:
         return self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
 
 
-def batched(blocks: Sequence[Block], *, causal: bool, device: torch.device) -> tuple[BlockBatch, ...]:
-    """Blocks of short documents of the same shape put together, in the order of each shape's first.
+def batched(
+    blocks: Sequence[Block],
+    *,
+    causal: bool,
+    first: bool,
+    device: torch.device,
+    backwards: bool = False,
+    most_rows: int | None = None,
+) -> tuple[BlockBatch, ...]:
+    """Short blocks of the same shape put together, in the order of each shape's first.
 
     Args:
-        blocks: of different documents.
-        causal: they are diagonal blocks.
+        blocks: of different documents, or different tiles.
+        causal: see `BlockBatch`.
+        first: see `BlockBatch`.
         device: where indices are needed.
+        backwards: the last row of each block comes first, of queries and of keys.
+        most_rows: of queries in a batch of several blocks; None for any number.
     """
     by_shape: dict[tuple[int, int], list[Block]] = {}
     for block in blocks:
         by_shape.setdefault(block.shape, []).append(block)
     batches = []
     for shape, alike in by_shape.items():
-        together = [alike] if max(shape) <= SHORT_TOKENS else [[block] for block in alike]
-        for group in together:
-            queries = _rows([block.queries for block in group], device)
-            keys = _rows([block.keys for block in group], device)
-            batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal))
+        size = len(alike) if most_rows is None else max(1, most_rows // shape[0])
+        if max(shape) > SHORT_TOKENS:
+            size = 1
+        for start in range(0, len(alike), size):
+            group = alike[start : start + size]
+            queries = _rows([block.queries for block in group], device, backwards)
+            keys = _rows([block.keys for block in group], device, backwards)
+            batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal, first=first))
     return tuple(batches)
 
 
@@ -106,7 +124,7 @@ def block_batches(
         if length:
             queries = (start + half, stop) if source > rank else (start, stop)
             blocks.append(Block(queries, (start, start + half) if source < rank else (start, stop)))
-    return batched(blocks, causal=source == rank, device=device)
+    return batched(blocks, causal=source == rank, first=source == rank, device=device)
 
 
 def num_key_rows(batches: Sequence[BlockBatch]) -> int:
@@ -114,13 +132,12 @@ def num_key_rows(batches: Sequence[BlockBatch]) -> int:
     return sum(batch.num_keys for batch in batches)
 
 
-def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
+def _rows(ranges: list[tuple[int, int]], device: torch.device, backwards: bool) -> Rows:
     """Rows of ranges that are equally long, one after the other."""
-    (first, stop), *rest = ranges
-    if not rest:
-        return slice(first, stop)
-    if all(after[0] == before[1] for before, after in pairwise(ranges)):
+    first, stop = ranges[0]
+    if not backwards and all(after[0] == before[1] for before, after in pairwise(ranges)):
         return slice(first, ranges[-1][1])  # one directly after the other
     starts = torch.tensor([start for start, _ in ranges])
-    rows = (starts.unsqueeze(1) + torch.arange(stop - first)).flatten()
+    within = torch.arange(stop - first)
+    rows = (starts.unsqueeze(1) + (within.flip(0) if backwards else within)).flatten()
     return to_device([rows.numpy()], device)[0]
