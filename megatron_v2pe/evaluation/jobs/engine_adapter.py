@@ -28,6 +28,7 @@ from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.samples.encode import encode_conversation
 from megatron_v2pe.data.samples.settings import sample_settings
+from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.jobs.runner import BrokenReplicaError
@@ -98,6 +99,7 @@ class ModelAnswerer:
             self._tokenizer.token_id(settings.text.template.stop_token),
             self._tokenizer.eos_id,
         }
+        self._header = AnswerHeader(self._tokenizer, settings.text.template)
         self._model = LoadedEngine(
             checkpoint=checkpoint,
             arch=self.arch,
@@ -135,7 +137,7 @@ class ModelAnswerer:
         ids = self._model.engine.generate(
             prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids
         )
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._header.without(ids), skip_special_tokens=True)
         for stop in request.stop:
             text = text.partition(stop)[0]
         return Response(id=request.id, text=text.strip(), **_lengths(prompt))
@@ -146,7 +148,7 @@ class ModelAnswerer:
         chosen, logprobs = self._score(prompt, wanted)
         return Response(
             id=request.id,
-            text=self._tokenizer.decode(chosen, skip_special_tokens=True).strip(),
+            text=self._tokenizer.decode(self._header.without(chosen), skip_special_tokens=True).strip(),
             forced_match=chosen == list(wanted),
             token_logprobs=tuple(logprobs),
             **_lengths(prompt),

@@ -68,6 +68,7 @@ class EngineAnswerer:
         self._settings = dataclasses.replace(settings, text=text, media=media)
         self._tokenizer = text.tokenizer
         self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
+        self._header = AnswerHeader(self._tokenizer, text.template)
         self._model = LoadedEngine(
             checkpoint=checkpoint,
             arch=self.arch,
@@ -94,7 +95,7 @@ class EngineAnswerer:
             if self._parallel.replica_size > 1:
                 raise
             return Answer(error=str(error))
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._header.without(ids), skip_special_tokens=True)
         return Answer(text=text, is_cut=len(ids) >= self._max_new_tokens)
 
     def expected(self, text: str) -> tuple[str, int]:
