@@ -89,6 +89,8 @@ def decoder_stack(setting: Setting, num_layers: int, *, fp8_layers: int = 0) -> 
         routed_rows=round(setting.routed_rows) if experts else 0,
         expert_ffn=experts.ffn_size // plan.etp if experts else 0,
         num_experts=experts.num_experts if experts else 0,
+        local_experts=experts.num_experts // plan.ep if experts else 1,
+        clamped=experts is not None and experts.is_clamped,
     )
     shape = AttentionShape(
         tokens=sizes.tokens,
