@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_v2pe.v2pe.layout import SampleLayout
+from megatron_v2pe.parallel.zigzag import range_indices, shard_ranges
+from megatron_v2pe.v2pe.layout import Int64Array, SampleLayout
 
 MICRO_BATCH_TILES = 16  # encoded at a time: bounds the tower's memory whatever the chunk is
 DEFAULT_CHUNK_TOKENS = 8192  # chunks of 1K and more cost what one pass costs; their memory grows
@@ -167,3 +168,22 @@ class Span:
 def rows_before(spans: Sequence[Span], end: int, *, cp: int, rank: int) -> int:
     """Rows that a rank holds of the first `end` tokens of a document."""
     return sum(span.rows_before(end, cp=cp, rank=rank) for span in spans)
+
+
+def tokens_held(spans: Sequence[Span], first: int, stop: int, *, cp: int, rank: int) -> Int64Array:
+    """Which of the tokens first..stop-1 of a document a rank holds, in the order of its rows, which is rising.
+
+    Example: tokens 0..9 padded to 12 over cp 2 are [0 1 2 | 9] on rank 0; of 2..9 it holds 2 and 9.
+    """
+    found = [np.zeros(0, dtype=np.int64)]
+    for span in spans:
+        low, high = max(first, span.start), min(stop, span.stop)
+        if low >= high:
+            continue
+        if span.padded:
+            cut = shard_ranges(np.array([0, span.padded], dtype=np.int64), cp=cp, cp_rank=rank) + span.start
+            found.append(range_indices(cut.clip(low, high)))
+        else:
+            index = np.arange(low, high, dtype=np.int64)
+            found.append(index[index % cp == rank])
+    return np.concatenate(found)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_v2pe.inference.cache.memory import KVKind
 from megatron_v2pe.inference.cache.quantize import dequantize, quantize, stored_dtype
-from megatron_v2pe.inference.chunks import PrefillChunk, Span, rows_before
+from megatron_v2pe.inference.chunks import PrefillChunk, Span, rows_before, tokens_held
+from megatron_v2pe.v2pe.layout import Int64Array
 
 ROWS_AT_ONCE = 4096  # of an 8-bit cache, converted at a time
 
@@ -95,13 +96,13 @@ class KVBlock:
         found = torch.stack([(wide - kept).square().sum(), wide.square().sum()])
         self._squares = found if self._squares is None else self._squares + found
 
-    def read(self, layer_number: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first rows of a layer, in the model's dtype, piece by piece."""
+    def read(self, layer_number: int, rows: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows first..rows-1 of a layer, in the model's dtype, piece by piece."""
         keys, values = self.layers[layer_number]
         if self.kind == "model":
-            yield keys[:, :rows], values[:, :rows]
+            yield keys[:, first:rows], values[:, first:rows]
             return
-        for start in range(0, rows, ROWS_AT_ONCE):
+        for start in range(first, rows, ROWS_AT_ONCE):
             part = slice(start, min(rows, start + ROWS_AT_ONCE))
             pair = zip((keys, values), self.scales[layer_number], strict=True)
             found = [dequantize(stored[:, part], scale[:, part], self.dtype) for stored, scale in pair]
@@ -210,7 +211,15 @@ class KVCache:
         span = Span(start=chunk.start, stop=chunk.stop, padded=chunk.padded)
         self.spans.append(span)
         kept = span.rows_before(chunk.stop, cp=place.cp, rank=place.cp_rank)
-        return CacheStep(stores=(self,), is_chunk=True, kept=kept, past_rows=past, group=place.group)
+        return CacheStep(
+            stores=(self,),
+            is_chunk=True,
+            kept=kept,
+            past_rows=past,
+            start=chunk.start,
+            padded=chunk.padded,
+            group=place.group,
+        )
 
     def note_token(self) -> int:
         """Enter a new token; returns the rank that keeps it."""
@@ -222,12 +231,17 @@ class KVCache:
             self.spans.append(Span(start=token, stop=token + 1))
         return token % self.place.cp
 
-    def parts(self, layer_number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, layer_number: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See `KeyValueStore`."""
         for share in self._shares:
             rows = share.block.rows.get(layer_number, 0) if share.rows is None else share.rows
-            if rows:
-                yield from share.block.read(layer_number, rows)
+            if rows > first:
+                yield from share.block.read(layer_number, rows, first)
+            first = max(0, first - rows)
+
+    def tokens_held(self, rank: int, first: int, stop: int) -> Int64Array:
+        """See `KeyValueStore`."""
+        return tokens_held(self.spans, first, stop, cp=self.place.cp, rank=rank)
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """See `KeyValueStore`."""
@@ -298,7 +312,10 @@ class CacheStep:
     kept: int = 0
     past_rows: Sequence[int] = ()
     owners: Sequence[int] = field(default=())
+    start: int = 0
+    padded: int = 0
     group: Any = None
+    halo_plans: dict[int, Any] = field(default_factory=dict)
 
 
 def token_step(caches: Sequence[KVCache]) -> CacheStep:

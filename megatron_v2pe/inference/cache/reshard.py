@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_v2pe.inference.chunks import Span
-from megatron_v2pe.parallel.zigzag import shard_ranges
+from megatron_v2pe.inference.chunks import Span, tokens_held
 from megatron_v2pe.v2pe.layout import Int64Array
 
 
@@ -76,16 +75,7 @@ def spans_for(spans: Sequence[Span], cp: int) -> list[Span]:
 
 def tokens_of(spans: Sequence[Span], *, cp: int, rank: int) -> Int64Array:
     """Tokens that a rank holds, in the order of its rows, which is rising."""
-    found = []
-    for span in spans:
-        if span.padded:
-            cut = shard_ranges(np.array([0, span.padded], dtype=np.int64), cp=cp, cp_rank=rank) + span.start
-            index = np.concatenate([np.arange(low, high, dtype=np.int64) for low, high in cut.tolist()])
-            found.append(index[index < span.stop])
-        else:
-            index = np.arange(span.start, span.stop, dtype=np.int64)
-            found.append(index[index % cp == rank])
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+    return tokens_held(spans, 0, spans[-1].stop if spans else 0, cp=cp, rank=rank)
 
 
 def heads_of(kv_heads: int, *, tp: int, rank: int) -> range:

@@ -32,14 +32,17 @@ class BlockBatch:
     Attributes:
         queries: local rows of the queries; a slice where they are consecutive, else an index.
         keys: rows of the source's keys, likewise.
-        blocks: number of documents.
-        causal: the diagonal block, of queries and keys of the same tokens.
+        blocks: number of documents, or of tiles of a window.
+        causal: query i of a block sees its keys 0..i.
+        first: no earlier block has these queries, and they are my own keys too: results are written, not added. True
+            of diagonal blocks, of queries and keys of the same tokens.
     """
 
     queries: Rows
     keys: Rows
     blocks: int
     causal: bool
+    first: bool
 
     @property
     def num_keys(self) -> int:
@@ -60,13 +63,17 @@ class Block:
         return self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
 
 
-def batched(blocks: Sequence[Block], *, causal: bool, device: torch.device) -> tuple[BlockBatch, ...]:
-    """Blocks of short documents of the same shape put together, in the order of each shape's first.
+def batched(
+    blocks: Sequence[Block], *, causal: bool, first: bool, device: torch.device, backwards: bool = False
+) -> tuple[BlockBatch, ...]:
+    """Short blocks of the same shape put together, in the order of each shape's first.
 
     Args:
-        blocks: of different documents.
-        causal: they are diagonal blocks.
+        blocks: of different documents, or different tiles.
+        causal: see `BlockBatch`.
+        first: see `BlockBatch`.
         device: where indices are needed.
+        backwards: the last row of each block comes first, of queries and of keys.
     """
     by_shape: dict[tuple[int, int], list[Block]] = {}
     for block in blocks:
@@ -75,9 +82,9 @@ def batched(blocks: Sequence[Block], *, causal: bool, device: torch.device) -> t
     for shape, alike in by_shape.items():
         together = [alike] if max(shape) <= SHORT_TOKENS else [[block] for block in alike]
         for group in together:
-            queries = _rows([block.queries for block in group], device)
-            keys = _rows([block.keys for block in group], device)
-            batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal))
+            queries = _rows([block.queries for block in group], device, backwards)
+            keys = _rows([block.keys for block in group], device, backwards)
+            batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal, first=first))
     return tuple(batches)
 
 
@@ -106,7 +113,7 @@ def block_batches(
         if length:
             queries = (start + half, stop) if source > rank else (start, stop)
             blocks.append(Block(queries, (start, start + half) if source < rank else (start, stop)))
-    return batched(blocks, causal=source == rank, device=device)
+    return batched(blocks, causal=source == rank, first=source == rank, device=device)
 
 
 def num_key_rows(batches: Sequence[BlockBatch]) -> int:
@@ -114,13 +121,12 @@ def num_key_rows(batches: Sequence[BlockBatch]) -> int:
     return sum(batch.num_keys for batch in batches)
 
 
-def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
+def _rows(ranges: list[tuple[int, int]], device: torch.device, backwards: bool) -> Rows:
     """Rows of ranges that are equally long, one after the other."""
-    (first, stop), *rest = ranges
-    if not rest:
-        return slice(first, stop)
-    if all(after[0] == before[1] for before, after in pairwise(ranges)):
+    first, stop = ranges[0]
+    if not backwards and all(after[0] == before[1] for before, after in pairwise(ranges)):
         return slice(first, ranges[-1][1])  # one directly after the other
     starts = torch.tensor([start for start, _ in ranges])
-    rows = (starts.unsqueeze(1) + torch.arange(stop - first)).flatten()
+    within = torch.arange(stop - first)
+    rows = (starts.unsqueeze(1) + (within.flip(0) if backwards else within)).flatten()
     return to_device([rows.numpy()], device)[0]

@@ -1,7 +1,12 @@
 """Causal attention of documents, block by block as keys of other ranks arrive, forward and backward.
 
-    forward     for each arrival: attend to its blocks, merge them by their log-sum-exp
+    forward     for each arrival: attend to its blocks, merge them by their log-sum-exp; then the sink, once
     backward    for each arrival: the blocks' share of the gradients; dK, dV return to the owner of the keys
+
+A sink is a logit s of a query head that joins the softmax and has no value: out sigmoid(lse - s), and log(e^lse + e^s)
+in the place of lse. The blocks' share of the gradients is right when it is given these two, and
+
+    ds = -sum over queries of e^(s - lse') (grad . out')
 
 How keys arrive is a `KVTransport`: not at all (one rank), in a ring, or gathered at once. A block's dK, dV are
 rounded once to the keys' dtype to be sent and summed in float32 by the owner, so rounding errors do not accumulate.
@@ -12,13 +17,16 @@ Shape legend: l local tokens, h query heads, k key heads, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches
 from megatron_v2pe.parallel.attention.kernels import block_backward, block_forward
+from megatron_v2pe.parallel.attention.windows import own_blocks, whole_documents
 
 Lengths = tuple[int, ...]
 
@@ -37,12 +45,14 @@ class KVTransport(Protocol):
     """How keys and values reach this rank, and gradients return to the owners.
 
     Attributes:
-        size: ranks that share the documents.
         rank: this one.
+        brings: whether it brings keys that are not this rank's rows.
     """
 
-    size: int
-    rank: int
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def brings(self) -> bool: ...  # noqa: D102
 
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values) of every rank once, my own first."""
@@ -54,11 +64,17 @@ class KVTransport(Protocol):
         """For one backward pass; `like` gives shape, dtype and device of keys."""
 
 
+@dataclass(frozen=True)
 class LocalKV:
-    """The transport of a rank that holds whole documents: its own keys are all there are."""
+    """The transport of a rank that holds whole documents: its own keys are all there are.
 
-    size = 1
-    rank = 0
+    Attributes:
+        window: keys that a query sees, itself included; None for all before it.
+    """
+
+    window: int | None = None
+    rank: ClassVar[int] = 0
+    brings: ClassVar[bool] = False
 
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My own keys."""
@@ -66,6 +82,8 @@ class LocalKV:
 
     def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
         """Each document with itself."""
+        if self.window is not None:
+            return _windows(lengths, self.window, device)
         return block_batches(lengths, rank=0, source=source, device=device)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> GradReturn:
@@ -80,8 +98,20 @@ class LocalKV:
         """Nothing was sent."""
 
 
+@lru_cache(maxsize=32)  # the same for all windowed layers of a micro batch, forward and backward
+def _windows(lengths: Lengths, window: int, device: torch.device) -> tuple[BlockBatch, ...]:
+    return own_blocks(whole_documents(lengths), window=window, device=device)
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, transport: KVTransport
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Lengths,
+    scale: float,
+    transport: KVTransport,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents, differentiable.
 
@@ -91,7 +121,8 @@ def attend(
         value: [l, k, d].
         lengths: local tokens of each document; on several ranks each must be even (two zigzag chunks).
         scale: factor of the scores.
-        transport: brings the other ranks' keys.
+        transport: brings the other ranks' keys, and knows which of them a query sees.
+        sink: [h], an extra logit of each query head; None for none.
 
     Returns:
         [l, h, d] in the dtype of `query`.
@@ -101,11 +132,11 @@ def attend(
     """
     if sum(lengths) != len(query):
         raise ValueError(f"documents of {sum(lengths)} local tokens, but {len(query)} queries")
-    return _Blockwise.apply(query, key, value, tuple(lengths), scale, transport)
+    return _Blockwise.apply(query, key, value, sink, tuple(lengths), scale, transport)
 
 
 class _Blockwise(torch.autograd.Function):
-    """Saves queries, own keys and values, output and log-sum-exp; remote keys are fetched again."""
+    """Saves queries, own keys and values, the sink, output and log-sum-exp; remote keys are fetched again."""
 
     @staticmethod
     def forward(
@@ -113,6 +144,7 @@ class _Blockwise(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sink: Tensor | None,
         lengths: Lengths,
         scale: float,
         transport: KVTransport,
@@ -121,36 +153,27 @@ class _Blockwise(torch.autograd.Function):
         whole = _all_rows(lengths, transport, device=query.device)
         if whole is not None:
             out, lse = block_forward(query, key, value, blocks=whole.blocks, causal=True, scale=scale)
-            out = out.to(query.dtype)
-            ctx.save_for_backward(query, key, value, out, lse)
-            return out
-        merged = _Merged(query, exact=transport.size > 1)
-        for source, keys, values in transport.iter_kv(key, value):
-            for batch in transport.blocks(lengths, source, query.device):
-                block_out, block_lse = block_forward(
-                    query[batch.queries],
-                    keys[batch.keys],
-                    values[batch.keys],
-                    blocks=batch.blocks,
-                    causal=batch.causal,
-                    scale=scale,
-                )
-                merged.add(batch, block_out, block_lse)
-        out = merged.out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, merged.lse)
+        else:
+            out, lse = _merged(ctx, query, key, value, exact=transport.brings or sink is not None)
+        if sink is not None:
+            out, lse = add_sink(out, lse, sink)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, sink, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, sink, out, lse = ctx.saved_tensors
         grad, transport = grads[0].contiguous(), ctx.transport
+        d_sink = None if sink is None else _sink_gradient(grad, out, lse, sink)
         whole = _all_rows(ctx.lengths, transport, device=query.device)
         if whole is not None:
             gradients = block_backward(
                 grad, query, key, value, out, lse, blocks=whole.blocks, causal=True, scale=ctx.scale
             )
             inputs = (query, key, value)
-            return *(each.to(x.dtype) for each, x in zip(gradients, inputs, strict=True)), None, None, None
+            dq, dk, dv = (each.to(x.dtype) for each, x in zip(gradients, inputs, strict=True))
+            return dq, dk, dv, d_sink, None, None, None
         working = torch.promote_types(query.dtype, torch.float32)
         dq = torch.empty_like(query, dtype=working)
         d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
@@ -170,16 +193,59 @@ class _Blockwise(torch.autograd.Function):
                     causal=batch.causal,
                     scale=ctx.scale,
                 )
-                if batch.causal:  # the diagonal arrives first and fills every row
+                if batch.first:  # the diagonal arrives first and fills every row
                     dq[rows] = dq_block.to(working)
                     d_own[:, batch.keys] = torch.stack(dkv).to(working)
+                    continue
+                dq[rows] += dq_block
+                if source == transport.rank:
+                    d_own[:, batch.keys] += torch.stack(dkv)
                 else:
-                    dq[rows] += dq_block
                     blocks.append(torch.stack(dkv).to(key.dtype))
             if source != transport.rank:
                 grad_return.send(source, blocks, d_own)
         grad_return.finish(d_own)
-        return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), None, None, None
+        return dq.to(query.dtype), d_own[0].to(key.dtype), d_own[1].to(value.dtype), d_sink, None, None, None
+
+
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Let an extra logit join the merged softmax; once, after all keys.
+
+    Args:
+        out: [l, h, d], attention to all keys.
+        lse: [l, h], log-sum-exp of their scores.
+        sink: [h].
+
+    Returns:
+        Output [l, h, d] and log-sum-exp [l, h] of both, in the dtype of `lse`.
+    """
+    extra = sink.to(lse.dtype)
+    return out.to(lse.dtype) * torch.sigmoid(lse - extra).unsqueeze(-1), torch.logaddexp(lse, extra)
+
+
+def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """[h]: the share that the sink has of each query's weights moves the output towards zero."""
+    along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [l, h]
+    return -(torch.exp(sink.to(lse.dtype) - lse) * along).sum(0).to(sink.dtype)
+
+
+def _merged(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the keys of all sources."""
+    transport = ctx.transport
+    own = transport.blocks(ctx.lengths, transport.rank, query.device)
+    merged = _Merged(query, exact=exact or not all(batch.first for batch in own))
+    for source, keys, values in transport.iter_kv(key, value):
+        for batch in transport.blocks(ctx.lengths, source, query.device):
+            block_out, block_lse = block_forward(
+                query[batch.queries],
+                keys[batch.keys],
+                values[batch.keys],
+                blocks=batch.blocks,
+                causal=batch.causal,
+                scale=ctx.scale,
+            )
+            merged.add(batch, block_out, block_lse)
+    return merged.out, merged.lse
 
 
 def _all_rows(lengths: Lengths, transport: KVTransport, *, device: torch.device) -> BlockBatch | None:
@@ -187,9 +253,9 @@ def _all_rows(lengths: Lengths, transport: KVTransport, *, device: torch.device)
 
     Nothing has to be merged or put in its place then.
     """
-    if transport.size > 1:
+    if transport.brings:
         return None
-    batches = block_batches(lengths, rank=0, source=0, device=device)
+    batches = transport.blocks(lengths, transport.rank, device)
     return batches[0] if len(batches) == 1 and isinstance(batches[0].queries, slice) else None
 
 
@@ -208,7 +274,7 @@ class _Merged:
     def add(self, batch: BlockBatch, block_out: Tensor, block_lse: Tensor) -> None:
         """Merge a block [s, h, d], [s, h]; a diagonal block arrives first and fills its rows."""
         rows = batch.queries
-        if batch.causal:
+        if batch.first:
             self.out[rows] = block_out.to(self.out.dtype)
             self.lse[rows] = block_lse
             return

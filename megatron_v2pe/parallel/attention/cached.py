@@ -8,29 +8,54 @@
 Parts are merged by their log-sum-exp, so which rank holds which key does not matter. Pass-Q sends as much for a past
 of a million tokens as for none; pass-KV moves the past, and wins while it is shorter than the chunk or so.
 
+Layers with a sliding window read the rows that it reaches and no others. A chunk's are exchanged as in training: the
+rows of the past are before those of the chunk (`transports.halo`). A sink joins the softmax once, when all is merged.
+
 Shape legend: l local tokens of a chunk, b sequences, h query heads, k key heads, d head dimension, r rows [k, r, d].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_v2pe.batch.kv_cache import CacheStep
 from megatron_v2pe.parallel.attention.block_batches import block_batches
-from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV
+from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, add_sink, attend
 from megatron_v2pe.parallel.attention.kernels import block_forward
 from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold
+from megatron_v2pe.parallel.attention.transports.halo import Halo, HaloPlan, RankTokens, plan_halo
 from megatron_v2pe.parallel.attention.transports.ring import Ring
+from megatron_v2pe.parallel.zigzag import shard_ranges
 
 PAST_TAG = 3  # beside those of `ring`
 
 
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer's number, and how it makes weights of scores; see `cached_attention`."""
+
+    number: int
+    scale: float
+    window: int | None
+    sink: Tensor | None
+
+
 def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, step: CacheStep, layer_number: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    step: CacheStep,
+    layer_number: int,
+    scale: float,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attend with caches, which are extended; without gradients.
 
@@ -41,51 +66,91 @@ def cached_attention(
         step: what is done.
         layer_number: key of the caches.
         scale: factor of the scores.
+        window: newest tokens that a query sees, itself included; None for all.
+        sink: [h], an extra logit of each query head that joins the softmax and has no value; None for none.
 
     Returns:
         [l, h * d] or [b, h * d] in the dtype of `query`.
     """
+    layer = _Layer(layer_number, scale, window, sink)
     with torch.no_grad():
-        attend = _attend_chunk if step.is_chunk else _attend_new_tokens
-        return attend(query, key, value, step, layer_number, scale).to(query.dtype).flatten(1)
+        if not step.is_chunk:
+            out = _attend_new_tokens(query, key, value, step, layer)
+        elif window is None:
+            out = _attend_chunk(query, key, value, step, layer)
+        else:
+            out = _attend_chunk_in_window(query, key, value, step, layer)
+        return out.to(query.dtype).flatten(1)
 
 
-def _attend_chunk(
-    query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer_number: int, scale: float
-) -> Tensor:
-    store = step.stores[0]
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer: _Layer) -> Tensor:
+    store, scale = step.stores[0], layer.scale
     total = attend_own(
         query, key, value, scale=scale, transport=LocalKV() if step.group is None else Ring(step.group)
     )
     if any(step.past_rows):
+        parts = store.parts(layer.number)
         if step.group is None:
-            past = attend_parts(fold(query, key.shape[1]), store.parts(layer_number), scale=scale)
-            past = unfolded(past, len(query))
+            past = unfolded(attend_parts(fold(query, key.shape[1]), parts, scale=scale), len(query))
         elif passes_queries(query, key, past_rows=step.past_rows):
-            past = attend_past_by_queries(
-                query, key.shape[1], store.parts(layer_number), step.group, scale=scale
-            )
+            past = attend_past_by_queries(query, key.shape[1], parts, step.group, scale=scale)
         else:
-            parts = store.parts(layer_number)
             past = attend_past_by_keys(query, key, parts, step.past_rows, step.group, scale=scale)
         total.add(past)
-    store.append(layer_number, key[: step.kept], value[: step.kept])
-    return total.out
+    store.append(layer.number, key[: step.kept], value[: step.kept])
+    return total.out if layer.sink is None else add_sink(total.out, total.lse, layer.sink)[0]
 
 
-def _attend_new_tokens(
-    query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer_number: int, scale: float
+def _attend_chunk_in_window(
+    query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer: _Layer
 ) -> Tensor:
+    store, window = step.stores[0], layer.window
+    assert window is not None
+    rank = 0 if step.group is None else step.group.rank()
+    if window not in step.halo_plans:  # the same for all windowed layers of the pass
+        step.halo_plans[window] = chunk_plan(step, window, rank=rank, device=query.device)
+    first = store.rows_of(rank, max(0, step.start - window + 1))
+    parts = [torch.stack(part).transpose(1, 2) for part in store.parts(layer.number, first)]
+    past = torch.cat([key.new_empty(2, 0, *key.shape[1:]), *parts], dim=1)  # [2, n, k, d]
+    halo = Halo(step.halo_plans[window], step.group, past)
+    out = attend(query, key, value, lengths=(len(query),), scale=layer.scale, transport=halo, sink=layer.sink)
+    store.append(layer.number, key[: step.kept], value[: step.kept])
+    return out
+
+
+def chunk_plan(step: CacheStep, window: int, *, rank: int, device: torch.device) -> HaloPlan:
+    """Which rows of the past and of the chunk each rank sends for a layer's window.
+
+    Args:
+        step: of a prefill chunk.
+        window: newest tokens that a query sees, itself included.
+        rank: this one.
+        device: where indices are needed.
+    """
+    cp = len(step.past_rows)
+    tokens = []
+    for each in range(cp):
+        past = step.stores[0].tokens_held(each, max(0, step.start - window + 1), step.start)
+        chunk = shard_ranges(np.array([0, step.padded], dtype=np.int64), cp=cp, cp_rank=each) + step.start
+        held = np.concatenate([np.stack([past, past + 1], axis=1), chunk])
+        tokens.append(RankTokens(held, np.column_stack([chunk, np.zeros(len(chunk), dtype=np.int64)])))
+    return plan_halo(tokens, rank=rank, window=window, device=device)
+
+
+def _attend_new_tokens(query: Tensor, key: Tensor, value: Tensor, step: CacheStep, layer: _Layer) -> Tensor:
     rank = 0 if step.group is None else step.group.rank()
     found = []
     for index, (store, owner) in enumerate(zip(step.stores, step.owners, strict=True)):
         row = slice(index, index + 1)
         if owner == rank:
-            store.append(layer_number, key[row], value[row])
-        part = attend_parts(fold(query[row], key.shape[1]), store.parts(layer_number), scale=scale)
-        found.append(unfolded(part, 1))
-    out, lse = torch.cat([part.out for part in found]), torch.cat([part.lse for part in found])
-    return out if step.group is None else merge_over_ranks(Partial(out, lse), step.group)
+            store.append(layer.number, key[row], value[row])
+        unseen = 0 if layer.window is None else max(0, store.num_tokens - layer.window)
+        parts = store.parts(layer.number, store.rows_of(rank, unseen) if unseen else 0)
+        found.append(unfolded(attend_parts(fold(query[row], key.shape[1]), parts, scale=layer.scale), 1))
+    part = Partial(torch.cat([each.out for each in found]), torch.cat([each.lse for each in found]))
+    if step.group is not None:
+        return merge_over_ranks(part, step.group, sink=layer.sink)
+    return part.out if layer.sink is None else add_sink(part.out, part.lse, layer.sink)[0]
 
 
 def attend_parts(rows: Tensor, parts: Iterator[tuple[Tensor, Tensor]], *, scale: float) -> Partial:
@@ -186,12 +251,15 @@ def attend_past_by_keys(
     return unfolded(total, len(query))
 
 
-def merge_over_ranks(part: Partial, group: dist.ProcessGroup) -> Tensor:
-    """Parts [b, h, d] of all ranks merged, the same bits on every rank."""
+def merge_over_ranks(part: Partial, group: dist.ProcessGroup, *, sink: Tensor | None = None) -> Tensor:
+    """Parts [b, h, d] of all ranks and the sink [h] merged, the same bits on every rank."""
     dim = part.out.shape[-1]
     mine = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=-1).contiguous()
     parts = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
     dist.all_gather_into_tensor(parts, mine, group=group)
     parts = parts.unflatten(0, (group.size(), len(mine)))
-    weights = parts[..., dim:].softmax(dim=0)
+    scores = parts[..., dim:]
+    if sink is not None:  # one more part, whose output is zero
+        scores = torch.cat([scores, sink.to(scores.dtype).view(1, 1, -1, 1).expand(1, len(mine), -1, -1)])
+    weights = scores.softmax(dim=0)[: group.size()]
     return (weights * parts[..., :dim]).sum(dim=0)

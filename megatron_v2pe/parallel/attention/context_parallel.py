@@ -5,7 +5,8 @@
     a2a          transports/heads.py   heads and KV heads divide by cp; whole documents for the kernels
 
 `document_attention` (transports/direct.py) is for packs whose documents lie on some of the ranks
-(`parallel.cp_sharding`).
+(`parallel.cp_sharding`). Layers with a sliding window exchange the few keys that it reaches (transports/halo.py) in the
+place of p2p, all_gather and direct; a2a gives them whole documents.
 
 Each is given this rank's zigzag shard and returns the same rows of the same attention.
 """
@@ -22,6 +23,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, attend
 from megatron_v2pe.parallel.attention.transports.direct import Direct, Places
 from megatron_v2pe.parallel.attention.transports.gather import Gather
+from megatron_v2pe.parallel.attention.transports.halo import Halo, document_halo, zigzag_halo
 from megatron_v2pe.parallel.attention.transports.heads import attend_by_heads
 from megatron_v2pe.parallel.attention.transports.ring import Ring
 
@@ -38,6 +40,8 @@ class ContextParallelAttention(Protocol):
         lengths: Sequence[int],
         scale: float,
         group: ProcessGroup | None = None,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -48,6 +52,8 @@ class ContextParallelAttention(Protocol):
             lengths: local tokens of each document; on several ranks each must be even (two zigzag chunks).
             scale: factor of the scores.
             group: context parallel ranks; None or a group of one attends locally.
+            window: newest tokens of its document that a query sees, itself included; None for all.
+            sink: [h], an extra logit of each query head that joins the softmax and has no value; None for none.
 
         Returns:
             [l, h, d] in the dtype of `query`.
@@ -63,9 +69,19 @@ def _transported_by(transport: Callable[[ProcessGroup], KVTransport]) -> Context
         lengths: Sequence[int],
         scale: float,
         group: ProcessGroup | None = None,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        chosen = transport(group) if group is not None and group.size() > 1 else LocalKV()
-        return attend(query, key, value, lengths=tuple(lengths), scale=scale, transport=chosen)
+        lengths = tuple(lengths)
+        chosen: KVTransport
+        if group is None or group.size() == 1:
+            chosen = LocalKV(window)
+        elif window is None:
+            chosen = transport(group)
+        else:
+            where = dict(cp=group.size(), rank=group.rank())
+            chosen = Halo(zigzag_halo(lengths, **where, window=window, device=query.device), group)
+        return attend(query, key, value, lengths=lengths, scale=scale, transport=chosen, sink=sink)
 
     return attention
 
@@ -82,15 +98,28 @@ def head_attention(
     lengths: Sequence[int],
     scale: float,
     group: ProcessGroup | None = None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """See `ContextParallelAttention`; heads and KV heads must divide by the ranks."""
+    lengths, local = tuple(lengths), LocalKV(window)
     if group is None or group.size() == 1:
-        return attend(query, key, value, lengths=tuple(lengths), scale=scale, transport=LocalKV())
-    return attend_by_heads(query, key, value, lengths=tuple(lengths), scale=scale, group=group)
+        return attend(query, key, value, lengths=lengths, scale=scale, transport=local, sink=sink)
+    return attend_by_heads(
+        query, key, value, lengths=lengths, scale=scale, group=group, transport=local, sink=sink
+    )
 
 
 def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, places: Places, scale: float, group: ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    places: Places,
+    scale: float,
+    group: ProcessGroup,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents of which each lies on some ranks, differentiable.
 
@@ -101,12 +130,18 @@ def document_attention(
         places: which rank holds which documents.
         scale: factor of the scores.
         group: context parallel ranks, at least two.
+        window: as in `ContextParallelAttention`.
+        sink: as in `ContextParallelAttention`.
 
     Returns:
         [l, h, d] in the dtype of `query`.
     """
+    chosen: KVTransport = Direct(group, places)
+    if window is not None:
+        where = dict(cp=group.size(), rank=group.rank())
+        chosen = Halo(document_halo(places, **where, window=window, device=query.device), group)
     lengths = places.local(group.rank())
-    return attend(query, key, value, lengths=lengths, scale=scale, transport=Direct(group, places))
+    return attend(query, key, value, lengths=lengths, scale=scale, transport=chosen, sink=sink)
 
 
 CONTEXT_PARALLEL_ATTENTION: dict[str, ContextParallelAttention] = {

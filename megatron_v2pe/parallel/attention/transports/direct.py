@@ -89,7 +89,7 @@ def _blocks(places: Places, rank: int, source: int, device: torch.device) -> tup
             Block((shared.query_start + first, shared.query_start + shared.length), (start, start + keys))
         )
         at += keys
-    return batched(blocks, causal=source == rank, device=device)
+    return batched(blocks, causal=source == rank, first=source == rank, device=device)
 
 
 @lru_cache(maxsize=512)
@@ -115,6 +115,7 @@ class Direct:
         self.places = places
         self.size: int = group.size()
         self.rank: int = group.rank()
+        self.brings = True
 
     def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
         """See `KVTransport`."""

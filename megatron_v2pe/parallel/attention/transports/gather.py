@@ -37,6 +37,7 @@ class Gather:
         self.group = group
         self.size: int = group.size()
         self.rank: int = group.rank()
+        self.brings = True
 
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, while the others' are in flight."""

@@ -15,7 +15,7 @@ Shape legend: l local tokens, t = l * cp tokens of the pack, h query heads, k ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,15 @@ Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_by_heads(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths, scale: float, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Lengths,
+    scale: float,
+    group: dist.ProcessGroup,
+    transport: LocalKV,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents on torch's kernels, differentiable.
 
@@ -44,6 +52,8 @@ def attend_by_heads(
         lengths: local tokens of each document, even.
         scale: factor of the scores.
         group: context parallel ranks, at least two.
+        transport: of whole documents, with their window.
+        sink: [h], an extra logit of each query head; each rank uses those of its heads. None for none.
 
     Returns:
         [l, h, d] in the dtype of `query`.
@@ -52,7 +62,11 @@ def attend_by_heads(
         ConfigError: heads or KV heads do not divide by the ranks.
     """
     whole_lengths = tuple(length * group.size() for length in lengths)
-    core = partial(attend, lengths=whole_lengths, scale=scale, transport=LocalKV())
+
+    def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mine = None if sink is None else sink.chunk(group.size())[group.rank()]
+        return attend(query, key, value, lengths=whole_lengths, scale=scale, transport=transport, sink=mine)
+
     return by_heads(query, key, value, lengths=lengths, group=group, core=core)
 
 

@@ -35,6 +35,7 @@ class Ring:
         self.group = group
         self.size: int = group.size()
         self.rank: int = group.rank()
+        self.brings = True
 
     def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, then each lower rank's, wrapping around.
