@@ -23,7 +23,6 @@ from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.plain_files import read_json_object
 
-
 _WINDOWED, _WHOLE = "sliding_attention", "full_attention"
 
 

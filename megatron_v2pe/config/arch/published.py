@@ -262,7 +262,13 @@ def _series(series: str, rows: dict[str, _Row]) -> dict[str, dict[str, Any]]:
     """The sizes of a series after InternVL2; all of them but GPT-OSS have the template of 2.5."""
     return {
         f"{series}-{size}": _model(
-            vision, family, "internvl3_5_gpt_oss" if family is _GPT_OSS else "internvl2_5", layers=layers, hidden=hidden, heads=heads, ffn=ffn
+            vision,
+            family,
+            "internvl3_5_gpt_oss" if family is _GPT_OSS else "internvl2_5",
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            ffn=ffn,
         )
         for size, (vision, family, layers, hidden, heads, ffn) in rows.items()
     }

@@ -379,7 +379,9 @@ def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
             raise DataError(f"{where}: a message from 'system' is not the first; only the first may be")
         before = turns[index - 1].role if index else "gpt"
         if before not in _AFTER[turn.role]:
-            what = f"two of {turn.role!r} follow" if before == turn.role else f"{turn.role!r} follows {before!r}"
+            what = (
+                f"two of {turn.role!r} follow" if before == turn.role else f"{turn.role!r} follows {before!r}"
+            )
             raise DataError(
                 f"{where}: messages must alternate human, gpt, ..., functions before an answer; {what}"
             )

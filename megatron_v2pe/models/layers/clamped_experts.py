@@ -111,9 +111,7 @@ class ClampedExperts(MegatronModule):
             # Gradients are summed over the ranks that hold the same experts, which are fewer than all.
             parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
             if name in _SPLIT:
-                set_tensor_model_parallel_attributes(
-                    parameter, is_parallel=True, dim=_SPLIT[name], stride=1
-                )
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=_SPLIT[name], stride=1)
             self.register_parameter(name, parameter)
 
     def forward(

@@ -117,7 +117,6 @@ def _without_bias(linear: Any) -> Any:
 
     mcore gives queries, keys and values a bias whenever the other linears have one; InternViT-6B does not.
     """
-
     return _with(linear, bias=False)
 
 

@@ -1,9 +1,9 @@
 """The reference with its decoder run by the class that `transformers` has for it: a third opinion.
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
-Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts, GPT-OSS) accept fractional positions; norms and rotary
-tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring their
-own code, which is not run here.
+Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts, GPT-OSS) accept fractional positions; norms and
+rotary tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring
+their own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
 """
@@ -67,7 +67,9 @@ class TransformersReference(ReferenceModel):
         """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
         prefix, _, stacked = name.rpartition(".experts.")
         experts = self.arch.language.experts
-        if stacked not in _STACKED or experts is None or experts.is_clamped:  # GPT-OSS is stacked in files, too
+        if (
+            stacked not in _STACKED or experts is None or experts.is_clamped
+        ):  # GPT-OSS is stacked in files, too
             return self.read(name)
         return torch.stack(
             [
@@ -81,7 +83,9 @@ class TransformersReference(ReferenceModel):
         scaling = self.arch.language.rope_scaling
         if scaling.kind == "none" or (self.is_v2pe and scaling.kind in ("linear", "dynamic")):
             return {**llm_config, "rope_scaling": None}
-        if scaling.kind == "yarn":  # also where config.json leaves it to the class, whose default differs by version
+        if (
+            scaling.kind == "yarn"
+        ):  # also where config.json leaves it to the class, whose default differs by version
             return {**llm_config, "rope_scaling": _yarn_keys(scaling)}
         # transformers 5 reads it from inside rope_scaling; Phi-3's config.json has it beside.
         inside = {"original_max_position_embeddings": scaling.trained_positions, **llm_config["rope_scaling"]}

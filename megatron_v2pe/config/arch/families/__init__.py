@@ -1,6 +1,15 @@
 """Language families that this package computes, by the class name that config.json gives them."""
 
-from megatron_v2pe.config.arch.families import gpt_oss, internlm2, internlm3, llama, phi3, qwen2, qwen3, qwen3_moe
+from megatron_v2pe.config.arch.families import (
+    gpt_oss,
+    internlm2,
+    internlm3,
+    llama,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_v2pe.config.arch.families.family import LanguageFamily as LanguageFamily
 
 FAMILIES: dict[str, LanguageFamily] = {

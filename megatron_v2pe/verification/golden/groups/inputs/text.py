@@ -25,7 +25,6 @@ from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.verification.golden.groups.inputs.prompts import processor_rows, template_rows
 from megatron_v2pe.verification.golden.rows import Row, equal, unsupported
 
-
 _ROLES: dict[str, Role] = {
     **{"human": "human", "gpt": "gpt", "system": "system", "pretrain": "pretrain"},
     "function": "tool",
@@ -129,7 +128,9 @@ def _conversation_rows(
         return
     roles = {message["from"] for message in record["conv"]}
     if others := sorted(roles - set(_ROLES)):
-        yield unsupported(name, "tokens", reason=f"messages from {', '.join(others)} are not training data here")
+        yield unsupported(
+            name, "tokens", reason=f"messages from {', '.join(others)} are not training data here"
+        )
         return
     turns = [Turn(role=_ROLES[message["from"]], value=message["value"]) for message in record["conv"]]
     turns = turns[1:] if turns[0].role == "gpt" else turns  # as parse_record does
