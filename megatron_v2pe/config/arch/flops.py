@@ -1,8 +1,8 @@
 """Floating point operations that the model itself needs, by the usual convention.
 
 A multiply-add counts as two; backward costs twice the forward; recomputation is not counted (model FLOPs, not
-hardware FLOPs). Causal attention counts the half that is needed: a document of n tokens has n^2/2 pairs, and n w - w^2/2
-in layers that see a window of w tokens. Figures that count the whole square (`full_attention`) are published too; at
+hardware FLOPs). Causal attention counts the half that is needed: a document of n tokens has n^2/2 pairs, and in layers
+that see a window of w tokens n w - w^2/2. Figures that count the whole square (`full_attention`) are published too; at
 256K tokens they are nearly twice as large. A window counts the same in both.
 
     decoder linears   6 * P_linear * tokens            attention   6 * layers * heads * head_dim * sum(n^2)

@@ -6,7 +6,7 @@ r"""Chat templates as data, and the one function that renders them.
     <|system|>\n{system}<|end|><|user|>\n{Q}<|end|><|assistant|>\n{A}<|end|>
     internvl3_5_gpt_oss:
     <|start|>system<|message|>{system}<|end|><|start|>user<|message|>{Q}<|end|>
-    <|start|>assistant<|channel|>final<|message|>{A}<|end|> ... <|start|>assistant<|channel|>final<|message|>{A}<|return|>
+    <|start|>assistant<|channel|>final<|message|>{A}<|end|>, and <|return|> after the last answer
 
 There is no newline after `<|im_end|>`, and an empty message renders its role only, as in the release; `internvl2_5`, of
 InternVL 2.5, 3 and 3.5, has the newline, also after empty messages. The release also lists templates of models before

@@ -18,6 +18,7 @@ from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
 from megatron_v2pe.data.samples.settings import sample_settings, with_system
+from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
 from megatron_v2pe.evaluation.retrieval.questions import Answer, RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with

@@ -2,8 +2,8 @@
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
 Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts, GPT-OSS) accept fractional positions; norms and
-rotary tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring
-their own code, which is not run here.
+rotary tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders
+bring their own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
 """

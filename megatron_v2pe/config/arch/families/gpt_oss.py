@@ -3,7 +3,7 @@
     sinks     one learned logit for each query head, which joins the softmax and has no value
     windows   layers 0, 2, ... see `sliding_window` tokens of their document; `layer_types` may say otherwise
     experts   all layers; each tensor of a layer holds all of them, input-major, gate and up in alternating columns:
-              g0 u0 g1 u1 ...; (clip(u) + 1) * min(g, limit) * sigmoid(1.702 min(g, limit)), see `models.layers.clamped_experts`
+              g0 u0 g1 u1 ...; their activation is `models.layers.clamped_experts.clamped_swiglu`
 
 Expert tensors keep the file's layout: it splits over ep ranks along experts and over etp ranks along channels as it is.
 """
