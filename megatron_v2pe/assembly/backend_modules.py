@@ -16,16 +16,21 @@ from megatron_v2pe.parallel.attention.native import NativeContextAttention
 logger = logging.getLogger(__name__)
 
 
-def choose_modules(parallel: ParallelConfig, *, dtype: str, fp8: str = "none") -> BackendModules:
+def choose_modules(
+    parallel: ParallelConfig, *, dtype: str, fp8: str = "none", sinks: bool = False
+) -> BackendModules:
     """Modules for `parallel.attention_backend`.
 
     `auto` is Transformer Engine in bfloat16 only. Its products of float32 matrices round to tf32 (10 bits), and its
     fused attention supports half precision only, so that float32 would be inexact on one rank and refused on several.
 
+    A decoder with sinks has native attention among Transformer Engine's layers, which have none for packed sequences.
+
     Args:
         parallel: names the back end, and how ranks share a sequence.
         dtype: `runtime.dtype`.
         fp8: `model.fp8`.
+        sinks: each query head of the decoder has a logit that joins its softmax.
 
     Raises:
         ConfigError: Transformer Engine is asked for by name and cannot run here, or what `auto` found cannot share a
@@ -52,12 +57,18 @@ def choose_modules(parallel: ParallelConfig, *, dtype: str, fp8: str = "none") -
         return local_modules(
             language_attention=NativeContextAttention, vision_attention=NativeContextAttention
         )
-    check_comm_type(parallel.cp_comm_type, "transformer_engine")
-    check_sharding(parallel, "transformer_engine")
+    attention = "native" if sinks else "transformer_engine"
+    check_comm_type(parallel.cp_comm_type, attention)
+    check_sharding(parallel, attention)
     if fp8 != "none":
         check_fp8_products(fp8)
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
+    if sinks:
+        logger.info("Transformer Engine has no sinks for packed sequences: the decoder's attention is native")
+        return transformer_engine_modules(
+            language_attention=NativeContextAttention, vision_attention=TEDotProductAttention
+        )
     from megatron_v2pe.parallel.attention.te import RotaryTEAttention
 
     return transformer_engine_modules(

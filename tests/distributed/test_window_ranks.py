@@ -162,3 +162,50 @@ def sent_bytes(rank, world_size, lengths):
 def test_what_travels_does_not_grow_with_the_document():
     rows = [sent_bytes(rank, 4, (64, 4096)) for rank in range(4)]
     assert rows == [[7, 7]] + [[14, 14]] * 3
+
+
+def saved_and_computed(rank, world_size):
+    """The checkpoint entry of this tensor parallel rank, and its heads' output and sink gradient."""
+    import types
+
+    import torch.distributed as dist
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_v2pe.parallel.attention.native import NativeContextAttention
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        params_dtype=torch.float64,
+        softmax_type="learnable",
+        window_size=(10, 0),
+    )
+    ones = [dist.new_group([each]) for each in range(world_size)]
+    groups = types.SimpleNamespace(tp=dist.group.WORLD, cp=ones[rank])
+    layer = NativeContextAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    (*whole, sink), grad = draw(LENGTHS, has_sink=True, heads=8, key_heads=4)
+    layer.softmax_offset.data.copy_(sink.chunk(world_size)[rank])
+    entries = layer.sharded_state_dict("core_attention.", (), {"dp_cp_group": ones[rank]})
+    (entry,) = entries.values()
+    cut = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cut, cu_seqlens_kv=cut)
+    mine = [x.chunk(world_size, dim=1)[rank] for x in (*whole, grad)]
+    out = layer(*mine[:3], packed_seq_params=params)
+    out.backward(mine[3].flatten(1))
+    key = (list(entries), entry.global_shape, entry.global_offset, entry.data is layer.softmax_offset)
+    return key, out.detach().unflatten(1, (-1, 8)), layer.softmax_offset.grad
+
+
+def test_tensor_parallel_ranks_hold_the_sinks_of_their_heads():
+    wanted = reference(LENGTHS, window=11, has_sink=True, heads=8, key_heads=4)
+    found = run_ranks(saved_and_computed, 2, timeout=120)
+    for rank, (key, _, _) in enumerate(found):
+        assert key == (["core_attention.softmax_offset"], (8,), (4 * rank,), True)
+    ours = [torch.cat([out for _, out, _ in found], dim=1), torch.cat([ds for *_, ds in found])]
+    assert max(errors(ours, [wanted[0], wanted[4]])) < 1e-12

@@ -23,6 +23,7 @@ from megatron_v2pe.batch.device_copy import to_device
 
 Rows = slice | Tensor
 SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
+WINDOW_ROWS = 8192  # queries of a window's tiles in one call: bounds the copies of keys for grouped heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,13 @@ class Block:
 
 
 def batched(
-    blocks: Sequence[Block], *, causal: bool, first: bool, device: torch.device, backwards: bool = False
+    blocks: Sequence[Block],
+    *,
+    causal: bool,
+    first: bool,
+    device: torch.device,
+    backwards: bool = False,
+    most_rows: int | None = None,
 ) -> tuple[BlockBatch, ...]:
     """Short blocks of the same shape put together, in the order of each shape's first.
 
@@ -74,14 +81,18 @@ def batched(
         first: see `BlockBatch`.
         device: where indices are needed.
         backwards: the last row of each block comes first, of queries and of keys.
+        most_rows: of queries in a batch of several blocks; None for any number.
     """
     by_shape: dict[tuple[int, int], list[Block]] = {}
     for block in blocks:
         by_shape.setdefault(block.shape, []).append(block)
     batches = []
     for shape, alike in by_shape.items():
-        together = [alike] if max(shape) <= SHORT_TOKENS else [[block] for block in alike]
-        for group in together:
+        size = len(alike) if most_rows is None else max(1, most_rows // shape[0])
+        if max(shape) > SHORT_TOKENS:
+            size = 1
+        for start in range(0, len(alike), size):
+            group = alike[start : start + size]
             queries = _rows([block.queries for block in group], device, backwards)
             keys = _rows([block.keys for block in group], device, backwards)
             batches.append(BlockBatch(queries, keys, blocks=len(group), causal=causal, first=first))

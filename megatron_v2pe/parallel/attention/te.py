@@ -8,6 +8,10 @@ attention never shows to earlier ones. (Left to detect padding itself, Transform
 
 A faster rotation exists: Transformer Engine's sbhd kernel with cp 1 reads row i of a [l, 1, 1, d] table
 for local token i, whatever documents there are. The kernel's results would have to be compared on a GPU first.
+
+Windows are mcore's `window_size`, which Transformer Engine's kernels take. Its ring has none, so they need one rank or
+`a2a`; sinks it has for unpacked sequences only (2.8 to 2.11), so models with them have `native`'s core (see
+`assembly.backend_modules`).
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_v2pe.core.env import set_where_unset
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.cached import cached_attention
 from megatron_v2pe.parallel.attention.documents import local_lengths, padding_counts_as_tokens
 from megatron_v2pe.parallel.attention.rotary import rotate
 from megatron_v2pe.parallel.attention.transports.heads import by_heads
+from megatron_v2pe.parallel.attention.windows import layer_window
 
 _UNFUSED = "NVTE_UNFUSED_ATTN"
 
@@ -42,23 +48,32 @@ class RotaryTEAttention(TEDotProductAttention):
     With `a2a` tokens are exchanged for heads here (`heads`), and Transformer Engine attends to whole documents with
     this rank's heads, as if there were no context parallelism. Its own exchange puts the shards of a document side by
     side one document after the other, and the host waits for the GPU at each, in every layer and direction.
+
+    Raises:
+        ConfigError: sinks, or a window over context parallel ranks that do not exchange heads.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int,
         *args: Any,
         cp_comm_type: str | None = "p2p",
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
+        window = layer_window(config, layer_number)
+        _check_softmax(config, window, cp_comm_type)
         self.head_group = None
         if cp_comm_type == "a2a" and config.context_parallel_size > 1:
             if pg_collection is None:
                 raise ValueError("context parallelism needs the groups of the part it is used in")
             self.head_group = pg_collection.cp
             config = _share_of_heads(config)
-        super().__init__(config, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs)
+        super().__init__(
+            config, layer_number, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs
+        )
+        self.window = window
         if self.config.params_dtype in (torch.bfloat16, torch.float16):
             set_where_unset(_UNFUSED, "0")
 
@@ -104,6 +119,20 @@ class RotaryTEAttention(TEDotProductAttention):
             step=step,
             layer_number=self.layer_number,
             scale=self.config.softmax_scale or self.config.kv_channels**-0.5,
+            window=self.window,
+        )
+
+
+def _check_softmax(config: TransformerConfig, window: int | None, cp_comm_type: str | None) -> None:
+    if config.softmax_type != "vanilla":
+        raise ConfigError(
+            f"softmax_type is {config.softmax_type!r}, but Transformer Engine's attention has sinks for unpacked "
+            "sequences only; use native attention"
+        )
+    if window is not None and config.context_parallel_size > 1 and cp_comm_type != "a2a":
+        raise ConfigError(
+            f"parallel.cp_comm_type is {cp_comm_type!r}, but Transformer Engine's ring has no sliding windows for "
+            "packed sequences; use a2a, or set parallel.attention_backend to native"
         )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -24,7 +25,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_v2pe.core.errors import ConfigError
-from megatron_v2pe.parallel.attention.block_batches import Block, BlockBatch, batched
+from megatron_v2pe.parallel.attention.block_batches import WINDOW_ROWS, Block, BlockBatch, batched
+
+
+_batched = partial(batched, most_rows=WINDOW_ROWS)
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
@@ -90,8 +94,9 @@ class _Shapes:
 
     def batches(self, device: torch.device) -> tuple[BlockBatch, ...]:
         """What kernels are given."""
-        whole = batched(self.rectangles, causal=False, first=False, device=device)
-        return whole + batched(self.triangles, causal=True, first=False, device=device, backwards=True)
+        return _batched(self.rectangles, causal=False, first=False, device=device) + _batched(
+            self.triangles, causal=True, first=False, device=device, backwards=True
+        )
 
 
 def whole_documents(lengths: Iterable[int]) -> tuple[QueryRange, ...]:
@@ -119,7 +124,7 @@ def own_blocks(ranges: Sequence[QueryRange], *, window: int, device: torch.devic
             diagonal.append(Block(tile, tile))
             if tile[0] > each.start:
                 before.add(tile, (tile[0] - window + 1, tile[0]), window)
-    return batched(diagonal, causal=True, first=True, device=device) + before.batches(device)
+    return _batched(diagonal, causal=True, first=True, device=device) + before.batches(device)
 
 
 def halo_blocks(ranges: Sequence[QueryRange], *, window: int, device: torch.device) -> tuple[BlockBatch, ...]:

@@ -27,8 +27,8 @@ def host(monkeypatch):
     return make
 
 
-def choose(*, dtype="bfloat16", fp8="none", **parallel):
-    return backend_modules.choose_modules(ParallelConfig(**parallel), dtype=dtype, fp8=fp8)
+def choose(*, dtype="bfloat16", fp8="none", sinks=False, **parallel):
+    return backend_modules.choose_modules(ParallelConfig(**parallel), dtype=dtype, fp8=fp8, sinks=sinks)
 
 
 @pytest.mark.parametrize(("gpu", "engine"), [(False, False), (False, True), (True, False)])
@@ -55,6 +55,18 @@ def test_what_auto_found_must_share_sequences_as_asked(host):
         choose(cp=2, cp_sharding="auto")
     native = choose(cp_comm_type="all_gather", attention_backend="native")
     assert native.language_attention is NativeContextAttention
+
+
+def test_sinks_have_native_attention_among_transformer_engines_layers(host):
+    """Whatever exchanges native attention has are allowed then."""
+    host(gpu=True, engine=True)
+    for parallel in (dict(), dict(cp=2, cp_comm_type="all_gather"), dict(cp=2, cp_sharding="auto")):
+        chosen = choose(sinks=True, attention_backend="transformer_engine", **parallel)
+        assert chosen.language_attention is NativeContextAttention
+        assert (chosen.vision_attention, chosen.linear_qkv) == (
+            "TEDotProductAttention",
+            "TEColumnParallelLinear",
+        )
 
 
 def test_float32_is_transformer_engine_by_name_only(host):

@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_v2pe.batch.attention_params import V2PEPackedSeqParams
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, KVPlace
 from megatron_v2pe.inference.chunks import plan_chunks
 from megatron_v2pe.parallel.attention.documents import padding_counts_as_tokens
@@ -24,9 +25,8 @@ from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.v2pe.rope import apply_rotary
 from tests.support.packs import sample
 
-CONFIG = TransformerConfig(
-    num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=1, attention_dropout=0.0
-)
+SMALL = dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_query_groups=1, attention_dropout=0.0)
+CONFIG = TransformerConfig(**SMALL)
 REAL, PADDED = torch.tensor([0, 5, 11], dtype=torch.int32), torch.tensor([0, 6, 12], dtype=torch.int32)
 
 
@@ -93,11 +93,14 @@ def test_rotates_and_passes_plain_parameters_without_padding(adapter):
     assert torch.equal(out, native(*rotated, packed_seq_params=adapter.given))
 
 
-def test_decodes_with_a_cache_as_the_native_core_does(adapter):
+@pytest.mark.parametrize("window", [None, (3, 0)])
+def test_decodes_with_a_cache_as_the_native_core_does(adapter, window):
     (query, key, value), angles = draw()
+    config = TransformerConfig(**SMALL, window_size=window)
+    adapter = type(adapter)(config, 3, AttnMaskType.causal, "self")
 
     outs = []
-    native = NativeContextAttention(CONFIG, 3, AttnMaskType.causal, "self")
+    native = NativeContextAttention(config, 3, AttnMaskType.causal, "self")
     for attend in (partial(adapter, attention_mask=None, attn_mask_type=AttnMaskType.causal), native):
         cache = KVCache(KVPlace())
         (chunk,) = plan_chunks(sample([len(query)]), chunk_tokens=100)
@@ -159,3 +162,24 @@ def test_with_a2a_it_is_built_for_a_share_of_the_heads(adapter):
     assert [built["a2a"].context_parallel_size, built["p2p"].context_parallel_size] == [1, 2]
     assert (built["a2a"].num_attention_heads, built["a2a"].num_query_groups) == (2, 1)
     assert config.num_attention_heads == 4
+
+
+def test_windows_are_passed_on_and_need_one_rank_or_a2a(adapter):
+    """mcore gives Transformer Engine's module `window_size`; in training nothing is done here."""
+    groups = types.SimpleNamespace(cp="the group")
+    windowed = {**SMALL, "num_query_groups": 2, "window_size": (3, 0)}
+    build = partial(type(adapter), attn_mask_type=AttnMaskType.causal, attention_type="self")
+    alone = build(TransformerConfig(**windowed), 1)
+    assert alone.config.window_size == (3, 0)
+    shared = TransformerConfig(**windowed, context_parallel_size=2)
+    assert build(shared, 1, cp_comm_type="a2a", pg_collection=groups).config.window_size == (3, 0)
+    with pytest.raises(ConfigError, match=r"cp_comm_type is 'p2p', but .* ring has no sliding windows"):
+        build(shared, 1, cp_comm_type="p2p", pg_collection=groups)
+    shared.window_attn_skip_freq = 1  # no layer has one
+    assert build(shared, 1, cp_comm_type="p2p", pg_collection=groups).window is None
+
+
+def test_sinks_are_refused(adapter):
+    config = TransformerConfig(**SMALL, softmax_type="learnable", use_cpu_initialization=True)
+    with pytest.raises(ConfigError, match=r"softmax_type is 'learnable', but .* unpacked sequences only"):
+        type(adapter)(config, 1, AttnMaskType.causal, "self")
