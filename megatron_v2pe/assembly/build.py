@@ -67,7 +67,9 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         ConfigError: the back end or an option of memory that the run asks for does not exist on this host.
     """
     plan, ranks = context.plan, context.ranks
-    plain = choose_modules(config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8)
+    plain = choose_modules(
+        config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8, sinks=arch.language.sinks
+    )
     modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     elementwise = choose_elementwise(config.runtime)
