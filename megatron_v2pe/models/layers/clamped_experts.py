@@ -110,8 +110,10 @@ class ClampedExperts(MegatronModule):
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             # Gradients are summed over the ranks that hold the same experts, which are fewer than all.
             parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
-            if name in _SPLIT:
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=_SPLIT[name], stride=1)
+            # Gradient norms count what each tp rank holds, as experts of different ranks differ; copies of etp once.
+            dim = _SPLIT.get(name, 0)
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+            parameter.shared = name not in _SPLIT and self.etp_group.rank() > 0  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
     def forward(

@@ -146,6 +146,7 @@ def test_a_routers_bias_takes_part_in_choice_weights_and_losses():
 def test_gradients_of_spread_experts_are_not_summed_over_all_ranks(name):
     assert getattr(make_experts(), name).allreduce
     assert not getattr(make_experts(ep=2), name).allreduce
-    assert getattr(getattr(make_experts(), name), "tensor_model_parallel", False) == (
-        name != "down_proj_bias"
-    )
+    # Each tp rank counts its experts in the gradient norm; of copies on etp ranks the first one.
+    counted = [getattr(make_experts(etp=2, etp_rank=rank), name) for rank in (0, 1)]
+    assert all(parameter.tensor_model_parallel for parameter in counted)
+    assert [parameter.shared for parameter in counted] == [False, name == "down_proj_bias"]
