@@ -37,7 +37,7 @@ from megatron_v2pe.models.internvl import InternVL
 from megatron_v2pe.models.language import LanguageModel
 from megatron_v2pe.models.layers.elementwise import ElementwiseOps
 from megatron_v2pe.models.layers.experts import ExpertRouter, RouterSettings
-from megatron_v2pe.models.layers.layer_specs import BackendModules
+from megatron_v2pe.models.layers.layer_specs import BackendModules, with_clamped_experts, with_proj_bias
 from megatron_v2pe.models.layers.norms import SplitRMSNorm
 from megatron_v2pe.models.loss import HeadPorts
 from megatron_v2pe.models.memory import MemorySavings
@@ -67,7 +67,9 @@ def build_model(config: RunConfig, arch: InternVLArchitecture, context: Parallel
         ConfigError: the back end or an option of memory that the run asks for does not exist on this host.
     """
     plan, ranks = context.plan, context.ranks
-    plain = choose_modules(config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8)
+    plain = choose_modules(
+        config.parallel, dtype=config.runtime.dtype, fp8=config.model.fp8, sinks=arch.language.sinks
+    )
     modules = {part: part_modules(plain, part, config, arch, context) for part in PARTS}
     decoder_config = language_config(config, arch, plan)
     elementwise = choose_elementwise(config.runtime)
@@ -328,7 +330,20 @@ def part_modules(
         sequence_parallel=is_language and context.plan.sequence_parallel,
         inputs_differ=not is_language and context.plan.shares_tiles_over_tp,
     )
-    return adapted_modules(modules, part, lora=config.lora, arch=arch, split=split)
+    adapted = adapted_modules(modules, part, lora=config.lora, arch=arch, split=split)
+    return _modules_of_family(adapted, arch) if is_language else adapted
+
+
+def _modules_of_family(modules: BackendModules, arch: InternVLArchitecture) -> BackendModules:
+    """The decoder's modules with what differs from a llama's, beyond what mcore's configuration says."""
+    language = arch.language
+    if language.proj_bias:
+        modules = with_proj_bias(modules)
+    if language.experts is not None and language.experts.is_clamped:
+        modules = with_clamped_experts(
+            modules, ffn_size=language.experts.ffn_size, limit=language.experts.clamp
+        )
+    return modules
 
 
 def _qk_norm(arch: InternVLArchitecture, modules: BackendModules, context: ParallelContext) -> Any:
@@ -426,6 +441,7 @@ def router_of(
         z_loss=config.moe.z_loss,
         capacity_factor=config.moe.capacity_factor,
         num_sparse_layers=len(experts.sparse_layers),
+        has_bias=experts.is_clamped,
     )
     groups = context.ranks.groups
     group = groups.tp_cp if context.plan.sequence_parallel else groups.cp

@@ -84,6 +84,16 @@ def _experts(config: RunConfig, arch: InternVLArchitecture, plan: ParallelPlan) 
     )
 
 
+def _attention_kind(arch: InternVLArchitecture) -> dict[str, Any]:
+    """Fields of windows and sinks, which the attention core reads; a window includes the token itself here."""
+    language = arch.language
+    fields: dict[str, Any] = {"softmax_type": "learnable"} if language.sinks else {}
+    if language.window:
+        fields["window_size"] = (language.window - 1, 0)
+        fields["window_attn_skip_freq"] = [int(windowed) for windowed in language.is_windowed]
+    return fields
+
+
 def _fp8(model: ModelConfig) -> dict[str, Any]:
     """FP8 linears under the names of mcore; gradients have the wider exponent where a tensor has one scale."""
     if model.fp8 == "none":
@@ -107,6 +117,7 @@ def language_config(config: RunConfig, arch: InternVLArchitecture, plan: Paralle
         **_recompute(config.model.recompute),
         **_pipeline(config.parallel),
         **_experts(config, arch, plan),
+        **_attention_kind(arch),
         **_fp8(config.model),
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

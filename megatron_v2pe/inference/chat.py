@@ -15,6 +15,7 @@ from megatron_v2pe.core.env import launcher
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import sample_settings, with_system
+from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.inference.beams import Beam, search
 from megatron_v2pe.inference.cache.memory import KVKind, PlanPrefill
 from megatron_v2pe.inference.chunks import DEFAULT_CHUNK_TOKENS
@@ -70,6 +71,7 @@ class Chat:
 
     Attributes:
         stride: which stride is used, and why.
+        header: what answers begin with, by the template; no part of their text.
 
     Raises:
         CheckpointError: not a checkpoint folder, one of an unknown family, or without a tokenizer.
@@ -102,6 +104,7 @@ class Chat:
         self.tokenizer = self.settings.text.tokenizer
         stop_token = self.settings.text.template.stop_token
         self.stop_ids = frozenset({self.tokenizer.eos_id, self.tokenizer.token_id(stop_token)})
+        self.header = AnswerHeader(self.tokenizer, self.settings.text.template)
         self.checkpoint = Path(checkpoint)
         self.engine = Engine.load(
             checkpoint,
@@ -168,13 +171,13 @@ class Chat:
         beams = search(self.engine, self.prompt(messages), sampling=sampling, stop_ids=self.stop_ids)
         texts = []
         for beam in beams:
-            stream = TextStream(self.tokenizer, sampling.stop)
+            stream = TextStream(self.tokenizer, sampling.stop, self.header)
             stream.finish(beam.tokens)
             texts.append(stream.text)
         return list(zip(texts, beams, strict=True))
 
     def score(self, messages: Sequence[Message], answer: str) -> list[ForcedToken]:
-        """Probability of a given answer, token by token, the stop token included.
+        """Probability of a given answer, token by token, the template's answer header and stop token included.
 
         Raises:
             ConfigError: the answer is empty.
@@ -183,7 +186,7 @@ class Chat:
             raise ConfigError("the answer to be scored is empty; give some text")
         tokens = self.tokenizer.encode(answer, add_bos=False)
         stop = self.tokenizer.token_id(self.settings.text.template.stop_token)
-        return self.engine.score(self.prompt(messages), [*tokens, stop])
+        return self.engine.score(self.prompt(messages), [*self.header.ids, *tokens, stop])
 
 
 class Reply:
@@ -225,7 +228,7 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         """Yield pieces of text; closing the iterator early keeps what was computed for a further question."""
         chat, engine = self._chat, self._chat.engine
-        stream = TextStream(chat.tokenizer, self._sampling.stop)
+        stream = TextStream(chat.tokenizer, self._sampling.stop, chat.header)
         self.answer = engine.begin(
             self.prompt, sampling=self._sampling, stop_ids=chat.stop_ids, on_progress=self._on_progress
         )

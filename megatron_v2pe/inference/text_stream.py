@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.data.text.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"  # a character may span several tokens
@@ -16,14 +17,18 @@ class TextStream:
     Args:
         tokenizer: the checkpoint's.
         stop: texts that end the answer; they are not part of it, nor is anything after them.
+        header: what an answer begins with and is not part of its text; nothing is given out before it is over.
 
     Attributes:
         text: what was given out so far.
         is_stopped: a stop text came up.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), header: AnswerHeader | None = None
+    ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._header, self._start = header, None if header and header.ids else 0  # type: AnswerHeader | None, int | None
         self._held = max((len(text) - 1 for text in stop), default=0)
         self.text, self.is_stopped = "", False
         self._known, self._known_text = 0, ""  # tokens whose text is final, and that text
@@ -39,7 +44,11 @@ class TextStream:
     def _advance(self, tokens: Sequence[int], *, hold: bool) -> str:
         if self.is_stopped:
             return ""
-        whole = self._decoded(tokens)
+        if self._start is None and self._header is not None:
+            self._start = self._header.end(tokens)
+            if self._start is None and hold:
+                return ""
+        whole = self._decoded(tokens[self._start or 0 :])
         places = [place for place in (whole.find(stop) for stop in self._stop) if place >= 0]
         if places:
             self.is_stopped, whole = True, whole[: min(places)]

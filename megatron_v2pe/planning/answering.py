@@ -26,7 +26,7 @@ def plan_prefill(stage: Stage) -> PrefillBytes:
             arch=stage.arch,
             plan=stage.plan,
             pack=pack,
-            backend="native" if stage.on_cpu else backend_of(stage.config),
+            backend="native" if stage.on_cpu else backend_of(stage.config, stage.arch),
             on_cpu=stage.on_cpu,
         )
         moments = prefill_moments(setting, model_chunk)

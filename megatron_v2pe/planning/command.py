@@ -123,7 +123,7 @@ def _inference(
         arch=arch,
         plan=resolve(config.parallel, request.gpus),
         pack=pack,
-        backend=backend_of(config),
+        backend=backend_of(config, arch),
     )
     layers = arch.language.num_layers
     stages = [

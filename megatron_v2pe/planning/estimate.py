@@ -141,8 +141,8 @@ class Estimate:
         return flops / (self.time.seconds * peak)
 
 
-def backend_of(config: RunConfig) -> str:
-    """The attention back end on a GPU cluster: `auto` means Transformer Engine there, native layers in float32.
+def backend_of(config: RunConfig, arch: InternVLArchitecture) -> str:
+    """The back end on a GPU cluster: `auto` means Transformer Engine there, native layers in float32.
 
     Raises:
         ConfigError: it cannot cut packs as `parallel.cp_sharding` asks.
@@ -150,7 +150,7 @@ def backend_of(config: RunConfig) -> str:
     backend = config.parallel.attention_backend
     if backend == "auto":
         backend = "transformer_engine" if config.runtime.dtype == "bfloat16" else "native"
-    check_sharding(config.parallel, backend)
+    check_sharding(config.parallel, "native" if arch.language.sinks else backend)
     return backend
 
 
@@ -185,7 +185,7 @@ def estimate(
     check_hardware(config, hardware)
     plan = resolve(config.parallel, gpus)
     padded = pack.padded(plan, pack_multiple=pack_multiple(config))
-    setting = Setting(config=config, arch=arch, plan=plan, pack=padded, backend=backend_of(config))
+    setting = Setting(config=config, arch=arch, plan=plan, pack=padded, backend=backend_of(config, arch))
     step_packs = batch_schedule(config).full_size
     micro_batches = step_packs // plan.dp
     stages = [

@@ -61,8 +61,8 @@ def ntk_base(spec: RopeSpec, rope_length: int) -> float:
 def inverse_frequencies(spec: RopeSpec, rope_length: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Frequencies base^(-2j/d), stretched, as [d/2], for a pack whose positions end at `rope_length`.
 
-    float32 follows the order of operations of the release and of transformers (whose Phi-3 and Llama 3.1 these
-    are); its table differs from the rounded float64 one. Linear scaling acts on positions there, not here.
+    float32 follows the order of operations of the release and of transformers (whose Phi-3, Llama 3.1 and YaRN
+    these are); its table differs from the rounded float64 one. Linear scaling acts on positions there, not here.
     """
     scaling = spec.scaling
     base = ntk_base(spec, rope_length) if scaling.kind == "dynamic" else spec.base
@@ -72,6 +72,8 @@ def inverse_frequencies(spec: RopeSpec, rope_length: int, *, dtype: torch.dtype 
         factors = scaling.long_factors if is_long else scaling.short_factors
         return 1.0 / (torch.tensor(factors, dtype=dtype) * base**exponents)
     frequencies = 1.0 / (base**exponents)
+    if scaling.kind == "yarn":
+        return _yarn_ramp(frequencies, spec)
     return _llama3_ramp(frequencies, scaling) if scaling.kind == "llama3" else frequencies
 
 
@@ -84,6 +86,26 @@ def _llama3_ramp(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.trained_positions * frequencies / (2.0 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
+def _yarn_ramp(frequencies: Tensor, spec: RopeSpec) -> Tensor:
+    """Keep the first indices j, divide the last, blend between two of them (YaRN, arXiv 2309.00071, section 3.2).
+
+    A frequency of index j turns M * frequency / 2 pi times within the trained length M, so the index of t turns is
+    j(t) = d ln(M / (2 pi t)) / (2 ln base);   divided = (j - j(fast)) / (j(slow) - j(fast)), at least 0 and at most 1
+    """
+    scaling = spec.scaling
+    first, last = (
+        spec.dim * math.log(scaling.trained_positions / (2.0 * math.pi * turns)) / (2.0 * math.log(spec.base))
+        for turns in (scaling.fast_turns, scaling.slow_turns)
+    )
+    if scaling.truncates:
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    first, last = max(first, 0.0), min(last, spec.dim - 1.0)
+    last += 0.001 if first == last else 0.0  # as transformers: no division by zero
+    index = torch.arange(spec.dim // 2, dtype=frequencies.dtype)
+    divided = ((index - first) / (last - first)).clamp(0.0, 1.0)
+    return divided * frequencies / scaling.factor + (1.0 - divided) * frequencies
 
 
 def rope_angles(
@@ -169,7 +191,7 @@ def apply_rotary(x_thd: Tensor, angles: Tensor, *, scale: float = 1.0, round_tab
     Args:
         x_thd: [t, h, d], queries or keys in the compute dtype.
         angles: float32 [t, d/2] from `rope_angles`.
-        scale: attention factor, multiplies cos and sin (longrope).
+        scale: attention factor, multiplies cos and sin (longrope, yarn).
         round_tables: round cos and sin to the dtype of `x_thd` first, as the release does in bf16
             (`rope_precision: reference`).
 

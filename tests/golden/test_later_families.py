@@ -185,7 +185,7 @@ def test_what_cannot_be_run_is_said(tmp_path, capsys):
     found = [row for row in rows_of(tmp_path, "text") if row.name.startswith("text/processor_")]
     assert {(row.status, row.detail) for row in found} == {
         ("unsupported", f"the folder has no ckpt_hf/{key}")
-        for key in ("h_qwen3_vit300m", "n_internlm2_vit300m")
+        for key in ("h_qwen3_vit300m", "l_gptoss_vit300m", "n_internlm2_vit300m")
     }
     shutil.rmtree(tmp_path / "text")
     (tmp_path / "text").mkdir()

@@ -30,6 +30,8 @@ RECIPES = {
     "internvl3_2b_256k": (H100, 1),
     "internvl3_5_8b_32k": (H100, 1),
     "internvl3_5_8b_256k": (H100, 4),
+    "internvl3_5_20b_a4b_32k": (H100, 2),
+    "internvl3_5_20b_a4b_256k": (H100, 4),
     "internvl3_5_30b_a3b_32k": (H100, 4),
     "internvl3_5_30b_a3b_256k": (H100, 8),
 }
@@ -37,6 +39,7 @@ RECIPES = {
 SIZES = {
     "internvl3_2b": "3-2B",
     "internvl3_5_8b": "3.5-8B",
+    "internvl3_5_20b_a4b": "3.5-20B-A4B",
     "internvl3_5_30b_a3b": "3.5-30B-A3B",
 }
 # Without SLURM, on GPUs of one machine: recipe -> GPUs, GB of one.

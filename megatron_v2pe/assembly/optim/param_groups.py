@@ -61,7 +61,7 @@ def decays_usually(name: str, num_dims: int) -> bool:
     Norms and layer scale have one dimension. This is Megatron's rule, and that of the release's own optimizer, which
     its ZeRO configurations leave unused.
     """
-    return num_dims > 1 and not name.endswith(".bias")
+    return num_dims > 1 and not name.endswith("bias")
 
 
 def _layers_above(name: str, num_layers: int) -> int:

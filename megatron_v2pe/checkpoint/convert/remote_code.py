@@ -84,6 +84,10 @@ def check_family(config_path: Path, *, to: FolderFormat | None) -> None:
         raise CheckpointError(
             f"--remote-code knows {', '.join(ARCHITECTURES)}, but this checkpoint is a {name}; omit it"
         )
+    if arch.language.rope_scaling.kind == "yarn":
+        raise CheckpointError(
+            "--remote-code computes no YaRN frequencies, which rope_scaling of this checkpoint asks for; omit it"
+        )
 
 
 def record_stride(config_path: Path, stride: int | None) -> None:

@@ -18,9 +18,11 @@ from typing import Any
 from megatron_v2pe.checkpoint.files.weights_layout import LAYOUT_FILE
 from megatron_v2pe.checkpoint.hf.sentencepiece_json import tokenizer_json
 from megatron_v2pe.checkpoint.hf.weight_files import INDEX_FILE, side_files
-from megatron_v2pe.config.arch.architecture import read_architecture
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
+from megatron_v2pe.config.arch.families import FAMILIES
 from megatron_v2pe.config.arch.native import FolderFormat, github_config, native_config
 from megatron_v2pe.config.trained_settings import DEFAULTS
+from megatron_v2pe.data.text.templates import TEMPLATES
 from megatron_v2pe.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, load_tokenizer
 from megatron_v2pe.data.text.tokenizer_files import read_tokenizer_files
 
@@ -32,24 +34,36 @@ _REPLACED = ("config.json", "tokenizer_config.json", "generation_config.json", I
 _POSITIONS = ("rope_pos_id_version", "rope_pos_id_stride")
 _TRAINED: dict[str, Any] = {
     **DEFAULTS,
-    "template": "internvl2_5",
     "system_message": "",
     "max_trained_tokens": 0,
 }
 """How a run trained (`config.trained_settings`), and what a folder means that does not say; the rest travels."""
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _VIDEO_TOKEN = "<|video_pad|>"
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+_PARTS = (
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
     "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{- '<IMG_CONTEXT>\\n' -}}"
     "{%- elif part['type'] == 'video' -%}{{- '<|video_pad|>\\n' -}}"
     "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
 )
-"""The turns of template `internvl2_5`; native folders have no system prompt unless a message brings one."""
+CHAT_TEMPLATES = {
+    "internvl2_5": (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        + _PARTS
+        + "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    ),
+    "internvl3_5_gpt_oss": (
+        "{%- for message in messages -%}{{- '<|start|>' + message['role'] -}}"
+        "{%- if message['role'] == 'assistant' -%}{{- '<|channel|>final' -}}{%- endif -%}{{- '<|message|>' -}}"
+        + _PARTS
+        + "{{- '<|return|>' if message['role'] == 'assistant' and loop.last else '<|end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}"
+    ),
+}
+"""The turns of a template; native folders have no system prompt unless a message brings one. Others have 2.5's."""
 
 
 def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]:
@@ -64,7 +78,8 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     Raises:
         CheckpointError: the other format cannot hold the model.
     """
-    is_github = read_architecture(folder).folder_format == "github"
+    arch = read_architecture(folder)
+    is_github = arch.folder_format == "github"
     kept = {
         str(path): (folder / path).read_bytes()
         for path in side_files(folder)
@@ -72,9 +87,10 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     }
     values = _read(folder / "config.json")
     positions = {key: values[key] for key in _POSITIONS if key in values}
+    family_template = FAMILIES[arch.language.architecture].template
     trained = {
         key: values[key]
-        for key, usual in _TRAINED.items()
+        for key, usual in {**_TRAINED, "template": family_template}.items()
         if values.get(key) is not None and values[key] != usual
     }
     tokenizer = _read(folder / "tokenizer_config.json")
@@ -85,7 +101,8 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
         kept |= _processor_files(values, config)
         tokenizer, added = _native_tokenizer(folder, tokenizer)
         video_token = tokenizer["extra_special_tokens"]["video_token"]
-        kept |= added | {"chat_template.jinja": CHAT_TEMPLATE.replace(_VIDEO_TOKEN, video_token).encode()}
+        chat = CHAT_TEMPLATES.get(arch.template, CHAT_TEMPLATES["internvl2_5"])
+        kept |= added | {"chat_template.jinja": chat.replace(_VIDEO_TOKEN, video_token).encode()}
     else:
         config = github_config(values, str(folder / "config.json"))
         tokenizer = _github_tokenizer(tokenizer)
@@ -93,7 +110,7 @@ def files_of_other_format(folder: Path) -> tuple[FolderFormat, dict[str, bytes]]
     kept["tokenizer_config.json"] = _text(tokenizer)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        kept["generation_config.json"] = _generation(generation, folder, is_native=is_github)
+        kept["generation_config.json"] = _generation(generation, folder, arch=arch)
     return "hf-native" if is_github else "github", kept
 
 
@@ -162,8 +179,9 @@ def _unused_token(folder: Path) -> str:
 
     The processor asks for one, replaces it wherever it is, and refuses texts that have it without a video.
     """
-    roles = read_tokenizer_files(folder).roles
-    return roles.get("unk_token", roles["eos_token"])
+    files = read_tokenizer_files(folder)
+    reserved = sorted(token for token in files.added if token.startswith("<|reserved_"))  # GPT-OSS
+    return files.roles.get("unk_token") or next(iter(reserved), files.roles["eos_token"])
 
 
 def _github_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +191,10 @@ def _github_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "tokenizer_class": original} if original else kept
 
 
-def _generation(path: Path, folder: Path, *, is_native: bool) -> bytes:
-    """Answers end at `<|im_end|>`; a GitHub folder leaves that to the template, a native one needs it here."""
+def _generation(path: Path, folder: Path, *, arch: InternVLArchitecture) -> bytes:
+    """Answers end at the template's stop token; a GitHub folder leaves that to the template, a native one names it."""
     values = _read(path)
-    if is_native:
-        values["eos_token_id"] = load_tokenizer(folder).token_id("<|im_end|>")
+    if arch.folder_format == "github":
+        template = TEMPLATES.get(arch.template, TEMPLATES["internvl2_5"])
+        values["eos_token_id"] = load_tokenizer(folder).token_id(template.stop_token)
     return _text(values)

@@ -172,10 +172,12 @@ def _sizes(arch: InternVLArchitecture) -> dict[str, int]:
         "A": language.num_heads * language.head_dim,
         "B": language.num_kv_heads * language.head_dim,
         "QKV": (language.num_heads + 2 * language.num_kv_heads) * language.head_dim,
+        "N": language.num_heads,
         "D": language.head_dim,
         "V": language.vocab_size,
         "E": language.experts.num_experts if language.experts else 0,
         "I": language.experts.ffn_size if language.experts else 0,
+        "2I": 2 * language.experts.ffn_size if language.experts else 0,
     }
 
 

@@ -9,7 +9,12 @@ from typing import Any, Literal
 from megatron_v2pe.config.arch.families import FAMILIES, REFUSED, LanguageFamily
 from megatron_v2pe.config.arch.native import GITHUB_TYPE, NATIVE_TYPE, FolderFormat, github_config
 from megatron_v2pe.config.arch.pyramid import GROUPS, PyramidArchitecture, parse_pyramid
-from megatron_v2pe.config.arch.refusals import refuse_flash, refuse_variants, refuse_vision_variants
+from megatron_v2pe.config.arch.refusals import (
+    refuse_flash,
+    refuse_nulls,
+    refuse_variants,
+    refuse_vision_variants,
+)
 from megatron_v2pe.config.arch.rope_scaling import RopeScaling, flat_rope, parse_rope_scaling
 from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.config.arch.vision_architecture import VisionArchitecture, count_patches
@@ -17,6 +22,8 @@ from megatron_v2pe.config.position_modes import POSITION_MODES, PositionMode
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
 from megatron_v2pe.core.plain_files import read_json_object
+
+_WINDOWED, _WHOLE = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class ExpertsArchitecture:
         is_sparse: for each layer whether it has experts in the place of its MLP.
         normalizes_top_k: the weights of a token's experts sum to one; false takes them from the softmax over all.
         aux_loss_coefficient: `router_aux_loss_coef`, strength of the load balancing loss that the checkpoint names.
+        clamp: limit of the clamped SwiGLU of GPT-OSS, whose router and experts have biases; 0 where experts are plain
+            silu MLPs without biases.
     """
 
     num_experts: int
@@ -38,6 +47,12 @@ class ExpertsArchitecture:
     is_sparse: tuple[bool, ...]
     normalizes_top_k: bool
     aux_loss_coefficient: float
+    clamp: float = 0.0
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether router and experts are those of GPT-OSS."""
+        return self.clamp > 0.0
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -47,12 +62,16 @@ class ExpertsArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageArchitecture:
-    """Decoder-only language model with rotary positions, grouped-query attention and a gated silu MLP.
+    """Decoder-only language model with rotary positions, grouped-query attention and a gated MLP.
 
     Attributes:
         head_dim: channels of one attention head.
-        qkv_bias: queries, keys and values have a bias (Qwen2); no other linear has one in any family.
+        qkv_bias: queries, keys and values have a bias (Qwen2, GPT-OSS).
+        proj_bias: the output projection of attention has a bias (GPT-OSS).
         qk_norm: queries and keys of each head are normalised before the rotation (Qwen3).
+        sinks: each query head has a learned logit that joins its softmax and has no value (GPT-OSS).
+        window: tokens that a windowed layer sees of its document, each token itself included; 0 without such layers.
+        is_windowed: for each layer whether it is one; empty without such layers.
         tie_word_embeddings: the head is the embedding; the folder has no tensor for it.
         experts: mixture of experts; None where every layer has one MLP.
     """
@@ -71,13 +90,22 @@ class LanguageArchitecture:
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
+    proj_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    window: int = 0
+    is_windowed: tuple[bool, ...] = ()
     pad_token_id: int
     experts: ExpertsArchitecture | None = None
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return self.experts is not None and self.experts.is_sparse[layer]
+
+    @property
+    def num_windowed(self) -> int:
+        """Layers that see a window of their document."""
+        return sum(self.is_windowed)
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads whose keys and values a tensor parallel rank has."""
@@ -327,14 +355,17 @@ def _parse_language(language: Section) -> LanguageArchitecture:
         reason = REFUSED.get(name, f"known: {', '.join(FAMILIES)}")
         raise CheckpointError(f"{language.path}: architecture {shortened(name)} is not supported; {reason}")
     family = FAMILIES[name]
+    refuse_nulls(language, family)
     language = flat_rope(language.with_defaults(family.class_defaults))
     hidden_size, num_heads = int(language.need("hidden_size")), int(language.need("num_attention_heads"))
     head_dim = _head_dim(language, family)
     refuse_variants(language, family)
+    num_layers = int(language.need("num_hidden_layers"))
+    is_windowed = _windowed_layers(language, num_layers) if family.alternates_windows else ()
     return LanguageArchitecture(
         architecture=name,
         hidden_size=hidden_size,
-        num_layers=int(language.need("num_hidden_layers")),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=int(language.get("num_key_value_heads", num_heads)),
         head_dim=head_dim,
@@ -342,11 +373,15 @@ def _parse_language(language: Section) -> LanguageArchitecture:
         vocab_size=int(language.need("vocab_size")),
         norm_eps=float(language.get("rms_norm_eps", 1e-6)),
         rope_theta=float(language.get("rope_theta", 10000.0)),
-        rope_scaling=parse_rope_scaling(language, head_dim=head_dim),
+        rope_scaling=parse_rope_scaling(language, head_dim=head_dim, has_yarn=family.yarn),
         max_position_embeddings=int(language.get("max_position_embeddings", 2048)),
         tie_word_embeddings=bool(language.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias,  # by the class, no key says so
+        proj_bias=family.proj_bias,
         qk_norm=family.qk_norm,
+        sinks=family.sinks,
+        window=language.whole("sliding_window", None) if any(is_windowed) else 0,
+        is_windowed=is_windowed if any(is_windowed) else (),
         pad_token_id=int(language.get("pad_token_id", 0)),
         experts=_parse_experts(language, family),
     )
@@ -362,15 +397,61 @@ def _head_dim(language: Section, family: LanguageFamily) -> int:
     return int(language.get("head_dim", family.default_head_dim or divided))
 
 
+def _windowed_layers(language: Section, num_layers: int) -> tuple[bool, ...]:
+    """Which layers see a window; by the class the first one and every other."""
+    kinds = language.get("layer_types", None)
+    if kinds is None:
+        return tuple(i % 2 == 0 for i in range(num_layers))
+    others = sorted(set(kinds) - {_WINDOWED, _WHOLE})
+    if others or len(kinds) != num_layers:
+        raise CheckpointError(
+            f"{language.path}: layer_types has {len(kinds)} layers of {', '.join(sorted(set(kinds)))}, but there are "
+            f"{num_layers} layers, and kinds that are computed are {_WINDOWED} and {_WHOLE}"
+        )
+    return tuple(kind == _WINDOWED for kind in kinds)
+
+
 def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitecture | None:
     if not family.experts:
         return None
-    given = {key: int(language.get(key, 0)) for key in family.experts if language.get(key, None) is not None}
+    num_experts = int(_one_value(language, family.experts) or 0)
+    is_sparse = _sparse_layers(language, family, num_experts)
+    top_k = int(_one_value(language, ("num_experts_per_tok", "experts_per_token"), needed=True))
+    if not 1 < top_k <= num_experts:
+        raise CheckpointError(
+            f"{language.path}: num_experts_per_tok is {top_k}, but must lie in 2..{family.experts[0]} = {num_experts}"
+        )
+    is_clamped = family.clamped_experts
+    if is_clamped and language.need("swiglu_limit") <= 0.0:
+        raise CheckpointError(f"{language.path}: swiglu_limit is 0, but GPT-OSS clamps at a number above it")
+    return ExpertsArchitecture(
+        num_experts=num_experts,
+        top_k=top_k,
+        ffn_size=int(language.need("intermediate_size" if is_clamped else "moe_intermediate_size")),
+        is_sparse=is_sparse,
+        # Of GPT-OSS by the class: the softmax is over the chosen logits alone.
+        normalizes_top_k=is_clamped or bool(language.get("norm_topk_prob", False)),
+        aux_loss_coefficient=float(language.get("router_aux_loss_coef", 0.001)),
+        clamp=float(language.need("swiglu_limit")) if is_clamped else 0.0,
+    )
+
+
+def _one_value(language: Section, keys: tuple[str, ...], *, needed: bool = False) -> Any:
+    """The value that several keys name, of which one or more are there; None where none is and none is needed."""
+    given = {key: language.get(key, None) for key in keys}
+    given = {key: value for key, value in given.items() if value is not None}
     if len(set(given.values())) > 1:
         named = " and ".join(f"{key} {value}" for key, value in given.items())
         raise CheckpointError(f"{language.path}: has {named}, which mean the same; keep the right one")
-    num_experts = next(iter(given.values()), 0)
+    if needed and not given:
+        return language.need(keys[0])
+    return next(iter(given.values()), None)
+
+
+def _sparse_layers(language: Section, family: LanguageFamily, num_experts: int) -> tuple[bool, ...]:
     num_layers = int(language.need("num_hidden_layers"))
+    if family.clamped_experts:
+        return (True,) * num_layers
     dense, step = language.get("mlp_only_layers", []), int(language.get("decoder_sparse_step", 1))
     is_sparse = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
     if not any(is_sparse):
@@ -378,16 +459,4 @@ def _parse_experts(language: Section, family: LanguageFamily) -> ExpertsArchitec
             f"{language.path}: {family.architecture} without a layer that has experts (num_experts {num_experts}, "
             f"decoder_sparse_step {step}, mlp_only_layers {dense}); no published InternVL is one"
         )
-    top_k = int(language.need("num_experts_per_tok"))
-    if not 1 < top_k <= num_experts:
-        raise CheckpointError(
-            f"{language.path}: num_experts_per_tok is {top_k}, but must lie in 2..num_experts = {num_experts}"
-        )
-    return ExpertsArchitecture(
-        num_experts=num_experts,
-        top_k=top_k,
-        ffn_size=int(language.need("moe_intermediate_size")),
-        is_sparse=is_sparse,
-        normalizes_top_k=bool(language.get("norm_topk_prob", False)),
-        aux_loss_coefficient=float(language.get("router_aux_loss_coef", 0.001)),
-    )
+    return is_sparse

@@ -1,8 +1,9 @@
 """Floating point operations that the model itself needs, by the usual convention.
 
 A multiply-add counts as two; backward costs twice the forward; recomputation is not counted (model FLOPs, not
-hardware FLOPs). Causal attention counts the half that is needed: a document of n tokens has n^2/2 pairs. Figures that
-count the whole square (`full_attention`) are published too; at 256K tokens they are nearly twice as large.
+hardware FLOPs). Causal attention counts the half that is needed: a document of n tokens has n^2/2 pairs, and in layers
+that see a window of w tokens n w - w^2/2. Figures that count the whole square (`full_attention`) are published too; at
+256K tokens they are nearly twice as large. A window counts the same in both.
 
     decoder linears   6 * P_linear * tokens            attention   6 * layers * heads * head_dim * sum(n^2)
     head              6 * H * V * supervised tokens    vision      3 * tiles * (2 * P_vit * p + 4 * layers * p^2 * C)
@@ -36,14 +37,15 @@ def decoder_linear_parameters(arch: InternVLArchitecture) -> int:
 
 
 def linear_tokens(arch: InternVLArchitecture) -> int:
-    """Length of a document whose causal attention costs as much as its linears; 30,720 for InternLM2-2B."""
+    """Length of a document whose causal attention costs as much as its linears; 30,720 for InternLM2-2B.
+
+    Windowed layers cost the same for each token, as linears do, and count among them.
+    """
     language = arch.language
-    return max(
-        1,
-        round(
-            decoder_linear_parameters(arch) / (language.num_layers * language.num_heads * language.head_dim)
-        ),
-    )
+    channels = language.num_heads * language.head_dim
+    windows = 2 * language.num_windowed * channels * language.window
+    whole = max(1, language.num_layers - language.num_windowed)
+    return max(1, round((decoder_linear_parameters(arch) + windows) / (whole * channels)))
 
 
 def attention_flops(
@@ -51,8 +53,18 @@ def attention_flops(
 ) -> float:
     """Forward pass of causal attention: scores and values, 2 multiply-adds of head_dim for each pair of tokens."""
     language = arch.language
-    pairs = sum(float(length) ** 2 for length in lengths) * (1.0 if full_attention else 0.5)
-    return 4.0 * language.num_layers * language.num_heads * language.head_dim * pairs
+    half = 1.0 if full_attention else 0.5
+    whole = windowed = 0.0
+    for length in lengths:
+        whole += half * float(length) ** 2
+        windowed += window_pairs(length, language.window) if length > language.window else half * length**2
+    pairs = (language.num_layers - language.num_windowed) * whole + language.num_windowed * windowed
+    return 4.0 * language.num_heads * language.head_dim * pairs
+
+
+def window_pairs(length: int, window: int) -> float:
+    """Pairs of a document of at least `window` tokens, each of which sees `window` up to itself: n w - w^2/2."""
+    return float(window) * length - 0.5 * float(window) ** 2
 
 
 def tower_attention_flops(arch: InternVLArchitecture, num_tiles: int) -> float:

@@ -116,7 +116,8 @@ VALUES: dict[str, Reader] = {
     "image_token_id": _whole(0, 2**31),
     "image_seq_length": _whole(1, 2**20),
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, 1024)),
-    **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), _COUNT),
+    **dict.fromkeys(("num_experts_per_tok", "experts_per_token", "decoder_sparse_step"), _COUNT),
+    "initial_context_length": _LENGTH,
     "mlp_only_layers": _list(_whole(0, 1024), most=1024),
     "downsample_ratio": _real(0.0, 1.0, is_low_allowed=False),
     **dict.fromkeys(("select_layer", "vision_feature_layer"), _whole(-1024, 1024)),
@@ -125,6 +126,9 @@ VALUES: dict[str, Reader] = {
     "rope_theta": _real(1.0, 1e15),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _real(0.0, 1e9, is_low_allowed=False)),
     "attention_factor": _real(0.0, 1e6, is_low_allowed=False),
+    **dict.fromkeys(("beta_fast", "beta_slow"), _real(0.0, 1e6, is_low_allowed=False)),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), _real(0.0, 1e6)),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), _real(0.0, 1e6)),
     **dict.fromkeys(
         ("short_factor", "long_factor"), _list(_real(0.0, 1e9, is_low_allowed=False), most=2**16)
     ),
@@ -134,6 +138,7 @@ VALUES: dict[str, Reader] = {
     # switches
     **dict.fromkeys(("qkv_bias", "bias", "attention_bias", "mlp_bias"), _flag),
     **dict.fromkeys(("qk_normalization", "use_qk_norm", "tie_word_embeddings", "norm_topk_prob"), _flag),
+    "truncate": _flag,
     **dict.fromkeys(("use_sliding_window", "use_mean_pooling", "use_mask_token"), _flag),
     "use_absolute_position_embeddings": _flag,
     # names

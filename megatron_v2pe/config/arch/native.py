@@ -59,18 +59,19 @@ def github_config(values: dict[str, Any], path: str) -> dict[str, Any]:
         image_size, _square(vision, "patch_size", 14), top.get("downsample_ratio", 0.5)
     )
     top.choice("image_seq_length", num_tokens, (num_tokens,))
+    language = _github_language(top.section("text_config"))
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": GITHUB_TYPE,
         "downsample_ratio": top.get("downsample_ratio", 0.5),
         "dynamic_image_size": True,
         "force_image_size": image_size,
-        "llm_config": _github_language(top.section("text_config")),
+        "llm_config": language,
         "max_dynamic_patch": 12,
         "min_dynamic_patch": 1,
         "ps_version": "v2",
         "select_layer": top.get("vision_feature_layer", -1),
-        "template": "internvl2_5",
+        "template": FAMILIES[language["architectures"][0]].template,
         "tie_word_embeddings": bool(top.section("text_config").get("tie_word_embeddings", False)),
         "torch_dtype": _dtype(top),
         "use_backbone_lora": 0,
@@ -136,7 +137,7 @@ def _github_language(text: Section) -> dict[str, Any]:
     values["torch_dtype"] = _dtype(text)
     values.pop("dtype", None)
     values = dict(flat_rope(Section(values, text.path)).values)
-    if family.experts and "num_local_experts" in values:
+    if family.experts[:1] == ("num_experts",) and "num_local_experts" in values:
         count = values["num_local_experts"]
         if values.get("num_experts") in (None, count):  # else both stay, and are refused together
             values["num_experts"] = values.pop("num_local_experts")

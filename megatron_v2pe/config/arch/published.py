@@ -183,6 +183,36 @@ _QWEN3_MOE: dict[str, Any] = {
 }
 
 
+_GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "initial_context_length": 4096,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 32,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+}
+
+
 def _dynamic(factor: float) -> dict[str, Any]:
     return {"rope_scaling": {"factor": factor, "type": "dynamic"}}
 
@@ -229,10 +259,16 @@ _Row = tuple[dict[str, Any], dict[str, Any], int, int, tuple[int, int], int]
 
 
 def _series(series: str, rows: dict[str, _Row]) -> dict[str, dict[str, Any]]:
-    """The sizes of a series after InternVL2; all of them have the template of 2.5."""
+    """The sizes of a series after InternVL2; all of them but GPT-OSS have the template of 2.5."""
     return {
         f"{series}-{size}": _model(
-            vision, family, "internvl2_5", layers=layers, hidden=hidden, heads=heads, ffn=ffn
+            vision,
+            family,
+            "internvl3_5_gpt_oss" if family is _GPT_OSS else "internvl2_5",
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            ffn=ffn,
         )
         for size, (vision, family, layers, hidden, heads, ffn) in rows.items()
     }
@@ -281,6 +317,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "4B": (_VIT_300M, _QWEN3, 36, 2560, (32, 8), 9728),
         "8B": (_VIT_300M, _QWEN3, 36, 4096, (32, 8), 12288),
         "14B": (_VIT_300M, _QWEN3, 40, 5120, (40, 8), 17408),
+        "20B-A4B": (_VIT_300M, _GPT_OSS, 24, 2880, (64, 8), 2880),
         "30B-A3B": (_VIT_300M, _QWEN3_MOE | {"moe_intermediate_size": 768}, 48, 2048, (32, 4), 6144),
         "38B": (_VIT_6B, _QWEN3, 64, 5120, (64, 8), 25600),
         "241B-A28B": (_VIT_6B, _QWEN3_MOE | {"moe_intermediate_size": 1536}, 94, 4096, (64, 4), 12288),

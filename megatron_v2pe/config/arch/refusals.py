@@ -45,6 +45,13 @@ _OF_OTHER_DECODERS: dict[str, tuple[Any, ...]] = {
 }
 """Key of another decoder -> values of it that change nothing; null and an empty list count as absent."""
 
+_OF_CLAMPED_EXPERTS: dict[str, tuple[Any, ...]] = {
+    # GPT-OSS: experts in every layer, of `intermediate_size`, weighted by the softmax of the chosen logits
+    **dict.fromkeys(("mlp_only_layers", "moe_intermediate_size"), _NOTHING),
+    "decoder_sparse_step": (1,),
+    "norm_topk_prob": (True,),
+}
+
 _EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -72,6 +79,31 @@ def refuse_variants(language: Section, family: LanguageFamily) -> None:
     for key, value in family.fixed.items():
         language.choice(key, value, (value,))
     language.choice("partial_rotary_factor", 1.0, (1.0,))
+    if not family.alternates_windows:
+        _refuse_windows(language, family)
+    _refuse_other_decoders(language, family)
+
+
+def refuse_nulls(language: Section, family: LanguageFamily) -> None:
+    """Refuse a null where the class has a rotation or a window of its own.
+
+    transformers 4 computes plain frequencies then, and 5 the class's default; nobody can know which was trained.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    values = language.values
+    for key, instead in (("rope_scaling", "rope_parameters"), ("sliding_window", "")):
+        is_null = key in values and values[key] is None and values.get(instead) is None
+        if is_null and key in family.class_defaults:
+            raise CheckpointError(
+                f"{language.path}: {key} is null, which versions of transformers read differently for "
+                f"{family.architecture}; write its value, or leave the key out for the class's default "
+                f"({family.class_defaults[key]})"
+            )
+
+
+def _refuse_windows(language: Section, family: LanguageFamily) -> None:
     longest = int(language.get("max_position_embeddings", 2048))
     has_window = language.get("use_sliding_window", family.always_windowed)
     window = language.get("sliding_window", longest) if has_window else longest
@@ -85,12 +117,14 @@ def refuse_variants(language: Section, family: LanguageFamily) -> None:
         raise CheckpointError(
             f"{language.path}: layer_types has {', '.join(others)}; every layer here attends to the whole document"
         )
-    _refuse_other_decoders(language, family)
 
 
 def _refuse_other_decoders(language: Section, family: LanguageFamily) -> None:
-    for key, neutral in _OF_OTHER_DECODERS.items():
+    own = _OF_CLAMPED_EXPERTS if family.clamped_experts else {}
+    for key, neutral in {**_OF_OTHER_DECODERS, **own}.items():
         value = language.values.get(key)
+        if key in family.fixed or key in family.class_defaults:
+            continue
         if value is None or value == [] or value in neutral:
             continue
         raise CheckpointError(

@@ -6,6 +6,8 @@ dynamic    theta grows with the sequence once it is longer than trained (NTK)
 longrope   divided by a factor of its own for each j, one list up to the trained length and one beyond it;
            cos and sin times one attention factor (Phi-3; also called "su")
 llama3     low frequencies divided by factor, high ones kept, a ramp between them (Llama 3.1)
+yarn       the same by another ramp, over the index j instead of the frequency; cos and sin times an attention factor
+           (arXiv 2309.00071; GPT-OSS, and Qwen folders that were extended)
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from megatron_v2pe.config.arch.section import Section
 from megatron_v2pe.core.errors import CheckpointError
 from megatron_v2pe.core.excerpt import shortened
 
-ScalingKind = Literal["none", "linear", "dynamic", "longrope", "llama3"]
+ScalingKind = Literal["none", "linear", "dynamic", "longrope", "llama3", "yarn"]
 
 # 'v2pe' is what the release saves for plain frequencies, and cannot read again.
 _KINDS: dict[str, ScalingKind] = {
@@ -30,6 +32,7 @@ _KINDS: dict[str, ScalingKind] = {
     "su": "longrope",
     "longrope": "longrope",
     "llama3": "llama3",
+    "yarn": "yarn",
 }
 
 
@@ -39,13 +42,16 @@ class RopeScaling:
 
     Attributes:
         kind: which formula.
-        factor: of linear, dynamic and llama3.
-        trained_positions: length M that was trained without scaling; dynamic, longrope and llama3 read it.
+        factor: of linear, dynamic, llama3 and yarn.
+        trained_positions: length M that was trained without scaling; dynamic, longrope, llama3 and yarn read it.
         short_factors: of longrope up to M, one for each of the d/2 frequencies.
         long_factors: of longrope beyond M.
         attention_factor: multiplies cos and sin.
         low_frequency_factor: of llama3; wavelengths above M / this are divided by `factor`.
         high_frequency_factor: of llama3; wavelengths below M / this are kept.
+        fast_turns: of yarn (`beta_fast`); frequencies that turn more often within M are kept.
+        slow_turns: of yarn (`beta_slow`); frequencies that turn less often are divided by `factor`.
+        truncates: of yarn; the two ends of the ramp are rounded outwards to whole indices.
     """
 
     kind: ScalingKind = "none"
@@ -56,6 +62,9 @@ class RopeScaling:
     attention_factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 1.0
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+    truncates: bool = True
 
     @property
     def is_trained_in(self) -> bool:
@@ -64,18 +73,19 @@ class RopeScaling:
         Linear and dynamic scaling are ways to reach beyond the trained length, which V2PE replaces: the
         release rotates by plain frequencies whichever of the two a checkpoint has.
         """
-        return self.kind in ("longrope", "llama3")
+        return self.kind in ("longrope", "llama3", "yarn")
 
 
-def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
+def parse_rope_scaling(language: Section, *, head_dim: int, has_yarn: bool = False) -> RopeScaling:
     """Read `rope_scaling` of a language model's section.
 
     Args:
         language: `llm_config`.
         head_dim: rotary dimension d.
+        has_yarn: the class computes YaRN frequencies.
 
     Raises:
-        CheckpointError: an unknown type, or a list of factors of the wrong length.
+        CheckpointError: an unknown type, one that the class does not have, or a list of factors of the wrong length.
     """
     if not language.get("rope_scaling", {}):
         return RopeScaling()
@@ -86,6 +96,13 @@ def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
         raise CheckpointError(f"{scaling.path}.type {shortened(name)} is unknown; known: {', '.join(_KINDS)}")
     kind = _KINDS[name]
     trained = int(language.get("max_position_embeddings", 2048))
+    if kind == "yarn":
+        if not has_yarn:
+            raise CheckpointError(
+                f"{scaling.path}.type is 'yarn', but the class of this language model has no such frequencies; set "
+                "rope_scaling to null, or reach beyond the trained length by V2PE (position.mode)"
+            )
+        return _parse_yarn(language, scaling, longest=trained)
     if kind in ("none", "linear", "dynamic"):
         factor = 1.0 if kind == "none" else float(scaling.need("factor"))
         return RopeScaling(kind=kind, factor=factor, trained_positions=trained)
@@ -107,6 +124,38 @@ def parse_rope_scaling(language: Section, *, head_dim: int) -> RopeScaling:
             scaling.get("attention_factor", _attention_factor(longest=trained, original=original))
         ),
     )
+
+
+def _parse_yarn(language: Section, scaling: Section, *, longest: int) -> RopeScaling:
+    """As transformers 5 reads these keys; `factor` counts, whatever `max_position_embeddings` is."""
+    factor = float(scaling.need("factor"))
+    original = language.get("original_max_position_embeddings", None)
+    fast, slow = float(scaling.get("beta_fast", 32.0)), float(scaling.get("beta_slow", 1.0))
+    theta = float(language.get("rope_theta", 10000.0))
+    if factor < 1.0 or fast < slow or theta <= 1.0:
+        raise CheckpointError(
+            f"{scaling.path}: factor is {factor:g}, beta_fast {fast:g}, beta_slow {slow:g} and rope_theta {theta:g}, "
+            "but YaRN has a factor of at least 1, beta_fast not below beta_slow, and rope_theta above 1"
+        )
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        trained_positions=int(original or scaling.get("original_max_position_embeddings", longest)),
+        attention_factor=float(scaling.get("attention_factor", _yarn_attention_factor(scaling, factor))),
+        fast_turns=fast,
+        slow_turns=slow,
+        truncates=bool(scaling.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(scaling: Section, factor: float) -> float:
+    """0.1 ln(factor) + 1; with both `mscale` and `mscale_all_dim` the quotient of two such (DeepSeek's keys)."""
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    above, below = float(scaling.get("mscale", 0.0)), float(scaling.get("mscale_all_dim", 0.0))
+    return grown(above) / grown(below) if above and below else grown(1.0)
 
 
 def flat_rope(language: Section) -> Section:

@@ -29,6 +29,7 @@ _ROLES: dict[str, Role] = {
     "bot": "gpt",
     "chatgpt": "gpt",
     "developer": "system",
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 _MASKS = ("loss", "weight", "train")
 # Keys of a message that say nothing that is trained on.
@@ -42,7 +43,7 @@ class Message:
     """A message with its role as this package names it.
 
     Attributes:
-        role: human, gpt or system; pretrain of a text without a template.
+        role: human, gpt or system; tool of what a function returned; pretrain of a text without a template.
         text: what it says, with placeholders.
         where: `file:line: conversations[n]`, for messages.
         supervised: false where the record masks it.
@@ -103,11 +104,10 @@ def _message(
     said = message.get(role_key)
     role = _ROLES.get(said.lower()) if isinstance(said, str) else None
     if role is None:
-        is_tool = said in ("tool", "function", "observation", "function_call")
-        what = "; tool calls are not used in training here" if is_tool else ""
+        what = "; tool calls are not used in training here" if said == "function_call" else ""
         raise DataError(
             f"{where}.{role_key} is {shortened(said)}, but must be 'human' or 'gpt' ('user', 'assistant'), or 'system' "
-            f"in the first, or 'pretrain' of a single one{what}"
+            f"in the first, or 'function' before an answer, or 'pretrain' of a single one{what}"
         )
     supervised = True
     for key, value in message.items():

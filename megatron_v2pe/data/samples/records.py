@@ -27,7 +27,7 @@ from megatron_v2pe.data.samples.messages import Message
 from megatron_v2pe.data.sources.file_kinds import HEAD_BYTES, annotation_kind, way_out
 from megatron_v2pe.data.sources.meta import DatasetEntry
 from megatron_v2pe.data.sources.storage import resolve_path
-from megatron_v2pe.data.text.templates import Turn
+from megatron_v2pe.data.text.templates import Role, Turn
 
 MediaSizes = Sequence[Sequence[Size]]
 """(width, height) of the images of each medium of a record, in order."""
@@ -51,7 +51,8 @@ class Record:
     Attributes:
         sample_id: `data set:line`, the sample's identity in logs, plans and random draws.
         where: `file:line`, for messages.
-        turns: human and gpt in turn, human first, or a single one of `pretrain`; one placeholder for each medium.
+        turns: human and gpt in turn, human first, with functions' messages between; or a single one of `pretrain`; one
+            placeholder for each medium.
         media: in order of their placeholders.
         system: system prompt of the record's own; empty uses the template's.
         notes: what was understood under another name, and what is not read; see `formats.note_text`.
@@ -376,9 +377,27 @@ def _parse_turns(messages: Sequence[Message], where: str) -> tuple[Turn, ...]:
     for index, turn in enumerate(turns):
         if turn.role == "system":
             raise DataError(f"{where}: a message from 'system' is not the first; only the first may be")
-        if turn.role != ("human", "gpt")[index % 2]:
-            raise DataError(f"{where}: messages must alternate human, gpt, ...; two of {turn.role!r} follow")
+        before = turns[index - 1].role if index else "gpt"
+        if before not in _AFTER[turn.role]:
+            what = (
+                f"two of {turn.role!r} follow" if before == turn.role else f"{turn.role!r} follows {before!r}"
+            )
+            raise DataError(
+                f"{where}: messages must alternate human, gpt, ..., functions before an answer; {what}"
+            )
+    if turns[0].role == "tool" or turns[-1].role == "tool":
+        raise DataError(
+            f"{where}: the first or last message is from a function; it belongs between a question and its answer"
+        )
     return tuple(turns)
+
+
+_AFTER: dict[Role, tuple[Role, ...]] = {
+    "human": ("gpt",),
+    "gpt": ("human", "tool"),
+    "tool": ("human", "gpt", "tool"),
+}
+"""Role of a message -> roles that the one before it may have."""
 
 
 def _parse_turn(message: Message) -> Turn:

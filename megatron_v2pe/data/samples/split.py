@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER
@@ -42,7 +43,12 @@ class Round:
 
     @property
     def cut_turn(self) -> int | None:
-        """The turn that may be cut: the answer if it shows images, else a question with several; None for neither."""
+        """The turn that may be cut: the answer if it shows images, else a question with several; None for neither.
+
+        Nor is a round cut in which a function returned something.
+        """
+        if any(turn.role == "tool" for turn in self.turns):
+            return None
         counts = self.counts
         if len(counts) > 1 and counts[1] > 1:
             return 1
@@ -61,8 +67,10 @@ def rounds_of(record: Record) -> list[Round]:
 
 def _rounds(record: Record) -> Iterator[Round]:
     unit = image = 0
-    for start in range(0, len(record.turns), 2):
-        each = Round(turns=record.turns[start : start + 2], first_unit=unit, first_image=image)
+    turns = record.turns
+    starts = [place for place, turn in enumerate(turns) if place == 0 or turn.role == "human"]
+    for start, stop in pairwise([*starts, len(turns)]):
+        each = Round(turns=turns[start:stop], first_unit=unit, first_image=image)
         yield each
         unit += each.num_units
         image += sum(each.counts)

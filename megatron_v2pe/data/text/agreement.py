@@ -98,7 +98,10 @@ def chosen_template(
 
 def foreign_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     """Role and stop tokens of a template that are not one token of a tokenizer each."""
-    texts = (template.system, template.user_role, template.assistant_role, template.separator)
+    texts = (
+        *(template.system, template.user_role, template.tool_role, template.assistant_role),
+        *(template.answer_header, template.separator, template.last_separator),
+    )
     markers = dict.fromkeys(marker for text in texts for marker in _MARKER.findall(text))
     return [marker for marker in markers if not _is_single(tokenizer, marker)]
 

@@ -254,7 +254,8 @@ def _is_metaspace(values: Mapping[str, Any]) -> bool:
 
 
 def _of_byte_level(values: Mapping[str, Any]) -> ByteLevelVocabulary:
-    description = json.dumps(values)
+    """Without added tokens, as below."""
+    description = json.dumps({**values, "added_tokens": []})
     return _of_description(tokenizers.Tokenizer.from_str(description), description, composes=False)
 
 

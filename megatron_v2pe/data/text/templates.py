@@ -4,6 +4,9 @@ r"""Chat templates as data, and the one function that renders them.
     <|im_start|>system\n{system}<|im_end|><|im_start|>user\n{Q}<|im_end|><|im_start|>assistant\n{A}<|im_end|>
     phi3-chat:
     <|system|>\n{system}<|end|><|user|>\n{Q}<|end|><|assistant|>\n{A}<|end|>
+    internvl3_5_gpt_oss:
+    <|start|>system<|message|>{system}<|end|><|start|>user<|message|>{Q}<|end|>
+    <|start|>assistant<|channel|>final<|message|>{A}<|end|>, and <|return|> after the last answer
 
 There is no newline after `<|im_end|>`, and an empty message renders its role only, as in the release; `internvl2_5`, of
 InternVL 2.5, 3 and 3.5, has the newline, also after empty messages. The release also lists templates of models before
@@ -16,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_v2pe.core.errors import ConfigError
+from megatron_v2pe.core.errors import ConfigError, DataError
 
-Role = Literal["human", "gpt", "system", "pretrain"]
+Role = Literal["human", "gpt", "system", "tool", "pretrain"]
 ReleaseRule = Literal["internlm", "mpt", "phi3", "per_message"]
 
 # "You are the multimodal model InternVL, developed jointly by Shanghai AI Laboratory and SenseTime, ..."
@@ -36,13 +39,20 @@ _INTERNVL2_5_SYSTEM = (
     "\u8bed\u8a00\u6a21\u578b\u3002"
 )
 
+_GPT_OSS_SYSTEM = (
+    "You are InternVL, a large language model trained by Shanghai AI Laboratory.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2025-08-06\n\nReasoning: low\n\n"
+    "# Valid channels: final. Channel must be included for every message."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: who says it; `pretrain` is a text of its own, without a template, that is learned as a whole.
+        role: who says it, `tool` of what a function returned; `pretrain` is a text of its own, without a template, that
+            is learned as a whole.
         value: its text.
         supervised: an answer is learned; false masks it (`loss: false` of a message).
     """
@@ -62,6 +72,10 @@ class ChatTemplate:
         user_role: written before a human message.
         assistant_role: written before an answer; the prompt of a generation ends with it.
         separator: written after the system text and after each message.
+        tool_role: written before what a function returned; empty where the template has no such turn.
+        answer_header: what an answer begins with after the role. The model says it itself, so it is supervised, and the
+            prompt of a generation ends before it; the text of an answer is what comes after it.
+        last_separator: in the place of `separator` after an answer that ends a conversation; empty is `separator`.
         strip_values: blanks around each message are dropped.
         keeps_empty: an empty message has its separator too.
         release_rule: which of the release's three ways to count label lengths belongs to it; `per_message` where each
@@ -74,6 +88,9 @@ class ChatTemplate:
     user_role: str
     assistant_role: str
     separator: str
+    tool_role: str = ""
+    answer_header: str = ""
+    last_separator: str = ""
     strip_values: bool
     keeps_empty: bool = False
     release_rule: ReleaseRule
@@ -90,7 +107,7 @@ class ChatTemplate:
     @property
     def stop_token(self) -> str:
         """The token at which an answer ends."""
-        return self.separator.strip()
+        return (self.last_separator or self.separator).strip()
 
 
 _INTERNLM2_CHAT = ChatTemplate(
@@ -123,6 +140,20 @@ TEMPLATES: dict[str, ChatTemplate] = {
             name="internvl2_5",
             system="<|im_start|>system\n" + _INTERNVL2_5_SYSTEM,
             separator="<|im_end|>\n",
+            strip_values=False,
+            keeps_empty=True,
+            release_rule="per_message",
+        ),
+        ChatTemplate(
+            name="internvl3_5_gpt_oss",
+            system_role="<|start|>system<|message|>",
+            system="<|start|>system<|message|>" + _GPT_OSS_SYSTEM,
+            user_role="<|start|>user<|message|>",
+            tool_role="<|start|>tool<|message|>",
+            assistant_role="<|start|>assistant",
+            answer_header="<|channel|>final<|message|>",
+            separator="<|end|>",
+            last_separator="<|return|>",
             strip_values=False,
             keeps_empty=True,
             release_rule="per_message",
@@ -171,8 +202,12 @@ def render(
 
     Args:
         template: see `get_template`.
-        turns: messages, human and gpt in turn; a system message may come first. Or a single one of `pretrain`.
+        turns: messages, human and gpt in turn; a system message may come first, and what a function returned before an
+            answer. Or a single one of `pretrain`.
         add_generation_prompt: end with the assistant's role, so that the model answers next.
+
+    Raises:
+        DataError: a turn of a function, for which the template has no role.
     """
     if turns and turns[0].role == "pretrain":
         whole = ((0, len(turns[0].value)),)
@@ -183,22 +218,46 @@ def render(
     if not turns or turns[0].role != "system":
         text = template.system + template.separator
     answers: list[tuple[int, int]] = []
-    num_unsupervised = len(template.separator) - len(template.stop_token)
-    roles = {"system": template.system_role, "human": template.user_role, "gpt": template.assistant_role}
     for turn in turns:
-        text += roles[turn.role]
+        is_answer = turn.role == "gpt"
+        text += _role_text(template, turn.role)
+        answer_start = len(text)
+        text += template.answer_header if is_answer else ""
         starts.append(len(text))
-        text += turn.value + template.separator if turn.value or template.keeps_empty else ""
-        if turn.role == "gpt" and turn.supervised:
-            answers.append((starts[-1], max(starts[-1], len(text) - num_unsupervised)))
+        ends_all = is_answer and turn is turns[-1] and not add_generation_prompt
+        separator = (template.last_separator if ends_all else "") or template.separator
+        text += turn.value + separator if turn.value or template.keeps_empty else ""
+        if is_answer and turn.supervised:
+            num_unsupervised = len(separator) - len(separator.strip())
+            answers.append((answer_start, max(answer_start, len(text) - num_unsupervised)))
     text += template.assistant_role if add_generation_prompt else ""
     written = tuple((start, start + len(turn.value)) for start, turn in zip(starts, turns, strict=True))
-    known = TEMPLATES.get(template.name, template)
-    if template.system != known.system and text.startswith(template.system):
-        written = (
-            (len(template.system_role), len(template.system)),
-            *written,
-        )  # nor is it the template's own
     return RenderedConversation(
-        text=text, value_starts=tuple(starts), answers=tuple(answers), written=written
+        text=text,
+        value_starts=tuple(starts),
+        answers=tuple(answers),
+        written=(*_own_system(template, text), *written),
     )
+
+
+def _role_text(template: ChatTemplate, role: Role) -> str:
+    if role == "tool" and not template.tool_role:
+        raise DataError(
+            f"a message is from a function, but template {template.name!r} has no role for it; remove the message, or "
+            "write what the function returned into a human one"
+        )
+    roles = {
+        "system": template.system_role,
+        "human": template.user_role,
+        "gpt": template.assistant_role,
+        "tool": template.tool_role,
+    }
+    return roles[role]
+
+
+def _own_system(template: ChatTemplate, text: str) -> tuple[tuple[int, int], ...]:
+    """Where a system text is that somebody wrote in the place of the template's own."""
+    known = TEMPLATES.get(template.name, template)
+    if template.system == known.system or not text.startswith(template.system):
+        return ()
+    return ((len(template.system_role), len(template.system)),)

@@ -81,6 +81,7 @@ class ModelAnswerer:
         opened = open_for_answers(checkpoint, data=None, dtype=dtype, parallel=self._parallel)
         self.arch, self._settings, self._model = opened.arch, opened.settings, opened.model
         self._tokenizer, self._stop_ids = opened.settings.text.tokenizer, opened.stop_ids
+        self._header = opened.header
 
     def prepare(self, setting: StrideSetting) -> Share:
         """See `LoadedEngine.prepare`."""
@@ -111,7 +112,7 @@ class ModelAnswerer:
         ids = self._model.engine.generate(
             prompt, max_new_tokens=request.max_new_tokens, stop_ids=self._stop_ids
         )
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._header.without(ids), skip_special_tokens=True)
         for stop in request.stop:
             text = text.partition(stop)[0]
         return Response(id=request.id, text=text.strip(), **_lengths(prompt))
@@ -122,7 +123,7 @@ class ModelAnswerer:
         chosen, logprobs = self._score(prompt, wanted)
         return Response(
             id=request.id,
-            text=self._tokenizer.decode(chosen, skip_special_tokens=True).strip(),
+            text=self._tokenizer.decode(self._header.without(chosen), skip_special_tokens=True).strip(),
             forced_match=chosen == list(wanted),
             token_logprobs=tuple(logprobs),
             **_lengths(prompt),

@@ -51,7 +51,7 @@ class EngineAnswerer:
         self._parallel = parallel or ParallelConfig()
         opened = open_for_answers(checkpoint, data=data, dtype=dtype, parallel=self._parallel, system=system)
         self.arch, self._model, self._stop_ids = opened.arch, opened.model, opened.stop_ids
-        self._tokenizer = opened.settings.text.tokenizer
+        self._tokenizer, self._header = opened.settings.text.tokenizer, opened.header
         # A question about a video has one prompt: as many frames as there may be.
         media = opened.settings.media
         video = dataclasses.replace(media.video, min_frames=media.video.max_frames)
@@ -75,7 +75,7 @@ class EngineAnswerer:
             if self._parallel.replica_size > 1:
                 raise
             return Answer(error=str(error))
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._header.without(ids), skip_special_tokens=True)
         return Answer(text=text, is_cut=len(ids) >= self._max_new_tokens)
 
     def expected(self, text: str) -> tuple[str, int]:

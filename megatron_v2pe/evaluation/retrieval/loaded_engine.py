@@ -14,6 +14,7 @@ from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
 from megatron_v2pe.config.trained_settings import answer_data
 from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.settings import SampleSettings, sample_settings, with_system
+from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.evaluation.retrieval.questions import Share, StrideSetting
 from megatron_v2pe.inference.engine import Engine
 from megatron_v2pe.parallel.topology import shutdown
@@ -90,12 +91,14 @@ class Answering:
         arch: its architecture.
         settings: how a question becomes tokens and tiles: nothing is cut, a video gives the middle of each interval.
         stop_ids: tokens that end an answer.
+        header: what a template has a model say before its answer.
         model: its weights, loaded by `prepare`.
     """
 
     arch: InternVLArchitecture
     settings: SampleSettings
     stop_ids: set[int]
+    header: AnswerHeader
     model: LoadedEngine
 
 
@@ -132,6 +135,7 @@ def open_for_answers(
             settings, text=text, media=dataclasses.replace(settings.media, video=video)
         ),
         stop_ids={text.tokenizer.token_id(text.template.stop_token), text.tokenizer.eos_id},
+        header=AnswerHeader(text.tokenizer, text.template),
         model=LoadedEngine(
             checkpoint=checkpoint,
             arch=arch,

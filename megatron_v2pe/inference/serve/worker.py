@@ -195,8 +195,9 @@ class Worker:
                 next(running.prefill)
             except StopIteration as end:
                 running.prefill = None
+                stop, chat = running.request.sampling.stop, self.chat
                 running.choices = [
-                    _Choice(index, answer, TextStream(self.chat.tokenizer, running.request.sampling.stop))
+                    _Choice(index, answer, TextStream(chat.tokenizer, stop, chat.header))
                     for index, answer in enumerate(end.value)
                 ]
                 self._note_first_token(running)

@@ -36,6 +36,7 @@ class RouterSettings:
         z_loss: strength of the mean squared log-sum-exp of the logits.
         capacity_factor: an expert takes at most this many times its even share of a rank's rows; 0 takes all.
         num_sparse_layers: of the whole model; losses are means over them.
+        has_bias: the logits have a bias, a parameter (GPT-OSS).
     """
 
     normalizes_top_k: bool
@@ -43,6 +44,7 @@ class RouterSettings:
     z_loss: float = 0.0
     capacity_factor: float = 0.0
     num_sparse_layers: int = 1
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +103,7 @@ def _itself(x: Tensor) -> Tensor:
 class ExpertRouter(TopKRouter):
     """Chooses k experts for each row.
 
-        logits = rows @ weight^T          weights = softmax over the k largest     (or of the softmax over all)
+        logits = rows @ weight^T (+ bias) weights = softmax over the k largest     (or of the softmax over all)
         aux = E * sum_e f_e p_e           f_e share of tokens that chose e (sums to k), p_e mean probability
         z   = mean over tokens of (log sum exp logits)^2
 
@@ -133,6 +135,9 @@ class ExpertRouter(TopKRouter):
         **_of_other_versions: Any,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        if settings.has_bias:  # mcore has one where all linears of the decoder do, and then no etp
+            self.bias = torch.nn.Parameter(torch.empty(self.num_experts, dtype=config.params_dtype))
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.settings = settings
         self.sum_over_pack = sum_over_pack
         self.routed: RoutedRows | None = None
@@ -157,7 +162,8 @@ class ExpertRouter(TopKRouter):
     def gating(self, rows: Tensor) -> Tensor:
         """[r, H] to logits [r, E], in float32 or better."""
         working = torch.promote_types(rows.dtype, torch.float32)
-        return F.linear(rows.to(working), self.weight.to(working))
+        bias = None if self.bias is None else self.bias.to(working)
+        return F.linear(rows.to(working), self.weight.to(working), bias)
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.choice_bias is None:

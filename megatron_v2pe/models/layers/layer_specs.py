@@ -6,7 +6,7 @@ same. The attention core is an argument: it belongs to the parallel plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -17,6 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_v2pe.models.layers.clamped_experts import ClampedExperts
 from megatron_v2pe.models.layers.experts import SequentialExperts
 from megatron_v2pe.models.layers.linears import ColumnLinear, RowLinear
 from megatron_v2pe.models.layers.norms import Norm
@@ -36,6 +37,7 @@ class BackendModules:
         expert_fc2: second linear of an expert.
         language_attention: attention core of the decoder (causal, packed, context parallel, rotary inside).
         vision_attention: attention core of the vision tower (bidirectional).
+        experts: spec of the experts of a layer, where they are no MLPs of the two linears above.
     """
 
     norm: Any
@@ -47,6 +49,7 @@ class BackendModules:
     expert_fc2: Any
     language_attention: Any
     vision_attention: Any
+    experts: ModuleSpec | None = None
 
 
 def local_modules(*, language_attention: Any, vision_attention: Any) -> BackendModules:
@@ -85,17 +88,36 @@ def transformer_engine_modules(*, language_attention: Any, vision_attention: Any
     )
 
 
+def with_clamped_experts(modules: BackendModules, *, ffn_size: int, limit: float) -> BackendModules:
+    """The modules with experts of GPT-OSS; they are ours in every back end."""
+    experts = ModuleSpec(module=ClampedExperts, params={"ffn_size": ffn_size, "limit": limit})
+    return replace(modules, experts=experts)
+
+
+def with_proj_bias(modules: BackendModules) -> BackendModules:
+    """The modules with a bias of the output projection of attention.
+
+    mcore's own switch for it also gives biases to experts, and then refuses to split those.
+    """
+    return replace(modules, linear_proj=_with(modules.linear_proj, bias=True))
+
+
+def _with(linear: Any, **fixed: Any) -> Any:
+    """The linear class with arguments that its caller does not decide."""
+
+    class Fixed(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, **fixed})
+
+    return Fixed
+
+
 def _without_bias(linear: Any) -> Any:
     """The linear class with its bias switched off.
 
     mcore gives queries, keys and values a bias whenever the other linears have one; InternViT-6B does not.
     """
-
-    class WithoutBias(linear):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "bias": False})
-
-    return WithoutBias
+    return _with(linear, bias=False)
 
 
 def _attention(
@@ -134,7 +156,7 @@ def _mlp(modules: BackendModules) -> ModuleSpec:
 def _mixture_of_experts(modules: BackendModules, router: Any) -> ModuleSpec:
     """A router and experts in the place of an MLP; the exact class MoELayer, as above."""
     linears = MLPSubmodules(linear_fc1=modules.expert_fc1, linear_fc2=modules.expert_fc2)
-    experts = ModuleSpec(module=SequentialExperts, submodules=linears)
+    experts = modules.experts or ModuleSpec(module=SequentialExperts, submodules=linears)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
 
 

@@ -89,11 +89,13 @@ def decoder_stack(setting: Setting, num_layers: int, *, fp8_layers: int = 0) -> 
         routed_rows=round(setting.routed_rows) if experts else 0,
         expert_ffn=experts.ffn_size // plan.etp if experts else 0,
         num_experts=experts.num_experts if experts else 0,
+        local_experts=experts.num_experts // plan.ep if experts else 1,
+        clamped=experts is not None and experts.is_clamped,
     )
     shape = AttentionShape(
         tokens=sizes.tokens,
         longest_share=1.0 if gathers else longest / setting.tokens,
-        gathers=gathers and setting.backend == "native",
+        gathers=gathers and setting.attention_backend == "native",
         query_width=sizes.query_width,
         key_width=sizes.key_width,
         num_heads=sizes.num_heads,
@@ -101,10 +103,12 @@ def decoder_stack(setting: Setting, num_layers: int, *, fp8_layers: int = 0) -> 
         comm_type=setting.config.parallel.cp_comm_type,
     )
     costs, saving = setting.costs("language"), (model.recompute, model.offload_activations)
-    plain = _decoder_stack(sizes, shape, setting.backend, costs, num_layers, saving)
+    plain = _decoder_stack(sizes, shape, setting.attention_backend, costs, num_layers, saving)
     if not fp8_layers:
         return plain
-    fp8 = _decoder_stack(sizes, shape, setting.backend, replace(costs, fp8=True), num_layers, saving)
+    fp8 = _decoder_stack(
+        sizes, shape, setting.attention_backend, replace(costs, fp8=True), num_layers, saving
+    )
     return mixed(fp8, plain, share=fp8_layers / num_layers)
 
 

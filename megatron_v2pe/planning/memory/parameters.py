@@ -31,7 +31,7 @@ from megatron_v2pe.planning.memory.adapters import (
 )
 from megatron_v2pe.planning.request.stages import ModelChunk
 
-LOCAL_EXPERTS = "experts.local_experts"
+EXPERTS, LOCAL_EXPERTS = "experts", "experts.local_experts"
 
 
 def linear(
@@ -139,8 +139,16 @@ def expert_parameters(
     assert language.experts is not None
     experts, hidden = language.experts, language.hidden_size
     ffn = experts.ffn_size // plan.etp
+    local_experts = experts.num_experts // plan.ep
     yield f"{name}.router.weight", experts.num_experts * hidden
-    for expert in range(experts.num_experts // plan.ep):
+    if experts.is_clamped:  # all experts of the rank in one tensor
+        yield f"{name}.router.bias", experts.num_experts
+        yield f"{name}.{EXPERTS}.gate_up_proj", local_experts * hidden * 2 * ffn
+        yield f"{name}.{EXPERTS}.gate_up_proj_bias", local_experts * 2 * ffn
+        yield f"{name}.{EXPERTS}.down_proj", local_experts * ffn * hidden
+        yield f"{name}.{EXPERTS}.down_proj_bias", local_experts * hidden
+        return
+    for expert in range(local_experts):
         local = f"{name}.{LOCAL_EXPERTS}.{expert}"
         yield from linear(f"{local}.linear_fc1", rows=2 * ffn, columns=hidden, bias=False)
         yield from linear(f"{local}.linear_fc2", rows=hidden, columns=ffn, bias=False)
@@ -148,7 +156,7 @@ def expert_parameters(
 
 def is_expert(parameter: str) -> bool:
     """Whether a parameter belongs to an expert, whose gradients and state have a data parallel group of their own."""
-    return f".{LOCAL_EXPERTS}." in parameter
+    return f".{EXPERTS}." in parameter
 
 
 def language_layer_parameters(
@@ -167,7 +175,11 @@ def language_layer_parameters(
     ffn = language.ffn_size // tp
     yield f"{name}.input_layernorm.weight", hidden
     attention = f"{name}.self_attention"
-    yield from linear(f"{attention}.linear_proj", rows=hidden, columns=queries, bias=False, adapters=adapters)
+    if language.sinks:
+        yield f"{attention}.core_attention.softmax_offset", language.num_heads // tp
+    yield from linear(
+        f"{attention}.linear_proj", rows=hidden, columns=queries, bias=language.proj_bias, adapters=adapters
+    )
     mixed = queries + keys_and_values
     yield from linear(
         f"{attention}.linear_qkv", rows=mixed, columns=hidden, bias=language.qkv_bias, adapters=adapters

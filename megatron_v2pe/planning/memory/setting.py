@@ -45,6 +45,11 @@ class Setting:
     on_cpu: bool = False
 
     @property
+    def attention_backend(self) -> str:
+        """Of the decoder's attention: Transformer Engine has no sinks for packed sequences, so its layers use native."""
+        return "native" if self.arch.language.sinks else self.backend
+
+    @property
     def element_bytes(self) -> int:
         """Of the compute dtype."""
         return 2 if self.config.runtime.dtype == "bfloat16" else 4

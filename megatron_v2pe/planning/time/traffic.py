@@ -45,12 +45,15 @@ def model_chunk_traffic(setting: Setting, model_chunk: ModelChunk) -> ModelChunk
     """Traffic of one micro batch."""
     plan, hidden = setting.plan, setting.arch.language.hidden_size * setting.element_bytes
     forward, backward = cp_traffic_bytes(setting)
-    layers, passes = model_chunk.num_layers, forward_passes(setting)
+    windowed_forward, windowed_backward = window_traffic_bytes(setting)
+    language, passes = setting.arch.language, forward_passes(setting)
+    windowed = model_chunk.num_layers * language.num_windowed / language.num_layers
+    whole = model_chunk.num_layers - windowed
     neighbours = (not model_chunk.is_first) + (not model_chunk.is_last)
     return ModelChunkTraffic(
         tp_bytes=tp_traffic_bytes(setting, model_chunk),
-        cp_forward_bytes=layers * passes * forward,
-        cp_backward_bytes=layers * backward,
+        cp_forward_bytes=passes * (whole * forward + windowed * windowed_forward),
+        cp_backward_bytes=whole * backward + windowed * windowed_backward,
         router_bytes=router_bytes(setting) if model_chunk.is_first else 0.0,
         pp_bytes=neighbours * setting.rows * hidden if plan.pp > 1 else 0.0,
         ep_bytes=expert_bytes(setting, model_chunk),
@@ -117,6 +120,21 @@ def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
         return both, both
     arriving = 2 * setting.received_rows * key * e
     return arriving, 2 * arriving
+
+
+def window_traffic_bytes(setting: Setting) -> tuple[float, float]:
+    """The same for a layer with a window of w tokens: the w - 1 keys before each of a rank's two ranges of a document.
+
+    a2a gives such layers whole documents, as others.
+    """
+    language = setting.arch.language
+    forward, backward = cp_traffic_bytes(setting)
+    if not language.window or setting.config.parallel.cp_comm_type == "a2a":
+        return forward, backward
+    rows = 2 * (language.window - 1) * len(setting.pack.document_lengths)
+    key = language.kv_heads_of_rank(setting.plan.tp) * language.head_dim
+    arriving = 2 * rows * key * setting.element_bytes
+    return min(forward, arriving), min(backward, 2 * arriving)
 
 
 def router_bytes(setting: Setting) -> float:

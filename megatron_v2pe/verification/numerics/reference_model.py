@@ -189,11 +189,15 @@ class ReferenceModel:
         for i in range(language.num_layers):
             layer = f"language_model.model.layers.{i}."
             normed = _rms_norm(x, self.read(f"{layer}{names['norm1']}.weight"), language.norm_eps)
-            x = x + self._language_attention(layer, normed, angles, documents)
+            window = language.window if language.is_windowed and language.is_windowed[i] else 0
+            x = x + self._language_attention(layer, normed, angles, documents, window=window)
             normed = _rms_norm(x, self.read(f"{layer}{names['norm2']}.weight"), language.norm_eps)
             experts = language.experts
             is_sparse = experts is not None and experts.is_sparse[i]
-            x = x + (self._experts(layer, normed) if is_sparse else self._gated_mlp(layer, normed))
+            if experts is not None and experts.is_clamped:
+                x = x + self._clamped_experts(layer, normed)
+            else:
+                x = x + (self._experts(layer, normed) if is_sparse else self._gated_mlp(layer, normed))
             yield x
         yield _rms_norm(x, self.read("language_model.model.norm.weight"), language.norm_eps)
 
@@ -212,19 +216,23 @@ class ReferenceModel:
         return (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
 
     def _language_attention(
-        self, layer: str, x: Tensor, angles: tuple[Tensor, Tensor], documents: Sequence[int]
+        self, layer: str, x: Tensor, angles: tuple[Tensor, Tensor], documents: Sequence[int], *, window: int
     ) -> Tensor:
+        language = self.arch.language
+        sinks = self.read(layer + "self_attn.sinks") if language.sinks else None
         q, k, v = self._queries_keys_values(layer, x)
         q, k = _rotated(q, *angles), _rotated(k, *angles)
-        groups = self.arch.language.num_heads // self.arch.language.num_kv_heads
+        groups = language.num_heads // language.num_kv_heads
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [t, heads, d] -> [heads, t, d]
         k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
         mixed = [
-            written_out_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], is_causal=True)
+            written_out_attention(
+                *(part[:, start:stop] for part in (q, k, v)), is_causal=True, window=window, sinks=sinks
+            )
             for start, stop in pairwise(documents)
         ]
         joined = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
-        return self._linear(joined, layer + self._names["out"], bias=False)
+        return self._linear(joined, layer + self._names["out"], bias=language.proj_bias)
 
     def _queries_keys_values(self, layer: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[t, H] to [t, g m, d], [t, g, d], [t, g, d]."""
@@ -267,6 +275,26 @@ class ReferenceModel:
                 mixed[rows] += out * weights[rows, ranks, None]
         return mixed
 
+    def _clamped_experts(self, layer: str, x: Tensor) -> Tensor:
+        """GPT-OSS: tensors of all experts, input-major, gate and up in alternating columns, biases everywhere."""
+        experts = self.arch.language.experts
+        assert experts is not None
+        best, chosen = self._linear(x, layer + "mlp.router", bias=True).topk(experts.top_k, dim=-1)
+        weights = best.softmax(-1)
+        first, first_bias, second, second_bias = (
+            self.read(f"{layer}mlp.experts.{name}")
+            for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        )
+        mixed = torch.zeros_like(x)
+        for e in range(experts.num_experts):
+            rows, ranks = (chosen == e).nonzero(as_tuple=True)
+            both = x[rows] @ first[e] + first_bias[e]
+            gate = both[:, 0::2].minimum(both.new_tensor(experts.clamp))
+            up = both[:, 1::2].clip(-experts.clamp, experts.clamp)
+            inner = (up + 1.0) * gate / (1.0 + torch.exp(-1.702 * gate))
+            mixed[rows] += (inner @ second[e] + second_bias[e]) * weights[rows, ranks, None]
+        return mixed
+
     def _gated_mlp(self, layer: str, x: Tensor) -> Tensor:
         if self.arch.language.architecture == "Phi3ForCausalLM":
             gate, up = self._linear(x, layer + "mlp.gate_up_proj", bias=False).chunk(2, dim=-1)
@@ -280,13 +308,29 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
-    """Softmax attention over the last but one dimension, written out."""
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:
+    """Softmax attention over the last but one dimension, written out.
+
+    Args:
+        q: queries, [..., heads, t, d].
+        k: keys.
+        v: values.
+        is_causal: a token sees itself and those before it.
+        window: of these the last so many; 0 is all.
+        sinks: [heads], a logit more for each query, whose probability goes nowhere.
+    """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    return scores.softmax(-1) @ v
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if window:
+            allowed = allowed.triu(1 - window)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ v
+    extra = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1] @ v
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

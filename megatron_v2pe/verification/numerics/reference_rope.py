@@ -5,6 +5,7 @@ linear    / factor
 dynamic   theta' = theta * (factor * L / M - factor + 1)^(d / (d - 2)) beyond the trained length M
 longrope  / short_factor[j] up to M, / long_factor[j] beyond it (Phi-3, "su")
 llama3    / factor where a wave is longer than M / low_freq_factor, kept where it is shorter than M / high_freq_factor
+yarn      / factor from index j(1) on, kept up to j(32), j(t) the index that turns t times within M
 
 Where a run has V2PE positions linear and dynamic scaling are off, as in the release.
 """
@@ -43,7 +44,24 @@ def frequencies(arch: InternVLArchitecture, positions: Tensor, *, is_v2pe: bool)
         return plain / torch.tensor(factors, dtype=torch.float64)
     if scaling.kind == "llama3":
         return torch.tensor([_llama3(f, scaling) for f in plain.tolist()], dtype=torch.float64)
+    if scaling.kind == "yarn":
+        blend = [_divided_share(j, d, theta, scaling) for j in range(d // 2)]
+        divided = torch.tensor(blend, dtype=torch.float64)
+        return plain * (1.0 - divided + divided / scaling.factor)
     return plain
+
+
+def _divided_share(j: int, d: int, theta: float, scaling: RopeScaling) -> float:
+    """YaRN: how much of frequency j is divided, from 0 to 1 along the index."""
+
+    def index_of(turns: float) -> float:
+        return d * math.log(scaling.trained_positions / (turns * 2.0 * math.pi)) / (2.0 * math.log(theta))
+
+    low, high = index_of(scaling.fast_turns), index_of(scaling.slow_turns)
+    if scaling.truncates:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    return min(1.0, max(0.0, (j - low) / (high - low if high != low else 0.001)))
 
 
 def _llama3(frequency: float, scaling: RopeScaling) -> float:

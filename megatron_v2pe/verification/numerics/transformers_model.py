@@ -1,9 +1,9 @@
 """The reference with its decoder run by the class that `transformers` has for it: a third opinion.
 
 Tower, projector and embedding stay those of `ReferenceModel`; transformers knows InternViT under other names only.
-Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts) accept fractional positions; norms and rotary
-tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders bring their
-own code, which is not run here.
+Its decoders (Llama, Qwen2, Phi-3, Qwen3 and its mixture of experts, GPT-OSS) accept fractional positions; norms and
+rotary tables are float32 inside, whatever the dtype. InternLM2 and 3 are not in transformers: the released folders
+bring their own code, which is not run here.
 
 Optional: nothing else in this package needs transformers' models.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.verification.numerics.reference_model import ReadTensor, ReferenceModel
 
@@ -28,6 +29,7 @@ _CLASSES = (
     "Phi3ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "GptOssForCausalLM",
 )
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -63,14 +65,16 @@ class TransformersReference(ReferenceModel):
 
     def _weight(self, name: str) -> Tensor:
         """A tensor of transformers' decoder; version 5 stacks a layer's experts, where the files have each alone."""
-        experts, _, stacked = name.rpartition(".experts.")
-        if stacked not in _STACKED:
+        prefix, _, stacked = name.rpartition(".experts.")
+        experts = self.arch.language.experts
+        if (
+            stacked not in _STACKED or experts is None or experts.is_clamped
+        ):  # GPT-OSS is stacked in files, too
             return self.read(name)
-        assert self.arch.language.experts is not None
         return torch.stack(
             [
-                torch.cat([self.read(f"{experts}.experts.{e}.{part}.weight") for part in _STACKED[stacked]])
-                for e in range(self.arch.language.experts.num_experts)
+                torch.cat([self.read(f"{prefix}.experts.{e}.{part}.weight") for part in _STACKED[stacked]])
+                for e in range(experts.num_experts)
             ]
         )
 
@@ -79,6 +83,10 @@ class TransformersReference(ReferenceModel):
         scaling = self.arch.language.rope_scaling
         if scaling.kind == "none" or (self.is_v2pe and scaling.kind in ("linear", "dynamic")):
             return {**llm_config, "rope_scaling": None}
+        if (
+            scaling.kind == "yarn"
+        ):  # also where config.json leaves it to the class, whose default differs by version
+            return {**llm_config, "rope_scaling": _yarn_keys(scaling)}
         # transformers 5 reads it from inside rope_scaling; Phi-3's config.json has it beside.
         inside = {"original_max_position_embeddings": scaling.trained_positions, **llm_config["rope_scaling"]}
         return {
@@ -110,6 +118,18 @@ class TransformersReference(ReferenceModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """See `ReferenceModel`."""
         return self._model.lm_head(hidden)
+
+
+def _yarn_keys(scaling: RopeScaling) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.trained_positions,
+        "attention_factor": scaling.attention_factor,
+        "beta_fast": scaling.fast_turns,
+        "beta_slow": scaling.slow_turns,
+        "truncate": scaling.truncates,
+    }
 
 
 def _first(output: Any) -> Tensor:

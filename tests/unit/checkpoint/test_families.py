@@ -54,12 +54,11 @@ def test_other_sizes_come_back_byte_for_byte(tmp_path, architecture, kv_heads):
     if FAMILIES[architecture].reads_head_dim:
         llm["head_dim"] = 14
     if FAMILIES[architecture].experts:
-        llm |= {
-            "num_experts": 3,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 12,
-            "mlp_only_layers": [0],
-        }
+        llm |= {"num_experts": 3, "num_experts_per_tok": 2}
+    if architecture == "Qwen3MoeForCausalLM":
+        llm |= {"moe_intermediate_size": 12, "mlp_only_layers": [0]}
+    if architecture == "GptOssForCausalLM":
+        llm |= {"attention_bias": True, "rope_scaling": {"rope_type": "default"}}
     source = random_folder(tmp_path / "hf", shards=2, dtype=torch.bfloat16, llm=llm, vision={})
     import_hf(source, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "back")

@@ -44,14 +44,17 @@ def test_a_checkpoint_as_the_source_and_json(capsys, checkpoint):
     assert 0 < rows[-1]["relative"] < 1e-5
 
 
-def test_a_native_folder_and_the_checkpoint_of_the_other_format(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "stages"), [("j_qwen3moe_vit300m", "10 of 10"), ("l_gptoss_vit300m", "12 of 12")]
+)
+def test_a_native_folder_and_the_checkpoint_of_the_other_format(capsys, tmp_path, key, stages):
     """A mixture of experts; the judge reads the names of the other format, through the tables of both."""
-    github, native = (FAMILIES_GOLDEN / folder / "j_qwen3moe_vit300m" for folder in ("ckpt", "ckpt_hf"))
+    github, native = (FAMILIES_GOLDEN / folder / key for folder in ("ckpt", "ckpt_hf"))
     import_hf(native, tmp_path / "native")
     for source in (github, native, tmp_path / "native"):
         code, out, _ = run(capsys, source, tmp_path / "native")
         assert code == 0, source
-        assert out.splitlines()[-1].startswith("10 of 10 stages pass")
+        assert out.splitlines()[-1].startswith(f"{stages} stages pass")
 
 
 def test_other_weights(capsys, checkpoint, tmp_path):

@@ -64,6 +64,22 @@ def test_llama3_scaling():
     assert (scaling.low_frequency_factor, scaling.high_frequency_factor) == (1.0, 4.0)
 
 
+def test_yarn():
+    """Qwen's documents extend a folder by these keys; DeepSeek's two scales make an attention factor of their own."""
+    stored = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    scaling = language(QWEN2, rope_scaling=stored).rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.trained_positions) == ("yarn", 4.0, 32768)
+    assert (scaling.fast_turns, scaling.slow_turns, scaling.truncates) == (32.0, 1.0, True)
+    assert scaling.attention_factor == pytest.approx(1.1386294361119891, rel=1e-15)  # 0.1 ln 4 + 1
+    assert scaling.is_trained_in
+    both = {**stored, "mscale": 1.0, "mscale_all_dim": 0.5}
+    assert language(QWEN2, rope_scaling=both).rope_scaling.attention_factor == pytest.approx(1.0648, abs=1e-4)
+    given = language(LLAMA, rope_scaling={**stored, "attention_factor": 1.0, "truncate": False}).rope_scaling
+    assert (given.attention_factor, given.truncates) == (1.0, False)
+    del stored["original_max_position_embeddings"]  # then the length of the config, as in transformers
+    assert language(QWEN2, rope_scaling=stored).rope_scaling.trained_positions == 32768
+
+
 def test_scaling_that_v2pe_takes_the_place_of():
     dynamic = language(INTERNLM2).rope_scaling
     assert (dynamic.factor, dynamic.trained_positions, dynamic.is_trained_in) == (2.0, 32768, False)
@@ -78,9 +94,19 @@ def test_scaling_that_v2pe_takes_the_place_of():
         (
             QWEN2,
             {"architectures": ["Qwen4ForCausalLM"]},
-            "'Qwen4ForCausalLM' is not supported; known: InternLM2",
+            "'Qwen4ForCausalLM' is not supported; known: GptOss.*InternLM2",
         ),
-        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' is unknown; known: .*llama3"),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "yarns", "factor": 4.0}},
+            "'yarns' is unknown; known: .*llama3, yarn",
+        ),
+        (
+            INTERNLM2,
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "'yarn', but the class .* has no such",
+        ),
+        (PHI3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn', but the class .* has no such"),
         (LLAMA, {"rope_scaling": {"factor": 4.0}}, "type 'None' is unknown"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
         (LLAMA, {"attention_bias": True}, "attention_bias is True, known values are False"),

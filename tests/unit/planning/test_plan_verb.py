@@ -216,6 +216,8 @@ RECIPES = {  # recipe: (size, GPUs)
     "internvl3_2b_256k": ("InternVL3-2B", 8),
     "internvl3_5_8b_32k": ("InternVL3_5-8B", 8),
     "internvl3_5_8b_256k": ("InternVL3_5-8B", 32),
+    "internvl3_5_20b_a4b_32k": ("InternVL3_5-20B-A4B", 16),
+    "internvl3_5_20b_a4b_256k": ("InternVL3_5-20B-A4B", 32),
     "internvl3_5_30b_a3b_32k": ("InternVL3_5-30B-A3B", 32),
     "internvl3_5_30b_a3b_256k": ("InternVL3_5-30B-A3B", 64),
 }

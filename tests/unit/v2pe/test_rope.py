@@ -120,6 +120,25 @@ def test_llama3_divides_slow_frequencies_and_keeps_fast_ones(precision):
     assert ratio[40:].tolist() == pytest.approx([1 / 8] * 24, rel=1e-6)
 
 
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("precision", ["exact", "reference"])
+def test_yarn_keeps_the_first_indices_and_divides_the_last(precision, truncates):
+    """GPT-OSS: the ramp runs from index 8.09 to 17.4, or with rounded ends from 8 to 18; fractions keep it."""
+    scaling = RopeScaling(
+        kind="yarn", factor=32.0, trained_positions=4096, attention_factor=1.35, truncates=truncates
+    )
+    yarn = spec(dim=64, base=150000.0, scaling=scaling, precision=precision, fractional=True)
+    plain = spec(dim=64, base=150000.0, precision=precision, fractional=True)
+    for units in (64, 256):  # a quarter of a position, and one
+        angles = [rope_angles(torch.tensor([units]), each, rope_length=9)[0] for each in (yarn, plain)]
+        ratio = angles[0] / angles[1]
+        assert ratio[:9].tolist() == pytest.approx([1.0] * 9, rel=1e-6)
+        low, high = (8.0, 18.0) if truncates else (8.092779, 17.398043)
+        divided = (12 - low) / (high - low)
+        assert ratio[12].item() == pytest.approx(1.0 - divided + divided / 32, rel=1e-5)
+        assert ratio[18:].tolist() == pytest.approx([1 / 32] * 14, rel=1e-5)
+
+
 def test_attention_factor_scales_and_is_rounded_with_the_tables():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 2, 8, generator=generator)

@@ -1,6 +1,7 @@
 """The plain PyTorch model against numbers of the release: what `verify-numerics` trusts must be right by itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import torch
 
 from megatron_v2pe.checkpoint.hf.weights import HFWeights
+from megatron_v2pe.config.arch.rope_scaling import RopeScaling
+from megatron_v2pe.v2pe.rope import RopeSpec, inverse_frequencies
 from megatron_v2pe.verification.golden.cases import ForwardFile
 from megatron_v2pe.verification.numerics.reference_model import ReferenceModel, positions_of
+from megatron_v2pe.verification.numerics.reference_rope import frequencies
 from megatron_v2pe.verification.numerics.transformers_model import TransformersReference
 
 TESTS = Path(__file__).parents[2]
 FILES = {  # a key is of one of the two folders
     path.stem: path
     for path in sorted(TESTS.glob("golden*/forward/[a-z]_*.json"))
-    if path.stem[0] in "abcdehij"
+    if path.stem[0] in "abcdehijl"
 }
 CASES = [(key, case["name"]) for key, path in FILES.items() for case in json.loads(path.read_text())["cases"]]
 
@@ -83,6 +87,51 @@ def test_positions_are_the_recorded_ones(key, name):
     assert found == case.wanted("position_ids").tolist()
 
 
+YARN = [
+    dict(factor=4.0),
+    dict(factor=32.0, truncate=False, beta_fast=8.0, beta_slow=0.5),
+    dict(
+        factor=2.0, attention_factor=1.0, beta_fast=1.0, beta_slow=1.0, truncate=False
+    ),  # a ramp of no width
+]
+
+
+def with_yarn(key, keys):
+    file = ForwardFile.open(FILES[key].parents[1], FILES[key])
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 512, **keys}
+    return file.architecture({"llm_config.rope_scaling": scaling}), scaling
+
+
+@pytest.mark.parametrize("keys", YARN, ids=str)
+def test_frequencies_of_both_implementations_are_the_same(keys):
+    """Qwen3 with YaRN: what the model here computes, and what the reference does, in float64."""
+    arch, _ = with_yarn("h_qwen3_vit300m", keys)
+    language = arch.language
+    spec = RopeSpec(dim=language.head_dim, base=language.rope_theta, scaling=language.rope_scaling)
+    ours = inverse_frequencies(spec, 99)
+    reference = frequencies(arch, torch.tensor([98.0]), is_v2pe=True)
+    torch.testing.assert_close(ours, reference, rtol=1e-14, atol=0.0)
+    plain = inverse_frequencies(replace(spec, scaling=RopeScaling()), 99)
+    assert not torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("keys", YARN[:2], ids=str)
+def test_transformers_agrees_with_yarn(keys):
+    pytest.importorskip("transformers")
+    key = "h_qwen3_vit300m"
+    arch, scaling = with_yarn(key, keys)
+    case, plain = golden(key, "packed_v2pe")
+    values = json.loads((FILES[key].parents[1] / "ckpt" / key / "config.json").read_text())["llm_config"]
+    ours = ReferenceModel(arch, plain._read_raw, is_v2pe=True)
+    theirs = TransformersReference(
+        arch, plain._read_raw, is_v2pe=True, llm_config={**values, "rope_scaling": scaling}
+    )
+    with torch.no_grad():
+        first, second, without = (run(case, model)[-1] for model in (ours, theirs, plain))
+    assert float((first - second).abs().max()) <= 1e-4
+    assert float((first - without).abs().max()) > 1e-2
+
+
 def test_a_wrong_frequency_is_seen():
     """The check above can fail: NTK left on where the case has V2PE positions beyond the trained length."""
     case, model = golden("a_internlm2_vit300m", "default_ntk")
@@ -95,7 +144,7 @@ def test_a_wrong_frequency_is_seen():
 AGREED = [
     (key, name)
     for key, name in CASES
-    if key[0] in "cdehj" and name in ("default_single", "v2pe_fix_64", "packed_v2pe")
+    if key[0] in "cdehjl" and name in ("default_single", "v2pe_fix_64", "packed_v2pe")
 ]
 
 

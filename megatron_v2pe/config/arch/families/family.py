@@ -27,11 +27,17 @@ class LanguageFamily:
         class_defaults: values of the class for keys that are absent, of keys whose default differs between classes.
         fixed: keys of the class and the one value that this package computes; another value is refused.
         qkv_bias: queries, keys and values have a bias, by the class and without a key.
+        proj_bias: the output projection of attention has a bias.
         qk_norm: RMSNorm of each head's queries and keys before the rotation.
         reads_head_dim: the class reads `head_dim`, which may differ from hidden_size / heads.
         default_head_dim: the class's own where the key is absent; 0 divides the hidden size.
         always_windowed: `sliding_window` acts as soon as it is given (Phi-3), not only with `use_sliding_window`.
+        alternates_windows: layers of `layer_types` see `sliding_window` tokens; without the key layers 0, 2, ... do.
+        sinks: each query head has a learned logit that joins its softmax.
         experts: key of the number of experts, in the order in which they are looked for; empty for a dense family.
+        clamped_experts: experts of GPT-OSS, of `intermediate_size`, in every layer; the router has a bias.
+        yarn: the class computes YaRN frequencies.
+        template: chat template of native folders, which do not name one.
     """
 
     architecture: str
@@ -42,11 +48,17 @@ class LanguageFamily:
     class_defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
+    proj_bias: bool = False
     qk_norm: bool = False
     reads_head_dim: bool = False
     default_head_dim: int = 0
     always_windowed: bool = False
+    alternates_windows: bool = False
+    sinks: bool = False
     experts: tuple[str, ...] = ()
+    clamped_experts: bool = False
+    yarn: bool = False
+    template: str = "internvl2_5"
 
     @property
     def native_table(self) -> tuple[Rule, ...]:

@@ -31,4 +31,5 @@ FAMILY = LanguageFamily(
     github=TABLE,
     fixed={"attention_bias": False, "mlp_bias": False},
     reads_head_dim=True,
+    yarn=True,
 )

@@ -12,4 +12,5 @@ FAMILY = LanguageFamily(
     github=(*llama.TABLE, llama.QKV_BIAS),
     class_defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     qkv_bias=True,
+    yarn=True,
 )

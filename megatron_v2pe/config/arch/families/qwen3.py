@@ -23,4 +23,5 @@ FAMILY = LanguageFamily(
     qk_norm=True,
     reads_head_dim=True,
     default_head_dim=128,
+    yarn=True,
 )

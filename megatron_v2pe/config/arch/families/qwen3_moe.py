@@ -30,4 +30,5 @@ FAMILY = LanguageFamily(
     qk_norm=True,
     reads_head_dim=True,
     experts=("num_experts", "num_local_experts"),
+    yarn=True,
 )

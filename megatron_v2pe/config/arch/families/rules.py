@@ -6,7 +6,7 @@ shapes are separated by a bar:
     vision    C hidden, M MLP, P positions (patches + class token), S patch side in pixels
     projector K = C / downsample_ratio^2
     language  H hidden, F MLP, A query rows (heads x head_dim), B key rows = value rows (kv heads x head_dim),
-              QKV = A + 2 B, D head_dim, E experts, I MLP of one expert, V vocabulary
+              QKV = A + 2 B, N heads, D head_dim, E experts, I MLP of one expert, V vocabulary
 
 Norms, linears, attention and experts carry mcore's names on our side.
 """

@@ -1,5 +1,7 @@
 """A decoder layer as a tape of operations: norm, attention, norm, gated MLP, two additions.
 
+Layers with a window count as layers without: what they keep is the same.
+
 Shape legend: l tokens of this rank after the context parallel cut, r rows between layers (l, or l / tp with sequence
 parallelism), H hidden, q, k query and key channels of this rank, F feed-forward channels of this rank. Sizes of tensors
 are bytes.
@@ -45,6 +47,10 @@ class DecoderShape:
     """Channels of an expert on this rank."""
     num_experts: int = 0
     """Of the whole layer."""
+    local_experts: int = 1
+    """Of this rank."""
+    clamped: bool = False
+    """Experts of GPT-OSS, and a bias of the output projection."""
 
     @property
     def mixed_width(self) -> int:
@@ -130,8 +136,21 @@ def decoder_attention_ops(sizes: DecoderShape, attention: AttentionBytes, costs:
             forward_bytes=whole,
             backward_bytes=whole,
         ),
-        Op(name="middle", inputs=(INPUT, "projected"), output_bytes=hidden, passes_gradient=True),
+        *proj_bias_ops(hidden, sizes),
+        Op(name="middle", inputs=(INPUT, _projected(sizes)), output_bytes=hidden, passes_gradient=True),
     ]
+
+
+def _projected(sizes: DecoderShape) -> str:
+    return "projected biased" if sizes.clamped else "projected"
+
+
+def proj_bias_ops(hidden: float, sizes: DecoderShape) -> list[Op]:
+    """The bias of the output projection, which is added out of place; none in most families."""
+    if not sizes.clamped:
+        return []
+    name = _projected(sizes)
+    return [Op(name=name, inputs=("projected",), output_bytes=hidden, passes_gradient=True)]
 
 
 def gated_mlp_ops(source: str, sizes: DecoderShape, costs: LayerCosts, *, tokens: int) -> list[Op]:
@@ -237,14 +256,41 @@ def experts_ops(source: str, sizes: DecoderShape, costs: LayerCosts) -> list[Op]
     ]
     inner = replace(sizes, ffn=sizes.expert_ffn, tp=1, sequence_parallel=False)
     mlp = gated_mlp_ops("sorted", inner, replace(costs, adapters=()), tokens=n)
+    if sizes.clamped:
+        mlp = clamped_ops(mlp, sizes, costs)
     back = [
         Op(name=name, inputs=(before,), output_bytes=routed, gradient_bytes=(routed,))
-        for name, before in (("unsorted", "fc2"), ("returned", "unsorted"))
+        for name, before in (("unsorted", mlp[-1].name), ("returned", "unsorted"))
     ]
     combined = Op(
         name="combined", inputs=("returned", "router"), output_bytes=hidden, gradient_bytes=(routed, logits)
     )
     return [router, *moved, *mlp, *back, combined]
+
+
+def clamped_ops(mlp: list[Op], sizes: DecoderShape, costs: LayerCosts) -> list[Op]:
+    """GPT-OSS: the activation keeps fc1's output alone; outputs of the experts are joined, then weighted.
+
+    What the activation needs for a moment is of one expert's rows, in float32: both halves and their products, five
+    times F, and in backward as much again. Gradients of an expert's weights exist one by one before they are stacked.
+    """
+    n, e = sizes.routed_rows, costs.element_bytes
+    inner, routed = n * sizes.expert_ffn * e, n * sizes.hidden * e
+    moment = 5 * n / sizes.local_experts * sizes.expert_ffn * FLOAT_BYTES
+    first, second = mlp[0], mlp[-1]
+    activation = Op(
+        name="gated",
+        inputs=("fc1",),
+        output_bytes=inner,
+        keeps=("fc1",),
+        forward_bytes=moment,
+        backward_bytes=2 * moment,
+    )
+    weighted = Op(
+        name="weighted", inputs=("fc2",), output_bytes=routed, keeps=("fc2",), gradient_bytes=(routed,)
+    )
+    joined = replace(second, forward_bytes=second.forward_bytes + routed)
+    return [first, activation, joined, weighted]
 
 
 def decoder_layer_ops(

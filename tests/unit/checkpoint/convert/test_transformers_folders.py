@@ -16,7 +16,10 @@ transformers = pytest.importorskip(
     "transformers", minversion="4.57", reason="extra 'verify' is not installed"
 )
 
-KEYS = ("h_qwen3_vit300m", "i_qwen3_vit6b", "j_qwen3moe_vit300m", "n_internlm2_vit300m")
+KEYS = (
+    *("h_qwen3_vit300m", "i_qwen3_vit6b", "j_qwen3moe_vit300m", "l_gptoss_vit300m"),
+    "n_internlm2_vit300m",
+)
 CASE = "packed_v2pe"
 LOGITS_ATOL = 1e-4  # float32 logits of order 10, against a float64 run
 
@@ -79,7 +82,7 @@ def test_logits_are_the_recorded_ones_which_ours_equal(folders, key):
     assert float(error) < LOGITS_ATOL
 
 
-@pytest.mark.parametrize("key", ["h_qwen3_vit300m", "n_internlm2_vit300m"])
+@pytest.mark.parametrize("key", ["h_qwen3_vit300m", "l_gptoss_vit300m", "n_internlm2_vit300m"])
 def test_the_processor_makes_the_recorded_ids(folders, key):
     """transformers' processor on a converted folder; it needs torchvision."""
     pytest.importorskip("torchvision", reason="transformers' processor for videos needs it")

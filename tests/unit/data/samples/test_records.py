@@ -94,7 +94,16 @@ def turn(role, value):
         ({"conversations": []}, "at least one message"),
         ({"conversations": ["hi"]}, r"conversations\[0\] must be an object"),
         ({"conversations": [turn("human", 3)]}, r"conversations\[0\] must be an object"),
-        ({"conversations": [turn("tool", "x")]}, "is 'tool', but must be 'human' or 'gpt'"),
+        ({"conversations": [turn("narrator", "x")]}, "is 'narrator', but must be 'human' or 'gpt'"),
+        ({"conversations": [turn("tool", "x")]}, "first or last message is from a function"),
+        (
+            {"conversations": [turn("human", "x"), turn("function", "y")]},
+            "first or last message is from a func",
+        ),
+        (
+            {"conversations": [turn("human", "x"), turn("function", "y"), turn("human", "z")]},
+            "'human' follows 'tool'",
+        ),
         ({"conversations": [turn("human", "x"), turn("system", "y")]}, "'system' is not the first"),
         ({"conversations": [turn("system", "x")]}, "no human message"),
         (

@@ -103,6 +103,18 @@ LAYOUTS = {
         [3],
         run(parallel=ParallelConfig(tp=2, ep=4, etp=2, sequence_parallel=True)),
     ),
+    "3.5-20B-A4B, experts over 4 ranks": (
+        "3.5-20B-A4B",
+        8,
+        [0, 5],
+        run(parallel=ParallelConfig(tp=2, pp=2, ep=4, sequence_parallel=True)),
+    ),
+    "3.5-20B-A4B, experts split": (
+        "3.5-20B-A4B",
+        8,
+        [3],
+        run(parallel=ParallelConfig(tp=4, cp=2, ep=2, etp=4, sequence_parallel=True)),
+    ),
     "8B, adapters of two linears": (
         "8B",
         8,

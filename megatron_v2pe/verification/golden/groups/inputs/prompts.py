@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def template_rows(path: Path) -> Iterator[Row]:
                 recorded["system_message_sha256"],
             ),
         }
+        # The reference's template holds no header of answers: they bring their own.
+        plain = replace(template, answer_header="")
         for is_open, wanted in ((True, recorded["rendered_open"]), (False, recorded["rendered_closed"])):
             turns = _turns(wanted, recorded, pieces["system"][1])
-            text = render(template, turns, add_generation_prompt=is_open).text
+            text = render(plain, turns, add_generation_prompt=is_open).text
             pieces["rendered_open" if is_open else "rendered_closed"] = (text, wanted)
         for quantity, (ours, wanted) in pieces.items():
             yield _equal(f"text/template_{name}", quantity, ours, wanted)
@@ -52,7 +55,9 @@ def _turns(text: str, recorded: dict[str, Any], system: str) -> list[Turn]:
     speakers: tuple[Role, Role] = ("human", "gpt")
     while rest and rest not in recorded["roles"]:
         number = len(turns) % 2
-        value, _, rest = rest.removeprefix(recorded["roles"][number]).partition(recorded["sep"])
+        said = rest.removeprefix(recorded["roles"][number])
+        value, _, rest = said.partition(recorded["sep"])
+        value = value.removesuffix(recorded.get("sep2") or "")
         turns.append(Turn(role=speakers[number], value=value))
     return turns
 
@@ -90,7 +95,7 @@ def _processor_rows(
     image = IMAGE_START + IMAGE_CONTEXT * num_context + IMAGE_END
     ids = tokenizer.encode(case["rendered"].replace(IMAGE_CONTEXT, image))
     yield _equal(name, "input_ids", ids, case["input_ids"])
-    if arch.template == "internvl2_5":
+    if arch.template in TEMPLATES:
         yield _equal(name, "rendered", _rendered(TEMPLATES[arch.template], case), case["rendered"])
     github = folder.parents[1] / "ckpt" / case["ckpt"]
     if github.is_dir():

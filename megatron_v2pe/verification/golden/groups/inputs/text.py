@@ -1,7 +1,8 @@
 """Golden text: ids and decoded strings of the tokenizer, tokens and labels of whole conversations.
 
 Labels are checked twice: by the release's rule in every case, and by the rule that training uses wherever the
-release did not drop the sample's supervision over its own bookkeeping.
+release did not drop the sample's supervision over its own bookkeeping. Where a case also records what the reference
+meant to do (`intended_...`), that is what is compared: its GPT-OSS code picks end tokens by accident.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from megatron_v2pe.batch.packed_batch import IGNORE_INDEX
 from megatron_v2pe.core.errors import CheckpointError, ConfigError
 from megatron_v2pe.data.samples.encode import EncodedText, TextSettings, encode_conversation
 from megatron_v2pe.data.text.masking import LabelRule, Span
-from megatron_v2pe.data.text.templates import ChatTemplate, Turn, get_template
+from megatron_v2pe.data.text.templates import ChatTemplate, Role, Turn, get_template
 from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_v2pe.v2pe.layout import Int64Array
 from megatron_v2pe.verification.golden.groups.inputs.prompts import processor_rows, template_rows
 from megatron_v2pe.verification.golden.rows import Row, equal, unsupported
+
+_ROLES: dict[str, Role] = {
+    **{"human": "human", "gpt": "gpt", "system": "system", "pretrain": "pretrain"},
+    "function": "tool",
+}
 
 
 @dataclass(frozen=True)
@@ -121,26 +127,50 @@ def _conversation_rows(
         yield unsupported(name, "tokens", reason=text.reason)
         return
     roles = {message["from"] for message in record["conv"]}
-    if others := sorted(roles - {"human", "gpt", "system", "pretrain"}):
+    if others := sorted(roles - set(_ROLES)):
         yield unsupported(
-            name, "tokens", reason=f"messages from {', '.join(others)} are not taken as training data here"
+            name, "tokens", reason=f"messages from {', '.join(others)} are not training data here"
         )
         return
-    turns = [Turn(role=message["from"], value=message["value"]) for message in record["conv"]]
+    turns = [Turn(role=_ROLES[message["from"]], value=message["value"]) for message in record["conv"]]
     turns = turns[1:] if turns[0].role == "gpt" else turns  # as parse_record does
+    if any(turn.role == "tool" for turn in turns) and not text[1].tool_role:
+        yield unsupported(name, "tokens", reason=f"template {case['template']!r} has no role for functions")
+        return
+    wanted = _Wanted.of(case)
     ours = _encode(turns, case, text, "release")
     pad_id = text[0].pad_id
     num_padding = case["max_length"] - len(ours.tokens) if case["pad_to_max_length"] else 0
     tokens = np.append(ours.tokens, np.full(num_padding, pad_id, dtype=np.int64))
-    yield equal(name, "tokens", is_equal=tokens.tolist() == case["input_ids"], detail="token ids differ")
+    yield equal(name, "tokens", is_equal=tokens.tolist() == wanted.tokens, detail="token ids differ")
     padding = np.flatnonzero(tokens == pad_id).tolist()
-    wanted = case["attention_mask_zero_positions"]
-    yield equal(name, "padding", is_equal=padding == wanted, detail=f"{padding}, expected {wanted}")
-    yield _label_row(name, "labels_release_rule", ours, case["label_spans"])
+    if wanted.padding is not None:
+        detail = f"{padding}, expected {wanted.padding}"
+        yield equal(name, "padding", is_equal=padding == wanted.padding, detail=detail)
+    yield _label_row(name, "labels_release_rule", ours, wanted.label_spans)
     is_warned = ours.lengths_disagree == case["length_mismatch_warning"]
     yield equal(name, "length_mismatch", is_equal=is_warned, detail=f"{ours.lengths_disagree}")
     if not case["length_mismatch_warning"]:
-        yield _label_row(name, "labels", _encode(turns, case, text, "exact"), case["label_spans"])
+        yield _label_row(name, "labels", _encode(turns, case, text, "exact"), wanted.label_spans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What a case records; `padding` is None where the reference has no attention mask to compare with."""
+
+    tokens: list[int]
+    label_spans: list[Span]
+    padding: list[int] | None
+
+    @classmethod
+    def of(cls, case: dict[str, Any]) -> _Wanted:
+        """What the reference meant where the case has it, else what it does."""
+        prefix = "intended_" if "intended_input_ids" in case else ""
+        return cls(
+            tokens=case[f"{prefix}input_ids"],
+            label_spans=case[f"{prefix}label_spans"],
+            padding=case["attention_mask_zero_positions"],
+        )
 
 
 def _label_row(name: str, quantity: str, ours: EncodedText, wanted: list[Span]) -> Row:
