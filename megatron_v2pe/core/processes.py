@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -32,6 +33,15 @@ def worker_context(preload: str) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     return context
+
+
+def start_worker_server(preload: str) -> None:
+    """Start the server of `worker_context` now, so that it imports `preload` while this process does other things.
+
+    It has the environment of this moment, and so have its workers.
+    """
+    worker_context(preload)
+    forkserver.ensure_running()
 
 
 def end_with_parent() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron_v2pe.batch.packed_batch import LocalBatch
 from megatron_v2pe.models.layers.elementwise import ElementwiseOps, mlp_with_swiglu
 from megatron_v2pe.models.layers.experts import RoutedRows
 from megatron_v2pe.models.layers.layer_specs import BackendModules, language_layer_spec
+from megatron_v2pe.models.layers.linears import look_up
 from megatron_v2pe.models.loss import HeadPorts, weighted_cross_entropy
 from megatron_v2pe.models.memory import MemorySavings, RecomputingLayer
 from megatron_v2pe.v2pe.rope import RopeSpec, rope_angles
@@ -82,6 +84,9 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             **stage,
         )
+        if self.pre_process and not share_embeddings_and_output_weights:
+            table = self.embedding.word_embeddings
+            table.forward = partial(look_up, table, forward=table.forward)
         self.rope = rope
         self.head_ports = head_ports
         self.elementwise = elementwise

@@ -12,7 +12,8 @@ is what a careful user would write (`tools/race/plain_model.py`): logits of supe
 made once.
 
 `ranks` gives wall times, which need idle cores, and the processor time of the busiest rank, which is what an idle
-machine would need apart from waits.
+machine would need apart from waits. The row of two runs of one rank, which exchange nothing, is what the machine
+allows: cores share their caches and their way to memory, and each run has an optimizer step of its own.
 
 The release's own model is not here: its files are not ours to copy. To race it, take its modelling files, replace their
 attention by scaled dot product attention of each document (their fast path runs on CUDA only), fill it from an exported
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, for bench_support
@@ -40,7 +42,8 @@ MID = dict(
 MODELS = {"tiny": TINY, "54m": MID}
 TOKENS = {"tiny": (64, 1024, 4096, 16384), "54m": (1024, 4096, 16384)}
 TARGET_STEP, TARGET_RANKS = 1.0, 1.8
-PACKS = 4  # of a step on ranks
+RANKED_STEPS = 2  # of a layout in its turn
+MACHINE = "two runs of one rank, half the packs each"
 
 
 def sizes_of(model: str, tokens: int, documents: int = 1) -> RaceSizes:
@@ -77,26 +80,43 @@ def steps(options: argparse.Namespace) -> bool:
 
 def ranks(options: argparse.Namespace) -> bool:
     """cp 2 and dp 2 against one rank, the same packs for all; layouts take turns."""
-    sizes = sizes_of("54m", (options.tokens or [1024])[0])
-    layouts = {"one rank": (1, 1, PACKS), "cp 2": (2, 1, PACKS), "dp 2": (1, 2, PACKS // 2)}
+    sizes, packs = sizes_of("54m", (options.tokens or [1024])[0]), options.packs
+    layouts = {
+        "one rank": (1, 1, packs),
+        MACHINE: (1, 1, packs // 2),
+        "cp 2": (2, 1, packs),
+        "dp 2": (1, 2, packs // 2),
+    }
     clocks = ("wall", "processor")
     best: dict[str, dict[str, float]] = {name: dict.fromkeys(clocks, float("inf")) for name in layouts}
     for _ in range(options.repeats):
-        for name, (cp, dp, micro_batches) in layouts.items():
-            taken = on_ranks(ranked, cp * dp, sizes, 2, cp, dp, micro_batches)
+        for name, layout in layouts.items():
+            taken = strangers(sizes, *layout) if name == MACHINE else together(sizes, *layout)
             for clock in clocks:
                 slowest = [max(times) for times in zip(*(rank[clock] for rank in taken), strict=True)]
                 best[name][clock] = min(best[name][clock], *slowest)
     met = True
-    print(f"54m, {PACKS} packs of {sizes.tokens:,} tokens a step")
+    print(f"54m, {packs} packs of {sizes.tokens:,} tokens a step")
     show("layout", "wall s", "processor s of the busiest rank", "speed by wall", "by processor")
     show(*["---"] * 5)
     for name, figures in best.items():
         speeds = [best["one rank"][clock] / figures[clock] for clock in clocks]
         show(name, *[f"{figures[clock]:.2f}" for clock in clocks], *[f"{speed:.2f}x" for speed in speeds])
-        met = met and (name == "one rank" or speeds[0] >= TARGET_RANKS)
+        met = met and (name in ("one rank", MACHINE) or speeds[0] >= TARGET_RANKS)
     print(f"target by wall time, on idle cores: {TARGET_RANKS}x: {'met' if met else 'MISSED'}")
     return met
+
+
+def together(sizes: RaceSizes, cp: int, dp: int, micro_batches: int) -> list[dict[str, list[float]]]:
+    """Times of the ranks of a layout."""
+    return on_ranks(ranked, cp * dp, sizes, RANKED_STEPS, cp, dp, micro_batches)
+
+
+def strangers(sizes: RaceSizes, cp: int, dp: int, micro_batches: int) -> list[dict[str, list[float]]]:
+    """Times of two runs of one rank that know nothing of each other, at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(together, sizes, cp, dp, micro_batches) for _ in range(2)]
+        return [times for run in runs for times in run.result()]
 
 
 def show(*cells: str) -> None:
@@ -115,6 +135,7 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=PARTS, help="one of the two; both when omitted")
     parser.add_argument("--model", action="append", choices=MODELS, help="step: only this one")
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the pack; ranks: the first")
+    parser.add_argument("--packs", type=int, default=4, help="ranks: packs of a step, an even number")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="step: processor time of a turn, at least one step"

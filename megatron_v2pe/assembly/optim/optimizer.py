@@ -6,8 +6,9 @@ model chunks -> Float16Module (bf16) -> DistributedDataParallel -> DistributedOp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
 from megatron_v2pe.assembly.mcore_config import DTYPES
 from megatron_v2pe.assembly.optim.expert_bias import ExpertBias
@@ -23,6 +25,7 @@ from megatron_v2pe.assembly.optim.grad_norms import PartShards, counted_shards, 
 from megatron_v2pe.assembly.optim.param_groups import group_overrides
 from megatron_v2pe.config.schema import OptimConfig, RunConfig
 from megatron_v2pe.models.internvl import InternVL
+from megatron_v2pe.parallel.runtime.shard_exchange import gather_shards, sum_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ def wrap_data_parallel(
             model_chunk.config.no_sync_func = wrapper.no_sync  # micro batches before the last only add
         elif shard_gradients:
             _exchange_nothing_alone(wrapper)
+            _exchange_directly(wrapper)
         if ddp_config.overlap_param_gather:
             _gather_head_in_time(wrapper, model_chunk)
         wrapped.append(wrapper)
@@ -121,6 +125,34 @@ def _gather_head_in_time(wrapper: DistributedDataParallel, model_chunk: InternVL
         language.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(owner))
 
 
+def _exchange_directly(wrapper: DistributedDataParallel) -> None:
+    """Sum and gather buffers in host memory by `shard_exchange`."""
+    for bucket_group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        on_host = all(bucket.grad_data.device.type == "cpu" for bucket in bucket_group.buckets)
+        # Sums are divided once by the global weight (`calculate_per_token_loss`), so mcore scales nothing here.
+        if on_host and group.size() > 1 and _scales_nothing(bucket_group):
+            gradients = [bucket.grad_data for bucket in bucket_group.buckets]
+            weights = [bucket.param_data for bucket in bucket_group.buckets]
+            bucket_group.start_grad_sync = partial(_on_each, sum_shards, gradients, group)
+            bucket_group.start_param_sync = partial(_on_each, gather_shards, weights, group)
+
+
+def _on_each(
+    exchange: Callable[[Tensor, dist.ProcessGroup], None],
+    buffers: list[Tensor],
+    group: dist.ProcessGroup,
+    *_args: Any,
+    **_kwargs: Any,
+) -> None:
+    for buffer in buffers:
+        exchange(buffer, group)
+
+
+def _scales_nothing(bucket_group: Any) -> bool:
+    return all(bucket.gradient_scaling_factor == 1.0 for bucket in bucket_group.buckets)
+
+
 def _exchange_nothing_alone(wrapper: DistributedDataParallel) -> None:
     """Leave out the reduction and the gathering of buffers that one rank holds whole.
 
@@ -128,8 +160,7 @@ def _exchange_nothing_alone(wrapper: DistributedDataParallel) -> None:
     """
     for bucket_group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
         is_alone = bucket_group.intra_distributed_optimizer_instance_size == 1
-        # Sums are divided once by the global weight (`calculate_per_token_loss`), so mcore scales nothing here.
-        if is_alone and all(bucket.gradient_scaling_factor == 1.0 for bucket in bucket_group.buckets):
+        if is_alone and _scales_nothing(bucket_group):
             bucket_group.start_grad_sync = _nothing
             bucket_group.start_param_sync = _nothing
 

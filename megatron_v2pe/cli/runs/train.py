@@ -6,6 +6,7 @@ import argparse
 
 from megatron_v2pe.cli.arguments import add_run_config, run_config
 from megatron_v2pe.core.env import launcher, prepare_gpu_environment
+from megatron_v2pe.core.processes import start_worker_server
 
 NAME = "train"
 HELP = """fine-tune an imported checkpoint as RUN.yaml says
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     # Before torch is imported: a typo is reported in a blink.
     config = run_config(args.config, [*args.overrides, *verify])
     prepare_gpu_environment(config.runtime.run_dir, deterministic=config.runtime.deterministic)
+    if config.data.num_workers:
+        start_worker_server("megatron_v2pe.data.loader")  # beside the imports of this process
 
     from megatron_v2pe.train.monitoring.startup_watch import StartupWatch
 

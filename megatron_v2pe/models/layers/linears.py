@@ -1,6 +1,7 @@
-"""megatron-core's parallel linears without their machinery where a layer is whole on its rank.
+"""megatron-core's parallel linears and embedding without their machinery where a layer is whole on its rank.
 
     tp of one rank    output = input @ weight^T (+ bias); the product of the gradient adds to its buffer
+                      output = weight[tokens]; rows of the gradient are added to those of the buffer
     more ranks        mcore's
 
 mcore runs every product inside one autograd function and the sum over tp in another, whatever the number of ranks, and
@@ -11,6 +12,7 @@ order (1e-7 of the largest entry).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +40,29 @@ class _AddedInPlace(torch.autograd.Function):
         weight.main_grad.addmm_(grad.t(), x.flatten(0, -2))
         weight.grad_added_to_main_grad = True  # mcore's hook then adds nothing, and frees what it is given
         return grad_x, torch.empty_like(weight)
+
+
+class _LookedUp(torch.autograd.Function):
+    """weight[tokens] whose backward adds to the rows of `weight.main_grad`, and leaves all other rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        tokens, weight = ctx.saved_tensors
+        weight.main_grad.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2))
+        weight.grad_added_to_main_grad = True
+        return None, torch.empty_like(weight)
+
+
+def look_up(embedding: Any, tokens: Tensor, *, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """[1, l] tokens to [1, l, H] by mcore's embedding; `forward` is its own. Not for a weight that the head shares."""
+    if embedding.tp_group.size() == 1 and _is_added_in_place(embedding.weight):
+        return _LookedUp.apply(tokens, embedding.weight)
+    return forward(tokens)
 
 
 def _product(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

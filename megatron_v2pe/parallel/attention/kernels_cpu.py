@@ -104,8 +104,9 @@ def cpu_backward(
     """
     length, levels = _length_and_levels(q, blocks, causal=causal)
     pieces, key_heads, groups = blocks << levels, k.shape[1], q.shape[1] // k.shape[1]
-    inputs = (grad, q, _repeated(k, groups), _repeated(v, groups), out, lse.unsqueeze(-1))
-    grad, q, k, v, out, lse = inputs = tuple(_padded(x, blocks, levels) for x in inputs)
+    k, v = _repeated(k, groups), _repeated(v, groups)
+    grad, q, k, v, out, lse = (_padded(x, blocks, levels) for x in (grad, q, k, v, out, lse.unsqueeze(-1)))
+    inputs = (grad, q, k, v, out, lse)
     totals = _backward(*(_pieces(x, pieces) for x in inputs), causal=causal, scale=scale)
     while pieces > blocks:
         pieces //= 2

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU with a backward pass of their own, against torch's operations one by one."""
+"""RMSNorm, SwiGLU and embedding with a backward pass of their own, against torch's operations one by one."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_v2pe.models.layers.elementwise import mlp_with_swiglu
+from megatron_v2pe.models.layers.linears import LARGE, look_up
 from megatron_v2pe.models.layers.norms import Norm
 
 # Sums over 40 rows and 24 channels in another order.
@@ -76,3 +77,21 @@ def test_swiglu_is_torchs_to_the_bit(dtype, bias):
         torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
     ):
         assert torch.equal(each, exact)
+
+
+@pytest.mark.parametrize("with_buffer", [True, False])
+def test_rows_of_an_embeddings_gradient_are_added_where_they_belong(with_buffer):
+    weight = torch.nn.Parameter(torch.randn(512, LARGE // 512))
+    table = SimpleNamespace(weight=weight, tp_group=SimpleNamespace(size=lambda: 1))
+    wanted = torch.zeros_like(weight)
+    if with_buffer:
+        weight.main_grad = torch.zeros_like(weight)
+    for tokens in (torch.tensor([[3, 500, 3, 7]]), torch.tensor([[3, 0]])):  # two micro batches
+        rows = look_up(table, tokens, forward=lambda tokens: F.embedding(tokens, weight))
+        assert torch.equal(rows, weight[tokens])
+        grad = torch.randn_like(rows)
+        rows.backward(grad)
+        wanted.index_add_(0, tokens[0], grad[0])
+    if with_buffer:
+        assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad if with_buffer else weight.grad, wanted)
