@@ -66,5 +66,5 @@ say "4/5 train: $steps steps"
         runtime.run_dir="$run" optim.steps="$steps" optim.warmup_steps=$((steps > 5 ? 5 : steps - 1))
 
 say "5/5 evaluate"
-v2pe evaluate "$trained" --data "$eval_meta" --strides default,1 --out "$run/report" --max-new-tokens 4
+v2pe evaluate "$trained" --data "$eval_meta" --stride default,1 --out "$run/report" --max-new-tokens 32
 say "done; data is in $work/train_$count and $work/eval, tables and pictures in $run/report"

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_v2pe.core.errors import ConfigError, DataError
@@ -210,6 +211,7 @@ class Benchmark(ABC):
         modes: readings that differ; the first is the default.
         download: what to get, and where it goes.
         has_forced: whether a gold answer can be scored token by token.
+        unscored: published sets that are not asked, and why their published number cannot be computed here.
     """
 
     name: str
@@ -217,6 +219,7 @@ class Benchmark(ABC):
     metric: str
     download: str
     modes: tuple[Mode, ...] = ("release", "clean")
+    unscored: Mapping[str, str] = MappingProxyType({})
     has_forced: bool = False
 
     @abstractmethod
@@ -267,6 +270,8 @@ class Benchmark(ABC):
         files = self.files(data_dir)
         known = list(dict.fromkeys(file.set for file in files))
         for name in sets:
+            if reason := self.unscored.get(name.partition("@")[0]):
+                raise ConfigError(f"--sets: {name!r} of {self.name} is not asked: {reason}; leave it out")
             if name not in known:
                 raise ConfigError(f"--sets: {name!r} is no set of {self.name}; it has {', '.join(known)}")
         chosen = [file for file in files if (file.set in sets if sets else file.path.exists())]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.evaluation.benchmarks.base import Response, Row
 from megatron_v2pe.evaluation.benchmarks.registry import find_benchmark
 from megatron_v2pe.evaluation.metrics.long_documents import (
@@ -90,7 +91,22 @@ def test_the_mean_of_needles_has_five_parts_at_each_length():
     assert score.metrics["NIAH"] == pytest.approx(((0.5 + 1 + 0) / 3 + 1) / 2)
     assert score.by_length["retrieval-text"] == [1, 1]
     assert math.isnan(score.by_length["vh_single"][1])
-    assert "reasoning-image" in score.notes[0]
+    assert "reasoning-image" in score.notes[1]
+
+
+def test_summaries_are_refused_and_missed_by_name(tmp_path):
+    from tests.support.benchmark_data import lines, mmlongbench
+
+    folder, benchmark = mmlongbench(tmp_path), find_benchmark("mmlongbench")
+    lines(folder / "mmlb_data" / "summ" / "gov_K8.jsonl", [{"id": "s", "question": "Sum up.", "answer": "x"}])
+    with pytest.raises(ConfigError, match=r"'gov-report@8k' of mmlongbench is not asked.*GPT-4o"):
+        list(benchmark.requests(folder, sets=("viquae@8k", "gov-report@8k")))
+    assert len(list(benchmark.requests(folder))) == 11, "all that is there does not include them"
+    (note,) = (
+        n for n in benchmark.score([row("viquae", 8, "owl")], "original").notes if "without the sets gov" in n
+    )
+    assert "gov-report, multi-lexsum" in note
+    assert "GPT-4o" in note
 
 
 def test_the_prompts_last_word_is_put_before_the_answer():

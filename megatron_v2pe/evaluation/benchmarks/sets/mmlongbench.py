@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_v2pe.core.errors import DataError
@@ -66,6 +67,7 @@ SETS = {
     "mmlongdoc": _Set("documentQA/mmlongdoc_K{}.jsonl", "document", "DocVQA"),
     "slidevqa": _Set("documentQA/slidevqa_K{}.jsonl", "document", "DocVQA"),
 }
+_BY_JUDGE = "the published number of summaries is a verdict of GPT-4o, which no program computes"
 _FORMAT = "Write your answer in the following format:\nAnswer: [answer]\n\n"
 _NEEDLE = (
     "You are given interleaved text and images. Please answer the question{} based on the given text and images. "
@@ -105,6 +107,7 @@ class MMLongBench(Benchmark):
         "ZhaoweiWang/MMLongBench of Hugging Face: 0_mmlb_data.tar.gz and the images of vrag, vh, mm-niah, icl and "
         "docqa, into DATA/"
     )
+    unscored = MappingProxyType({"gov-report": _BY_JUDGE, "multi-lexsum": _BY_JUDGE})
 
     def files(self, data_dir: Path) -> list[DataFile]:
         """One file a set and length."""
@@ -170,7 +173,10 @@ class MMLongBench(Benchmark):
         }
         metrics |= {f"{n}K": mean([cell.mean for cell in cells if cell.length == n]) for n in lengths}
         metrics |= {name: mean([cell.mean for cell in cells if cell.group == name]) for name in names}
+        notes = [f"without the sets {', '.join(self.unscored)}: {_BY_JUDGE}"]
         missing = [n for n, each in SETS.items() if n not in names and each.category in categories]
+        if missing:
+            notes.append(f"without the sets {', '.join(missing)}, which were not asked")
         return Score(
             mode=mode,
             metrics=metrics,
@@ -178,7 +184,7 @@ class MMLongBench(Benchmark):
             rows=row_scores(rows, values),
             lengths=tuple(lengths),
             by_length={name: [at.get((name, n), float("nan")) for n in lengths] for name in names},
-            notes=(f"without the sets {', '.join(missing)}, which were not asked",) if missing else (),
+            notes=tuple(notes),
         )
 
 
