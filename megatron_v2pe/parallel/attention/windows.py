@@ -27,7 +27,6 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.parallel.attention.block_batches import WINDOW_ROWS, Block, BlockBatch, batched
 
-
 _batched = partial(batched, most_rows=WINDOW_ROWS)
 
 

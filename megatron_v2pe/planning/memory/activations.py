@@ -106,7 +106,9 @@ def decoder_stack(setting: Setting, num_layers: int, *, fp8_layers: int = 0) -> 
     plain = _decoder_stack(sizes, shape, setting.attention_backend, costs, num_layers, saving)
     if not fp8_layers:
         return plain
-    fp8 = _decoder_stack(sizes, shape, setting.attention_backend, replace(costs, fp8=True), num_layers, saving)
+    fp8 = _decoder_stack(
+        sizes, shape, setting.attention_backend, replace(costs, fp8=True), num_layers, saving
+    )
     return mixed(fp8, plain, share=fp8_layers / num_layers)
 
 
