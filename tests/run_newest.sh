@@ -2,7 +2,7 @@
 # The second environment: megatron-core 0.19.x beside the one of tests/run.sh, which has 0.16.1 on Python 3.10 and 3.11.
 #
 #   bash tests/run_newest.sh                 distributed, checkpoints, numerics, one end-to-end run, and a checkpoint
-#                                            of either version resumed by the other (some 40 minutes on two cores)
+#                                            of either version resumed by the other (some 15 minutes on two cores)
 #   bash tests/run_newest.sh [pytest args]   just those
 #
 # .venv-newest is made anew when PYTHON, pyproject.toml or the constraints change.

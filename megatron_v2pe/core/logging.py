@@ -26,6 +26,18 @@ class _RankFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+# Log lines of megatron-core 0.19 about how it is called, by the module that writes them.
+_DEVELOPER_LINES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout",
+}
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_DEVELOPER_LINES[record.name])
+
+
 def quiet_dependencies() -> None:
     """Hide warnings that megatron-core and torch's process groups address to their own developers.
 
@@ -36,6 +48,8 @@ def quiet_dependencies() -> None:
     for module in (r"megatron\.core", r"torch\.distributed"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+    for name in _DEVELOPER_LINES:
+        logging.getLogger(name).addFilter(_is_for_users)
 
 
 def setup_logging(rank: int) -> None:

@@ -14,12 +14,13 @@ from megatron_v2pe.config.batch_schedule import batch_schedule
 from megatron_v2pe.config.schema import RunConfig
 from megatron_v2pe.parallel.plan import resolve
 from megatron_v2pe.planning.as_json import estimate_data, inference_data, search_data, variant_data
-from megatron_v2pe.planning.changes import advise, relax, train_less
+from megatron_v2pe.planning.changes import Evaluate, advise, relax, train_less
 from megatron_v2pe.planning.estimate import Estimate, backend_of, estimate
 from megatron_v2pe.planning.memory.inference import inference_memory
 from megatron_v2pe.planning.memory.setting import Setting
 from megatron_v2pe.planning.report import (
     estimate_text,
+    fp8_lines,
     heading_lines,
     inference_lines,
     less_lines,
@@ -35,7 +36,7 @@ from megatron_v2pe.planning.request.inputs import (
 )
 from megatron_v2pe.planning.request.stages import model_chunks_of_rank
 from megatron_v2pe.planning.request.workload import Pack, assumed_pack, fullest_pack, mean_pack
-from megatron_v2pe.planning.search import search
+from megatron_v2pe.planning.search import in_fp8, search
 
 
 def packs_of(request: PlanRequest, arch: InternVLArchitecture) -> tuple[Pack, Pack]:
@@ -73,18 +74,7 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
         return _inference(request, name, arch, hardware)
     ask = partial(evaluate, arch=arch, packs=packs_of(request, arch), gpus=request.gpus, hardware=hardware)
     if request.search:
-        found = search(request.config, arch, ask, gpus=request.gpus, hardware=hardware)
-        fits = any(variant.estimate.fits for variant in found)
-        if request.as_json:
-            return _json(
-                {"model": name, "search": search_data(found, request.config, count=request.search)}
-            ), fits
-        less = () if fits else train_less(request.config, ask)
-        heading = heading_lines(found[0].estimate, name)
-        batch = f"  step     {batch_schedule(request.config).text}"
-        rows = search_lines(found, request.config, count=request.search)
-        lines = [heading[0], heading[3], batch, "", *rows, *less_lines(less, request.config)]
-        return "\n".join(lines) + "\n", fits
+        return _search(request, name, arch, hardware, ask)
     result = ask(request.config)
     change = (relax if result.fits else advise)(request.config, ask)
     less = () if result.fits or change else train_less(request.config, ask)
@@ -93,6 +83,26 @@ def run_plan(request: PlanRequest) -> tuple[str, bool]:
         return _json({**data, "train_less": [variant_data(variant) for variant in less]}), result.fits
     text = estimate_text(result, name, change)
     return text + "".join(f"{line}\n" for line in less_lines(less, request.config)), result.fits
+
+
+def _search(
+    request: PlanRequest, name: str, arch: InternVLArchitecture, hardware: Hardware, ask: Evaluate
+) -> tuple[str, bool]:
+    """The best layouts, and what FP8 would bring to the first."""
+    config = request.config
+    found = search(config, arch, ask, gpus=request.gpus, hardware=hardware)
+    best = found[0]
+    fits = best.estimate.fits
+    fp8 = in_fp8(config, best, ask) if fits else None
+    if request.as_json:
+        data = search_data(found, config, count=request.search)
+        return _json({"model": name, "search": data, "fp8": variant_data(fp8)}), fits
+    heading = heading_lines(best.estimate, name)
+    batch = f"  step     {batch_schedule(config).text}"
+    rows = search_lines(found, config, count=request.search)
+    less = () if fits else train_less(config, ask)
+    lines = [heading[0], heading[3], batch, "", *rows, *fp8_lines(fp8, best), *less_lines(less, config)]
+    return "\n".join(lines) + "\n", fits
 
 
 def _inference(

@@ -247,6 +247,18 @@ def search_lines(found: Sequence[Variant], config: RunConfig, *, count: int) -> 
     return lines
 
 
+def fp8_lines(variant: Variant | None, best: Variant) -> list[str]:
+    """What FP8 linears would bring to the best layout."""
+    if variant is None:
+        return []
+    after = variant.estimate
+    return [
+        f"with model.fp8=current the first of them takes {after.time.seconds:,.2f} s a step "
+        f"({after.time.seconds / best.estimate.time.seconds:.2f}x) and {gib(after.fullest.total_bytes)} GiB; "
+        "it rounds the decoder's products to 8 bits"
+    ]
+
+
 def estimate_text(estimate: Estimate, name: str, variant: Variant | None) -> str:
     """The whole report."""
     blocks = [

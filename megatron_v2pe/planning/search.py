@@ -3,7 +3,7 @@
     tp x pp x cp (x vpp, tower split, a2a)  --for each: recompute, MLP chunks, tile slices, offload--> fits?
                                             --> by predicted time
 
-What `config.validate` refuses is left out. Batch, data and frozen parts stay as the run has them.
+What `config.validate` refuses is left out. Batch, data, frozen parts and precision stay as the run has them.
 """
 
 from __future__ import annotations
@@ -129,6 +129,20 @@ def _evaluated(config: RunConfig, overrides: tuple[Override, ...], evaluate: Eva
         return Variant(overrides=overrides, estimate=evaluate(changed(config, overrides)))
     except ConfigError:
         return None
+
+
+def in_fp8(config: RunConfig, best: Variant, evaluate: Evaluate) -> Variant | None:
+    """The best layout with FP8 linears, where they can work, fit and are faster.
+
+    They round the decoder's products to 8 bits, so a search keeps `model.fp8` as the run has it, and this is offered
+    beside its rows.
+    """
+    if config.model.fp8 != "none":
+        return None
+    variant = _evaluated(config, (*best.overrides, ("model", "fp8", "current")), evaluate)
+    if variant is None or not variant.estimate.fits:
+        return None
+    return variant if variant.estimate.time.seconds < best.estimate.time.seconds else None
 
 
 def shown_overrides(variant: Variant, config: RunConfig) -> tuple[Override, ...]:

@@ -16,30 +16,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
-from megatron_v2pe.config.arch.architecture import InternVLArchitecture, read_architecture
-from megatron_v2pe.config.schema import ParallelConfig, RunConfig
-from megatron_v2pe.config.trained_settings import answer_data
+from megatron_v2pe.config.arch.architecture import InternVLArchitecture
+from megatron_v2pe.config.schema import ParallelConfig
 from megatron_v2pe.core.errors import ConfigError, DataError
 from megatron_v2pe.data.media.cut import CutRule
 from megatron_v2pe.data.media.image import ImageFile, read_header
 from megatron_v2pe.data.media.medium import IMAGE_PLACEHOLDER, DrawSeed, Medium, MediumTiles
-from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.media.video import VIDEO_PLACEHOLDER, VideoFile
 from megatron_v2pe.data.samples.encode import encode_conversation
-from megatron_v2pe.data.samples.settings import sample_settings
-from megatron_v2pe.data.text.answers import AnswerHeader
 from megatron_v2pe.data.text.templates import Turn
 from megatron_v2pe.evaluation.benchmarks.base import Part, Request, Response
 from megatron_v2pe.evaluation.jobs.runner import BrokenReplicaError
-from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
+from megatron_v2pe.evaluation.retrieval.loaded_engine import open_for_answers
 from megatron_v2pe.evaluation.retrieval.questions import Share, StrideSetting, parse_strides
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
 from megatron_v2pe.inference.prompts.stride import choose_stride
 from megatron_v2pe.parallel.replica import from_leader
 
 _log = logging.getLogger(__name__)
-_NO_LIMIT = 2**40  # a benchmark never cuts a question
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -83,30 +77,11 @@ class ModelAnswerer:
         dtype: Literal["float32", "bfloat16"],
         parallel: ParallelConfig | None = None,
     ) -> None:
-        require_source(checkpoint)
-        side_files = source_side_files(checkpoint)
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(side_files)
-        settings = sample_settings(RunConfig(data=answer_data(side_files)), self.arch, side_files)
-        video = dataclasses.replace(settings.media.video, sampling="middle")
-        self._settings = dataclasses.replace(
-            settings,
-            text=dataclasses.replace(settings.text, max_tokens=_NO_LIMIT),
-            media=dataclasses.replace(settings.media, video=video),
-        )
-        self._tokenizer = settings.text.tokenizer
-        self._stop_ids = {
-            self._tokenizer.token_id(settings.text.template.stop_token),
-            self._tokenizer.eos_id,
-        }
-        self._header = AnswerHeader(self._tokenizer, settings.text.template)
-        self._model = LoadedEngine(
-            checkpoint=checkpoint,
-            arch=self.arch,
-            norm=NORMALIZATION[settings.normalize_type],
-            dtype=dtype,
-            parallel=self._parallel,
-        )
+        opened = open_for_answers(checkpoint, data=None, dtype=dtype, parallel=self._parallel)
+        self.arch, self._settings, self._model = opened.arch, opened.settings, opened.model
+        self._tokenizer, self._stop_ids = opened.settings.text.tokenizer, opened.stop_ids
+        self._header = opened.header
 
     def prepare(self, setting: StrideSetting) -> Share:
         """See `LoadedEngine.prepare`."""

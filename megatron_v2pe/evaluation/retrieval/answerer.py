@@ -9,21 +9,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from megatron_v2pe.checkpoint.model_source import require_source, source_side_files
-from megatron_v2pe.config.arch.architecture import read_architecture
-from megatron_v2pe.config.schema import DataConfig, ParallelConfig, RunConfig
+from megatron_v2pe.config.schema import DataConfig, ParallelConfig
 from megatron_v2pe.core.errors import DataError
-from megatron_v2pe.data.media.normalization import NORMALIZATION
 from megatron_v2pe.data.samples.draw import record_tiles
 from megatron_v2pe.data.samples.measure import probe_sizes
 from megatron_v2pe.data.samples.records import write_images
-from megatron_v2pe.data.samples.settings import sample_settings, with_system
-from megatron_v2pe.data.text.answers import AnswerHeader
-from megatron_v2pe.evaluation.retrieval.loaded_engine import LoadedEngine
+from megatron_v2pe.evaluation.retrieval.loaded_engine import open_for_answers
 from megatron_v2pe.evaluation.retrieval.questions import Answer, RetrievalItem, Share, StrideSetting
 from megatron_v2pe.inference.prompts.prompt import Prompt, prompt_with
-
-_NO_LIMIT = 2**40  # an evaluation never cuts a sample
 
 
 class EngineAnswerer:
@@ -54,29 +47,15 @@ class EngineAnswerer:
         system: str | None = None,
         parallel: ParallelConfig | None = None,
     ) -> None:
-        require_source(checkpoint)
-        side_files = source_side_files(checkpoint)
         self._max_new_tokens = max_new_tokens
         self._parallel = parallel or ParallelConfig()
-        self.arch = read_architecture(side_files)
-        settings = sample_settings(RunConfig(data=data), self.arch, side_files)
-        settings = with_system(settings, system)
-        text = dataclasses.replace(settings.text, max_tokens=_NO_LIMIT)
-        # A question about a video has one prompt: as many frames as there may be, the middle of each interval.
-        video = settings.media.video
-        video = dataclasses.replace(video, min_frames=video.max_frames, sampling="middle")
-        media = dataclasses.replace(settings.media, video=video)
-        self._settings = dataclasses.replace(settings, text=text, media=media)
-        self._tokenizer = text.tokenizer
-        self._stop_ids = {self._tokenizer.token_id(text.template.stop_token), self._tokenizer.eos_id}
-        self._header = AnswerHeader(self._tokenizer, text.template)
-        self._model = LoadedEngine(
-            checkpoint=checkpoint,
-            arch=self.arch,
-            norm=NORMALIZATION[settings.normalize_type],
-            dtype=dtype,
-            parallel=self._parallel,
-        )
+        opened = open_for_answers(checkpoint, data=data, dtype=dtype, parallel=self._parallel, system=system)
+        self.arch, self._model, self._stop_ids = opened.arch, opened.model, opened.stop_ids
+        self._tokenizer, self._header = opened.settings.text.tokenizer, opened.header
+        # A question about a video has one prompt: as many frames as there may be.
+        media = opened.settings.media
+        video = dataclasses.replace(media.video, min_frames=media.video.max_frames)
+        self._settings = dataclasses.replace(opened.settings, media=dataclasses.replace(media, video=video))
 
     def prepare(self, setting: StrideSetting) -> Share:
         """See `LoadedEngine.prepare`."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_v2pe.core.logging import setup_logging
+from megatron_v2pe.core.logging import quiet_dependencies, setup_logging
 
 
 @pytest.mark.parametrize(("rank", "informs"), [(0, True), (3, False)])
@@ -28,3 +28,15 @@ def test_only_unexpected_lines_name_rank_and_level(capsys):
     assert re.fullmatch(r"\d\d:\d\d:\d\d step 1\n", capsys.readouterr().err)
     log.warning("slow disk")
     assert capsys.readouterr().err.endswith(" rank 0 WARNING slow disk\n")
+
+
+def test_lines_for_developers_are_hidden_and_others_of_the_same_logger_are_not(caplog):
+    log = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    before = list(log.filters)
+    try:
+        quiet_dependencies()
+        log.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+        log.warning("the output layer is not sharded")
+    finally:
+        log.filters[:] = before
+    assert [record.message for record in caplog.records] == ["the output layer is not sharded"]

@@ -132,11 +132,24 @@ def test_the_runs_own_checkpoint_and_a_config_json_are_read(plan, tmp_path):
 def test_search_prints_layouts_that_plan_confirms(plan):
     code, out, _ = plan("--gpus", "8", "--arch", "2B", "--search", "3")
     assert code == 0
-    best = out.splitlines()[-3].split()
+    lines = out.splitlines()
+    best = lines[lines.index(next(line for line in lines if "step s" in line)) + 1].split()
     overrides = [word for word in best if "=" in word]
     confirmed = json.loads(plan("--gpus", "8", "--arch", "2B", "--json", *overrides)[1])
     assert confirmed["fits"]
     assert f"{confirmed['step_seconds']:,.2f}" == best[0]
+    in_fp8 = json.loads(plan("--gpus", "8", "--arch", "2B", "--json", *overrides, "model.fp8=current")[1])
+    assert f"with model.fp8=current the first of them takes {in_fp8['step_seconds']:,.2f} s" in lines[-1]
+
+
+@pytest.mark.parametrize("where", [("--gpu", "a100"), ("model.fp8=blockwise",), ("runtime.dtype=float32",)])
+def test_a_search_offers_fp8_only_where_it_works_and_the_run_does_not_have_it(plan, where):
+    code, out, _ = plan("--gpus", "8", "--arch", "2B", "--search", "1", *where)
+    assert code == 0
+    assert "fp8=current" not in out
+    assert (
+        json.loads(plan("--gpus", "8", "--arch", "2B", "--search", "1", "--json", *where)[1])["fp8"] is None
+    )
 
 
 def test_a_ramp_up_is_shown_and_every_size_of_it_is_checked(plan):
