@@ -60,7 +60,7 @@ def test_mistakes(config, argument):
 
 
 def attention_finding(rank, world_size, checkpoint, swaps):
-    """Verdict of the attention check; `swaps` gives each rank the other's tokens."""
+    """Verdicts of the attention check, plain and with sinks and windows; `swaps`: ranks have each other's tokens."""
     from dataclasses import replace
 
     from megatron_v2pe.config.load import load_run_config
@@ -73,10 +73,19 @@ def attention_finding(rank, world_size, checkpoint, swaps):
     context = init_distributed(plan, seed=0)
     if swaps:
         context = replace(context, ranks=replace(context.ranks, cp_rank=1 - context.ranks.cp_rank))
-    return parity.check_attention(config, inputs.read_model(config), context).verdict
+    arch, plain = inputs.read_model(config), parity.language_config
+
+    def windowed(*args):
+        decoder = plain(*args)
+        decoder.softmax_type, decoder.window_size, decoder.window_attn_skip_freq = "learnable", (70, 0), 2
+        return decoder
+
+    found = [parity.check_attention(config, arch, context).verdict]
+    parity.language_config = windowed
+    return [*found, parity.check_attention(config, arch, context).verdict]
 
 
 def test_attention_over_wrong_shards_is_found(config):
     checkpoint = config.parent / "checkpoint"
-    assert run_ranks(attention_finding, 2, checkpoint, False, timeout=120) == ["go", "go"]
-    assert run_ranks(attention_finding, 2, checkpoint, True, timeout=120) == ["no-go", "no-go"]
+    assert run_ranks(attention_finding, 2, checkpoint, False, timeout=120) == [["go", "go"]] * 2
+    assert run_ranks(attention_finding, 2, checkpoint, True, timeout=120) == [["no-go", "no-go"]] * 2

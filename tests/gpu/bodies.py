@@ -8,6 +8,7 @@ import os
 import torch
 
 from tests.distributed.test_context_attention import inputs, reference
+from tests.distributed.test_window_ranks import attend_and_return
 from tests.te import bodies as te_bodies
 
 TE, NATIVE = "transformer_engine", "native"
@@ -71,6 +72,15 @@ def native_errors(rank, world_size, ranks, comm, lengths, heads, key_heads, dtyp
         float((mine.cpu().double() - full[index]).abs().max() / full.abs().max().clamp_min(1.0))
         for mine, full in zip(ours, wanted, strict=True)
     ]
+
+
+def windows_and_sinks(rank, world_size, port, cases):
+    """Errors of output, dq, dk, dv of this rank's shard and of the sink's summed gradient, by case."""
+    start(rank, world_size, port)
+    from megatron_v2pe.parallel.topology import ParallelPlan, init_distributed
+
+    ranks = init_distributed(ParallelPlan(cp=world_size), seed=0).ranks
+    return attend_and_return(rank, world_size, cases, device=ranks.device)
 
 
 def models(rank, world_size, port, layouts):

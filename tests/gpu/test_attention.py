@@ -8,7 +8,7 @@ in the ring once more for each merge: 2e-2 of a tensor's norm, 4e-2 of its entri
 import pytest
 import torch
 
-from tests.gpu.bodies import native_attention, te_attention
+from tests.gpu.bodies import native_attention, te_attention, windows_and_sinks
 from tests.support.spawn import run_ranks
 from tests.te.test_context_parallel import PACKS
 
@@ -18,6 +18,10 @@ TE_TOLERANCE = 2e-2
 NATIVE_TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-5}
 LENGTHS = ((4, 4, 8), (12, 4, 40, 4, 28), (64,), (512, 128, 1024))
 HEADS = ((4, 4), (4, 2), (8, 2))
+WINDOW_TOLERANCE = {
+    torch.bfloat16: 1e-1,
+    torch.float32: 2e-5,
+}  # of entries up to 8; each merged block is rounded once
 
 
 def te_cases(comms):
@@ -58,6 +62,28 @@ def test_transformer_engine_on_one_rank(transformer_engine, port):
 
 def test_native_on_one_rank(port):
     check_native(1, port, ["p2p"])
+
+
+def check_windows(world_size, port, comms):
+    cases = [
+        (comm, window, dtype, has_sink)
+        for comm in comms
+        for window, has_sink in ((None, True), (8, False), (11, True))
+        for dtype in WINDOW_TOLERANCE
+    ]
+    for rank, errors in enumerate(
+        run_ranks(windows_and_sinks, world_size, port, cases, timeout=240, is_warm=False)
+    ):
+        for case, found in errors.items():
+            assert max(found) < WINDOW_TOLERANCE[case[2]], f"rank {rank}, {case}: off by {found}"
+
+
+def test_windows_and_sinks_on_one_rank(port):
+    check_windows(1, port, ["p2p"])
+
+
+def test_windows_and_sinks_on_two_ranks(two_gpus, port):
+    check_windows(2, port, ["p2p", "all_gather", "a2a", "by_document"])
 
 
 @pytest.mark.parametrize("comm", ["p2p", "a2a"])

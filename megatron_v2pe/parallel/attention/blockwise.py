@@ -165,7 +165,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sink, out, lse = ctx.saved_tensors
         grad, transport = grads[0].contiguous(), ctx.transport
-        d_sink = None if sink is None else _sink_gradient(grad, out, lse, sink)
+        d_sink = _sink_gradient(grad, out, lse, sink) if ctx.needs_input_grad[3] else None
         whole = _all_rows(ctx.lengths, transport, device=query.device)
         if whole is not None:
             gradients = block_backward(
