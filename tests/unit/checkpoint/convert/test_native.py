@@ -65,7 +65,7 @@ def test_both_formats_hold_the_same_weights(tmp_path, key):
     assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
 
 
-@pytest.mark.parametrize("key", [QWEN3_6B, MOE, INTERNLM2])
+@pytest.mark.parametrize("key", [QWEN3_6B, MOE, INTERNLM2, GPT_OSS])
 def test_there_and_back_through_checkpoints(tmp_path, key):
     """GitHub -> ours -> -hf -> ours -> GitHub; InternLM2, a llama in between, is InternLM2 again."""
     import_hf(GITHUB / key, tmp_path / "first")
@@ -75,7 +75,7 @@ def test_there_and_back_through_checkpoints(tmp_path, key):
     assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
     there, back = read_architecture(GITHUB / key), read_architecture(tmp_path / "github")
     assert there == back
-    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):
         if (GITHUB / key / name).is_file():
             assert (tmp_path / "github" / name).read_bytes() == (GITHUB / key / name).read_bytes()
     ids = load_tokenizer(tmp_path / "github").encode("<img></img> a dog")
@@ -172,6 +172,22 @@ def test_gpt_oss_as_transformers_5_writes_it(tmp_path):
     again = read_architecture(tmp_path / "again")
     assert (again.language, again.template) == (language, "internvl3_5_gpt_oss")
     assert equal(tensors(tmp_path / "again"), tensors(folder))
+
+
+def test_remote_code_is_refused_where_it_would_compute_something_else(tmp_path):
+    import_hf(GITHUB / GPT_OSS, tmp_path / "gpt_oss")
+    with pytest.raises(
+        CheckpointError, match=r"--remote-code knows .*, but this checkpoint is a GptOssForCausalLM"
+    ):
+        export_hf(tmp_path / "gpt_oss", tmp_path / "out", remote_code=True)
+    folder = shutil.copytree(GITHUB / MOE, tmp_path / "hf", copy_function=shutil.copyfile)
+    values = json.loads((folder / "config.json").read_text())
+    values["llm_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    import_hf(folder, tmp_path / "yarn")
+    with pytest.raises(CheckpointError, match="--remote-code computes no YaRN"):
+        export_hf(tmp_path / "yarn", tmp_path / "out", remote_code=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_a_converted_gpt_oss(tmp_path):
