@@ -24,7 +24,7 @@ from tests.support.spawn import run_ranks
 
 CKPT = Path(__file__).parents[1] / "golden" / "ckpt"
 FAMILIES = ("a_internlm2_vit300m", "c_qwen2_vit300m", "d_llama_vit6b", "e_phi3_vit300m")
-LATER = ("h_qwen3_vit300m", "j_qwen3moe_vit300m", "n_internlm2_vit300m")
+LATER = ("h_qwen3_vit300m", "j_qwen3moe_vit300m", "l_gptoss_vit300m", "n_internlm2_vit300m")
 CHUNKS = (64, 100, 257, 10**6)
 NUM_NEW = 3
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}

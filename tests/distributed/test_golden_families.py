@@ -45,10 +45,23 @@ def test_two_ranks(folder, parallel):
     assert {row.quantity for row in rows} >= {"logits", "per_token_loss", "mean_loss", "grad_l2", "grad"}
 
 
-def test_experts_on_two_ranks():
-    """Qwen3-MoE: which expert each token goes to, and the load balancing loss of each layer, among the rest."""
+@pytest.mark.parametrize(
+    ("key", "layout"),
+    [
+        ("j_qwen3moe_vit300m", dict(ep=2, cp=2)),
+        pytest.param("l_gptoss_vit300m", dict(ep=2, cp=2), marks=pytest.mark.slow),
+        pytest.param("l_gptoss_vit300m", dict(tp=2, sequence_parallel=True), marks=pytest.mark.slow),
+        pytest.param("l_gptoss_vit300m", dict(pp=2), marks=pytest.mark.slow),
+        pytest.param(
+            "l_gptoss_vit300m", dict(tp=2, ep=2, cp=2, sequence_parallel=True), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["qwen3_moe", "gpt_oss", "gpt_oss tp2", "gpt_oss pp2", "gpt_oss on 4 ranks"],
+)
+def test_experts_on_several_ranks(key, layout):
+    """Which expert each token goes to, and the load balancing loss of each layer, among the rest."""
     groups = select_groups(FAMILIES_GOLDEN, name="model", model_only=True)
-    parallel = ParallelConfig(ep=2, cp=2)
-    rows = run_on_local_ranks(FAMILIES_GOLDEN, groups, family="j_qwen3moe_vit300m", parallel=parallel)
+    parallel = ParallelConfig(**layout)
+    rows = run_on_local_ranks(FAMILIES_GOLDEN, groups, family=key, parallel=parallel)
     assert [row for row in rows if row.status != "pass"] == []
     assert {row.quantity for row in rows} >= {"logits", "grad", "tokens_per_expert_1", "aux_loss_per_layer"}

@@ -15,7 +15,7 @@ from tests.support.warm import run_verb
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = 560
-EXPERTS = FAMILIES_GOLDEN / "ckpt" / "j_qwen3moe_vit300m"
+EXPERTS, GPT_OSS = (FAMILIES_GOLDEN / "ckpt" / key for key in ("j_qwen3moe_vit300m", "l_gptoss_vit300m"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,12 @@ LAYOUTS = {
         ["parallel.ep=2", "--ranks", "2"],
         {"gradients of experts summed over all ranks", *OWN_WEIGHTS},
     ),
+    "gpt_oss, tp2 sp ep2": (
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "--ranks", "2"],
+        {"norms without the mark", *SPLIT},
+    ),
 }
+FOLDERS = {"ep2": EXPERTS, "gpt_oss, tp2 sp ep2": GPT_OSS}
 
 
 def test_the_layouts_have_every_mutation():
@@ -109,8 +114,8 @@ def test_the_layouts_have_every_mutation():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_proven(config, tmp_path, name):
     arguments, mutations = LAYOUTS[name]
-    if name == "ep2":
-        config = tiny.prepared(tmp_path, hf_folder=EXPERTS)
+    if name in FOLDERS:
+        config = tiny.prepared(tmp_path, hf_folder=FOLDERS[name])
     done, found = proof(config, tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     caught = {each["name"] for each in found["mutations"] if each["is_caught"]}

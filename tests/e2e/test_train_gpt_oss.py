@@ -1,7 +1,7 @@
 """GPT-OSS from the command line: trained, resumed over other ranks, with adapters, exported in both formats, asked.
 
-Strategy: the golden checkpoint (sinks, windows of 8 tokens, YaRN, clamped experts), packs of V2PE strides. Curves of other
-layouts differ from one rank's by rounding, 1e-5; both formats of a folder give the same curve to the bit.
+Strategy: the golden checkpoint (sinks, windows of 8 tokens, YaRN, clamped experts), packs of V2PE strides. Curves of
+other layouts differ from one rank's by rounding, 1e-5; both formats of a folder give the same curve to the bit.
 """
 
 import json

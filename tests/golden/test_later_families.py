@@ -162,6 +162,39 @@ def test_another_bit_or_name_of_the_other_format_fails(tmp_path, alter, quantiti
     assert [row.quantity for row in failed] == quantities
 
 
+def test_an_altered_number_of_gpt_oss_fails(tmp_path):
+    """A gradient of the sinks, an end token as it was meant, and the window of its config.json."""
+    for part in ("ckpt", "forward", "text"):
+        shutil.copytree(FAMILIES_GOLDEN / part, tmp_path / part)
+    key = "l_gptoss_vit300m"
+    forward, text = tmp_path / "forward" / f"{key}.json", tmp_path / "text" / "conversations.json"
+    values = json.loads(forward.read_text())
+    values["cases"][0]["grad_l2"]["language_model.model.layers.2.self_attn.sinks"] *= 1.001
+    forward.write_text(json.dumps(values))
+    table = json.loads(text.read_text())
+    case = next(case for case in table["cases"] if case.get("intended_input_ids"))
+    case["intended_input_ids"][-1] += 5  # <|end|> in the place of <|return|>
+    text.write_text(json.dumps(table))
+
+    def failed(group):
+        groups = select_groups(tmp_path, name=group, model_only=False)
+        return [row.quantity for row in run_groups(tmp_path, groups, family=key) if row.status == "fail"]
+
+    assert failed("model") == ["grad_l2"]
+    assert failed("text") == ["tokens"]
+
+
+def test_another_window_is_another_model(tmp_path):
+    shutil.copytree(FAMILIES_GOLDEN / "ckpt" / "l_gptoss_vit300m", tmp_path / "ckpt" / "l_gptoss_vit300m")
+    shutil.copytree(FAMILIES_GOLDEN / "forward", tmp_path / "forward")
+    config = tmp_path / "ckpt" / "l_gptoss_vit300m" / "config.json"
+    config.write_text(config.read_text().replace('"sliding_window": 8', '"sliding_window": 9'))
+    groups = select_groups(tmp_path, name="model", model_only=False)
+    failed = {row.quantity for row in run_groups(tmp_path, groups, family="l_gptoss") if row.status == "fail"}
+    assert {"logits", "router_logits_1", "grad"} <= failed
+    assert "router_logits_0" in failed  # after the first layer's attention
+
+
 def test_a_native_folder_alone_is_checked_against_itself(tmp_path):
     shutil.copytree(FAMILIES_GOLDEN / "ckpt_hf" / KEY, tmp_path / "ckpt_hf" / KEY)
     rows = rows_of(tmp_path, "formats")

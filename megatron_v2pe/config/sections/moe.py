@@ -9,11 +9,12 @@ from megatron_v2pe.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Training of a mixture of experts (InternVL3.5-30B-A3B, 241B-A28B)."""
+    """Training of a mixture of experts (InternVL3.5-20B-A4B, 30B-A3B, 241B-A28B)."""
 
     aux_loss: float | None = None
     """Strength of the load balancing loss, a mean over layers; empty takes the checkpoint's router_aux_loss_coef, 0 is
-    without it, as the release trains."""
+    without it, as the release trains Qwen3-MoE. That of GPT-OSS, 0.9, belongs to another loss (on scores that are zero
+    outside of the chosen experts): name one, 1e-3 for example."""
     z_loss: float = 0.0
     """Strength of the router's z-loss, a mean over layers and tokens; 0 is without it."""
     capacity_factor: float = 0.0

@@ -118,7 +118,9 @@ def _message(
                 f"{where}: unknown key {shortened(key, 40)}; a message has {keys[0]!r}, {keys[1]!r} and 'loss'"
                 + ("; tool calls are not used here" if key in ("tool_calls", "tool_call_id") else "")
             )
-    return Message(role=role, text=text, where=where, supervised=supervised, was_renamed=role != said)
+    return Message(
+        role=role, text=text, where=where, supervised=supervised, was_renamed=role not in (said, "tool")
+    )
 
 
 def _is_learned(value: Any, where: str) -> bool:

@@ -91,7 +91,7 @@ class Answering:
         arch: its architecture.
         settings: how a question becomes tokens and tiles: nothing is cut, a video gives the middle of each interval.
         stop_ids: tokens that end an answer.
-        header: what a template has a model say before its answer.
+        header: what an answer begins with by the template; no part of its text.
         model: its weights, loaded by `prepare`.
     """
 

@@ -46,7 +46,7 @@ class Setting:
 
     @property
     def attention_backend(self) -> str:
-        """Of the decoder's attention: Transformer Engine has no sinks for packed sequences, so its layers use native."""
+        """Of the decoder's attention: native where there are sinks, also among Transformer Engine's layers."""
         return "native" if self.arch.language.sinks else self.backend
 
     @property

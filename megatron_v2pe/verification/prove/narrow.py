@@ -1,14 +1,15 @@
 """A narrow model of the run's kind, and the run's settings around it.
 
 What decides how a layout cuts a model stays: family, biases and norms, query heads for each KV head, the rest of the
-vocabulary over 64, experts and which layers have them, the tower's style, frozen parts, adapters, recomputation. Widths
-and depths become small, so that float64 on processes of one machine takes seconds.
+vocabulary over 64, experts and windows and which layers have them, the tower's style, frozen parts, adapters,
+recomputation. Widths and depths become small, so that float64 on processes of one machine takes seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from megatron_v2pe.config.arch.architecture import (
     ExpertsArchitecture,
@@ -23,6 +24,7 @@ from megatron_v2pe.verification.prove.layout import ProvenLayout
 HEAD_DIM = 8
 VISION_HEAD_DIM = 8
 MOST_EXPERTS = 8
+MOST_WINDOW = 12  # shorter than the documents of a proof
 
 
 def check_provable(config: RunConfig, arch: InternVLArchitecture) -> None:
@@ -90,8 +92,20 @@ def _language(language: LanguageArchitecture, layout: ProvenLayout) -> LanguageA
         rope_scaling=dataclasses.replace(
             language.rope_scaling, trained_positions=min(64, language.rope_scaling.trained_positions)
         ),
+        window=min(language.window, MOST_WINDOW),
+        is_windowed=_of_places(language.is_windowed, layout.num_layers) if language.window else (),
         experts=_experts(language.experts, layout),
     )
+
+
+def _of_places(layers: Sequence[bool], num_layers: int) -> tuple[bool, ...]:
+    """What a few layers are, spread over all of them; both kinds where there are both, and two layers."""
+    last = len(layers) - 1
+    places = [round(i * last / max(1, num_layers - 1)) for i in range(num_layers)]
+    found = [layers[place] for place in places]
+    if num_layers > 1 and len(set(layers)) > len(set(found)):
+        found[-1] = not found[0]
+    return tuple(found)
 
 
 def _experts(experts: ExpertsArchitecture | None, layout: ProvenLayout) -> ExpertsArchitecture | None:
@@ -99,15 +113,13 @@ def _experts(experts: ExpertsArchitecture | None, layout: ProvenLayout) -> Exper
         return None
     parallel = layout.parallel
     count = _multiple(min(experts.num_experts, MOST_EXPERTS), parallel.ep)
-    last = len(experts.is_sparse) - 1
-    places = [round(i * last / max(1, layout.num_layers - 1)) for i in range(layout.num_layers)]
-    sparse = [experts.is_sparse[place] for place in places]
+    sparse = _of_places(experts.is_sparse, layout.num_layers)
     return dataclasses.replace(
         experts,
         num_experts=count,
         top_k=min(experts.top_k, max(1, count // 2)),
         ffn_size=_multiple(24, 4 * parallel.expert_tp),
-        is_sparse=tuple(sparse if any(sparse) else [*sparse[:-1], True]),
+        is_sparse=sparse if any(sparse) else (*sparse[:-1], True),
     )
 
 

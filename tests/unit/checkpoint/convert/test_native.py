@@ -65,7 +65,7 @@ def test_both_formats_hold_the_same_weights(tmp_path, key):
     assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
 
 
-@pytest.mark.parametrize("key", [QWEN3_6B, MOE, INTERNLM2])
+@pytest.mark.parametrize("key", [QWEN3_6B, MOE, INTERNLM2, GPT_OSS])
 def test_there_and_back_through_checkpoints(tmp_path, key):
     """GitHub -> ours -> -hf -> ours -> GitHub; InternLM2, a llama in between, is InternLM2 again."""
     import_hf(GITHUB / key, tmp_path / "first")
@@ -75,7 +75,7 @@ def test_there_and_back_through_checkpoints(tmp_path, key):
     assert equal(tensors(tmp_path / "github"), tensors(GITHUB / key))
     there, back = read_architecture(GITHUB / key), read_architecture(tmp_path / "github")
     assert there == back
-    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):
         if (GITHUB / key / name).is_file():
             assert (tmp_path / "github" / name).read_bytes() == (GITHUB / key / name).read_bytes()
     ids = load_tokenizer(tmp_path / "github").encode("<img></img> a dog")
@@ -136,6 +136,71 @@ def test_sentencepiece_as_tokenizer_json(tmp_path):
     slow = load_tokenizer(GITHUB / INTERNLM2)
     for text in ("a dog", "  two  dogs\n", "<img></img><|im_end|>\n", "\u4e09\u6761\u8239 \U0001f600", ""):
         assert fast.encode(text).ids == slow.encode(text)
+
+
+def test_gpt_oss_as_transformers_5_writes_it(tmp_path):
+    """Nested names, `rope_parameters`, and no key that has its default; a window and a length of their own."""
+    folder = shutil.copytree(NATIVE / GPT_OSS, tmp_path / "hf", copy_function=shutil.copyfile)
+    prefixes = {plain: nested for nested, plain in NESTED.items() if plain} | {"": "model."}
+    respelled = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        plain = next(each for each in prefixes if name.startswith(each))
+        respelled[prefixes[plain] + name.removeprefix(plain)] = tensor
+    save_file(respelled, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    text = values["text_config"]
+    theta, scaling = text.pop("rope_theta"), text.pop("rope_scaling")
+    text["rope_parameters"] = {"rope_theta": theta, **scaling, "factor": 16.0}
+    text["sliding_window"] = 11
+    for key in ("layer_types", "attention_bias", "swiglu_limit", "rms_norm_eps", "head_dim"):
+        text.pop(key)
+    text["head_dim"] = 16
+    (folder / "config.json").write_text(json.dumps(values))
+    language = read_architecture(folder).language
+    assert (language.window, language.is_windowed) == (11, (True, False, True, False))
+    assert language.rope_scaling.factor == 16.0
+    import_hf(folder, tmp_path / "ckpt")
+    export_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == folder_bytes(folder)
+    assert convert_hf(folder, tmp_path / "github") == "github"
+    assert read_architecture(tmp_path / "github").language == language
+    assert equal(tensors(tmp_path / "github"), tensors(GITHUB / GPT_OSS))
+    github = json.loads((tmp_path / "github" / "config.json").read_text())
+    assert github["template"] == "internvl3_5_gpt_oss"
+    assert github["llm_config"]["num_local_experts"] == 8
+    convert_hf(tmp_path / "github", tmp_path / "again")
+    again = read_architecture(tmp_path / "again")
+    assert (again.language, again.template) == (language, "internvl3_5_gpt_oss")
+    assert equal(tensors(tmp_path / "again"), tensors(folder))
+
+
+def test_remote_code_is_refused_where_it_would_compute_something_else(tmp_path):
+    import_hf(GITHUB / GPT_OSS, tmp_path / "gpt_oss")
+    with pytest.raises(
+        CheckpointError, match=r"--remote-code knows .*, but this checkpoint is a GptOssForCausalLM"
+    ):
+        export_hf(tmp_path / "gpt_oss", tmp_path / "out", remote_code=True)
+    folder = shutil.copytree(GITHUB / MOE, tmp_path / "hf", copy_function=shutil.copyfile)
+    values = json.loads((folder / "config.json").read_text())
+    values["llm_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    import_hf(folder, tmp_path / "yarn")
+    with pytest.raises(CheckpointError, match="--remote-code computes no YaRN"):
+        export_hf(tmp_path / "yarn", tmp_path / "out", remote_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_a_converted_gpt_oss(tmp_path):
+    convert_hf(GITHUB / GPT_OSS, tmp_path / "hf")
+    names = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["extra_special_tokens"]
+    assert names["video_token"] == "<|reserved_200000|>"  # in no text, unlike the end token
+    chat = (tmp_path / "hf" / "chat_template.jinja").read_text()
+    assert "<|channel|>final" in chat
+    assert "<|im_end|>" not in chat
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 356
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert "template" not in config  # the family's own
+    assert config["text_config"]["rope_parameters"]["truncate"] is False
 
 
 def edited(folder, tmp_path, **sections):

@@ -86,6 +86,7 @@ def test_records_with_functions(tmp_path):
     line = json.dumps({"conversations": [{"from": role, "value": text} for role, text in said]}).encode()
     record = parse_line(line, entry=entry, line_number=1)
     assert [turn.role for turn in record.turns] == ["human", "tool", "tool", "gpt", "human", "gpt"]
+    assert record.notes == ()
     assert [len(each.turns) for each in rounds_of(record)] == [4, 2]
     assert all(each.num_units == 1 for each in rounds_of(record))
 
