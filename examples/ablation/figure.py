@@ -21,6 +21,7 @@ from over_seeds import (
     read_accuracies,
     read_asked,
     replace_between_marks,
+    seeds_text,
     spread,
     stride_text,
     write_csv,
@@ -88,8 +89,8 @@ def draw(found: Accuracies, path: Path) -> None:
         panel.set_title(f"{length:,} tokens ({length // TRAINED_LENGTH}x)", fontsize=10)
         panel.set_xlabel("step of the questions")
         panel.grid(alpha=0.3)
-        panel.set_ylim(0, 1.03)
-    panels.flat[0].set_ylabel("accuracy: mean, worst and best seed")
+        panel.set_ylim(-0.03, 1.05)
+    panels.flat[0].set_ylabel("accuracy: mean and range")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
     save_figure(figure, path)
 
@@ -115,7 +116,7 @@ def main() -> None:
     found = of_shared_seeds(found)
     header, rows = summary(found)
     seeds = sorted(next(iter(found.values())))
-    text = "\n".join([f"{len(seeds)} seeds: mean (worst to best)", *text_table(header, rows, align="<<>")])
+    text = "\n".join([seeds_text(len(seeds), "mean (worst to best)"), *text_table(header, rows, align="<<>")])
     write_atomic(arguments.work / "ablation.txt", text + "\n")
     write_csv(found, arguments.work / "ablation.csv")
     draw(found, arguments.work / "ablation.png")

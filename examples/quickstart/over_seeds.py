@@ -90,7 +90,7 @@ class Asked:
         """Sentences before the table of the documentation."""
         *most, last = map(str, self.questions)
         asked = f"{', '.join(most)} and {last}" if most else last
-        over = f"{self.num_seeds} seed{'s' * (self.num_seeds > 1)}: mean (worst to best seed)"
+        over = seeds_text(self.num_seeds, "mean (worst to best seed)")
         return (
             f"Accuracy over {over}; guessing gives 0.10. A seed decides the random\n"
             "weights, which sheets and prose the documents have, the order of the data and the strides that images\n"
@@ -127,6 +127,11 @@ def spread(values: Mapping[str, float]) -> str:
     """Mean (worst to best seed); one seed is its value alone."""
     of = list(values.values())
     return f"{np.mean(of):.2f}" + (f" ({min(of):.2f} to {max(of):.2f})" if len(of) > 1 else "")
+
+
+def seeds_text(count: int, shown: str) -> str:
+    """How many seeds, and what is shown of them: `5 seeds: mean (...)`; of one its value alone is shown."""
+    return f"{count} seeds: {shown}" if count > 1 else "1 seed"
 
 
 def stride_text(stride: str) -> str:
@@ -219,7 +224,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.work}: holds no run named {arguments.model}")
     header, rows = summary(found)
     seeds = sorted({seed for each in found.values() for seed in each})
-    text = "\n".join([f"{len(seeds)} seeds: mean (worst to best)", *text_table(header, rows, align="<>")])
+    text = "\n".join([seeds_text(len(seeds), "mean (worst to best)"), *text_table(header, rows, align="<>")])
     write_atomic(arguments.work / "seeds.txt", text + "\n")
     write_csv(found, arguments.work / "seeds.csv")
     draw(found, arguments.work / "seeds.png")

@@ -51,6 +51,8 @@ def test_a_right_digit_that_is_repeated_was_found_and_is_counted_beside(work):
     text = " ".join(asked.caption().split())
     assert "over 2 seeds" in text
     assert "20, 40 and 15 questions" in text
+    alone = over_seeds.Asked(num_seeds=1, questions=[20], num_answers=60, num_repeated=0).caption()
+    assert alone.startswith("Accuracy over 1 seed; guessing")
     assert "20 of 1,725 answers begin with the right one and repeat it" in text
 
 
