@@ -47,12 +47,13 @@ class _LookedUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight  # itself: hooks of saved tensors may give back a copy, without the buffer
         return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        tokens, weight = ctx.saved_tensors
+        (tokens,), weight = ctx.saved_tensors, ctx.weight
         weight.main_grad.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2))
         weight.grad_added_to_main_grad = True
         return None, torch.empty_like(weight)
