@@ -223,15 +223,16 @@ class Tokenizer:
         """Text of ids.
 
         Args:
-            ids: token ids, each in 0..vocab_size-1.
+            ids: token ids. One without an entry adds no text, as in transformers: a model's vocab may be padded beyond
+                its tokenizer's, and nothing keeps an untrained model from such an id.
             skip_special_tokens: omit special tokens.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: an id below 0.
         """
         groups: list[str] = []  # texts, and tokens that decoding sets apart
         run: list[str] = []
-        for token in map(self._token, ids):
+        for token in map(self._token, filter(self._has_entry, ids)):
             if skip_special_tokens and token in self._files.special:
                 continue
             if token in self._apart:
@@ -290,6 +291,9 @@ class Tokenizer:
             kept = part.lstrip() if strips and added is None else part
             yield kept, len(part) - len(kept), added
             strips = added is not None and part in strips_right
+
+    def _has_entry(self, index: int) -> bool:
+        return index < self._vocabulary.size or index in self._added_by_id
 
     def _token(self, index: int) -> str:
         if index in self._added_by_id:

@@ -52,9 +52,11 @@ def test_pickled_copy_encodes_the_same(tokenizer):
     assert copy.fingerprint == tokenizer.fingerprint
 
 
-def test_decode_refuses_ids_outside_the_vocabulary(tokenizer):
-    with pytest.raises(ValueError, match="outside the vocabulary of 600"):
-        tokenizer.decode([600])
+def test_ids_of_a_padded_vocab_add_no_text_and_ids_below_zero_are_refused(tokenizer):
+    known = tokenizer.encode("a stone bridge", add_bos=False)
+    assert tokenizer.decode([600, *known, 10_000]) == tokenizer.decode(known)
+    with pytest.raises(ValueError, match="token id -1 is outside the vocabulary of 600"):
+        tokenizer.decode([*known, -1])
 
 
 def test_unknown_token_is_an_error(tokenizer):
