@@ -152,7 +152,9 @@ def index_dataset(
 def describe_settings(entry: DatasetEntry, settings: SampleSettings) -> dict[str, Any]:
     """Everything but the file's content that a measurement depends on, by a name that a person understands."""
     tiling = dataclasses.asdict(dataset_tiling(settings, entry))
-    template = json.dumps(dataclasses.asdict(settings.text.template), sort_keys=True)
+    # Empty texts are left out: a part that a template does not have must not make its data another.
+    parts = {name: part for name, part in dataclasses.asdict(settings.text.template).items() if part != ""}
+    template = json.dumps(parts, sort_keys=True)
     is_limited = settings.long_samples in ("split", "bad", "refuse")
     return {
         "format": _FORMAT,

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import pytest
 from megatron_v2pe.core.errors import DataError
 from megatron_v2pe.data.index import build as index_build
 from megatron_v2pe.data.index import parts as index_parts
-from megatron_v2pe.data.index.annotation_index import index_dataset
+from megatron_v2pe.data.index.annotation_index import describe_settings, index_dataset
 from megatron_v2pe.data.index.cache import locked
 from megatron_v2pe.data.index.parts import PartFolder
 from megatron_v2pe.data.index.scan import scan_file
 from megatron_v2pe.data.samples.measure import LineMeasurer
 from megatron_v2pe.data.sources.meta import read_meta
+from megatron_v2pe.data.text.templates import TEMPLATES
 from tests.support.mixture import record, write_image
 
 
@@ -50,6 +52,23 @@ def test_offsets_and_lengths(filled):
     assert index.line_numbers.tolist() == list(range(1, 17))
     assert index.num_tiles[0] == 0 < index.num_tiles[1]
     assert (index.num_supervised > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("internlm2-chat", "2b4f85d2"),
+        ("Hermes-2", "05783947"),
+        ("phi3-chat", "1c20f61d"),
+        ("internvl2_5", "aeb665e9"),
+    ],
+)
+def test_parts_that_a_template_does_not_have_do_not_make_its_data_another(filled, name, digest):
+    """Digests of version 0.1 before templates had headers and tools: a run that began then continues."""
+    (entry, *_) = read_meta(filled.folder / "meta.json")
+    settings = filled.settings()
+    text = replace(settings.text, template=TEMPLATES[name])
+    assert describe_settings(entry, replace(settings, text=text))["template"] == f"{name} {digest}"
 
 
 def test_second_start_reads_the_cache(filled, measured):
