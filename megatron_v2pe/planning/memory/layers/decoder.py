@@ -195,27 +195,18 @@ def gated_ops(inner: float, sizes: DecoderShape, costs: LayerCosts) -> list[Op]:
     Fused on a CPU, where nothing is compiled: silu(first half) for a moment in forward, in backward up to four
     intermediates and both halves of the gradient before they are joined.
     """
-    if sizes.fused_swiglu:
-        eager = costs.float_attention  # a CPU
+    if sizes.fused_swiglu or not sizes.num_experts:
+        eager = sizes.fused_swiglu and costs.float_attention  # fused, on a CPU
+        plain = not sizes.fused_swiglu
         return [
             Op(
                 name="gated",
                 inputs=("fc1",),
                 output_bytes=inner,
                 keeps=("fc1",),
+                keeps_extra_bytes=inner if plain else 0.0,  # silu(first half)
                 forward_bytes=inner if eager else 0.0,
-                backward_bytes=3 * inner if eager else 0.0,
-            )
-        ]
-    if not sizes.num_experts:
-        return [
-            Op(
-                name="gated",
-                inputs=("fc1",),
-                output_bytes=inner,
-                keeps=("fc1",),
-                keeps_extra_bytes=inner,
-                backward_bytes=inner,
+                backward_bytes=3 * inner if eager else inner if plain else 0.0,
             )
         ]
     return [
