@@ -182,9 +182,6 @@ def rotated(x_thd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     x = x_thd.to(cos.dtype)
     first, second = x.chunk(2, dim=-1)
-    if x.device.type != "cpu":  # where a compiled kernel fuses it, and memory passes do not count
-        cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[1]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_thd.dtype)
     return torch.cat([second, first], dim=-1).mul_(sin).addcmul_(x, cos).to(x_thd.dtype)
 
 

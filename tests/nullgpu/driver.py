@@ -3,8 +3,9 @@
     python -m tests.nullgpu.driver [--waits FILE] VERB ...     under the environment of `conftest.environment`
     python -m tests.nullgpu.driver --script FILE ...           a script in place of a verb
 
-Kernels leave memory as it is, so numbers mean nothing. What decides the course of a run is given: loss and gradient
-norms are 1, and arithmetic of a few integers (sizes of objects that ranks send each other) is done by the host.
+Kernels leave memory as it is, so numbers mean nothing. What decides the course of a run is given: sums over ranks and
+gradient norms are 1, and arithmetic of a few integers (sizes of objects that ranks send each other) is done by the
+host.
 """
 
 import argparse
@@ -23,11 +24,15 @@ ROOT = str(Path(__file__).parents[2]) + "/"
 
 
 def give_numbers():
-    """Loss and gradient norms are 1 after whatever computes them has run."""
+    """Sums of a step (loss, weights, tokens) and gradient norms are 1 after whatever computes them has run."""
     from megatron_v2pe.train import step
 
-    mean_losses, grad_norms = step.mean_losses, step.grad_norms
-    step.mean_losses = lambda *args, **kwargs: (1.0, mean_losses(*args, **kwargs)[1])
+    sum_by_name, grad_norms = step.sum_by_name, step.grad_norms
+
+    def ones(*args, **kwargs):
+        return {name: torch.ones_like(sums) for name, sums in sum_by_name(*args, **kwargs).items()}
+
+    step.sum_by_name = ones
     step.grad_norms = lambda *args, **kwargs: dict.fromkeys(grad_norms(*args, **kwargs), 1.0)
 
 
@@ -143,13 +148,23 @@ def main():
     waits = Waits()
     if args.waits is not None:
         waits.watch()
-    code = run_script(args.script, verb) if args.script is not None else run_verb(verb)
-    if args.waits is not None:
-        counts = {place: count / waits.steps for place, count in sorted(waits.places.items())}
-        args.waits.write_text(json.dumps(counts, indent=1))
+    code = 1
+    try:
+        code = run_script(args.script, verb) if args.script is not None else run_verb(verb)
+        if args.waits is not None and code == 0:
+            counts = {place: count / waits.steps for place, count in sorted(waits.places.items())}
+            args.waits.write_text(json.dumps(counts, indent=1))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        end(code)
+
+
+def end(code):
+    """Leave at once, whatever happened: the stand-in's threads do not end, and would keep a failed rank alive."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the stand-in's threads do not end
+    os._exit(code)
 
 
 if __name__ == "__main__":
