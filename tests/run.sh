@@ -4,6 +4,7 @@
 # Without arguments: ruff, shellcheck, mypy, import contracts, the documentation site, then the whole test suite on two workers.
 # At most three failed tests are run once more, alone: one that passes then is reported as unstable, never in silence.
 # With arguments: pytest with just those, for instance  bash tests/run.sh tests/unit -k stride
+# Property tests draw the same examples in every run; others:  bash tests/run.sh tests/property --hypothesis-profile default
 # With  -m gpu  or  -m nullgpu  first: only those tests are collected, on a Python that has what they need ($PYTHON, .venv,
 # python3), and nothing is installed, so that a GPU machine needs no network.
 set -u
