@@ -9,8 +9,8 @@ asked for. Training and evaluation share neither a sheet nor a topic of prose. A
 chat template, answer and end token included, and each record is encoded once more after it was built to prove it.
 
 Training documents have any number of images that fits, and prose for the rest, so that all positions up to the
-trained length occur whatever strides their images draw. Evaluation documents have as many images as fit, with one
-token of prose for each: 67 tokens that take 4 positions at the smallest stride.
+trained length occur whatever strides their images draw. Evaluation documents have as many images as fit, with two
+tokens of prose for each: 68 tokens that take 5 positions at the smallest stride.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from megatron_v2pe.data.text.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = "Which digit is marked?"
 TRAIN_LENGTHS = (104, 176, 256, 512)
+TRAIN_PROSE, EVAL_PROSE = 1, 2
+"""Least tokens of prose for each image."""
 EVAL_RECORDS_PER_CELL = {512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 3}
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -77,9 +79,9 @@ class DocumentWriter:
         text = render(self._template, turns).text.replace("<image>", self._visual)
         return len(self._tokenizer.encode(text))
 
-    def most_images(self, length: int) -> int:
-        """Images that fit into a document of `length` tokens with a token of prose for each."""
-        return (length - self._fixed_tokens - self._mark_tokens) // (self._tokens_per_image + 1)
+    def most_images(self, length: int, *, prose: int) -> int:
+        """Images that fit into a document of `length` tokens with `prose` tokens of prose for each."""
+        return (length - self._fixed_tokens - self._mark_tokens) // (self._tokens_per_image + prose)
 
     def record(
         self, generator: np.random.Generator, *, length: int, depth: float, num_images: int, name: str
@@ -163,7 +165,7 @@ def train_records(writer: DocumentWriter, *, tokens_per_length: int, seed: int) 
         generator = np.random.default_rng([seed, 0, length])
         for number in range(max(1, tokens_per_length // length)):
             depth = round(float(generator.random()), 3)
-            most = writer.most_images(length)
+            most = writer.most_images(length, prose=TRAIN_PROSE)
             num_images = int(generator.integers(min(2, most), most + 1))
             name = f"train-{length}-{number:05d}"
             yield writer.record(generator, length=length, depth=depth, num_images=num_images, name=name)
@@ -176,7 +178,7 @@ def eval_records(writer: DocumentWriter, *, share: float, seed: int) -> Iterator
         for depth in DEPTHS:
             for number in range(max(1, round(usual * share))):
                 name = f"eval-{length}-{depth}-{number:03d}"
-                num_images = writer.most_images(length)
+                num_images = writer.most_images(length, prose=EVAL_PROSE)
                 yield writer.record(generator, length=length, depth=depth, num_images=num_images, name=name)
 
 
