@@ -6,7 +6,7 @@
     python tools/race ranks                        cp 2 and dp 2 of the 54 M model on two cores, one rank on one
 
 How to read it. All sides of a row start from the same weights and compute on the same packed tokens in one process of
-one thread; their first losses must agree to 1e-5. They take turns, and a figure is the least processor time of a step
+one thread; their first losses must agree to 1e-6. They take turns, and a figure is the least processor time of a step
 over the repeats: other work on the machine moves it little, but not nothing. Above 1.00x we are faster. The plain side
 is what a careful user would write (`tools/race/plain_model.py`): logits of supervised tokens only, fused AdamW, sines
 made once.

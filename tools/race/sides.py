@@ -42,6 +42,7 @@ class RaceSizes(StepSizes):
         tower = dict(norm_type="layer_norm", qkv_bias=True, qk_normalization=False)
         values["vision_config"] |= tower
         values["llm_config"]["intermediate_size"] = self.ffn
+        values["ps_version"] = "v2"  # the order of patches in the plain model, and in all released ones
         return values
 
     def plain(self) -> Sizes:
