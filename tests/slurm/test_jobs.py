@@ -32,8 +32,8 @@ def test_a_job_of_two_nodes_has_its_run_folder_for_itself_and_trains_to_its_end(
 
 
 def test_a_job_near_its_time_limit_saves_and_continues_as_the_same_job(jobs, undisturbed, tmp_path):
-    """SLURM looks every 30 s, half a minute ahead: the signal comes between 10 and 40 s after the start."""
-    job = jobs.submit(tmp_path, overrides=[LENGTH], options=["--time", "00:02:00", "--warn-seconds", "80"])
+    """SLURM looks every 30 s, half a minute ahead: the signal comes between 20 and 50 s after the start."""
+    job = jobs.submit(tmp_path, overrides=[LENGTH], options=["--time", "00:02:00", "--warn-seconds", "70"])
     jobs.wait_for_step(tmp_path, job, step=1)
     signal_all(ranks_of(tmp_path), signal.SIGSTOP)
     jobs.wait_for_log(tmp_path, job, "the time limit is near")
