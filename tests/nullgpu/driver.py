@@ -148,16 +148,15 @@ def main():
     waits = Waits()
     if args.waits is not None:
         waits.watch()
-    code = 1
     try:
         code = run_script(args.script, verb) if args.script is not None else run_verb(verb)
         if args.waits is not None and code == 0:
             counts = {place: count / waits.steps for place, count in sorted(waits.places.items())}
             args.waits.write_text(json.dumps(counts, indent=1))
-    except BaseException:
+    except BaseException:  # whatever it is, it is shown and the process fails
         traceback.print_exc()
-    finally:
-        end(code)
+        code = 1
+    end(code)
 
 
 def end(code):
