@@ -8,7 +8,7 @@ from typing import Any
 
 from sides import Ours, Plain, RaceSizes
 
-LOSSES_AGREE = 1e-6  # relative; float32 sums in other orders, 5e-7 was seen
+LOSSES_AGREE = 1e-6  # relative; float32 sums in other orders, 1e-7 was seen
 
 
 def turns(sides: dict[str, Callable[[], Any]], *, repeats: int, seconds: float) -> dict[str, list[float]]:
