@@ -96,9 +96,11 @@ def formula(problem: Problem, *, comm: str, rank: int, cp: int) -> float:
         one_way = (cp - 1) / cp * tokens * 2 * (problem.heads + problem.kv_heads) * element
         return 2 * one_way
     own = 2 * tokens * problem.kv_heads * element  # B
-    keys = 2 * (cp - 1) * own
+    keys = (cp - 1) * own
+    if comm == "p2p":  # rank 0 passes on the early zigzag chunks alone
+        keys = (cp - 1) * own / 2 if rank == 0 else (cp - rank) * own + (rank - 1) * own / 2
     gradients = (cp - 1 - rank) * own + rank * own / 2
-    return keys + gradients
+    return 2 * keys + gradients
 
 
 def forward_and_backward(problem: Problem, tensors: list[Tensor], *, comm: str, cp: int, group: Any) -> None:

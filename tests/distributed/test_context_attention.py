@@ -233,7 +233,10 @@ def formula(comm, rank, cp):
     own = 2 * sum(SENT_LENGTHS) / cp * SENT_HEADS * SENT_DIM * 4
     if comm == "a2a":  # queries and outputs are as large as keys and values
         return 2 * (cp - 1) / cp * 2 * own
-    return 2 * (cp - 1) * own + (cp - 1 - rank) * own + rank * own / 2
+    keys = (cp - 1) * own
+    if comm == "p2p":  # rank 0 passes on the early zigzag chunks alone
+        keys = (cp - 1) * own / 2 if rank == 0 else (cp - rank) * own + (rank - 1) * own / 2
+    return 2 * keys + (cp - 1 - rank) * own + rank * own / 2
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])

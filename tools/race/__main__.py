@@ -1,15 +1,15 @@
 """A training step of this package against plain PyTorch, and two ranks against one, on CPU: ratios of one run.
 
-    python tools/race                              all of it; half an hour on idle cores
+    python tools/race                              all of it; an hour on idle cores, most of it for 54m at 16,384
     python tools/race step --model tiny            one model, all lengths
     python tools/race step --model 54m --tokens 1024 4096
     python tools/race ranks                        cp 2 and dp 2 of the 54 M model on two cores, one rank on one
 
 How to read it. All sides of a row start from the same weights and compute on the same packed tokens in one process of
-one thread; their first losses must agree to 1e-6. They take turns, and a figure is the least processor time of a step
-over the repeats: other work on the machine moves it little, but not nothing. Above 1.00x we are faster. The plain side
-is what a careful user would write (`tools/race/plain_model.py`): logits of supervised tokens only, fused AdamW, sines
-made once.
+one thread; their first losses must agree to 1e-6. They take turns, step by step, and a figure is the least processor
+time of a step over the repeats: other work on the machine moves it little, but not nothing. Above 1.00x we are faster.
+The plain side is what a careful user would write (`tools/race/plain_model.py`): logits of supervised tokens only, fused
+AdamW, sines made once.
 
 `ranks` gives wall times, which need idle cores, and the processor time of the busiest rank, which is what an idle
 machine would need apart from waits. The row of two runs of one rank, which exchange nothing, is what the machine
@@ -54,7 +54,7 @@ def sizes_of(model: str, tokens: int, documents: int = 1) -> RaceSizes:
 
 def steps(options: argparse.Namespace) -> bool:
     """One row for each model and length."""
-    show("model, tokens", "ours s", "plain s", "plain, full s", "plain / ours", "by turn")
+    show("model, tokens", "ours s", "plain s", "plain, full s", "plain / ours", "by repeat")
     show(*["---"] * 6)
     met = True
     for model in options.model or MODELS:
@@ -65,13 +65,13 @@ def steps(options: argparse.Namespace) -> bool:
             sizes = sizes_of(model, tokens, documents)
             (taken,) = on_ranks(race, 1, sizes, options.repeats, options.seconds, options.full)
             best = {name: min(times) for name, times in taken.items()}
-            by_turn = [plain / ours for plain, ours in zip(taken["plain"], taken["ours"], strict=True)]
+            by_repeat = [plain / ours for plain, ours in zip(taken["plain"], taken["ours"], strict=True)]
             ratio = best["plain"] / best["ours"]
             show(
                 f"{model}, {tokens:,}" + (f" in {documents} documents" if documents > 1 else ""),
                 *[f"{best[name]:.4f}" if name in best else "-" for name in ("ours", "plain", "plain, full")],
                 f"{ratio:.2f}x",
-                f"{min(by_turn):.2f} to {max(by_turn):.2f}x",
+                f"{min(by_repeat):.2f} to {max(by_repeat):.2f}x",
             )
             met = met and (tokens < 1024 or ratio >= TARGET_STEP)
     print(f"target from 1,024 tokens on: {TARGET_STEP:.2f}x: {'met' if met else 'MISSED'}")
@@ -136,9 +136,12 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=MODELS, help="step: only this one")
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the pack; ranks: the first")
     parser.add_argument("--packs", type=int, default=4, help="ranks: packs of a step, an even number")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each figure is taken")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="step: processor time of a turn, at least one step"
+        "--seconds",
+        type=float,
+        default=6.0,
+        help="step: processor time of a side in a repeat, at least one step",
     )
     parser.add_argument("--full", action="store_true", help="step: also with logits of every token")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the processes of the race do: steps in turns, and steps of one rank of a layout."""
+"""What the processes of the race do: steps of its sides by turns, and steps of one rank of a layout."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ LOSSES_AGREE = 1e-6  # relative; float32 sums in other orders, 1e-7 was seen
 
 
 def turns(sides: dict[str, Callable[[], Any]], *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Least processor time of a step in each turn of each side; a side steps once before, to warm up.
+    """Least processor time of a step of each side in each repeat; a side steps once before, to warm up.
+
+    Sides step one after the other, so that a machine that is faster for a while is so for all of them.
 
     Args:
         sides: name to step.
-        repeats: turns of each side, one after the other's.
-        seconds: processor time of a turn; it has at least one step.
+        repeats: how often the least is taken anew.
+        seconds: processor time of each side in a repeat; it has at least one step.
     """
     least: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()
     for _ in range(repeats):
-        for name, side in sides.items():
-            end, best = time.process_time() + seconds, float("inf")
-            while best == float("inf") or time.process_time() < end:
+        best, end = dict.fromkeys(sides, float("inf")), time.process_time() + seconds * len(sides)
+        while float("inf") in best.values() or time.process_time() < end:
+            for name, side in sides.items():
                 started = time.process_time()
                 side()
-                best = min(best, time.process_time() - started)
-            least[name].append(best)
+                best[name] = min(best[name], time.process_time() - started)
+        for name in sides:
+            least[name].append(best[name])
     return least
 
 

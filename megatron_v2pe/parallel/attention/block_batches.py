@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def batched(
 
 @lru_cache(maxsize=256)  # the same for all layers of a micro batch, forward and backward
 def block_batches(
-    lengths: tuple[int, ...], *, rank: int, source: int, device: torch.device
+    lengths: tuple[int, ...], *, rank: int, source: int, device: torch.device, early_alone: bool = False
 ) -> tuple[BlockBatch, ...]:
     """Blocks that `rank` computes with the keys of rank `source`.
 
@@ -113,6 +114,7 @@ def block_batches(
         rank: rank of the queries.
         source: rank that the keys belong to.
         device: where indices are needed.
+        early_alone: of a lower rank only `early_rows` are at hand, one after the other.
 
     Example:
         One document of 4 local tokens: with its own keys [0:4] x [0:4] causal; with a lower rank's
@@ -121,10 +123,26 @@ def block_batches(
     blocks = []
     for length, stop in zip(lengths, accumulate(lengths), strict=True):
         start, half = stop - length, length // 2
+        early = start // 2 if early_alone else start
         if length:
             queries = (start + half, stop) if source > rank else (start, stop)
-            blocks.append(Block(queries, (start, start + half) if source < rank else (start, stop)))
+            blocks.append(Block(queries, (early, early + half) if source < rank else (start, stop)))
     return batched(blocks, causal=source == rank, first=source == rank, device=device)
+
+
+@lru_cache(maxsize=64)
+def early_rows(lengths: tuple[int, ...], *, device: torch.device) -> Rows:
+    """Rows of the documents' early zigzag chunks: all that higher ranks see of a rank's keys.
+
+    Args:
+        lengths: as in `block_batches`.
+        device: where an index is needed.
+    """
+    if len(lengths) == 1:
+        return slice(0, lengths[0] // 2)
+    starts = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True)]
+    ranges = [np.arange(start, start + length // 2) for start, length in zip(starts, lengths, strict=True)]
+    return to_device([np.concatenate(ranges)], device)[0]
 
 
 def num_key_rows(batches: Sequence[BlockBatch]) -> int:

@@ -54,7 +54,7 @@ class KVTransport(Protocol):
     @property
     def brings(self) -> bool: ...  # noqa: D102
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (source rank, keys, values) of every rank once, my own first."""
 
     def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
@@ -76,7 +76,7 @@ class LocalKV:
     rank: ClassVar[int] = 0
     brings: ClassVar[bool] = False
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My own keys."""
         yield 0, key, value
 
@@ -178,7 +178,7 @@ class _Blockwise(torch.autograd.Function):
         dq = torch.empty_like(query, dtype=working)
         d_own = torch.empty(2, *key.shape, dtype=working, device=key.device)
         grad_return = transport.grad_return(ctx.lengths, key)
-        for source, keys, values in transport.iter_kv(key, value):
+        for source, keys, values in transport.iter_kv(ctx.lengths, key, value):
             blocks = []
             for batch in transport.blocks(ctx.lengths, source, query.device):
                 rows = batch.queries
@@ -234,7 +234,7 @@ def _merged(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *, exact: bool)
     transport = ctx.transport
     own = transport.blocks(ctx.lengths, transport.rank, query.device)
     merged = _Merged(query, exact=exact or not all(batch.first for batch in own))
-    for source, keys, values in transport.iter_kv(key, value):
+    for source, keys, values in transport.iter_kv(ctx.lengths, key, value):
         for batch in transport.blocks(ctx.lengths, source, query.device):
             block_out, block_lse = block_forward(
                 query[batch.queries],

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_v2pe.batch.kv_cache import CacheStep
-from megatron_v2pe.parallel.attention.block_batches import block_batches
 from megatron_v2pe.parallel.attention.blockwise import KVTransport, LocalKV, add_sink, attend
 from megatron_v2pe.parallel.attention.kernels import block_forward
 from megatron_v2pe.parallel.attention.rows import Partial, attend_rows, fold, unfold
@@ -169,8 +168,9 @@ def unfolded(part: Partial, tokens: int) -> Partial:
 def attend_own(query: Tensor, key: Tensor, value: Tensor, *, scale: float, transport: KVTransport) -> Partial:
     """Causal attention of one document to itself, zigzag over ranks: [l, h, d] with its log-sum-exp [l, h]."""
     total = Partial.empty(query)
-    for source, keys, values in transport.iter_kv(key, value):
-        for batch in block_batches((len(query),), rank=transport.rank, source=source, device=query.device):
+    lengths = (len(query),)
+    for source, keys, values in transport.iter_kv(lengths, key, value):
+        for batch in transport.blocks(lengths, source, query.device):
             rows = query[batch.queries], keys[batch.keys], values[batch.keys]
             part = Partial(*block_forward(*rows, causal=batch.causal, scale=scale))
             if batch.causal:  # my own keys, first to come: they fill every row

@@ -105,8 +105,8 @@ def cp_traffic_bytes(setting: Setting) -> tuple[float, float]:
     """Attention of one layer over cp, (one forward pass, backward); B = 2 l k e, own keys and values.
 
     p2p and all_gather: forward (cp - 1) B; backward the keys again and their gradients, 2 (cp - 1) B (the native ring
-    sends half a gradient to lower ranks; the busiest rank is counted). a2a: queries, keys, values there and outputs
-    back, (cp - 1) / cp * l (2 q + 2 k) e, in forward and in backward. Where documents lie on some of the ranks
+    brings half of lower ranks' keys and gradients; the busiest rank is counted). a2a: queries, keys, values there and
+    outputs back, (cp - 1) / cp * l (2 q + 2 k) e, in forward and in backward. Where documents lie on some of the ranks
     (`parallel.cp_sharding`), the keys of shared documents alone.
     """
     plan, language = setting.plan, setting.arch.language

@@ -12,7 +12,7 @@ from megatron_v2pe.core.errors import ConfigError
 from megatron_v2pe.inference.cache.kv_cache import KVCache, KVPlace, token_step
 from megatron_v2pe.inference.chunks import plan_chunks
 from megatron_v2pe.parallel.attention import kernels
-from megatron_v2pe.parallel.attention.block_batches import block_batches
+from megatron_v2pe.parallel.attention.block_batches import block_batches, early_rows
 from megatron_v2pe.parallel.attention.documents import local_lengths
 from megatron_v2pe.parallel.attention.native import NativeContextAttention
 from megatron_v2pe.parallel.attention.rotary import rotate
@@ -171,6 +171,22 @@ def test_masked_blocks_are_never_computed():
         (slice(1, 2), slice(0, 2), 1, False),
         (slice(4, 6), slice(2, 6), 1, False),
     ]
+
+
+def test_a_ring_brings_the_early_rows_of_lower_ranks_alone():
+    lengths, cpu = (4, 2, 0, 4), torch.device("cpu")
+    assert early_rows(lengths, device=cpu).tolist() == [0, 1, 4, 6, 7]
+    assert early_rows((4,), device=cpu) == slice(0, 2)
+    for source in (0, 1, 2):
+        rows = torch.arange(sum(lengths))
+        brought = rows[early_rows(lengths, device=cpu)] if source < 1 else rows
+        found, wanted = (
+            block_batches(lengths, rank=1, source=source, device=cpu, early_alone=alone)
+            for alone in (True, False)
+        )
+        assert [brought[batch.keys].tolist() for batch in found] == [
+            rows[each.keys].tolist() for each in wanted
+        ]
 
 
 def test_short_documents_of_equal_length_share_a_call():

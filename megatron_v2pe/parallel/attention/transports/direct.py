@@ -121,7 +121,7 @@ class Direct:
         """See `KVTransport`."""
         return _blocks(self.places, self.rank, source, device)
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first; then, of each lower rank, wrapping around, those that I need."""
         source, current = self.rank, torch.stack([key, value])
         mine = current

@@ -10,7 +10,8 @@ keys of the pack for a moment, cp times as many as a ring.
 The reduce-scatter is an all-to-all that the owner sums in float32: torch's would sum in the keys' dtype, and would
 send the rows too that causal attention never uses.
 
-Bytes sent by a rank: as in the ring, for a collective sends each of cp-1 peers what it needs and no more.
+Bytes sent by a rank, B = bytes of its own K and V: forward (cp-1) B; backward (cp-1) B for the keys, and for gradients
+B for each higher and B/2 for each lower rank.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Gather:
         self.rank: int = group.rank()
         self.brings = True
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, while the others' are in flight."""
         mine = torch.stack([key, value])
         everyone = mine.new_empty(self.size * 2, *key.shape)

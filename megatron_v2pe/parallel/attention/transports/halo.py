@@ -209,7 +209,7 @@ class Halo:
         """See `KVTransport`."""
         return self.plan.before if source == HALO else self.plan.own
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """My keys first, while the halo is in flight."""
         if not self.brings:
             yield self.rank, key, value

@@ -1,13 +1,17 @@
 """p2p: keys are passed round a ring, each hop in flight while the keys received before are computed with.
 
     step 0    my keys
-    step i    keys of the rank i places back, received while step i-1 was computed
+    step i    keys of the rank i places on, received while step i-1 was computed
+
+Keys go to the next lower rank, and from rank 0 to the highest: from there on they meet higher ranks than their owner's
+alone, which see none of its late zigzag chunks, so rank 0 passes on early ones only. A rank receives what it computes
+with and no more, three quarters of what the other direction brings.
 
 Backward passes the keys round once more, and sends the gradients of each block directly to the owner while the
 next block is computed.
 
-Bytes sent by a rank, B = bytes of its own K and V: forward (cp-1) B; backward (cp-1) B for the keys, and for
-gradients B for each higher and B/2 for each lower rank.
+Bytes received by a rank, B = bytes of its own K and V: forward and backward B for each higher and B/2 for each lower
+rank. Sent: rank 0 (cp-1) B/2, rank r (cp-r) B + (r-1) B/2; for gradients B for each higher and B/2 for each lower rank.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches, num_key_rows
+from megatron_v2pe.parallel.attention.block_batches import BlockBatch, block_batches, early_rows, num_key_rows
 from megatron_v2pe.parallel.attention.blockwise import Lengths
 
 KEYS_TAG, GRADIENTS_TAG = 1, 2  # gloo matches messages of a pair by tag; NCCL by order, the same on all ranks
@@ -37,8 +41,8 @@ class Ring:
         self.rank: int = group.rank()
         self.brings = True
 
-    def iter_kv(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """My keys first, then each lower rank's, wrapping around.
+    def iter_kv(self, lengths: Lengths, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """My keys first, then each higher rank's, wrapping around; of lower ranks the early zigzag chunks.
 
         The next keys are in flight while the caller computes with the current ones.
         """
@@ -46,14 +50,17 @@ class Ring:
         for step in range(self.size):
             exchange = None
             if step < self.size - 1:
-                exchange = self.exchange(current, to=1, receive=torch.empty_like(current), tag=KEYS_TAG)
-            yield (self.rank - step) % self.size, current[0], current[1]
+                wraps = (self.rank + step + 1) % self.size < self.rank  # what arrives is a lower rank's
+                arriving = current.new_empty(2, len(key) // 2 if wraps else len(key), *key.shape[1:])
+                onward = current[:, early_rows(lengths, device=key.device)] if self.rank == 0 else current
+                exchange = self.exchange(onward.contiguous(), to=-1, receive=arriving, tag=KEYS_TAG)
+            yield (self.rank + step) % self.size, current[0], current[1]
             if exchange is not None:
                 current = exchange.wait()
 
     def blocks(self, lengths: Lengths, source: int, device: torch.device) -> tuple[BlockBatch, ...]:
         """See `KVTransport`."""
-        return block_batches(lengths, rank=self.rank, source=source, device=device)
+        return block_batches(lengths, rank=self.rank, source=source, device=device, early_alone=True)
 
     def grad_return(self, lengths: Lengths, like: Tensor) -> _RingGradReturn:
         """See `KVTransport`."""
@@ -88,7 +95,7 @@ class _Exchange:
 class _RingGradReturn:
     """A `GradReturn` with one exchange in flight at a time.
 
-    At step i this rank computed with the keys of the rank i places back, and the rank i places on with this rank's.
+    At step i this rank computed with the keys of the rank i places on, and the rank i places back with this rank's.
     """
 
     def __init__(self, ring: Ring, lengths: Lengths, like: Tensor) -> None:
@@ -102,12 +109,12 @@ class _RingGradReturn:
         """See `GradReturn`."""
         self.finish(d_own)
         ring, like = self._ring, self._like
-        step = (ring.rank - source) % ring.size
-        self._user = (ring.rank + step) % ring.size
+        step = (source - ring.rank) % ring.size
+        self._user = (ring.rank - step) % ring.size
         mine = block_batches(self._lengths, rank=self._user, source=ring.rank, device=like.device)
         receive = like.new_empty(2, num_key_rows(mine), *like.shape[1:])
         send = torch.cat(blocks, dim=1) if blocks else like.new_empty(2, 0, *like.shape[1:])
-        self._exchange = ring.exchange(send, to=-step, receive=receive, tag=GRADIENTS_TAG)
+        self._exchange = ring.exchange(send, to=step, receive=receive, tag=GRADIENTS_TAG)
 
     def finish(self, d_own: Tensor) -> None:
         """See `GradReturn`."""
