@@ -127,18 +127,23 @@ def explained_full_disk(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         explained = ConfigError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); {_free(folder)}. Make room or raise "
-            "the quota, and start again: the same command continues from the newest checkpoint"
+            f"{error.filename or folder}: cannot be written ({error.strerror}); {free_space(folder)}. Make room or "
+            "raise the quota, and start again: the same command continues from the newest checkpoint"
         )
         explained.is_final = False
         raise explained from error
 
 
-def _free(folder: Path) -> str:
-    try:
-        return f"the disk of {folder} has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
-    except OSError as error:
-        return f"free space of {folder} is not known ({error.strerror})"
+def free_space(folder: Path) -> str:
+    """What a message says of the room where a folder is, or was before another rank removed it; raises nothing."""
+    for place in (folder, *folder.parents):
+        try:
+            return f"the disk of {folder} has {shutil.disk_usage(place).free / 2**30:.2f} GiB free"
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"free space of {folder} is not known ({error.strerror})"
+    return f"free space of {folder} is not known"
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,6 @@ mcore's own asynchronous writer copies every view once more, forks, and starts a
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from megatron_v2pe.checkpoint.state.private_api import (
 from megatron_v2pe.checkpoint.state.ranks import ensure_process_group, on_first_rank
 from megatron_v2pe.checkpoint.state.writer import ShardKey, Shards, StreamingWriter, item_key
 from megatron_v2pe.core.errors import CheckpointError
+from megatron_v2pe.core.files import free_space
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,8 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
     except (CheckpointException, OSError) as error:
         _let_interrupt_through(error)
         raise CheckpointError(
-            f"{folder}: cannot be written ({_reason(error)}); its disk has "
-            f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free. Earlier checkpoints are as they were; make "
-            "room or raise the quota, and start again"
+            f"{folder}: cannot be written ({_reason(error)}); {free_space(folder)}. Earlier checkpoints are as they "
+            "were; make room or raise the quota, and start again"
         ) from error
 
 

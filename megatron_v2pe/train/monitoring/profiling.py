@@ -28,7 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_v2pe.config.schema import RuntimeConfig
-from megatron_v2pe.core.files import sync_folder, write_atomic
+from megatron_v2pe.core.files import free_space, sync_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +128,11 @@ class StepProfiler:
                 operator_table(taken.key_averages(), title, seconds=seconds),
             )
         except OSError as error:
-            free = shutil.disk_usage(self._folder.parent).free / 2**30
             logger.warning(
-                "the profile %s cannot be written (%s; %.1f GiB free); the run continues", path, error, free
+                "the profile %s cannot be written (%s; %s); the run continues",
+                path,
+                error,
+                free_space(self._folder),
             )
             return
         logger.info("profile of step %d: %s (open it at ui.perfetto.dev), and a table beside it", step, path)

@@ -1,5 +1,6 @@
 """A save in three parts: what is written is the state of the time of the copy, and errors wait for `join`."""
 
+import shutil
 import threading
 
 import pytest
@@ -72,6 +73,21 @@ def test_an_error_is_raised_by_join_as_one_message(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"cannot be written \(OSError: .*No space left.*GiB free"):
             save.join()
     assert not (tmp_path / ".metadata").exists()
+
+
+def test_the_error_is_the_one_of_writing_where_another_rank_has_removed_the_folder(tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError(5, "Input/output error")
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    with ensure_process_group():
+        save = StateSave(folder, state(1))
+        monkeypatch.setattr(block_stream.os, "pwrite", broken)
+        save.write()
+        shutil.rmtree(folder)
+        with pytest.raises(CheckpointError, match=r"cannot be written \(OSError: .*Input/output.*GiB free"):
+            save.join()
 
 
 def test_a_cancelled_save_stops_between_tensors(tmp_path):
