@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_v2pe.batch.device_copy import to_device
+from megatron_v2pe.parallel.zigzag import range_indices
 
 Rows = slice | Tensor
 SHORT_TOKENS = 512  # longer documents keep a kernel busy on their own, and would have to be copied
@@ -130,7 +131,7 @@ def block_batches(
     return batched(blocks, causal=source == rank, first=source == rank, device=device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # the same for all layers of a micro batch, forward and backward
 def early_rows(lengths: tuple[int, ...], *, device: torch.device) -> Rows:
     """Rows of the documents' early zigzag chunks: all that higher ranks see of a rank's keys.
 
@@ -140,9 +141,9 @@ def early_rows(lengths: tuple[int, ...], *, device: torch.device) -> Rows:
     """
     if len(lengths) == 1:
         return slice(0, lengths[0] // 2)
-    starts = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True)]
-    ranges = [np.arange(start, start + length // 2) for start, length in zip(starts, lengths, strict=True)]
-    return to_device([np.concatenate(ranges)], device)[0]
+    stops = np.cumsum(lengths, dtype=np.int64)
+    starts = stops - lengths
+    return to_device([range_indices(np.column_stack([starts, (starts + stops) // 2]))], device)[0]
 
 
 def num_key_rows(batches: Sequence[BlockBatch]) -> int:

@@ -3,9 +3,9 @@
     step 0    my keys
     step i    keys of the rank i places on, received while step i-1 was computed
 
-Keys go to the next lower rank, and from rank 0 to the highest: from there on they meet higher ranks than their owner's
-alone, which see none of its late zigzag chunks, so rank 0 passes on early ones only. A rank receives what it computes
-with and no more, three quarters of what the other direction brings.
+Keys go to the next lower rank, and from rank 0 to the highest. As far as rank 0, all who receive them are lower than
+their owner and see all of them; after it, all are higher and see none of its late zigzag chunks, so rank 0 passes on
+the early ones only. A rank receives what it computes with and no more, three quarters of all keys in the mean.
 
 Backward passes the keys round once more, and sends the gradients of each block directly to the owner while the
 next block is computed.
@@ -50,8 +50,9 @@ class Ring:
         for step in range(self.size):
             exchange = None
             if step < self.size - 1:
-                wraps = (self.rank + step + 1) % self.size < self.rank  # what arrives is a lower rank's
-                arriving = current.new_empty(2, len(key) // 2 if wraps else len(key), *key.shape[1:])
+                is_of_lower = (self.rank + step + 1) % self.size < self.rank  # what arrives
+                rows = len(key) // 2 if is_of_lower else len(key)
+                arriving = current.new_empty(2, rows, *key.shape[1:])
                 onward = current[:, early_rows(lengths, device=key.device)] if self.rank == 0 else current
                 exchange = self.exchange(onward.contiguous(), to=-1, receive=arriving, tag=KEYS_TAG)
             yield (self.rank + step) % self.size, current[0], current[1]
